@@ -1,0 +1,42 @@
+"""Exact GPT-2 in PyTorch: `GPT.from_pretrained("gpt2")`, `generate(model, ["Hello"])`.
+
+Names are imported on first use, so that `gpt2-model --help` does not wait two seconds for torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import PRESETS as PRESETS
+    from .config import GPTConfig as GPTConfig
+    from .config import flops_per_token as flops_per_token
+    from .generation import Completion as Completion
+    from .generation import KVCache as KVCache
+    from .generation import generate as generate
+    from .model import GPT as GPT
+    from .tokenizer import EOT as EOT
+    from .tokenizer import get_tokenizer as get_tokenizer
+
+__version__ = version("gpt2-model")
+
+_MODULE_OF = {
+    "PRESETS": "config",
+    "GPTConfig": "config",
+    "flops_per_token": "config",
+    "Completion": "generation",
+    "KVCache": "generation",
+    "generate": "generation",
+    "GPT": "model",
+    "EOT": "tokenizer",
+    "get_tokenizer": "tokenizer",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,143 @@
+"""What a GPT-2 is made of: its sizes, the four published ones, and what they cost. No torch here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape and the maths of a GPT-2. The defaults are OpenAI's 124M.
+
+    Attributes:
+        block_size: longest sequence, in tokens (`n_positions` in a Hugging Face config).
+        vocab_size: number of token ids; 50,257 for GPT-2's own BPE.
+        n_layer: transformer blocks.
+        n_head: attention heads a block; must divide `n_embd`.
+        n_embd: width of the residual stream.
+        n_inner: hidden width of the MLP; None means 4 * n_embd.
+        activation_function: of the MLP; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
+        layer_norm_epsilon: added to the variance.
+        scale_attn_weights: divide attention scores by sqrt(head width).
+        scale_attn_by_inverse_layer_idx: divide them by the block's number, from 1, as well (Mistral's GPT-2s).
+        reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
+        tie_word_embeddings: the output projection is the token embedding.
+
+    Raises:
+        ValueError: a size that is not positive, `n_embd` not divisible by `n_head`, or an unknown activation.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the
+    fields of transformers' GPT2Config that change the function computed.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
+            value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
+            )
+        if not self.layer_norm_epsilon > 0:
+            raise ValueError(f"layer_norm_epsilon must be above 0, not {self.layer_norm_epsilon!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all, embeddings counted once when tied: 124,439,808 for the default."""
+        width, inner = self.n_embd, self.mlp_dim
+        attention = width * 3 * width + 3 * width + width * width + width
+        mlp = width * inner + inner + inner * width + width
+        embeddings = (self.vocab_size + self.block_size) * width
+        head = 0 if self.tie_word_embeddings else self.vocab_size * width
+        return embeddings + head + self.n_layer * (attention + mlp + 4 * width) + 2 * width
+
+
+# The paper calls these 117M, 345M, 762M and 1542M; counted, they are 124, 355, 774 and 1558 million.
+PRESETS: Mapping[str, GPTConfig] = {
+    "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "350M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+def preset(name: str) -> GPTConfig:
+    """The published configuration called `name`.
+
+    Raises:
+        ValueError: no such preset; the message lists them.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_fields(config: GPTConfig, assignments: Mapping[str, str]) -> GPTConfig:
+    """`config` with fields replaced from text, as in `--model n_layer=4`.
+
+    Raises:
+        ValueError: an unknown field, or text that is not of the field's type.
+    """
+    known = {field.name: field.type for field in fields(GPTConfig)}
+    values: dict[str, Any] = {}
+    for name, text in assignments.items():
+        if name not in known:
+            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
+        values[name] = _parse(name, text, str(known[name]))
+    return replace(config, **values)
+
+
+def _parse(name: str, text: str, kind: str) -> Any:
+    if "bool" in kind:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    if "None" in kind and text.lower() == "none":
+        return None
+    for type_name, convert in (("int", int), ("float", float)):
+        if type_name in kind:
+            try:
+                return convert(text)
+            except ValueError:
+                raise ValueError(f"{name} must be a number ({type_name}), not {text!r}") from None
+    return text
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> int:
+    """Floating-point operations of one training token, forward and backward: 803 million for 124M at 1,024.
+
+    6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal.
+    This is llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts
+    the masked half of attention too and comes out at 855 million: compare MFU only between equal counts.
+    """
+    return 6 * config.num_parameters + 6 * config.n_layer * config.n_embd * seq_len

@@ -1,0 +1,193 @@
+"""GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import GPTConfig
+
+if TYPE_CHECKING:
+    from .generation import KVCache
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which each position sees itself and what came before."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.upcast = config.reorder_and_upcast_attn
+
+    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """x: (batch, time, n_embd) -> the same shape."""
+        batch, time, width = x.shape
+        # (batch, time, 3 * width) -> three of (batch, n_head, time, head_dim)
+        query, key, value = (
+            part.view(batch, time, self.n_head, width // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(width, dim=2)
+        )
+        mask = None
+        if cache is not None:
+            key, value, mask = cache.extend(self.layer, key, value)
+        if self.upcast:
+            query, key, value = query.float(), key.float(), value.float()
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        y = y.to(x.dtype).transpose(1, 2).reshape(batch, time, width)
+        return self.c_proj(y)  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, on each position alone."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_dim)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, time, n_embd) -> the same shape."""
+        return self.c_proj(self.activation(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normalised residual stream and added back to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """x: (batch, time, n_embd) -> the same shape."""
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019). There is no dropout: pretraining recipes of this size use none."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        # Tied, the output projection is wte itself: one tensor, counted, trained and saved once.
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights from torch's global generator, as OpenAI's code does (gpt-2, src/model.py).
+
+        Normal with deviation 0.02, positions 0.01; the projections back into the residual stream are divided
+        by sqrt(2 * n_layer), since that many of them add up in it. Biases 0, norms 1.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                is_norm_weight = name.endswith("weight")
+                nn.init.constant_(parameter, 1.0 if is_norm_weight else 0.0)
+            else:
+                std = 0.01 if name == "wpe.weight" else residual_std if "c_proj" in name else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Final hidden states: tokens (batch, time) of ids -> (batch, time, n_embd), after the last norm.
+
+        With a cache, `tokens` continue the rows that it holds, and are added to it.
+
+        Raises:
+            ValueError: more positions than `config.block_size`.
+        """
+        time = tokens.shape[1]
+        first = 0 if cache is None else cache.max_length
+        if first + time > self.config.block_size:
+            raise ValueError(f"{first + time} tokens do not fit the model's context of {self.config.block_size}")
+        positions = torch.arange(time, device=tokens.device) if cache is None else cache.positions(time)
+        x = self.wte(tokens) + self.wpe(positions)
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(time)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary: (..., n_embd) -> (..., vocab_size)."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and, with targets, the mean cross-entropy in nats per token.
+
+        Args:
+            tokens: (batch, time) int64 ids.
+            targets: (batch, time) int64 ids that should follow each position; -100 counts for nothing.
+            return_logits: False in training, where nobody reads them: compiled, they need not be kept then.
+
+        Returns:
+            (logits (batch, time, vocab_size) or None, loss () in fp32 or None).
+
+        Raises:
+            ValueError: more positions than `config.block_size`.
+        """
+        logits = self.head(self.hidden(tokens))
+        loss = None
+        if targets is not None:
+            # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return (logits if return_logits else None), loss
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.weight.device
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
+        """The model in a Hugging Face folder, a .safetensors file beside its config.json, or on the hub.
+
+        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache.
+        Weights are converted to `dtype`. The model comes in eval mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such folder, or no weights in it.
+            ValueError: a config this model cannot follow exactly, or weights that do not fit it.
+        """
+        from .weights import load  # here, since weights.py builds GPTs
+
+        return load(name_or_path, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
+        from .weights import save
+
+        save(self, Path(folder))

@@ -1,0 +1,30 @@
+"""What tests of several packages share: small random models."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that may not be there
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer GPT-2 with the real vocabulary, made and saved by transformers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=64, n_positions=128)
+    # transformers' own initialisation leaves logits within 0.1 of each other; wider weights tell errors apart.
+    config.initializer_range = 0.2
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def words() -> random.Random:
+    """A seeded generator for texts."""
+    return random.Random(0)

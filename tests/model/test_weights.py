@@ -1,0 +1,143 @@
+"""Model folders: what is read, what is written, and what is refused with one line."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from gpt2_model import GPT, GPTConfig
+
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    GPT(SMALL).save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def edit_tensors(folder, change) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file(change(tensors), folder / "model.safetensors")
+
+
+def edit_config(folder, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=100, tie_word_embeddings=False, n_inner=48),
+        GPTConfig(
+            n_layer=1, n_head=2, n_embd=32, vocab_size=100, activation_function="relu", layer_norm_epsilon=1e-3
+        ),
+    ],
+)
+def test_round_trip_is_bit_equal(tmp_path, config) -> None:
+    model = GPT(config)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == config
+    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+    assert not again.training
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_names_met_in_the_wild(folder) -> None:
+    """OpenAI's export has no prefix and keeps the mask as a buffer; others have prefixes and a stored head."""
+    expected = GPT.from_pretrained(folder).state_dict()
+
+    def openai(tensors):
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+        return bare | masks | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+    def wrapped(tensors):
+        head = {"module.lm_head.weight": tensors["wte.weight"].clone()}
+        return {f"module._orig_mod.transformer.{name}": tensor for name, tensor in tensors.items()} | head
+
+    for change in (openai, wrapped):
+        edit_tensors(folder, change)
+        loaded = GPT.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_half_precision_weights_become_the_asked_type(folder) -> None:
+    edit_tensors(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
+    assert GPT.from_pretrained(folder).wte.weight.dtype == torch.float32
+    assert GPT.from_pretrained(folder, dtype=torch.bfloat16).wte.weight.dtype == torch.bfloat16
+
+
+def test_aliases_of_config_fields(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for ours, alias in (
+        ("n_embd", "hidden_size"),
+        ("n_layer", "num_hidden_layers"),
+        ("n_head", "num_attention_heads"),
+    ):
+        config[alias] = config.pop(ours)
+    config["max_position_embeddings"] = config.pop("n_positions")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert GPT.from_pretrained(folder).config == SMALL
+
+
+def test_a_file_beside_its_config(folder) -> None:
+    assert GPT.from_pretrained(folder / "model.safetensors").config == SMALL
+
+
+def test_a_vocabulary_of_its_own_gets_no_gpt2_tokenizer(folder) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors"
+    ]  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
+
+
+BROKEN = {
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
+    "no_config": (lambda f: (f / "config.json").unlink(), "is no model folder: it has no config.json"),
+    "bad_json": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+    "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not GPT-2"),
+    "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
+    "activation": (lambda f: edit_config(f, activation_function="mish"), "'mish' is not one of"),
+    "heads": (lambda f: edit_config(f, n_head=3), "n_embd 32 must be a multiple of n_head 3"),
+    "deeper": (lambda f: edit_config(f, n_layer=3), r"12 missing \(h.2.attn.c_attn.bias, ...\), 0 unknown"),
+    "wider": (lambda f: edit_config(f, n_embd=64), r"shape .*, config.json says"),
+    "missing": (
+        lambda f: edit_tensors(f, lambda t: {n: v for n, v in t.items() if "ln_f.bias" not in n}),
+        r"1 missing \(ln_f.bias, ...\)",
+    ),
+    "twice": (
+        lambda f: edit_tensors(f, lambda t: {**t, "ln_f.bias": t["transformer.ln_f.bias"].clone()}),
+        "holds ln_f.bias twice",
+    ),
+    "other_head": (
+        lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}),
+        "lm_head.weight differs from wte.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_folders_are_refused(folder, damage, message) -> None:
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name) -> None:
+    with pytest.raises(FileNotFoundError, match="is neither a model folder, a .safetensors file nor a hub name"):
+        GPT.from_pretrained(name)
+
+
+def test_a_cut_weights_file_is_refused(folder) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        GPT.from_pretrained(folder)
