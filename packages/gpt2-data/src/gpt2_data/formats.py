@@ -1,0 +1,195 @@
+"""The byte layouts of shards and their sidecars, read and written here and nowhere else. All little-endian.
+
+A shard (`train_000001.bin`) is llm.c's and modded-nanogpt's: 256 int32 of header (20240520, 1, number of tokens,
+zeros), then the tokens as uint16. https://github.com/karpathy/llm.c/blob/master/dev/data/data_common.py
+
+Its sidecar (`train_000001.docs`) is ours: the 8 bytes GPT2DOCS, u64 version 1, u64 count, then for each document
+that starts in the shard the offset of its first token, u64.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+SHARD_HEADER_BYTES = 1024
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+DOCS_MAGIC, DOCS_VERSION = b"GPT2DOCS", 1
+DOCS_HEADER_BYTES = 24
+TOKEN = np.dtype("<u2")
+OFFSET = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: file size in bytes, SHA-256 of what follows the header and of the file, largest value."""
+
+    bytes: int
+    payload_sha256: str
+    sha256: str
+    maximum: int
+
+
+@contextlib.contextmanager
+def atomic(path: Path, temporary_folder: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` whole, and on the disk, or not at all.
+
+    `temporary_folder` must be on the same file system; leftovers of a killed process in it match *.tmp-*.
+    """
+    temporary = temporary_folder / f"{path.name}.tmp-{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failing write does not say where
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shard(file: BinaryIO, num_tokens: int, chunks: Iterable[NDArray[np.uint16]]) -> Written:
+    """Write a shard of exactly `num_tokens`, which come in `chunks`."""
+    assert 0 < num_tokens <= MAX_SHARD_TOKENS
+    header = np.zeros(256, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, num_tokens
+    written = _write(file, header.tobytes(), chunks, TOKEN)
+    assert written.bytes == shard_bytes(num_tokens), (written.bytes, num_tokens)
+    return written
+
+
+def write_docs(file: BinaryIO, offsets: NDArray[np.integer]) -> Written:
+    """Write a sidecar: the token offsets, in the shard, of the documents that start in it."""
+    header = DOCS_MAGIC + np.array([DOCS_VERSION, len(offsets)], OFFSET).tobytes()
+    return _write(file, header, [offsets], OFFSET)
+
+
+def _write(file: BinaryIO, header: bytes, chunks: Iterable[NDArray[np.integer]], dtype: np.dtype) -> Written:
+    payload, whole = hashlib.sha256(), hashlib.sha256(header)
+    size, maximum = len(header), 0
+    file.write(header)
+    for chunk in chunks:
+        data = np.ascontiguousarray(chunk, dtype).data
+        file.write(data)
+        payload.update(data)
+        whole.update(data)
+        size += data.nbytes
+        maximum = max(maximum, int(chunk.max(initial=0)))
+    return Written(size, payload.hexdigest(), whole.hexdigest(), maximum)
+
+
+def shard_bytes(num_tokens: int) -> int:
+    """Size of a shard's file in bytes."""
+    return SHARD_HEADER_BYTES + TOKEN.itemsize * num_tokens
+
+
+def docs_bytes(num_documents: int) -> int:
+    """Size of a sidecar's file in bytes."""
+    return DOCS_HEADER_BYTES + OFFSET.itemsize * num_documents
+
+
+def check_shard(path: Path) -> int:
+    """How many tokens the shard holds, by its header, once that agrees with the size of the file.
+
+    Raises ValueError or OSError, naming the file. Nothing is allocated on the word of a header.
+    """
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(12), "<i4") if os.fstat(file.fileno()).st_size >= 12 else None
+        size = os.fstat(file.fileno()).st_size
+    if header is None or size < SHARD_HEADER_BYTES:
+        raise ValueError(f"{path}: cut short: a shard has a header of {SHARD_HEADER_BYTES} bytes, file has {size}")
+    magic, version, count = (int(word) for word in header)
+    if magic != SHARD_MAGIC:
+        raise ValueError(f"{path}: not a GPT-2 token shard: magic number is {magic}, not {SHARD_MAGIC}")
+    if version != SHARD_VERSION:
+        raise ValueError(f"{path}: shard version {version}, this program reads version {SHARD_VERSION}")
+    if count <= 0:
+        raise ValueError(f"{path}: header says {count} tokens")
+    _check_size(path, size, shard_bytes(count), f"{count:,} tokens")
+    return count
+
+
+def check_docs(path: Path) -> int:
+    """How many documents the sidecar lists, once that agrees with the size of the file. Raises as check_shard."""
+    with path.open("rb") as file:
+        header = file.read(DOCS_HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < DOCS_HEADER_BYTES or header[:8] != DOCS_MAGIC:
+        raise ValueError(f"{path}: not a sidecar of document offsets")
+    version, count = (int(word) for word in np.frombuffer(header[8:], OFFSET))
+    if version != DOCS_VERSION:
+        raise ValueError(f"{path}: sidecar version {version}, this program reads version {DOCS_VERSION}")
+    _check_size(path, size, docs_bytes(count), f"{count:,} documents")
+    return count
+
+
+def _check_size(path: Path, size: int, expected: int, claim: str) -> None:
+    if size != expected:
+        what = "cut short" if size < expected else "bytes after its end"
+        raise ValueError(f"{path}: {what}: header says {claim} = {expected:,} bytes, file has {size:,}")
+
+
+def read_docs(path: Path, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    """Entries [start, stop) of a sidecar: offsets in tokens."""
+    stop = check_docs(path) if stop is None else stop
+    with path.open("rb") as file:
+        file.seek(docs_bytes(start))
+        data = file.read(OFFSET.itemsize * (stop - start))
+    return np.frombuffer(data, OFFSET).astype(np.int64)
+
+
+class TokenFiles:
+    """Random reads of tokens in a list of shards, or of files of nothing but tokens (`header_bytes=0`).
+
+    By pread, not by memory map: if a file is cut while we read it, a map kills the process by SIGBUS; this raises.
+    At most `max_open` files are held open. Safe across fork.
+    """
+
+    def __init__(self, paths: list[Path], header_bytes: int = SHARD_HEADER_BYTES, max_open: int = 64) -> None:
+        self._paths = paths
+        self._header_bytes = header_bytes
+        self._max_open = max_open
+        self._open: dict[int, int] = {}  # file number -> descriptor, the longest open first
+
+    def read_into(self, out: NDArray[np.uint16], number: int, offset: int) -> None:
+        """Fill `out` with the tokens of file `number` from token `offset` on."""
+        descriptor = self._open.get(number)
+        if descriptor is None:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = self._open[number] = os.open(self._paths[number], os.O_RDONLY)
+        data = os.pread(descriptor, out.nbytes, self._header_bytes + TOKEN.itemsize * offset)
+        if len(data) != out.nbytes:
+            raise ValueError(f"{self._paths[number]}: cut short while it was read, at token {offset:,}")
+        out[:] = np.frombuffer(data, TOKEN)
+
+    def close(self) -> None:
+        """Close what is open; the next read opens it again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": {}}  # descriptors stay with their process

@@ -1,0 +1,60 @@
+"""Which sample comes k-th: a seeded bijection of [0, n) in O(1) memory.
+
+A Feistel network permutes [0, 2^bits), the smallest that holds [0, n); what falls outside [0, n) is sent through
+again until it falls inside ("cycle walking"), which keeps it a bijection. All arithmetic is our own on uint64: the
+order does not hang on a random number generator's version.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_MASK64 = (1 << 64) - 1
+_ROUNDS = 8  # 4 make a good permutation of large sets; small ones need more, and it costs little
+
+
+def permute(indices: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
+    """Where each of `indices` in [0, n) goes under permutation number `seed` (any int; its low 64 bits count)."""
+    values = np.atleast_1d(np.asarray(indices, np.int64))
+    if values.size and (values.min() < 0 or values.max() >= n):
+        raise ValueError(f"indices must lie in [0, {n})")
+    bits = (n - 1).bit_length()
+    keys = [mix(seed, round_) for round_ in range(_ROUNDS)]
+    result = _feistel(values.astype(np.uint64), bits, keys)
+    outside = np.flatnonzero(result >= np.uint64(n))
+    while outside.size:  # fewer than half are, so this ends after a few turns
+        result[outside] = _feistel(result[outside], bits, keys)
+        outside = outside[result[outside] >= np.uint64(n)]
+    return result.astype(np.int64).reshape(np.shape(indices))
+
+
+def mix(seed: int, stream: int) -> int:
+    """A 64-bit seed made from a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
+    return _mix_int(_mix_int(seed & _MASK64) ^ ((stream * 0x9E3779B97F4A7C15) & _MASK64))
+
+
+def _mix_int(value: int) -> int:
+    """SplitMix64's step for one number: https://prng.di.unimi.it/splitmix64.c."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same for an array; uint64 arrays wrap around as C does."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, keys: list[int]) -> NDArray[np.uint64]:
+    """Each half in turn is changed by a hash of the other, which can be undone: a bijection whatever the hash."""
+    shift = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    high, low = values >> shift, values & low_mask
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        high = high ^ (_mix_array(low ^ np.uint64(even)) & high_mask)
+        low = low ^ (_mix_array(high ^ np.uint64(odd)) & low_mask)
+    return (high << shift) | low

@@ -1,0 +1,191 @@
+"""Phase B of a build: tokenized units -> documents in order -> splits -> shards.
+
+The documents in their order are one stream of tokens. Two work files say what is where in it, so that no process
+holds that in memory: `positions` (where the k-th document begins in the stream; at the end the stream's length)
+and `starts` (where that document begins in the units' tokens, laid end to end).
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_data import formats, order
+from gpt2_data.manifest import Shard, Sidecar
+
+_CHUNK_DOCUMENTS = 1_000_000
+_CHUNK_TOKENS = 4_000_000
+
+
+@dataclass(frozen=True)
+class UnitFiles:
+    """A tokenized unit: raw uint16 tokens, and the u64 length of each document. EOTs are in both."""
+
+    tokens: Path
+    lengths: Path
+    num_tokens: int
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stream of all documents in order; the first `val_documents` of them are validation's."""
+
+    units: tuple[UnitFiles, ...]
+    positions: Path
+    starts: Path
+    num_documents: int
+    num_tokens: int
+    val_documents: int
+    val_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Write tokens [start, stop) of the stream to `folder / file`."""
+
+    layout: Layout
+    folder: Path
+    temporary_folder: Path
+    split: str
+    file: str
+    start: int
+    stop: int
+
+
+def lay_out(units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int) -> Layout:
+    """Put the documents in order: the source's, or for a seed the one it stands for. Validation takes the first.
+
+    Raises ValueError, saying what would do, if that leaves nothing for training.
+    """
+    source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
+    with source.open("wb") as file:
+        num_documents = _write_sums(file, (np.fromfile(unit.lengths, formats.OFFSET) for unit in units))
+    if num_documents == 0:
+        raise ValueError("there is no text in the source")
+    begins = _map(source)
+    if seed is None:
+        positions = starts = source
+    else:
+        with starts.open("wb") as file:
+            for chosen in _permuted(num_documents, seed):
+                file.write(begins[chosen].astype(formats.OFFSET).data)
+        with positions.open("wb") as file:
+            chunks = (begins[chosen + 1] - begins[chosen] for chosen in _permuted(num_documents, seed))
+            _write_sums(file, chunks)
+    sums = _map(positions)
+    val_documents = int(np.searchsorted(sums, val_tokens))
+    if val_documents >= num_documents:
+        raise ValueError(_nothing_left(sums, val_tokens))
+    total, val = int(sums[-1]), int(sums[val_documents])
+    return Layout(tuple(units), positions, starts, num_documents, total, val_documents, val)
+
+
+def _write_sums(file: BinaryIO, chunks: Iterator[NDArray[np.uint64]]) -> int:
+    """Write 0 and the running sums of the numbers in `chunks`; returns how many numbers there were."""
+    total = count = 0
+    file.write(np.zeros(1, formats.OFFSET).data)
+    for chunk in chunks:
+        if len(chunk):
+            sums = total + np.cumsum(chunk, dtype=np.uint64)
+            file.write(sums.astype(formats.OFFSET).data)
+            total, count = int(sums[-1]), count + len(chunk)
+    return count
+
+
+def _permuted(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, n, _CHUNK_DOCUMENTS):
+        yield order.permute(np.arange(start, min(start + _CHUNK_DOCUMENTS, n)), n, seed)
+
+
+def _map(path: Path) -> NDArray[np.uint64]:
+    return np.memmap(path, formats.OFFSET, "r")
+
+
+def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
+    documents, tokens = len(sums) - 1, int(sums[-1])
+    proposal = tokens // 20
+    if proposal > 0:
+        proposal = round(proposal, 2 - len(str(proposal)))  # two digits are enough to type
+    if int(np.searchsorted(sums, proposal)) >= documents:
+        proposal = 0
+    return (
+        f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
+        f"{val_tokens:,} are wanted for validation: try --val-tokens {proposal}"
+    )
+
+
+def shard_tasks(layout: Layout, shard_size: int, folder: Path, temporary_folder: Path) -> list[ShardTask]:
+    """The shards: validation's first, one running number in the names. A document may go on in the next shard."""
+    ends = {"val": (0, layout.val_tokens), "train": (layout.val_tokens, layout.num_tokens)}
+    ranges = [
+        (split, start, min(start + shard_size, last))
+        for split, (first, last) in ends.items()
+        for start in range(first, last, shard_size)
+    ]
+    return [
+        ShardTask(layout, folder, temporary_folder, split, f"{split}_{i:06d}.bin", start, stop)
+        for i, (split, start, stop) in enumerate(ranges)
+    ]
+
+
+def write_shard(task: ShardTask) -> Shard:
+    """Write one shard and its sidecar."""
+    layout, docs_file = task.layout, task.file.removesuffix(".bin") + ".docs"
+    sums = _map(layout.positions)
+    begin, end = (int(i) for i in np.searchsorted(sums[:-1], [task.start, task.stop]))  # documents that start here
+    offsets = sums[begin:end].astype(np.int64) - task.start
+    with formats.atomic(task.folder / docs_file, task.temporary_folder) as file:
+        docs = formats.write_docs(file, offsets)
+    with formats.atomic(task.folder / task.file, task.temporary_folder) as file:
+        written = formats.write_shard(file, task.stop - task.start, _tokens(task, sums))
+    return Shard(
+        split=task.split,
+        file=task.file,
+        tokens=task.stop - task.start,
+        documents=end - begin,
+        bytes=written.bytes,
+        max_token=written.maximum,
+        tokens_sha256=written.payload_sha256,
+        sha256=written.sha256,
+        docs=Sidecar(docs_file, docs.bytes, docs.sha256),
+    )
+
+
+def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.uint16]]:
+    """Tokens [start, stop) of the stream in chunks; a chunk is good until the next is asked for."""
+    units = task.layout.units
+    unit_starts = list(itertools.accumulate((unit.num_tokens for unit in units), initial=0))
+    files = formats.TokenFiles([unit.tokens for unit in units], header_bytes=0)
+    buffer = np.empty(min(_CHUNK_TOKENS, task.stop - task.start), np.uint16)
+    filled = 0
+    for start, length in _runs(task, sums):
+        while length:
+            unit = bisect.bisect_right(unit_starts, start) - 1
+            count = min(length, unit_starts[unit + 1] - start, len(buffer) - filled)
+            files.read_into(buffer[filled : filled + count], unit, start - unit_starts[unit])
+            start, length, filled = start + count, length - count, filled + count
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
+    files.close()
+
+
+def _runs(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """(start, length) in the units' tokens of what the shard is made of; neighbours that adjoin are one."""
+    first = int(np.searchsorted(sums, task.start, side="right")) - 1  # may have started before the shard
+    last = int(np.searchsorted(sums[:-1], task.stop))
+    bounds = np.clip(sums[first : last + 1].astype(np.int64), task.start, task.stop)
+    lengths = np.diff(bounds)
+    starts = _map(task.layout.starts)[first:last].astype(np.int64)
+    starts[0] += task.start - int(sums[first])
+    breaks = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
+    run_lengths = np.add.reduceat(lengths, np.concatenate([[0], breaks]))
+    yield from zip(starts[np.concatenate([[0], breaks])].tolist(), run_lengths.tolist(), strict=True)

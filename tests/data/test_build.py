@@ -1,0 +1,263 @@
+"""A build's result, compared with one worked out by hand here."""
+
+import itertools
+import json
+import random
+import shutil
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, plan, units, verify
+from gpt2_data.order import permute
+
+
+def expected_splits(documents, val_tokens, seed=None):
+    """{split: (tokens, document starts)} by the words of the design."""
+    encode = get_tokenizer().encode_ordinary
+    ids = [[50256, *encode(text)] for text in documents if text]
+    if seed is not None:
+        ids = [ids[i] for i in permute(np.arange(len(ids)), len(ids), seed).tolist()]
+    val = 0
+    while sum(map(len, ids[:val])) < val_tokens:
+        val += 1
+    return {"val": list(itertools.chain(*ids[:val])), "train": list(itertools.chain(*ids[val:]))}
+
+
+def stored(folder, split):
+    """The tokens in a split's shards, read without our reader, and where documents start by the sidecars."""
+    tokens, starts = [], []
+    for shard in json.loads((folder / "dataset.json").read_bytes())["shards"]:
+        if shard["split"] == split:
+            data, docs = (folder / shard["file"]).read_bytes(), (folder / shard["docs"]["file"]).read_bytes()
+            magic, version, count = struct.unpack("<3i", data[:12])
+            assert (magic, version) == (20240520, 1)
+            offsets = struct.unpack(f"<{(len(docs) - 24) // 8}Q", docs[24:])
+            starts += [len(tokens) + offset for offset in offsets]
+            tokens += struct.unpack(f"<{count}H", data[1024:])
+            assert len(offsets) == shard["documents"]
+            assert count == shard["tokens"]
+    return tokens, starts
+
+
+@pytest.mark.parametrize("order", ["source", "shuffled"])
+@pytest.mark.parametrize(("val_tokens", "shard_size"), [(0, 10**6), (500, 700), (1, 640), (3000, 1000)])
+def test_tokens_splits_and_documents(make, texts, order, val_tokens, shard_size):
+    texts = ["", *texts, ""]
+    folder = make(texts, order=order, seed=5, val_tokens=val_tokens, shard_size=shard_size)
+    for split, tokens in expected_splits(texts, val_tokens, 5 if order == "shuffled" else None).items():
+        there, starts = stored(folder, split)
+        assert there == tokens
+        assert starts == [i for i, token in enumerate(tokens) if token == 50256]
+    sizes = [shard["tokens"] for shard in json.loads((folder / "dataset.json").read_bytes())["shards"]]
+    assert max(sizes) <= shard_size
+    assert verify(folder, "full").ok
+
+
+def test_files_and_their_names(make):
+    folder = make(["Hello world"] * 10, val_tokens=4, shard_size=10)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "build.jsonl",
+        "dataset.json",
+        *[f"train_{i:06d}.{ending}" for i in (1, 2, 3) for ending in ("bin", "docs")],
+        "val_000000.bin",
+        "val_000000.docs",
+    ]
+    header = struct.pack("<256i", 20240520, 1, 10, *[0] * 253)
+    assert (folder / "train_000001.bin").read_bytes() == header + struct.pack(
+        "<10H", *([50256, 15496, 995] * 4)[:10]
+    )
+    assert (folder / "train_000001.docs").read_bytes() == b"GPT2DOCS" + struct.pack("<6Q", 1, 4, 0, 3, 6, 9)
+    # The fourth document goes on here: none starts at 0.
+    assert (folder / "train_000002.docs").read_bytes() == b"GPT2DOCS" + struct.pack("<5Q", 1, 3, 2, 5, 8)
+
+
+def test_documents_that_fill_or_exceed_a_shard(make):
+    hello = "Hello world"  # three tokens with its EOT
+    for documents, size, counts in [
+        ([hello, hello], 3, [1, 1]),  # each fills one exactly
+        ([hello * 50, hello], 10, None),  # longer than ten shards
+        ([hello] * 2, 6, [2]),
+        ([hello], 1, [1, 0, 0]),
+    ]:
+        folder = make(documents, shard_size=size)
+        tokens, starts = stored(folder, "train")
+        assert tokens == expected_splits(documents, 0)["train"]
+        assert len(starts) == len(documents)
+        if counts is not None:
+            assert [s["documents"] for s in json.loads((folder / "dataset.json").read_bytes())["shards"]] == counts
+
+
+def test_documents_in_parts_are_one_document(tmp_path, monkeypatch):
+    text = "One line.\nTwo lines.\n\n  Three.\n" * 300
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("short")
+    monkeypatch.setattr("gpt2_data.sources._BLOCK", 200)
+    monkeypatch.setattr(units, "_BATCH_CHARACTERS", 900)
+    build(BuildConfig([tmp_path / "*.txt"], tmp_path / "out", val_tokens=0, workers=1))
+    tokens, starts = stored(tmp_path / "out", "train")
+    assert tokens == expected_splits([text, "short"], 0)["train"]
+    assert len(starts) == 2
+
+
+def test_same_bytes_for_any_number_of_workers(tmp_path, write_jsonl, texts, files_of, monkeypatch):
+    monkeypatch.setattr(sys.modules["gpt2_data.build"], "_TOKENS_WORTH_A_WORKER", 1000)  # write in processes too
+    source = write_jsonl(texts, files=5)
+    results = []
+    for workers in 1, 2, 3:
+        out = tmp_path / f"out{workers}"
+        config = BuildConfig([source / "*.jsonl"], out, 900, 300, workers=workers, order="shuffled", seed=1)
+        build(config)
+        results.append(files_of(out))
+    assert results[0] == results[1] == results[2]
+    line = json.loads((tmp_path / "out3" / "build.jsonl").read_bytes())
+    assert line["workers"] == 3
+    assert line["versions"]["tiktoken"]
+
+
+def test_source_counts_are_recorded(make, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": ""}\n\n{"text": null}\n{"text": "caf\xe9"}\n')
+    result = build(BuildConfig([folder / "a.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
+    assert (result.documents, result.documents_empty, result.documents_replaced) == (2, 2, 1)
+    source = open_dataset(tmp_path / "out").manifest.source
+    assert source["text_bytes"] == 3 + 6
+    assert [item["name"] for item in source["inputs"]] == ["a.jsonl"]
+    assert str(tmp_path) not in (tmp_path / "out" / "dataset.json").read_text()
+
+
+def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
+    folder = make(texts, shard_size=1000)
+    before = files_of(folder), (folder / "build.jsonl").read_bytes()
+    source = tmp_path / "source1" / "*.jsonl"
+    config = {"val_tokens": 0, "shard_size": 1000, "workers": 1}
+    (folder / ".build").mkdir()  # as a kill in the last moment leaves it
+    (folder / ".build" / "unit-00000.u16").touch()
+    result = build(BuildConfig([source], folder, **config))
+    assert result.already_built
+    assert result.tokens == len(stored(folder, "train")[0])
+    with pytest.raises(ValueError, match="its shard_size differs, 1000 there and 900 here"):
+        build(BuildConfig([source], folder, **(config | {"shard_size": 900})))
+    with pytest.raises(ValueError, match="its source differs"):
+        build(BuildConfig([source], folder, **(config | {"limit_docs": 3})))
+    assert (files_of(folder), (folder / "build.jsonl").read_bytes()) == before
+    (folder / "train_000000.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"damaged: train_000000\.bin: cut short.*delete it and build again"):
+        build(BuildConfig([source], folder, **config))
+
+
+def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
+    source = write_jsonl(texts)
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"the source has 2\d,\d{3} tokens in 120 documents.*try --val-tokens (\d+)"
+    ) as error:
+        build(BuildConfig([source / "*.jsonl"], out, workers=1))
+    assert not (out / "dataset.json").exists()
+    proposal = int(str(error.value).split()[-1])
+    result = build(BuildConfig([source / "*.jsonl"], out, val_tokens=proposal, workers=1))
+    assert 0 < result.val_tokens < result.tokens
+    assert result.text_mb_per_second == 0  # what was tokenized before was used
+    one = write_jsonl(["only one"], folder="one")
+    with pytest.raises(ValueError, match="try --val-tokens 0"):
+        build(BuildConfig([one / "*.jsonl"], tmp_path / "two", workers=1))
+    none = write_jsonl(["", ""], folder="none")
+    with pytest.raises(ValueError, match="there is no text in the source"):
+        build(BuildConfig([none / "*.jsonl"], tmp_path / "three", workers=1))
+
+
+def test_folders_that_cannot_be_used(write_jsonl, tmp_path):
+    source = write_jsonl(["a", "b"])
+
+    def run(out):
+        build(BuildConfig([source / "*.jsonl"], out, val_tokens=0, workers=1))
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        run(tmp_path / "file")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "train_000007.bin").touch()
+    with pytest.raises(ValueError, match=r"holds train_000007\.bin but no dataset\.json"):
+        run(tmp_path / "foreign")
+    (tmp_path / "swift" / ".build" / "debug").mkdir(parents=True)
+    with pytest.raises(ValueError, match="was not made by gpt2-data"):
+        run(tmp_path / "swift")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.txt").write_text("mine")
+    run(tmp_path / "notes")
+    assert (tmp_path / "notes" / "README.txt").read_text() == "mine"
+    assert verify(tmp_path / "notes").ok
+
+
+def test_one_build_at_a_time(write_jsonl, tmp_path, monkeypatch):
+    source = write_jsonl(["a", "b"])
+    config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1)
+
+    def second(what, done, total):
+        if what == "hashing":  # does not touch the folder yet
+            return
+        with pytest.raises(ValueError, match="another build is at work"):
+            build(config)
+
+    build(config, second)
+
+
+def test_a_full_disk_is_noticed_before_work_starts(write_jsonl, tmp_path, monkeypatch):
+    source = write_jsonl(["a", "b"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match="are needed while building"):
+        build(BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(write_jsonl, tmp_path):
+    source = write_jsonl(["a", "b"])
+
+    def change(what, done, total):
+        if what == "writing":
+            with (source / "000.jsonl").open("a") as file:
+                file.write('{"text": "c"}\n')
+
+    with pytest.raises(ValueError, match=r"000\.jsonl was changed during the build"):
+        build(BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1), change)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_options_that_cannot_work(tmp_path):
+    for options, message in [
+        ({"shard_size": 0}, "shard_size is 0 tokens, must be 1 to 2,147,483,647"),
+        ({"shard_size": 2**31}, "shard_size"),
+        ({"val_tokens": -1}, "val_tokens is -1"),
+        ({"workers": 0}, "workers is 0"),
+        ({"limit_docs": 0}, "limit_docs is 0"),
+        ({"format": "arrow"}, "format is 'arrow', must be uint16"),
+        ({"tokenizer": "gigatoken"}, "tokenizer"),
+        ({"order": "random"}, "must be source or shuffled"),
+        ({"engine": "ray"}, "engine"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BuildConfig(["pydocs"], tmp_path, **options)
+    with pytest.raises(ValueError, match="no source given: known are pydocs"):
+        BuildConfig([], tmp_path)
+
+
+def test_pydocs_estimates_and_units(tmp_path):
+    made = plan.make_plan(BuildConfig(["pydocs"], tmp_path))
+    assert len(made.units) > 2
+    guess = plan.estimate(made)
+    assert 3_000_000 < guess.tokens < 12_000_000
+    assert not guess.counted
+
+
+def test_many_random_layouts(make, tmp_path):
+    rng = random.Random(3)
+    for _ in range(8):
+        documents = ["word " * rng.choice([0, 1, 2, 5, 30]) for _ in range(rng.randrange(2, 30))] + ["end", "end"]
+        val, size = rng.choice([0, 1, 10]), rng.choice([3, 7, 31, 1000])
+        order = rng.choice(["source", "shuffled"])
+        folder = make(documents, val_tokens=val, shard_size=size, order=order)
+        for split, tokens in expected_splits(documents, val, 0 if order == "shuffled" else None).items():
+            assert stored(folder, split)[0] == tokens

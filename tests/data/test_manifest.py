@@ -1,0 +1,144 @@
+"""dataset.json, and what verify finds."""
+
+import hashlib
+import json
+import os
+import struct
+
+import pytest
+
+from gpt2_data import manifest, open_dataset, verify
+
+
+@pytest.fixture
+def folder(make, texts):
+    return make(texts, val_tokens=500, shard_size=3000)
+
+
+def test_written_the_same_way_and_named_by_its_hash(folder):
+    data = (folder / "dataset.json").read_bytes()
+    made = manifest.load(folder)
+    assert made.to_bytes() == data
+    assert made.hash == hashlib.sha256(data).hexdigest()
+    content = json.loads(data)
+    assert content["format_version"] == 1
+    assert content["tokenizer"]["name"] == "gpt2"
+    assert content["tokenizer"]["vocabulary_sha256"]["encoder.json"].startswith("19613966")
+    for shard in content["shards"]:
+        payload = (folder / shard["file"]).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(payload).hexdigest()
+        assert shard["tokens_sha256"] == hashlib.sha256(payload[1024:]).hexdigest()
+        assert shard["bytes"] == len(payload)
+
+
+def test_nothing_wrong(folder):
+    for level in "fast", "full":
+        report = verify(folder, level)
+        assert report.ok
+        assert report.files == 2 * len(manifest.load(folder).shards)
+    with pytest.raises(ValueError, match="must be fast or full"):
+        verify(folder, "slow")
+
+
+def test_a_flipped_bit_is_found_by_the_full_level(folder):
+    for name in "train_000002.bin", "val_000000.docs":
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 64]))
+        assert verify(folder, "fast").ok
+        problems = verify(folder, "full").problems
+        assert f"{name}: damaged: its SHA-256 is not the one in dataset.json" in problems
+        (folder / name).write_bytes(data)
+
+
+def test_an_id_outside_the_vocabulary_is_found(folder):
+    path = folder / "train_000001.bin"
+    data = bytearray(path.read_bytes())
+    data[1024 + 2 * 17 : 1024 + 2 * 18] = struct.pack("<H", 65535)
+    path.write_bytes(data)
+    assert "train_000001.bin: token 17 is 65535, not below 50257" in verify(folder, "full").problems
+    with pytest.raises(ValueError, match=r"train_000001\.bin: token 17 is 65535"):
+        open_dataset(folder).read("train", 0, 100)
+
+
+def test_files_cut_missing_extra_and_swapped(folder):
+    first, second = folder / "train_000001.bin", folder / "train_000002.bin"
+    whole = first.read_bytes()
+    os.truncate(first, 2000)
+    assert verify(folder).problems == (
+        "train_000001.bin: cut short: header says 3,000 tokens = 7,024 bytes, file has 2,000",
+    )
+    first.unlink()
+    assert verify(folder).problems == ("train_000001.bin: missing",)
+    with pytest.raises(FileNotFoundError):
+        open_dataset(folder).read("train", 0, 1)
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(whole)
+    assert verify(folder, "fast").ok
+    assert len([p for p in verify(folder, "full").problems if "SHA-256" in p]) == 2
+    (folder / "train_000099.bin").touch()
+    assert "train_000099.bin: not part of this dataset; delete it" in verify(folder).problems
+
+
+def test_a_shard_with_another_count_is_found(folder):
+    name = "train_000001.bin"
+    (folder / name).write_bytes(struct.pack("<256i", 20240520, 1, 1, *[0] * 253) + b"\0\0")
+    assert verify(folder).problems == (f"{name}: 1 tokens, dataset.json says 3,000",)
+    with pytest.raises(ValueError, match=r"train_000001\.bin: 1 tokens, dataset\.json says 3,000"):
+        open_dataset(folder).read("train", 0, 1)
+
+
+def change(folder, **changes):
+    content = json.loads((folder / "dataset.json").read_bytes())
+    for path, value in changes.items():
+        target = content
+        *keys, last = path.split("__")
+        for key in keys:
+            target = target[int(key) if key.isdigit() else key]
+        target[last] = value
+    (folder / "dataset.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("format_version", 2, "format version 2, this program reads version 1"),
+        ("shards__0__file", "../../etc/passwd", "is not a plain name"),
+        ("shards__0__file", "/etc/passwd", "is not a plain name"),
+        ("shards__0__file", "C:\\shard", "is not a plain name"),
+        ("shards__0__file", "..", "is not a plain name"),
+        ("shards__0__docs__file", "a/b.docs", "is not a plain name"),
+        ("shards__0__file", "train_000001.bin", "a file is listed twice"),
+        ("shards__0__file", 5, "is not a plain name"),
+        ("shards__0__split", "test", "split 'test'"),
+        ("shards__0__tokens", -1, "-1 tokens"),
+        ("shards__0__tokens", 2**40, "tokens"),
+        ("shards__0__tokens", "many", "'many' tokens"),
+        ("shards__0__tokens", 7, "sizes that do not fit its counts"),
+        ("shards__0__max_token", 50257, "token 50257 in a vocabulary of 50257"),
+        ("shards__0__sha256", "x", "SHA-256 'x'"),
+        ("shards__0__colour", 1, "colour"),
+        ("shards", None, "not a valid dataset description"),
+        ("tokenizer", [], "not a valid dataset description"),
+        ("tokenizer__vocab_size", 10**6, "vocab_size 1000000"),
+        ("totals__train__tokens", 1, "totals or layout were changed"),
+    ],
+)
+def test_a_manifest_is_not_trusted(folder, path, value, message):
+    change(folder, **{path: value})
+    with pytest.raises(ValueError, match=message) as error:
+        manifest.load(folder)
+    assert str(folder / "dataset.json") in str(error.value)
+
+
+def test_a_folder_that_is_no_dataset(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no dataset\.json in it"):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="is not a dataset"):
+        open_dataset(tmp_path / "missing")
+    (tmp_path / ".build").mkdir()
+    with pytest.raises(ValueError, match="an unfinished build: run its command again"):
+        verify(tmp_path)
+    for data in b"", b"{", b"[]", b"\xff", b"[" * 10**5:
+        (tmp_path / "dataset.json").write_bytes(data)
+        with pytest.raises(ValueError, match=r"dataset\.json: not a valid dataset description"):
+            open_dataset(tmp_path)
