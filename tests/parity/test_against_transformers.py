@@ -37,16 +37,18 @@ def make_pair(tmp_path, **fields) -> tuple[transformers.GPT2LMHeadModel, GPT]:
     return theirs, GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("return_logits", [True, False], ids=["with_logits", "loss_alone"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_logits_loss_and_gradients(tmp_path, fields) -> None:
+def test_logits_loss_and_gradients(tmp_path, fields, return_logits) -> None:
     theirs, ours = make_pair(tmp_path, **fields)
     tokens = torch.randint(0, theirs.config.vocab_size, (3, 40))
-    logits, loss = ours(tokens[:, :-1], tokens[:, 1:])
+    logits, loss = ours(tokens[:, :-1], tokens[:, 1:], return_logits=return_logits)
     expected = theirs(tokens, labels=tokens)
     loss.backward()
     expected.loss.backward()
 
-    torch.testing.assert_close(logits, expected.logits[:, :-1], rtol=0, atol=1e-5)
+    if return_logits:
+        torch.testing.assert_close(logits, expected.logits[:, :-1], rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
     gradients = {name: p.grad for name, p in theirs.transformer.named_parameters()}
     for name, parameter in ours.named_parameters():

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .config import GPTConfig
+from .head_loss import head_loss
 
 if TYPE_CHECKING:
     from .generation import KVCache
@@ -140,8 +142,12 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary: (..., n_embd) -> (..., vocab_size)."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection, (vocab_size, n_embd): the token embedding where they are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
@@ -151,7 +157,7 @@ class GPT(nn.Module):
         Args:
             tokens: (batch, time) int64 ids.
             targets: (batch, time) int64 ids that should follow each position; -100 counts for nothing.
-            return_logits: False in training, where nobody reads them: compiled, they need not be kept then.
+            return_logits: False in training, where nobody reads them: they need not be kept then.
 
         Returns:
             (logits (batch, time, vocab_size) or None, loss () in fp32 or None).
@@ -159,7 +165,10 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than `config.block_size`.
         """
-        logits = self.head(self.hidden(tokens))
+        hidden = self.hidden(tokens)
+        if targets is not None and not return_logits and hidden.device.type == "cpu" and not is_compiling():
+            return None, head_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        logits = self.head(hidden)
         loss = None
         if targets is not None:
             # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.

@@ -250,7 +250,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write under another name, flush to the disk, then rename: a kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except safetensors.SafetensorError as error:  # a full disk, told in its own way
+            raise OSError(f"cannot write {path}: {error}") from None
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,0 +1,44 @@
+"""The loss in blocks of rows equals the loss over all logits, and so do its gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt2_model.head_loss import ROWS, head_loss
+
+
+def both(rows, *, ignored=0, autocast=False):
+    torch.manual_seed(0)
+    targets = torch.randint(0, 500, (rows,))
+    targets[:ignored] = -100
+    hidden, weight = torch.randn(rows, 24), torch.randn(500, 24)
+    found = []
+    for loss_of in (head_loss, lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t)):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(*leaves, targets)
+        (3 * loss).backward()
+        found.append((loss.detach(), leaves[0].grad, leaves[1].grad))
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize(("rows", "ignored"), [(1, 0), (ROWS - 1, 0), (ROWS, 7), (2 * ROWS + 3, ROWS + 1)])
+def test_equal_to_cross_entropy(rows, ignored) -> None:
+    for ours, expected in both(rows, ignored=ignored):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_under_autocast_to_bf16_s_precision() -> None:
+    for ours, expected in both(ROWS + 1, autocast=True):
+        assert ours.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=2e-3)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    loss = head_loss(torch.full((2, 1), 1e4), torch.tensor([[1.0], [0.0]]), torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(5e3)
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    with torch.no_grad():
+        assert not head_loss(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])).requires_grad
