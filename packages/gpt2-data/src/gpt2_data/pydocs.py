@@ -1,6 +1,6 @@
 """The text that every Python carries: help topics, the standard library's sources, compiled modules' docstrings.
 
-About 15 MB that needs no download. Which text it is depends on the Python version; sha256() says which one it was.
+About 9 MB that needs no download. Which text it is depends on the Python version; sha256() says which one it was.
 """
 
 import functools
@@ -73,8 +73,8 @@ def _sources() -> list[tuple[str, str]]:
 
 
 def _as_tabs(spaces: re.Match[str]) -> str:
-    """A tab for each four spaces of indentation. GPT-2's vocabulary has no runs of spaces: every space but the last
-    before a word is a token of its own, and 39 % of all tokens were such."""
+    """A tab for each four spaces. To GPT-2's vocabulary nearly each space of an indentation is a token of its own:
+    such were 39 % of all tokens."""
     return "\t" * (len(spaces[0]) // 4)
 
 
