@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that may not be there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker of pytest-xdist a core; the models are tiny
 
 
 @pytest.fixture(scope="session")

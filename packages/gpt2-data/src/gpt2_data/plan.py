@@ -18,7 +18,7 @@ from gpt2_data.sources import Unit
 
 PLAN_VERSION = 1
 UNIT_BYTES = 32_000_000  # text in a work unit: about 3 seconds of one core
-PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 12 MB
+PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
 _BYTES_PER_TOKEN = 4.3  # of English web text; for estimates only
 _BYTES_PER_TOKEN_OF_CODE = 2.2  # GPT-2 spends a token on each space of an indent

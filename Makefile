@@ -1,0 +1,48 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. The rest is what they are made of.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pins hold for what pip builds with, too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := packages/gpt2-model/src packages/gpt2-data/src packages/gpt2-eval/src packages/gpt2-train/src tools
+
+.PHONY: help quickstart test test-fast check format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(VENV)/.installed ## the whole pipeline on a small model: about five minutes on two cores
+	$(BIN)/python tools/quickstart.py
+
+test: check ## every check: ruff, mypy, import-linter, pytest
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.installed-dev ## pytest without the tests that take more than ten seconds
+	$(BIN)/pytest -m "not slow"
+
+check: $(VENV)/.installed-dev ## the checks that read the code: ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## let ruff mend and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what make made
+	rm -rf $(VENV) quickstart .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old: Python 3.11 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt constraints.txt packages/*/pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@

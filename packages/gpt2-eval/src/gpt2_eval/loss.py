@@ -1,0 +1,144 @@
+"""Validation loss, perplexity and bits per byte on exactly the first tokens of a split."""
+
+import math
+import time
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from gpt2_model import EOT, get_tokenizer
+
+from .report import LossResult, ratio_standard_error
+from .scoring import (
+    LanguageModel,
+    device_of,
+    evaluating,
+    gather_records,
+    rank_and_world_size,
+    require_finite,
+    token_log_probs,
+)
+
+if TYPE_CHECKING:
+    from gpt2_data import Dataset
+
+DEFAULT_TOKENS = 10_485_760  # build-nanogpt's and modded-nanogpt's: 20 x 64 x 1,024 x 8
+
+
+def evaluate_loss(
+    model: LanguageModel,
+    dataset: "Dataset",
+    *,
+    split: str = "val",
+    tokens: int = DEFAULT_TOKENS,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> LossResult:
+    """Mean cross-entropy of the split's first `tokens` target tokens, in consecutive windows of `seq_len`.
+
+    The target tokens are numbers 1 to `tokens` of the split (number 0 has nothing before it); the last window
+    may be short. They are the same on any number of ranks and for any batch size: counted in batches, as
+    build-nanogpt and llm.c do, they would change with both. Where torch.distributed is initialised, every rank
+    must call this; each scores its share and gets the whole result.
+
+    Args:
+        dataset: what `gpt2_data.open_dataset` returns.
+        tokens: target tokens; all there are where the split is smaller (`LossResult.tokens` says how many).
+        seq_len: tokens a window; the model's context if None.
+        batch_size: windows in a forward pass.
+        device: where the inputs go; the model's own device if None.
+        autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
+        progress: draw a bar on stderr.
+
+    Raises:
+        ValueError: a size that does not fit the model or the split, token ids beyond the vocabulary, or a loss
+            that is not finite.
+    """
+    block_size = model.config.block_size
+    seq_len = block_size if seq_len is None else seq_len
+    if not 1 <= seq_len <= block_size:
+        raise ValueError(f"seq_len must be 1 to {block_size}, the model's context, not {seq_len}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    num_targets = count_targets(dataset, split, tokens)
+    device = device_of(model, device)
+    start = time.perf_counter()
+    num_windows = -(-num_targets // seq_len)
+    rank, world_size = rank_and_world_size()
+    # Whole batches are dealt to the ranks: each holds the same windows, and so the same bits, on any number.
+    batches = range(0, num_windows, batch_size)[rank::world_size]
+    mine: dict[int, tuple[float, int]] = {}
+    with evaluating(model, device, autocast_dtype):
+        for first in tqdm(batches, desc="loss", unit="batch", leave=False, disable=not progress):
+            last = min(first + batch_size, num_windows)
+            ids = dataset.read(split, first * seq_len, min(last * seq_len, num_targets) + 1)
+            nats, text_bytes = _score_windows(model, ids, seq_len, device)
+            for window, record in enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first):
+                mine[window] = record
+    records = gather_records(mine, num_windows)
+    nats = np.array([record[0] for record in records])
+    require_finite(nats, "sequences")
+    lengths = np.full(num_windows, seq_len)
+    lengths[-1] = num_targets - (num_windows - 1) * seq_len
+    loss = float(nats.sum() / num_targets)
+    num_bytes = sum(record[1] for record in records)
+    return LossResult(
+        loss=loss,
+        stderr=ratio_standard_error(nats, lengths),
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=float(nats.sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
+        tokens=num_targets,
+        tokens_requested=tokens,
+        sequences=num_windows,
+        seq_len=seq_len,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
+    """Target tokens to score: `tokens`, or as many as the split has after its first.
+
+    Raises:
+        ValueError: `tokens` below 1, or a split with nothing to predict.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, not {tokens}")
+    available = dataset.tokens(split)
+    if available < 2:
+        raise ValueError(f"split {split!r} has {available} tokens: there is nothing to predict")
+    return min(tokens, available - 1)
+
+
+def _score_windows(
+    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Consecutive tokens (targets + 1,) -> nats and bytes of the targets in each window, the last maybe short."""
+    limit = min(model.config.vocab_size, EOT + 1)
+    if ids.max() >= limit:
+        raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
+    num_targets = ids.size - 1
+    window_of = np.arange(num_targets) // seq_len
+    num_windows = int(window_of[-1]) + 1
+    tokens = np.zeros(num_windows * seq_len, dtype=np.int64)
+    tokens[:num_targets] = ids[:-1]
+    targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
+    hidden = model.hidden(torch.from_numpy(tokens.reshape(num_windows, seq_len)).to(device))
+    # What pads the last window lies at the end of the flattened batch: cut off, it is never scored.
+    log_probs = token_log_probs(model, hidden.flatten(0, 1)[:num_targets], targets)
+    nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
+    text_bytes = np.bincount(window_of, weights=bytes_per_token()[ids[1:]])
+    return nats.astype(np.float64), text_bytes.astype(np.int64)
+
+
+@cache
+def bytes_per_token() -> NDArray[np.int64]:
+    """UTF-8 bytes that each of the 50,257 tokens stands for; `<|endoftext|>` is no text and has 0."""
+    tokenizer = get_tokenizer()
+    return np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(EOT)] + [0])

@@ -1,0 +1,42 @@
+"""GPT-2 pretraining: `torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data DIR --out RUN`.
+
+Names are imported on first use, so that `gpt2-train --help` does not wait two seconds for torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import find_checkpoint as find_checkpoint
+    from .checkpoint import verify_checkpoint as verify_checkpoint
+    from .config import RECIPES as RECIPES
+    from .config import TrainConfig as TrainConfig
+    from .config import load_config as load_config
+    from .distributed import World as World
+    from .loop import train as train
+    from .optimizer import lr_at as lr_at
+    from .optimizer import make_optimizer as make_optimizer
+
+__version__ = version("gpt2-train")
+
+_MODULE_OF = {
+    "find_checkpoint": "checkpoint",
+    "verify_checkpoint": "checkpoint",
+    "RECIPES": "config",
+    "TrainConfig": "config",
+    "load_config": "config",
+    "World": "distributed",
+    "train": "loop",
+    "lr_at": "optimizer",
+    "make_optimizer": "optimizer",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

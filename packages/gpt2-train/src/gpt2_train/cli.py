@@ -1,0 +1,153 @@
+"""gpt2-train, and what `torchrun -m gpt2_train` runs."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from gpt2_model.config import GPTConfig, with_fields
+
+from . import __version__
+from .config import CHOICES, RECIPES, TrainConfig, load_config
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class Count(click.ParamType[int]):
+    """A whole number, also written 64k, 10M or 1.5B."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        number, scale = value.replace("_", "").replace(",", ""), 1
+        if number[-1:].lower() in _SUFFIXES:
+            number, scale = number[:-1], _SUFFIXES[number[-1].lower()]
+        try:
+            count = float(number) * scale
+        except ValueError:
+            count = 0.5
+        if count != int(count):
+            self.fail(f"{value!r} is no whole number (like 1000, 64k, 10M or 1.5B)", param, ctx)
+        return int(count)
+
+
+def config_options(command: Callable[P, R]) -> Callable[P, R]:
+    """A flag for each field of TrainConfig, in its order; --model takes FIELD=VALUE."""
+    for item in reversed(fields(TrainConfig)):
+        if item.name == "model":
+            option = click.option(
+                "--model", "model", multiple=True, metavar="FIELD=VALUE", help="Of the model's shape; repeatable."
+            )  # fmt: skip
+        else:
+            flags = [f"--{item.name.replace('_', '-')}"]
+            flags = ["-d", *flags] if item.name == "device" else flags
+            kind: Any = {int: Count(), float: float, str: str}[type(item.default)]
+            kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
+            shown = item.default not in ("", None)
+            option = click.option(
+                *flags, item.name, type=kind, default=item.default, show_default=shown, help=item.metadata["help"]
+            )  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
+    """Make the recipe and the config file the defaults that flags and environment override."""
+    try:
+        keys = load_config(ctx.params.get("config"), ctx.params.get("recipe"))
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    model = keys.pop("model", {})
+    ctx.default_map = keys
+    ctx.obj = model
+    return None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_TRAIN"})
+@click.version_option(__version__, prog_name="gpt2-train")
+@click.option("--recipe", type=click.Choice(RECIPES), is_eager=True, help="Start from a published run's settings.")
+@click.option("--config", type=click.Path(), is_eager=True, help="TOML file; a run's config.toml reruns it.")
+@click.option("--read-files", is_eager=True, expose_value=False, hidden=True, callback=_use_file)
+@config_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and check what can be checked; train nothing.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def main(
+    ctx: click.Context, /, recipe: str | None, config: str | None, model: tuple[str, ...], dry_run: bool,
+    debug: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Train GPT-2 on a dataset folder; a run that was killed goes on by the same command.
+
+    \b
+    gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_head=4 --model n_embd=128
+    torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/fineweb-edu --out runs/a
+
+    A flag goes before its environment variable (GPT2_TRAIN_LR), that before --config, that before --recipe.
+    """
+    try:
+        run = _config(model, ctx.obj, settings)
+        if dry_run:
+            _print_plan(run)
+            return
+        from .loop import train  # two seconds of torch, after everything that can be refused without it
+
+        ctx.exit(train(run))
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)  # rank 0 says it
+        raise click.ClickException(" ".join(str(error).split())) from None
+
+
+def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:
+    for name in ("data", "out"):
+        if not settings[name]:
+            raise click.UsageError(f"--{name} is missing")
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise click.UsageError(f"--model {name!r} must be FIELD=VALUE")
+    try:
+        asked = with_fields(GPTConfig(), {**_as_text(base), **{name: value for name, _, value in pairs}})
+        model = {name: getattr(asked, name) for name in {*base, *(name for name, _, _ in pairs)}}
+        return TrainConfig(**settings, model=model)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _as_text(values: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
+
+
+def _print_plan(config: TrainConfig) -> None:
+    from gpt2_data import open_dataset
+    from gpt2_model import flops_per_token
+
+    from .config import micro_batches
+
+    dataset = open_dataset(config.data)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    micro_batches(config, world_size, 1)
+    tokens, shape = config.steps * config.batch_tokens, config.model_config
+    flops = flops_per_token(shape, config.seq_len)
+    facts = {
+        "parameters": f"{shape.num_parameters:,}",
+        "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens, {tokens:,} in all",
+        "dataset": f"{dataset.tokens('train'):,} training tokens: {tokens / dataset.tokens('train'):.2f} epochs",
+        "operations": f"{flops:,} a token, {flops * tokens:.3g} in all",
+        "weights, gradients, AdamW": f"{16 * shape.num_parameters / 1e9:.2f} GB a process",
+        "a checkpoint": f"{12 * shape.num_parameters / 1e9:.2f} GB, {config.keep} of them kept",
+        "run folder": str(Path(config.out)),
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:28}{value}")

@@ -1,0 +1,185 @@
+"""What a run is: TrainConfig, the recipes it can start from, and the TOML it is written as. No torch here."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gpt2_model.config import GPTConfig
+
+RECIPES = ("124M", "350M", "774M", "1558M")
+# What may differ when a run is resumed: it changes neither the samples nor the maths of a step.
+# `steps` may too: it moves the end of the learning-rate schedule, and the run says so.
+FREE_TO_CHANGE = {
+    *("data", "out", "steps", "micro_batch", "compile", "device", "checkpoint_every", "keep", "resume"),
+    *("eval_every", "eval_tokens", "hellaswag", "sample_prompt", "num_samples"),
+}
+
+CHOICES = {"precision": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"), "optimizer": ("adamw",)}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. Each field is a key of the TOML file and, with dashes, a flag of the command.
+
+    `model` holds GPTConfig fields that differ from the 124M defaults. A step is one update of the weights.
+    """
+
+    data: str = _option("", "Dataset folder, as gpt2-data build makes it.")
+    out: str = _option("", "Run folder; a run that is in it already is resumed.")
+    steps: int = _option(19073, "Updates of the weights in all.")
+    batch_tokens: int = _option(524288, "Tokens an update sees, over all processes and micro-batches.")
+    micro_batch: str = _option("auto", "Sequences a process computes at once, or auto.")
+    seq_len: int = _option(1024, "Tokens of a training sequence.")
+    lr: float = _option(6e-4, "Peak learning rate.")
+    min_lr: float = _option(6e-5, "Learning rate at the end of the cosine.")
+    warmup: int = _option(715, "Steps of linear warmup.")
+    weight_decay: float = _option(0.1, "On matrices; biases and norms have none.")
+    grad_clip: float = _option(1.0, "Largest norm of the gradient; 0 for no clipping.")
+    optimizer: str = _option("adamw", "Optimizer.")
+    seed: int = _option(0, "Of the initial weights, the order of the data and the samples.")
+    init: str = _option("", "Start from these weights (hub name or model folder) instead of random ones.")
+    precision: str = _option("auto", "auto: bf16 where the processor has it, else fp32.")
+    compile: str = _option("auto", "torch.compile; auto: on CUDA.")
+    device: str = _option("auto", "cuda, mps, cpu, or auto.")
+    eval_every: int = _option(250, "Steps between validations and samples; 0 for never.")
+    eval_tokens: int = _option(10_485_760, "Validation tokens, the same ones every time.")
+    hellaswag: str = _option("", "HellaSwag-format JSONL file to score at every validation.")
+    sample_prompt: str = _option("Hello, I'm a language model,", "Prompt that the samples continue.")
+    num_samples: int = _option(4, "Samples at every validation.")
+    checkpoint_every: int = _option(1000, "Steps between checkpoints; the last step always has one.")
+    keep: int = _option(3, "Checkpoints to keep, the newest.")
+    resume: str = _option("auto", "auto (newest good checkpoint in --out), never, or a checkpoint folder.")
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "seq_len", "keep", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        names = ("warmup", "eval_every", "checkpoint_every", "num_samples", "seed", "weight_decay", "grad_clip")
+        for name in (*names, "lr", "min_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, and is {getattr(self, name)}")
+        if self.micro_batch != "auto" and not (self.micro_batch.isdigit() and int(self.micro_batch) > 0):
+            raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
+        allowed_values = {
+            "precision": ("auto", "fp32", "bf16"),
+            "compile": ("auto", "on", "off"),
+            "optimizer": ("adamw",),
+        }
+        for name, allowed in allowed_values.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.seq_len > self.model_config.block_size:
+            raise ValueError(
+                f"seq_len {self.seq_len} is longer than the model's context of {self.model_config.block_size}: "
+                f"add --model block_size={self.seq_len}"
+            )
+
+    @property
+    def model_config(self) -> GPTConfig:
+        """The model's shape. Raises ValueError for an unknown field or a value that is not of its type."""
+        known = {field.name for field in fields(GPTConfig)}
+        for name in self.model:
+            if name not in known:
+                raise ValueError(f"unknown model field {name!r}: choose from {', '.join(sorted(known))}")
+        return GPTConfig(**self.model)
+
+
+def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
+    """The keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such recipe, no valid TOML, an unknown key or a value of another type.
+    """
+    merged: dict[str, Any] = {}
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        merged = tomllib.loads(files(__package__).joinpath(f"recipes/{recipe}.toml").read_text(encoding="utf-8"))
+    if path is not None:
+        try:
+            own = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        merged = {**merged, **own, "model": {**merged.get("model", {}), **own.get("model", {})}}
+    for name, value in merged.items():
+        merged[name] = _checked(name, value, str(path or recipe))
+    return merged
+
+
+def _checked(name: str, value: Any, source: str) -> Any:
+    defaults = asdict(TrainConfig())
+    if name not in defaults:
+        raise ValueError(f"{source}: unknown key {name!r}; known are {', '.join(defaults)}")
+    wanted = type(defaults[name])
+    if name == "micro_batch" and type(value) is int:
+        return str(value)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{source}: {name} must be a {wanted.__name__}, not {value!r}")
+    return value
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The config as TOML, as `--config` reads it. Every key is written: tomorrow's defaults do not matter."""
+    lines = [f"{name} = {_toml(value)}" for name, value in asdict(config).items() if name != "model"]
+    model = {name: value for name, value in asdict(config.model_config).items() if value is not None}
+    return "\n".join([*lines, "", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items()), ""])
+
+
+def _toml(value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Fields of a resumed run that would change its maths, as "lr: 0.0006 -> 0.001"."""
+    after = asdict(replace(config, model=asdict(config.model_config)))
+    return [
+        f"{name}: {before.get(name)} -> {after[name]}"
+        for name in sorted(after.keys() - FREE_TO_CHANGE)
+        if before.get(name) != after[name]
+    ]
+
+
+def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
+    """(sequences a process computes at once, how many times it does so before an update).
+
+    Args:
+        largest: sequences that fit at once, for `micro_batch = "auto"`, which takes the largest divisor up to it.
+
+    Raises:
+        ValueError: the batch cannot be shared out in whole sequences; says what would do.
+    """
+    if config.batch_tokens % (config.seq_len * world_size):
+        unit = config.seq_len * world_size
+        nearest = max(1, round(config.batch_tokens / unit)) * unit
+        raise ValueError(
+            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} "
+            f"on {world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens {nearest}"
+        )
+    rows = config.batch_tokens // (config.seq_len * world_size)
+    if config.micro_batch == "auto":
+        micro = max(n for n in range(1, min(rows, max(1, largest)) + 1) if rows % n == 0)
+    else:
+        micro = int(config.micro_batch)
+        if rows % micro:
+            fits = [n for n in range(1, rows + 1) if rows % n == 0]
+            raise ValueError(
+                f"the {rows} sequences of each process do not divide into micro-batches of {micro}: "
+                f"use --micro-batch {max((n for n in fits if n <= micro), default=1)}"
+            )
+    return micro, rows // micro

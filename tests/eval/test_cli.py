@@ -1,0 +1,165 @@
+"""The commands as a person runs them, on one process and under torchrun."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gpt2_eval.cli import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def start(*arguments, **environment):
+    """A real process, its modules found as this one finds them."""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=120
+    )
+
+
+def test_hellaswag_table(model_folder, items_file):
+    result = run("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[1:6]] == [
+        ["karpathy", "acc"],
+        ["karpathy", "acc_norm"],
+        ["lm-eval", "acc"],
+        ["lm-eval", "acc_norm"],
+        ["lm-eval", "acc_bytes"],
+    ]
+    assert "17 items of HellaSwag" in result.stdout
+    assert "PARTIAL" not in result.stdout
+    assert "Not the published hellaswag_val.jsonl" in result.stdout
+
+
+def test_hellaswag_json_and_records(model_folder, items_file, tmp_path):
+    out = tmp_path / "items.jsonl"
+    result = run("hellaswag", "-m", model_folder, "--data", items_file, "--limit", 9, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["task"], document["items"], document["partial"]) == ("hellaswag", 9, True)
+    assert len(document["data_sha256"]) == 64
+    assert set(document["karpathy"]) >= {"acc", "acc_norm", "stderr"}
+    assert set(document["lm-eval"]) >= {"acc", "acc_norm", "acc_bytes", "stderr"}
+    assert document["karpathy"]["stderr"] == document["karpathy"]["acc_norm_stderr"]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == 9
+    for record in records:
+        assert set(record) == {"ind", "label", "karpathy", "lm-eval"}
+        assert {kind: len(values) for kind, values in record["karpathy"].items()} == {"sum": 4, "mean": 4}
+        assert {kind: len(values) for kind, values in record["lm-eval"].items()} == {
+            "sum": 4,
+            "char": 4,
+            "byte": 4,
+        }
+
+
+def test_hellaswag_partial_says_so(model_folder, items_file):
+    result = run("hellaswag", "-m", model_folder, "--data", items_file, "--limit", 5, "--protocol", "karpathy")
+    assert "PARTIAL: the first 5 of 17 items; not comparable" in result.stdout
+    assert "lm-eval  " not in result.stdout
+
+
+def test_loss(model_folder, dataset_folder):
+    arguments = ("loss", "-m", model_folder, "--data", dataset_folder, "--tokens", "0.5k", "--batch-size", 2)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "nats per token" in result.stdout
+    assert "first 500 tokens of val, 4 windows of 128" in result.stdout
+    document = json.loads(run(*arguments, "--json").stdout)
+    assert set(document) >= {"loss", "stderr", "perplexity", "bits_per_byte", "tokens", "seconds"}
+    assert document["tokens"] == 500
+    whole = run("loss", "-m", model_folder, "--data", dataset_folder, "--seq-len", 64)
+    assert "val is smaller than the 10,485,760 tokens asked for" in whole.stdout
+
+
+def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_path):
+    hellaswag = ("hellaswag", "-m", model_folder, "--data")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    for arguments, message in [
+        ((*hellaswag, tmp_path / "none.jsonl"), "no file"),
+        ((*hellaswag, tmp_path / "bad.jsonl"), "bad.jsonl:1: not JSON"),
+        ((*hellaswag, items_file, "--out", tmp_path), "is a folder"),
+        ((*hellaswag, items_file, "--out", tmp_path / "no" / "items.jsonl"), "does not exist"),
+        ((*hellaswag, items_file, "-d", "abacus"), "'abacus' is not to be had here"),
+        (("hellaswag", "-m", tmp_path / "none", "--data", items_file), "none"),
+        (("loss", "-m", model_folder, "--data", tmp_path / "none"), "none"),
+        (("loss", "-m", model_folder, "--data", dataset_folder, "--split", "test"), "test"),
+        (("loss", "-m", model_folder, "--data", dataset_folder, "--seq-len", "999"), "seq_len must be 1 to 128"),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 1, (arguments, result.output)
+        assert message in result.stderr
+        assert result.stderr.startswith("Error: ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", ["0", "ten", "1.2", "-5", "1T"])
+def test_bad_sizes_are_wrong_usage(size):
+    result = run("loss", "-m", "x", "--data", "y", "--tokens", size)
+    assert result.exit_code == 2
+    assert "is not a size like" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["hellaswag", "-m", "x"], ["loss"], ["--nonsense"], ["hellaswag", "--limit", "0"]]
+)
+def test_wrong_usage(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_debug_shows_the_traceback(items_file, tmp_path):
+    result = run("--debug", "hellaswag", "-m", "x", "--data", tmp_path / "none.jsonl")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_help_is_fast_and_without_torch():
+    seconds = []
+    for command in (["-h"], ["hellaswag", "-h"], ["loss", "--help"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = start("-X", "importtime", "-m", "gpt2_eval", *command)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert result.returncode == 0
+        assert "gpt2-eval" in result.stdout
+        loaded = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+        assert not {"torch", "numpy", "pyarrow"} & loaded
+    assert min(seconds) < 0.5  # of the processor's time: others may hold the cores
+
+
+@pytest.fixture
+def one_thread():
+    """As torchrun sets it: the same bits here as there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("command", ["hellaswag", "loss"])
+def test_one_and_two_ranks_give_identical_records(model_folder, dataset_folder, items_file, tmp_path, command):
+    arguments = {
+        "hellaswag": ["--data", items_file, "--batch-size", 8, "--out"],
+        "loss": ["--data", dataset_folder, "--seq-len", 32],
+    }[command]
+    common = (command, "-m", model_folder, "-d", "cpu", "--json", *arguments)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gpt2_eval")
+    out_one, out_two = ([tmp_path / "one"], [tmp_path / "two"]) if command == "hellaswag" else ([], [])
+    one = run(*common, *out_one)
+    two = start(*launcher, *common, *out_two, OMP_NUM_THREADS="1")
+    assert two.returncode == 0, two.stderr
+    # One document, since rank 0 alone prints, and the same but for the time.
+    assert json.loads(one.stdout) | {"seconds": 0} == json.loads(two.stdout) | {"seconds": 0}
+    if command == "hellaswag":
+        assert out_one[0].read_bytes() == out_two[0].read_bytes()

@@ -1,0 +1,232 @@
+"""Both protocols against loops written out here, the data's traps, and every way in which a line can be broken."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2_eval import evaluate_hellaswag, load_hellaswag
+from gpt2_eval.report import accuracy, json_text, ratio_standard_error, write_records
+from gpt2_eval.tasks import clean
+from gpt2_model import EOT, get_tokenizer
+
+
+@pytest.fixture(scope="module")
+def result(model, items_file):
+    return evaluate_hellaswag(model, items_file, batch_size=8)
+
+
+def continuation_log_likelihood(reference, context, continuation):
+    """Sum over `continuation` given `context`, both ids, one forward pass of its own."""
+    ids = torch.tensor([[*(context or [EOT]), *continuation]])
+    with torch.no_grad():
+        log_probs = reference(ids[:, :-1]).logits[0].log_softmax(-1)
+    return log_probs.gather(1, ids[0, 1:, None])[-len(continuation) :].sum().item()
+
+
+def test_karpathy_equals_a_plain_loop(result, items, model_folder):
+    reference, encode = GPT2LMHeadModel.from_pretrained(model_folder).eval(), get_tokenizer().encode_ordinary
+    correct = {"sum": 0, "mean": 0}
+    for item, record in zip(items, result.records, strict=True):
+        assert (record["ind"], record["label"]) == (item["ind"], item["label"])
+        endings = [encode(" " + ending) for ending in item["endings"]]
+        sums = [continuation_log_likelihood(reference, encode(item["ctx"]), ids) for ids in endings]
+        means = [total / len(ids) for total, ids in zip(sums, endings, strict=True)]
+        assert record["karpathy"]["sum"] == pytest.approx(sums, abs=1e-4)
+        assert record["karpathy"]["mean"] == pytest.approx(means, abs=1e-4)
+        correct["sum"] += sums.index(max(sums)) == item["label"]
+        correct["mean"] += means.index(max(means)) == item["label"]
+    metrics = result.metrics["karpathy"]
+    assert metrics["acc"].value == correct["sum"] / len(items)
+    assert metrics["acc_norm"].value == correct["mean"] / len(items)
+
+
+def harness_preprocess(text):
+    text = text.strip()
+    text = text.replace(" [title]", ". ")
+    text = re.sub("\\[.*?\\]", "", text)
+    return text.replace("  ", " ")
+
+
+def harness_encode_pair(encode, context, continuation):
+    trailing = len(context) - len(context.rstrip())
+    if trailing > 0:
+        continuation = context[-trailing:] + continuation
+        context = context[:-trailing]
+    whole, start = encode(context + continuation), encode(context)
+    return start, whole[len(start) :]
+
+
+def test_lm_eval_equals_a_plain_loop(result, items, model_folder):
+    reference, encode = GPT2LMHeadModel.from_pretrained(model_folder).eval(), get_tokenizer().encode_ordinary
+    correct = {"sum": 0, "char": 0, "byte": 0}
+    for item, record in zip(items, result.records, strict=True):
+        context = item["ctx_a"] + " " + item["ctx_b"].capitalize()
+        query = harness_preprocess(item["activity_label"] + ": " + context)
+        choices = [harness_preprocess(ending) for ending in item["endings"]]
+        pairs = [harness_encode_pair(encode, query, " " + choice) for choice in choices]
+        sums = [continuation_log_likelihood(reference, *pair) for pair in pairs]
+        expected = {
+            "sum": sums,
+            "char": [total / len(choice) for total, choice in zip(sums, choices, strict=True)],
+            "byte": [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)],
+        }
+        for kind, scores in expected.items():
+            assert record["lm-eval"][kind] == pytest.approx(scores, abs=1e-4)
+            correct[kind] += scores.index(max(scores)) == item["label"]
+    metrics = result.metrics["lm-eval"]
+    for name, kind in (("acc", "sum"), ("acc_norm", "char"), ("acc_bytes", "byte")):
+        assert metrics[name].value == correct[kind] / len(items)
+
+
+def test_clean_keeps_the_harness_bugs():
+    assert clean("[substeps] Many") == " Many"  # stripped before the tag goes
+    assert clean(" a [title] b") == "a. b"
+    assert clean("[title] b") == " b"  # only " [title]" is a full stop
+    assert clean("keep [not recommended] this") == "keep this"
+    assert clean("a    b") == "a  b"  # one pass
+    assert clean("a [b c") == "a [b c"
+
+
+def test_rows_of_an_item(items_file):
+    item = load_hellaswag(items_file).items[0]
+    decode = get_tokenizer().decode
+    assert decode(item.rows["karpathy"][0].context).startswith("[header] How to tie")
+    assert decode(item.rows["karpathy"][0].continuation) == " [substeps] Many people fold it."
+    row = item.rows["lm-eval"][0]
+    # The tag that ended the context left a blank: it goes over to the continuation, beside the delimiter and the
+    # blank that the ending's own tag left.
+    assert decode(row.context) == "Personal Care and Style: How to tie a scarf. Fold it once. Lay it flat"
+    assert decode(row.continuation) == "   Many people fold it."
+    assert item.chars[0] == item.bytes[0] == len(" Many people fold it.")
+    capitalised = load_hellaswag(items_file).items[1]
+    assert decode(capitalised.rows["lm-eval"][0].context).endswith("over the snow. Then he scrapes")
+    assert capitalised.bytes[1] - capitalised.chars[1] == 4  # é, ï and an em dash
+
+
+def test_one_protocol_and_loaded_items(model, items_file, result):
+    data = load_hellaswag(items_file)
+    alone = evaluate_hellaswag(model, data, protocol="lm-eval")
+    assert list(alone.metrics) == ["lm-eval"]
+    assert list(alone.records[0]) == ["ind", "label", "lm-eval"]
+    assert alone.metrics["lm-eval"] == result.metrics["lm-eval"]
+    with pytest.raises(ValueError, match="unknown protocol 'nanochat'"):
+        evaluate_hellaswag(model, data, protocol="nanochat")
+
+
+def test_limit_is_partial(model, items_file, result):
+    limited = evaluate_hellaswag(model, items_file, limit=6)
+    assert (limited.items, limited.partial) == (6, True)
+    assert limited.data_sha256 == result.data_sha256
+    for ours, whole in zip(limited.records, result.records, strict=False):
+        assert ours["karpathy"]["sum"] == pytest.approx(whole["karpathy"]["sum"], abs=1e-4)
+    assert evaluate_hellaswag(model, load_hellaswag(items_file), limit=6).metrics == limited.metrics
+    assert not result.partial
+    assert not evaluate_hellaswag(model, load_hellaswag(items_file), limit=99).partial
+
+
+def test_uniform_model_ties_go_to_the_lowest_index(uniform, items_file, items):
+    result = evaluate_hellaswag(uniform, items_file)
+    mean = result.metrics["karpathy"]["acc_norm"]
+    assert mean.ties == len(items)
+    assert mean.value == np.mean([item["label"] == 0 for item in items])
+    assert result.records[3]["karpathy"]["mean"] == pytest.approx([-math.log(50257)] * 4, rel=1e-6)
+    # By their sum the shortest ending wins, alone.
+    assert result.records[3]["karpathy"]["sum"] == pytest.approx([-n * math.log(50257) for n in (1, 2, 3, 4)])
+
+
+def test_standard_errors():
+    scores = np.array([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]])
+    found = accuracy(scores, np.array([0, 0, 1, 2]))
+    assert (found.value, found.ties) == (0.5, 1)
+    assert found.stderr == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))
+    assert math.isnan(accuracy(scores[:1], np.array([0])).stderr)
+    totals, lengths = np.array([3.0, 5.0, 7.0]), np.array([2, 2, 2])
+    assert ratio_standard_error(totals, lengths) == pytest.approx(np.std([1.5, 2.5, 3.5], ddof=1) / math.sqrt(3))
+
+
+def test_json_has_no_nan(model, items_file):
+    single = evaluate_hellaswag(model, items_file, limit=1).as_dict()
+    parsed = json.loads(json_text(single), parse_constant=pytest.fail)
+    assert parsed["karpathy"]["stderr"] is None
+    assert {"task", "items", "partial", "data_sha256", "karpathy", "lm-eval", "seconds"} <= set(parsed)
+
+
+def test_records_appear_whole_or_not_at_all(tmp_path, result):
+    path = tmp_path / "items.jsonl"
+    write_records(path, result.records)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == result.records
+
+    def broken():
+        yield result.records[0]
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_records(path, broken())
+    assert [json.loads(line) for line in path.read_text().splitlines()] == result.records
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def broken_line(items, change):
+    item = dict(items[1])
+    change(item)
+    return json.dumps(item)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda item: item.pop("label"), "no label .the test split has none"),
+        (lambda item: item.pop("ctx"), "no ctx$"),
+        (lambda item: (item.pop("ind"), item.pop("endings")), "no ind, endings$"),
+        (lambda item: item.update(label=4), "label 4 is not 0, 1, 2 or 3"),
+        (lambda item: item.update(label=True), "label True is not"),
+        (lambda item: item.update(label=""), "label '' is not"),
+        (lambda item: item.update(ind="x"), "ind 'x' is not a whole number"),
+        (lambda item: item.update(ctx_b=None), "ctx_b is not text"),
+        (lambda item: item.update(endings=["a", "b", "c"]), "endings is not a list of four texts"),
+        (lambda item: item.update(endings=["a", "b", "c", 4]), "endings is not a list of four texts"),
+        (lambda item: item.update(endings=["a", "b", "[step]", "d"]), "ending 2 is empty"),
+        (lambda item: item.update(endings=["a", "b", "\ud800", "d"]), "surrogates not allowed"),
+    ],
+)
+def test_broken_items_name_file_and_line(items, tmp_path, change, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(items[0]) + "\n" + broken_line(items, change) + "\n")
+    with pytest.raises(ValueError, match=rf"broken\.jsonl:2: .*{message}"):
+        load_hellaswag(path)
+
+
+@pytest.mark.parametrize("line", [b'{"ind": 1', b"\xff\xfe", b"[" * 100_000, b"[]", b"null"])
+def test_broken_json_names_file_and_line(tmp_path, line):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(ValueError, match=r"broken\.jsonl:1: not"):
+        load_hellaswag(path)
+
+
+def test_files_without_items(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_hellaswag(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no items"):
+        load_hellaswag(tmp_path / "empty.jsonl")
+
+
+def test_labels_as_text(items, tmp_path):
+    path = tmp_path / "hub.jsonl"
+    path.write_text(json.dumps(items[0] | {"label": "3"}))
+    assert load_hellaswag(path).items[0].label == 3
+
+
+def test_truncated_contexts_are_counted(model, items, tmp_path):
+    path = tmp_path / "long.jsonl"
+    long = items[1] | {"ctx": "word " * 300}
+    path.write_text(json.dumps(items[0]) + "\n" + json.dumps(long) + "\n")
+    result = evaluate_hellaswag(model, path)
+    assert result.truncated == {"karpathy": 4, "lm-eval": 0}
+    assert result.as_dict()["karpathy"]["truncated"] == 4

@@ -1,0 +1,158 @@
+"""Damage in checkpoints is found before a tensor is used; the run goes back to the one before."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, fingerprint, flags, losses
+
+from gpt2_train import TrainConfig, find_checkpoint, train, verify_checkpoint
+from gpt2_train.checkpoint import locked, prune
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    train(TrainConfig(**TINY, data=str(dataset), out=str(out)))
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def newest(run) -> Path:
+    return run / "checkpoints" / "step-00000012"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "manifest.json"]
+DAMAGE = {
+    "bit": flip_a_bit,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_every_damage_is_found(run, name, damage) -> None:
+    assert verify_checkpoint(newest(run)) == []
+    damage(newest(run) / name)
+    problems = verify_checkpoint(newest(run))
+    assert problems
+    assert "step-00000012" in problems[0]
+    found, why = find_checkpoint(run)
+    assert found == run / "checkpoints" / "step-00000008"
+    assert why == problems
+
+
+def test_manifest_does_not_reach_outside(run) -> None:
+    path = newest(run) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../../../secret"] = {"bytes": 1, "sha256": "0" * 64}
+    path.write_text(json.dumps(manifest))
+    assert "'../../../secret', which is no plain file name" in verify_checkpoint(newest(run))[0]
+
+
+def test_unknown_format_is_refused(run) -> None:
+    path = newest(run) / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    assert "has checkpoint format 2; this program reads 1" in verify_checkpoint(newest(run))[0]
+
+
+def test_the_run_goes_back_and_ends_the_same(dataset, run, finished, capsys) -> None:
+    flip_a_bit(newest(run) / "model.safetensors")
+    assert train(TrainConfig(**TINY, data=str(dataset), out=str(run))) == 0
+    errors = capsys.readouterr().err
+    assert "model.safetensors is damaged" in errors
+    assert "going back to" in errors
+    assert fingerprint(run, 12) == fingerprint(finished, 12)
+    assert losses(run) == losses(finished)
+
+
+def test_nothing_good_left_is_an_error(dataset, run) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        flip_a_bit(folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        train(TrainConfig(**TINY, data=str(dataset), out=str(run)))
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_a_named_checkpoint_is_all_or_nothing(dataset, run) -> None:
+    flip_a_bit(newest(run) / "trainer.json")
+    with pytest.raises(ValueError, match="cannot resume .*trainer.json is damaged"):
+        train(TrainConfig(**TINY, data=str(dataset), out=str(run), resume=str(newest(run))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 1e-3}, "other settings \\(lr: 0.01 -> 0.001\\): choose another --out"),
+        ({"seed": 1, "batch_tokens": 32}, "batch_tokens: 64 -> 32; seed: 0 -> 1"),
+        ({"model": {**TINY["model"], "n_layer": 1}}, "model: "),
+        ({"resume": "never"}, "holds a run, and --resume never was given"),
+    ],
+)
+def test_another_run_is_not_mixed_in(dataset, run, changes, message) -> None:
+    before = fingerprint(run, 12)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**{**TINY, **changes, "steps": 14}, data=str(dataset), out=str(run)))
+    assert fingerprint(run, 12) == before
+
+
+def test_other_data_is_refused(tmp_path, run) -> None:
+    from gpt2_data import BuildConfig, build
+
+    (tmp_path / "t.jsonl").write_text('{"text": "another text altogether"}\n' * 40)
+    build(BuildConfig(sources=(str(tmp_path / "t.jsonl"),), out=str(tmp_path / "d"), val_tokens=20, workers=1))
+    with pytest.raises(ValueError, match="is not the dataset that .* was trained on"):
+        train(TrainConfig(**{**TINY, "steps": 14}, data=str(tmp_path / "d"), out=str(run)))
+
+
+def test_more_steps_go_on(dataset, run) -> None:
+    train(TrainConfig(**{**TINY, "steps": 14}, data=str(dataset), out=str(run)))
+    assert [step for step, _ in losses(run)] == list(range(1, 15))
+
+
+def test_prune_counts_good_ones_only(run) -> None:
+    flip_a_bit(newest(run) / "model.safetensors")
+    prune(run, keep=1)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+
+
+def test_two_trainers_do_not_share_a_folder(dataset, run) -> None:
+    with locked(run):
+        command = [sys.executable, "-m", "gpt2_train", *flags(dataset, run)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "is in use by process" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_space_leaves_the_others_alone(dataset, run) -> None:
+    """A limit on file size stands in for a full disk: the write fails in the middle of a file."""
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
+        "from gpt2_train.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, *flags(dataset, run, steps=14)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert verify_checkpoint(newest(run)) == []

@@ -1,0 +1,211 @@
+"""What a run computes: against a plain loop, over ranks and micro-batches, through kills and stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_run import TINY, fingerprint, flags, losses
+
+from gpt2_data import TokenLoader
+from gpt2_model import GPT
+from gpt2_train import TrainConfig, lr_at, make_optimizer, train
+
+
+def run_here(data, out, **changes) -> int:
+    return train(TrainConfig(**{**TINY, **changes}, data=str(data), out=str(out)))
+
+
+def start_elsewhere(data, out, *, ranks: int = 1, **changes) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "gpt2_train", *flags(data, out, **changes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def reference(dataset, tmp_path_factory):
+    """The uninterrupted run that others must equal."""
+    out = tmp_path_factory.mktemp("reference")
+    assert run_here(dataset, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_losses_are_those_of_a_plain_loop(dataset, tmp_path, accumulation) -> None:
+    """transformers' model, torch's AdamW, the loader's batches, and the recipe written out."""
+    run_here(dataset, tmp_path / "run", micro_batch=str(4 // accumulation))
+
+    torch.manual_seed(0)
+    GPT(TrainConfig(**TINY).model_config).save_pretrained(tmp_path / "start")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "start").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    expected = []
+    batches = TokenLoader(dataset, "train", batch_size=4, seq_len=16, seed=0)
+    for step, (x, y) in zip(range(TINY["steps"]), batches, strict=False):
+        logits = model(torch.from_numpy(x)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, lr=1e-2, min_lr=1e-3, warmup=3, steps=TINY["steps"])
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+
+    np.testing.assert_allclose([loss for _, loss in losses(tmp_path / "run")], expected, rtol=1e-5)
+    assert expected[-1] < expected[0] - 1.5  # it learned
+
+
+def test_decay_is_on_matrices_only() -> None:
+    groups = make_optimizer(GPT(TrainConfig(**TINY).model_config), lr=1.0, weight_decay=0.1).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {p.ndim for p in groups[0]["params"]} == {2}
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert sum(len(group["params"]) for group in groups) == 2 + 2 * 12 + 2
+
+
+def test_metrics_and_files_of_a_run(dataset, tmp_path) -> None:
+    run_here(dataset, tmp_path, eval_every=6, eval_tokens=64, num_samples=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train_rows, eval_rows = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+    assert [row["step"] for row in train_rows] == list(range(1, 13))
+    assert [row["step"] for row in eval_rows] == [0, 6, 12]
+    assert eval_rows[-1]["val_loss"] < eval_rows[0]["val_loss"] - 2
+    fields = {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds"}
+    assert fields <= train_rows[0].keys()
+    assert train_rows[-1]["tokens"] == 12 * 64
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["row"]) for sample in samples] == [(s, r) for s in (0, 6, 12) for r in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004", "step-00000008", "step-00000012"
+    ]  # fmt: skip
+    # The resolved config reruns the run, from its own file alone.
+    again = tmp_path / "again"
+    command = [sys.executable, "-m", "gpt2_train", "--config", tmp_path / "config.toml", "--out", again]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    assert losses(again) == losses(tmp_path)
+
+
+def test_transformers_loads_a_checkpoint(reference) -> None:
+    folder = reference / "checkpoints" / "step-00000012"
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), GPT.from_pretrained(folder)
+    tokens = torch.randint(0, 50257, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_micro_batches_do_not_change_the_run(dataset, tmp_path, reference) -> None:
+    run_here(dataset, tmp_path, micro_batch="1")
+    np.testing.assert_allclose(losses(tmp_path), losses(reference), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(dataset, tmp_path, reference) -> None:
+    process = start_elsewhere(dataset, tmp_path / "two", ranks=2, micro_batch=1, eval_every=6, eval_tokens=64)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(reference), rtol=1e-5)
+    # Resumed on one: a run is not bound to its number of processes.
+    assert run_here(dataset, tmp_path / "two", steps=14) == 0
+    assert [step for step, _ in losses(tmp_path / "two")] == list(range(1, 15))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(dataset, tmp_path, reference) -> None:
+    """Cut back to an earlier checkpoint, as a kill after it would leave things."""
+    run_here(dataset, tmp_path)
+    for step in (8, 12):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # a line that the kill cut
+    assert run_here(dataset, tmp_path) == 0
+    assert fingerprint(tmp_path, 12) == fingerprint(reference, 12)
+    assert losses(tmp_path) == losses(reference)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_instant(dataset, tmp_path) -> None:
+    """SIGKILL five times, at random instants from the start of training on; then left alone."""
+    changes = {"steps": 60, "checkpoint_every": 3}
+    whole = tmp_path / "whole"
+    assert start_and_wait(dataset, whole, **changes) == 0
+    chosen = np.random.default_rng(0)
+    out = tmp_path / "killed"
+    for _ in range(5):
+        process = start_elsewhere(dataset, out, **changes)
+        before = len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count('"loss"') > before:
+                break
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    assert start_and_wait(dataset, out, **changes) == 0
+    assert losses(out) == losses(whole)
+    assert fingerprint(out, 60) == fingerprint(whole, 60)
+    assert not list((out / "checkpoints").glob(".tmp*"))
+
+
+def start_and_wait(data, out, **changes) -> int:
+    process = start_elsewhere(data, out, **changes)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(dataset, tmp_path, number, reference) -> None:
+    process = start_elsewhere(dataset, tmp_path, checkpoint_every=0, steps=100_000)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    last = losses(tmp_path)[-1][0]
+    assert f"stopped by signal {number.value} at step {last}; the same command goes on from there" in output
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
+def test_a_finished_run_is_left_alone(dataset, reference, capsys) -> None:
+    before = fingerprint(reference, 12), losses(reference)
+    assert run_here(dataset, reference) == 0
+    assert (fingerprint(reference, 12), losses(reference)) == before
+    assert "done: step 12" in capsys.readouterr().err
+
+
+def test_not_a_number_stops_before_the_update(dataset, tmp_path) -> None:
+    with pytest.raises(ValueError, match="stopped before the update, so that the last checkpoint is good"):
+        run_here(dataset, tmp_path, lr=1e20, warmup=0, steps=40, checkpoint_every=1, grad_clip=0.0)
+    last = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    assert len(losses(tmp_path)) == int(last.name[-8:])
+
+
+def test_bf16(dataset, tmp_path, reference) -> None:
+    run_here(dataset, tmp_path, precision="bf16")
+    np.testing.assert_allclose(losses(tmp_path), losses(reference), rtol=0.02)
+    assert losses(tmp_path) != losses(reference)
+
+
+def test_from_given_weights(dataset, tmp_path, reference) -> None:
+    start = reference / "checkpoints" / "step-00000012"
+    run_here(dataset, tmp_path / "on", init=str(start), model={}, steps=1, warmup=0)
+    assert losses(tmp_path / "on")[0][1] < losses(reference)[0][1] - 2
+    with pytest.raises(ValueError, match="has another shape than"):
+        run_here(dataset, tmp_path / "other", init=str(start), model={"n_layer": 1, "block_size": 32})

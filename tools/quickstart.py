@@ -1,0 +1,175 @@
+"""The whole pipeline on a small model, offline: text -> shards -> training -> evaluation -> new text.
+
+Each step is a command that is printed before it runs, so that it can be repeated, and changed, by hand.
+"""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt2_data import get_tokenizer, open_dataset
+
+# A 7M-parameter GPT-2 with the real vocabulary; most of it is the embedding. Learning rate and batch are those
+# that brought the validation loss lowest in two minutes on two cores, not those of a long run.
+STEPS = 240
+MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
+TRAINING = {
+    "steps": STEPS, "batch-tokens": 4096, "seq-len": 256, "lr": 3e-3, "min-lr": 3e-4, "warmup": 20,
+    "eval-every": STEPS // 2, "eval-tokens": 32768, "num-samples": 2, "sample-prompt": "The function returns",
+    "checkpoint-every": STEPS // 2, "keep": 1,
+}  # fmt: skip
+HELLASWAG_ITEMS = 200
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--out", default="quickstart", show_default=True, type=click.Path(path_type=Path), help="Folder for all of it."
+)
+def main(out: Path) -> None:
+    """Build a dataset from Python's own documentation, train a small GPT-2, evaluate it, let it write."""
+    started = time.monotonic()
+    data, run, items = out / "data", out / "run", out / "hellaswag.jsonl"
+    checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
+    click.echo("Every command below can be typed by hand, after: source .venv/bin/activate")
+
+    heading(1, "Text to tokens: the documentation and the sources that every Python carries")
+    command("gpt2-data", "build", "pydocs", "--out", data, "--order", "shuffled", "--val-tokens", "200k")
+
+    heading(2, "A test in HellaSwag's format, from the documents that are held out for validation")
+    if items.exists():
+        click.echo(f"{items} is there already")
+    else:
+        write_items(data, items)
+
+    heading(3, "Training: about two minutes on two cores")
+    if checkpoint.exists():
+        click.echo(f"{checkpoint} is there already")
+    else:
+        model = [part for name, value in MODEL.items() for part in ("--model", f"{name}={value}")]
+        settings = [part for name, value in TRAINING.items() for part in (f"--{name}", value)]
+        command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
+
+    heading(4, "Evaluation: loss on held-out text, and which of four endings belongs to a text")
+    loss = json_of("gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", "100k", "--json")
+    score = json_of("gpt2-eval", "hellaswag", "-m", checkpoint, "--data", items, "--json")
+
+    heading(5, "New text, and the loss curve")
+    command(
+        "gpt2-model",
+        "generate",
+        "-m",
+        checkpoint,
+        "--max-new-tokens",
+        48,
+        "--temperature",
+        0.8,
+        "The function returns",
+    )
+    command(sys.executable, "tools/plot.py", run, "--out", out / "loss.png", show="python")
+
+    summary(out, checkpoint, loss, score, time.monotonic() - started)
+
+
+def heading(number: int, text: str) -> None:
+    """Announce a step."""
+    click.secho(f"\n{number}. {text}", bold=True)
+
+
+def command(program: str, *arguments: Any, show: str | None = None, capture: bool = False) -> str:
+    """Print a command, run it, and stop here if it fails. Returns what it wrote to stdout, if captured."""
+    words = [str(argument) for argument in arguments]
+    click.secho("$ " + shlex.join([show or program, *words]), fg="cyan")
+    if show is None:
+        program = str(Path(sysconfig.get_path("scripts")) / program)  # of this environment, activated or not
+    result = subprocess.run([program, *words], stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if result.returncode:
+        sys.exit(result.returncode)  # it has said why
+    return result.stdout or ""
+
+
+def json_of(program: str, *arguments: Any) -> dict[str, Any]:
+    """Run a command, show its JSON, and return it."""
+    text = command(program, *arguments, capture=True)
+    click.echo(text.strip())
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def write_items(data: Path, path: Path) -> None:
+    """HELLASWAG_ITEMS multiple-choice items: 300 characters of a document, and which of four endings is its own.
+
+    Context and endings are cut before a word, since HellaSwag's protocol puts one space between them.
+    """
+    chosen = random.Random(0)
+    tokenizer = get_tokenizer()
+    texts = [tokenizer.decode(tokens[1:].tolist()) for tokens in open_dataset(data).documents("val")]
+    pieces = [list(cut(text)) for text in texts]
+    pieces = [found for found in pieces if found]
+    lines = []
+    for number in range(HELLASWAG_ITEMS):
+        own = number % len(pieces)
+        context, ending = chosen.choice(pieces[own])
+        others = chosen.sample([p for i, p in enumerate(pieces) if i != own], 3)
+        endings = [chosen.choice(other)[1] for other in others]
+        label = chosen.randrange(4)
+        endings.insert(label, ending)
+        item = {
+            "ind": number, "activity_label": "Python", "ctx_a": context, "ctx_b": "", "ctx": context,
+            "endings": endings, "label": label, "split": "val", "source_id": f"document~{own}",
+        }  # fmt: skip
+        lines.append(json.dumps(item) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    click.echo(f"{len(lines)} items from {len(pieces)} documents in {path}")
+
+
+def cut(text: str) -> Iterator[tuple[str, str]]:
+    """(context, ending) pairs of a document, side by side, about 300 and 100 characters long."""
+    place = 0
+    while match := re.compile(r"(?<=\S) (?=[A-Za-z])").search(text, place + 300):
+        end = re.compile(r"(?<=\S)(?=\s)").search(text, match.end() + 100)
+        if end is None:
+            return
+        yield text[place : match.start()], text[match.end() : end.start()]
+        place = end.start()
+
+
+def summary(out: Path, checkpoint: Path, loss: dict[str, Any], score: dict[str, Any], seconds: float) -> None:
+    """What came out, where it lies, what to type next."""
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    untrained = next(row for row in rows if row["step"] == 0)
+    trained, error = score["karpathy"]["acc_norm"], score["karpathy"]["stderr"]
+    click.secho(f"\nDone in {seconds:.0f} s", bold=True)
+    click.echo(
+        f"""
+                              untrained   trained
+  validation loss             {untrained["val_loss"]:9.2f} {loss["loss"]:9.2f}   nats per token
+  right ending of four        {untrained["hellaswag_acc_norm"]:9.1%} {trained:9.1%}   +- {error:.1%}
+
+  {out / "loss.png"}        the loss curve
+  {out / "data"}            the dataset: gpt2-data info {out / "data"}
+  {checkpoint}
+                            the model, in Hugging Face's format
+Next, the real thing:
+  gpt2-model generate -m gpt2 "Hello, I'm a language model,"      OpenAI's weights, from the hub
+  gpt2-data build --help                                          your own text: Parquet, JSONL, plain files
+  torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data DIR --out runs/124M
+                                                                  GPT-2 124M on 10B tokens, on 8 GPUs"""
+    )
+    if trained - untrained["hellaswag_acc_norm"] < 2 * error:
+        raise click.ClickException(
+            "the trained model is not clearly better than the untrained one: please report this"
+        )
+
+
+if __name__ == "__main__":
+    main()
