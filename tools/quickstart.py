@@ -62,7 +62,9 @@ def main(out: Path) -> None:
         command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
 
     heading(4, "Evaluation: loss on held-out text, and which of four endings belongs to a text")
-    loss = json_of("gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", "100k", "--json")
+    loss = json_of(
+        "gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", TRAINING["eval-tokens"], "--json"
+    )
     score = json_of("gpt2-eval", "hellaswag", "-m", checkpoint, "--data", items, "--json")
 
     heading(5, "New text, and the loss curve")

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -83,20 +84,27 @@ def evaluate_loss(
             for window, record in enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first):
                 mine[window] = record
     records = gather_records(mine, num_windows)
-    nats = np.array([record[0] for record in records])
+    return _result(records, num_targets, tokens, seq_len, start)
+
+
+def _result(
+    records: Sequence[tuple[float, int]], num_targets: int, requested: int, seq_len: int, start: float
+) -> LossResult:
+    """(nats, bytes) of every window, in order -> the result; summed in float64, the same on every rank."""
+    nats = np.array([window[0] for window in records])
     require_finite(nats, "sequences")
-    lengths = np.full(num_windows, seq_len)
-    lengths[-1] = num_targets - (num_windows - 1) * seq_len
+    lengths = np.full(len(records), seq_len)
+    lengths[-1] = num_targets - (len(records) - 1) * seq_len
     loss = float(nats.sum() / num_targets)
-    num_bytes = sum(record[1] for record in records)
+    num_bytes = sum(window[1] for window in records)
     return LossResult(
         loss=loss,
         stderr=ratio_standard_error(nats, lengths),
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=float(nats.sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
         tokens=num_targets,
-        tokens_requested=tokens,
-        sequences=num_windows,
+        tokens_requested=requested,
+        sequences=len(records),
         seq_len=seq_len,
         seconds=time.perf_counter() - start,
     )

@@ -102,7 +102,10 @@ class GPT(nn.Module):
         # Tied, the output projection is wte itself: one tensor, counted, trained and saved once.
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.init_weights()
+        if (
+            not self.wte.weight.is_meta
+        ):  # there is nothing to draw, and torch would import its compiler for it: 3 s
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
