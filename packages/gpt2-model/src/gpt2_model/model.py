@@ -89,22 +89,25 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Not drawn yet: nn.Embedding would, and on the meta device torch imports its compiler for that, 1.7 s."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). There is no dropout: pretraining recipes of this size use none."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         # Tied, the output projection is wte itself: one tensor, counted, trained and saved once.
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if (
-            not self.wte.weight.is_meta
-        ):  # there is nothing to draw, and torch would import its compiler for it: 3 s
+        if not self.wte.weight.is_meta:
             self.init_weights()
 
     @torch.no_grad()
