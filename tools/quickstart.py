@@ -23,7 +23,7 @@ from gpt2_data import get_tokenizer, open_dataset
 # A 7M-parameter GPT-2 with the real vocabulary: most of it is the embedding. Batches are small, so that two
 # minutes hold enough updates to learn from: 1,024 tokens a step did as well after 180,000 tokens as 2,048 did
 # after 400,000.
-STEPS = 200
+STEPS = 220
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
 TRAINING = {
     "steps": STEPS, "batch-tokens": 1024, "seq-len": 256, "lr": 2e-3, "min-lr": 2e-4, "warmup": 20,
