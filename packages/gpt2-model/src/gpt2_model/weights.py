@@ -146,7 +146,9 @@ def _locate(name: str) -> tuple[Path, Path]:
 def _download(name: str) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download  # half a second, and only needed here
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.logging import set_verbosity_error
 
+    set_verbosity_error()  # the error below says it in one line
     try:
         weights = hf_hub_download(name, WEIGHTS_FILE)
         config = hf_hub_download(name, "config.json")
