@@ -148,7 +148,7 @@ def _download(name: str) -> tuple[Path, Path]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # the error below says it in one line
+    set_verbosity_error()  # type: ignore[no-untyped-call] # the error below says it in one line
     try:
         weights = hf_hub_download(name, WEIGHTS_FILE)
         config = hf_hub_download(name, "config.json")
