@@ -121,8 +121,9 @@ def test_other_data_is_refused(tmp_path, run) -> None:
         train(TrainConfig(**{**TINY, "steps": 14}, data=str(tmp_path / "d"), out=str(run)))
 
 
-def test_more_steps_go_on(dataset, run) -> None:
+def test_more_steps_go_on(dataset, run, capsys) -> None:
     train(TrainConfig(**{**TINY, "steps": 14}, data=str(dataset), out=str(run)))
+    assert "steps: 12 -> 14; the learning rate follows the new schedule from here on" in capsys.readouterr().err
     assert [step for step, _ in losses(run)] == list(range(1, 15))
 
 

@@ -128,6 +128,9 @@ def _set_up(config: TrainConfig, world: World) -> _Run:
     )
     if start is not None:
         log.say(f"resuming from {start}")
+        before = checkpoint.read_trainer_state(start)["config"]["steps"]
+        if before != config.steps:
+            log.say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     return _Run(
         config, world, folder, dataset, model, parallel, optimizer, loader, iter(loader), accumulation, log, step
     )
