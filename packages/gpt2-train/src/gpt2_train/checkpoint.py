@@ -184,8 +184,10 @@ def prune(run: Path, keep: int) -> None:
     Damaged ones do not count, so that they never push out a good one. A folder is renamed before it is emptied:
     a kill in between leaves nothing that looks like a checkpoint.
     """
-    good = 0
-    for folder in reversed(checkpoints(run)):
+    folders, good = checkpoints(run), 0
+    if len(folders) <= keep:  # nothing to delete, and so gigabytes that need no hashing
+        return
+    for folder in reversed(folders):
         if good < keep:
             good += not verify_checkpoint(folder)
             continue

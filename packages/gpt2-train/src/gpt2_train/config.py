@@ -152,6 +152,8 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
         f"{name}: {before.get(name)} -> {after[name]}"
         for name in sorted(after.keys() - FREE_TO_CHANGE)
         if before.get(name) != after[name]
+        # Weights that a run began from bring their shape, unless one is asked for.
+        and not (name == "model" and config.init and not config.model)
     ]
 
 

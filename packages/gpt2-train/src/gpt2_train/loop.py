@@ -94,7 +94,8 @@ def _set_up(config: TrainConfig, world: World) -> _Run:
     folder, dataset = Path(config.out), open_dataset(config.data)
     config = replace(config, precision=_precision(config, world))
     start = _on_main(world, lambda: _starting_point(config, dataset))
-    step = 0 if start is None else checkpoint.read_trainer_state(start)["step"]
+    state = None if start is None else checkpoint.read_trainer_state(start)
+    step = 0 if state is None else state["step"]
 
     torch.manual_seed(config.seed)
     model = _initial_model(config, start)
@@ -107,9 +108,9 @@ def _set_up(config: TrainConfig, world: World) -> _Run:
     loader = TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank, world_size=world.size
     )
-    if start is not None:
+    if start is not None and state is not None:
         checkpoint.load_optimizer(start, model, optimizer)
-        loader.restore(checkpoint.read_trainer_state(start)["loader"])
+        loader.restore(state["loader"])
 
     parallel: torch.nn.Module = model
     if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
@@ -126,9 +127,9 @@ def _set_up(config: TrainConfig, world: World) -> _Run:
         f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
         f"{accumulation} x {micro_batch} x {config.seq_len} tokens a step on each process"
     )
-    if start is not None:
+    if state is not None:
         log.say(f"resuming from {start}")
-        before = checkpoint.read_trainer_state(start)["config"]["steps"]
+        before = state["config"]["steps"]
         if before != config.steps:
             log.say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     return _Run(
