@@ -1,0 +1,110 @@
+"""The checkpoints of nanoGPT and of llm.c. Both keep projections as nn.Linear does, (out, in)."""
+
+import math
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import GPTConfig
+from .tensor_files import map_file, piece, state_dict
+from .tokenizer import EOT
+
+LLMC_MAGIC = struct.pack("<i", 20240326)
+_LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version; both pad the vocabulary
+_LLMC_HEADER = 1024  # bytes: 256 int32
+_TRUE, _PADDED = EOT + 1, 50304  # GPT-2's vocabulary, and rounded up to a multiple of 64 and of 128
+_NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
+
+
+def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the tensors of a ckpt.pt of github.com/karpathy/nanoGPT, train.py.
+
+    A vocabulary of 50,304 comes back as GPT-2's 50,257. The 47 rows more are padding: they take part in nanoGPT's
+    softmax, but stand for no token, and training drove their probability to nothing.
+
+    Its GELU has been the exact one since mid-2023; a checkpoint does not say of when it is. One without `bias` in
+    its model_args is older than that, and has the tanh approximation.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    arguments = dict(content["model_args"])
+    model = content.get("model")
+    names = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    if not names <= arguments.keys() <= names | {"bias", "dropout"} or not isinstance(model, dict):
+        odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
+        raise ValueError(f"{path} is no checkpoint of nanoGPT as known here: see {odd or 'model'}")
+    activation = "gelu" if "bias" in arguments else "gelu_new"
+    try:
+        config = GPTConfig(**{name: arguments[name] for name in names}, activation_function=activation)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    tensors = state_dict(model, path)
+    if arguments.get("bias") is False:  # a bias of zero is the same function
+        weights = [name for name in tensors if name.endswith(".weight") and not name.endswith(_NO_BIAS)]
+        for name in weights:
+            zeros = torch.zeros(1).expand(tensors[name].shape[0] if tensors[name].ndim else 0)
+            tensors.setdefault(name.removesuffix("weight") + "bias", zeros)
+    if config.vocab_size == _PADDED:
+        config = replace(config, vocab_size=_TRUE)
+        for name, tensor in tensors.items():
+            if name.endswith(("wte.weight", "lm_head.weight")) and tensor.shape[0] == _PADDED:
+                tensors[name] = tensor[:_TRUE]
+    return config, tensors
+
+
+def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the tensors, mapped, of a .bin of github.com/karpathy/llm.c (train_gpt2.py, write_model).
+
+    256 int32, then the parameters, those of one kind for all layers together. Rows that pad the vocabulary, to
+    50,304 for GPT-2's, are left out.
+
+    Raises:
+        ValueError: another version, or a size that does not fit the header.
+    """
+    raw = map_file(path)
+    if len(raw) < _LLMC_HEADER:
+        raise ValueError(f"{path} ends within its header")
+    _, version, time, vocab, depth, heads, width, padded = struct.unpack("<8i", raw[:32].numpy().tobytes())
+    if version not in _LLMC_DTYPES:
+        raise ValueError(f"{path} is of version {version}: write it again with a present llm.c (3: fp32, 5: bf16)")
+    try:
+        config = GPTConfig(block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    dtype = _LLMC_DTYPES[version]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (padded, width),
+        "wpe.weight": (time, width),
+        "ln_1.weight": (depth, width),
+        "ln_1.bias": (depth, width),
+        "attn.c_attn.weight": (depth, 3 * width, width),
+        "attn.c_attn.bias": (depth, 3 * width),
+        "attn.c_proj.weight": (depth, width, width),
+        "attn.c_proj.bias": (depth, width),
+        "ln_2.weight": (depth, width),
+        "ln_2.bias": (depth, width),
+        "mlp.c_fc.weight": (depth, 4 * width, width),
+        "mlp.c_fc.bias": (depth, 4 * width),
+        "mlp.c_proj.weight": (depth, width, 4 * width),
+        "mlp.c_proj.bias": (depth, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
+    size = _LLMC_HEADER + dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+    if padded < vocab or size != len(raw):
+        raise ValueError(f"{path} has {len(raw):,} bytes, {size:,} by its header")
+    tensors = {}
+    start = _LLMC_HEADER
+    for name, shape in shapes.items():
+        tensor = piece(raw, start, dtype, shape)
+        start += tensor.nbytes
+        if name.startswith(("ln_1", "attn", "ln_2", "mlp")):
+            tensors.update({f"h.{layer}.{name}": part for layer, part in enumerate(tensor)})
+        else:
+            tensors[name] = tensor[:vocab] if name == "wte.weight" else tensor
+    return config, tensors
