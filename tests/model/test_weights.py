@@ -132,7 +132,7 @@ def test_broken_folders_are_refused(folder, damage, message) -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name) -> None:
-    with pytest.raises(FileNotFoundError, match="is neither a model folder, a .safetensors file nor a hub name"):
+    with pytest.raises(FileNotFoundError, match="is neither a model folder, a weights file nor a hub name"):
         GPT.from_pretrained(name)
 
 

@@ -1,0 +1,137 @@
+"""config.json to GPTConfig and back: which fields change the function, and which do not."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .config import GPTConfig
+from .tensor_files import read_json
+from .tokenizer import EOT
+
+# GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
+_HF_NAMES = {
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+}
+# Fields that change the function in a way that GPT cannot follow: the values that leave it alone.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "is_encoder_decoder": (False, None),
+    "tie_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "position_embedding_type": ("absolute", None),
+    "quantization_config": (None,),
+    "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
+}
+# The bodies of these are GPT-2 and nothing else; their further heads are left out.
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
+# Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
+# output formats, defaults of generate(), and what old versions of transformers wrote. All were met on the hub.
+_HARMLESS = """
+attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
+summary_use_proj initializer_range gradient_checkpointing use_cache is_decoder chunk_size_feed_forward n_ctx
+_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _from_model_config
+_name_or_path _num_labels attn_implementation dtype torch_dtype torchscript transformers_version use_bfloat16
+tf_legacy_loss onnx tokenizer_class model_max_length transformers.js_config
+bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+decoder_start_token_id forced_bos_token_id forced_eos_token_id n_special predict_special_tokens
+finetuning_task id2label label2id num_labels problem_type prefix task_specific_params
+output_attentions output_hidden_states output_past output_scores return_dict return_dict_in_generate
+bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
+num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty suppress_tokens
+temperature top_k top_p typical_p
+scale_attn_by_layer_idx
+""".split()  # noqa: SIM905 - a line for each would be a page
+# - n_ctx was the size of the causal mask. Models of the Hugging Face course have n_ctx 128 beside 1,024 positions,
+#   and compute with all of them: n_positions alone counts, as in transformers.
+# - scale_attn_by_layer_idx stands in codeparrot's config.json. scale_attn_by_inverse_layer_idx was meant, but
+#   nothing ever read it: codeparrot was trained without.
+
+
+# Sizes are checked by GPTConfig itself.
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    float: ((float, int), "a number"),
+    str: ((str,), "text"),
+}
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The GPTConfig in a Hugging Face config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or a field that asks for a function that GPT does not compute, or that is not known.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
+    raw = read_json(path)
+    _refuse_other_functions(raw, path)
+    values = {}
+    for field in fields(GPTConfig):
+        names = [name for name in _HF_NAMES.get(field.name, (field.name,)) if name in raw]
+        if not names:
+            continue
+        value = raw[names[0]]
+        if any(raw[name] != value for name in names[1:]):
+            given = " but ".join(f"{name} = {raw[name]!r}" for name in names)
+            raise ValueError(f"{path} contradicts itself: {given}")
+        types, in_words = _TYPES.get(field.type, ((type(value),), ""))
+        if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
+            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {_short(value)}")
+        values[field.name] = value
+    try:
+        return GPTConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
+    for name, neutral in _NEUTRAL.items():
+        if name in raw and raw[name] not in neutral:
+            raise ValueError(
+                f"{path}: {name} = {_short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
+            )
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
+        raise ValueError(
+            f"{path}: architectures = {_short(architectures)} is not GPT-2 as built here "
+            f"(needs one of {', '.join(_ARCHITECTURES)})"
+        )
+    ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
+    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - {*_HARMLESS, "architectures"})
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown field {unknown[0]} = {_short(raw[unknown[0]])} may change what the model computes; "
+            "remove it if it does not"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def hf_config(config: GPTConfig) -> dict[str, Any]:
+    """config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM the architectures."""
+    ours = {_HF_NAMES.get(f.name, (f.name,))[0]: getattr(config, f.name) for f in fields(GPTConfig)}
+    special = EOT if config.vocab_size > EOT else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **ours,
+        "n_ctx": config.block_size,
+        "attn_pdrop": 0.0,  # dropout as in our training: none
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": special,
+        "eos_token_id": special,
+        "use_cache": True,
+        "dtype": "float32",
+    }

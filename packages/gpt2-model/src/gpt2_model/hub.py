@@ -1,0 +1,81 @@
+"""Models on the Hugging Face hub, through its own library: cached, resumed, HF_HOME and HF_HUB_OFFLINE obeyed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .tensor_files import shard_names
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def download(name: str) -> Path:
+    """The folder in Hugging Face's cache with config.json and weights of "owner/model" or "owner/model@revision".
+
+    Short names ("gpt2") stay as they are: the hub knows where they moved, and other programs have them in the
+    cache under these names too. What is in the cache is not downloaded again; a download that was cut goes on
+    where it stopped. On a terminal, huggingface_hub draws a bar.
+
+    Raises:
+        FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download  # half a second, and only needed here
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
+    repository, _, revision = name.partition("@")
+    config = Path(_attempt(name, lambda: hf_hub_download(repository, "config.json", revision=revision or None)))
+    commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
+
+    def get(file: str) -> Path:
+        return Path(hf_hub_download(repository, file, revision=commit))
+
+    index = _attempt(name, lambda: _first(get))
+    if index.suffix == ".json":
+        for shard in sorted(set(shard_names(index).values())):
+            _attempt(name, lambda shard=shard: get(shard))  # type: ignore[misc]
+    return config.parent
+
+
+def _first(get: Callable[[str], Path]) -> Path:
+    """The best weights file that the model has."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in WEIGHTS_FILES[:-1]:
+        try:
+            return get(file)
+        except EntryNotFoundError:
+            continue
+    return get(WEIGHTS_FILES[-1])
+
+
+def _attempt(name: str, download: Callable[[], str | Path]) -> Path:
+    from huggingface_hub import errors
+
+    try:
+        return Path(download())
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{name} on the hub is no model folder: it lacks config.json or weights") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name}: the hub has this model, but not this revision of it") from None
+    except errors.GatedRepoError:
+        raise FileNotFoundError(
+            f"{name} is gated: ask for access on its page on the hub, then `hf auth login` or set HF_TOKEN"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise FileNotFoundError(
+            f"{name} is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)}); "
+            "if it is private, `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name} could not be downloaded from the hub: {reason}") from None

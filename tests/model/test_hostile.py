@@ -1,0 +1,390 @@
+"""Files from strangers: refused with one line, in bounded memory, and nothing in them is run."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from gpt2_model import GPT, GPTConfig
+
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    GPT(SMALL).save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        GPT.from_pretrained(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def edit_header(folder: Path, change) -> None:
+    """`change` gets the header, parsed, and returns it, or its text."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = change(json.loads(data[8 : 8 + length]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def entry(name: str, **fields):
+    """A change of one tensor's entry."""
+    return lambda header: header | {name: header[name] | fields}
+
+
+WTE = "transformer.wte.weight"  # the first tensor: 100 x 32 fp32, 12,800 bytes
+SAFETENSORS = {
+    "dtype_unknown": (entry(WTE, dtype="F8_E4M3"), "'F8_E4M3', GPT-2s as F32"),
+    "dtype_integers": (entry(WTE, dtype="I64", shape=[100, 16]), "is stored as 'I64'"),
+    "dtype_list": (entry(WTE, dtype=["F32"]), "is stored as"),
+    "bytes_as_weights": (entry(WTE, dtype="U8", shape=[12800]), r"shape \(12800,\)"),
+    "bool_as_weights": (entry("transformer.ln_f.bias", dtype="BOOL", shape=[128]), r"shape \(128,\)"),
+    "shape_negative": (entry(WTE, shape=[-100, -32]), "no lists of sizes"),
+    "shape_float": (entry(WTE, shape=[100.0, 32]), "no lists of sizes"),
+    "shape_true": (entry(WTE, shape=[True, 3200]), "no lists of sizes"),
+    "shape_overflow": (entry(WTE, shape=[2**62, 4]), "no lists of sizes"),
+    "shape_product": (entry(WTE, shape=[2**40, 2**40, 2**40]), "offsets that do not fit its shape"),
+    "shape_deep": (entry(WTE, shape=[1] * 100_000), "no lists of sizes"),
+    "shape_wrong": (entry(WTE, shape=[32, 100]), r"wte.weight has shape \(32, 100\), config.json says"),
+    "offsets_swapped": (entry(WTE, data_offsets=[12800, 0]), "offsets that do not fit its shape"),
+    "offsets_behind": (entry(WTE, data_offsets=[2**40, 2**40 + 12800]), "hole before it|overlaps|behind the file"),
+    "offsets_three": (entry(WTE, data_offsets=[0, 1, 12800]), "offsets that do not fit"),
+    "overlap": (entry("transformer.ln_f.bias", data_offsets=[0, 128]), "overlaps another tensor|leaves a hole"),
+    "extra_field": (entry(WTE, color="blue"), "needs exactly dtype, shape and data_offsets"),
+    "entry_is_text": (lambda header: header | {WTE: "wte"}, "needs exactly dtype"),
+    "missing": (lambda header: {n: e for n, e in header.items() if n != WTE}, "leaves a hole"),
+    "not_json": (lambda header: b"{", "not valid JSON"),
+    "bad_utf8": (lambda header: b'{"\xff\xfe": 1}', "not valid JSON"),
+    "a_list": (lambda header: b"[]", "holds no object"),
+    "deep_json": (lambda header: b"[" * 1_000_000, "not valid JSON"),
+    "long_number": (lambda header: b'{"a": ' + b"9" * 100_000 + b"}", "not valid JSON"),
+    "twice": (lambda header: b'{"a": 1, "a": 2}', "'a' comes twice"),
+    "empty": (lambda header: b"{}", "bytes belong to no tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), SAFETENSORS.values(), ids=SAFETENSORS.keys())
+def test_safetensors_headers(folder, change, message) -> None:
+    edit_header(folder, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, 10**8 + 1, 10**6, 0])
+def test_safetensors_header_length(folder, length) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    refused(folder, "is damaged or no safetensors file|is not valid JSON")
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 1000, -1, -5000])
+def test_a_safetensors_file_cut_anywhere(folder, size) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(folder, "is damaged or no safetensors file|is not valid JSON")
+
+
+def test_bytes_after_the_last_tensor(folder) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"#!/bin/sh")
+    refused(folder, "9 bytes belong to no tensor")
+
+
+def test_a_header_of_odd_length_is_fine(folder) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    edit_header(folder, lambda header: json.dumps(header).encode().ljust(5001))
+    loaded = GPT.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+CONFIGS = {
+    "deep": ({"n_layer": 10**9}, "holds 28 tensors, config.json speaks of 1000000000 layers"),
+    "wide": ({"n_embd": 2 * 10**9}, r"config.json says \(100, 2000000000\)"),
+    "astronomic": ({"vocab_size": 10**30}, "config.json says"),
+    "long": ({"n_positions": 2**31}, "config.json says"),
+    "inner": ({"n_inner": 10**12}, "config.json says"),
+    "infinite": ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon must be a number"),
+    "nan": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number"),
+    "text": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
+    "negative": ({"n_embd": -32}, "n_embd must be a positive whole number"),
+    "true": ({"n_head": True}, "n_head must be a positive whole number"),
+    "list": ({"activation_function": ["gelu"]}, "activation_function must be text"),
+    "one": ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
+    "contradiction": ({"hidden_size": 64}, "contradicts itself: n_embd = 32 but hidden_size = 64"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_configs(folder, fields, message) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 10**6, '{"n_layer": 2, "n_layer": 3}', " " * 10_000_001])
+def test_configs_that_are_none(folder, text) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, "is not valid JSON|is larger than any config.json")
+
+
+class Touch:
+    """Unpickled in the usual way, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def as_bin(folder: Path, tensors: dict, **options) -> Path:
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(tensors, folder / "pytorch_model.bin", **options)
+    return folder / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_bin_that_is_harmless_loads(folder, zipped) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    as_bin(folder, tensors_of(folder), _use_new_zipfile_serialization=zipped)
+    loaded = GPT.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("place", ["value", "nested", "key"])
+def test_code_in_a_pickle_is_never_run(folder, tmp_path, place, zipped) -> None:
+    canary = tmp_path / "it-ran"
+    content = tensors_of(folder)
+    content |= {
+        "value": {"x": Touch(canary)},
+        "nested": {"x": [{"y": (Touch(canary),)}]},
+        "key": {(Touch(canary),): torch.zeros(1)},
+    }[place]
+    as_bin(folder, content, _use_new_zipfile_serialization=zipped)
+    refused(folder, r"holds more than tensors; nothing was run: it asks for (posix|nt).system")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", ["bare_pickle", "protocol_0", "tar", "zip_of_a_pickle", "text", "empty"])
+def test_other_files_called_bin(folder, tmp_path, kind) -> None:
+    canary = tmp_path / "it-ran"
+    path = as_bin(folder, {})
+    if kind == "bare_pickle":
+        path.write_bytes(pickle.dumps(Touch(canary)))
+    elif kind == "protocol_0":
+        path.write_bytes(pickle.dumps(Touch(canary), protocol=0))
+    elif kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            data = pickle.dumps(Touch(canary))
+            member = tarfile.TarInfo("pickle")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    elif kind == "zip_of_a_pickle":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Touch(canary), protocol=2))
+            archive.writestr("archive/version", "3\n")
+    else:
+        path.write_bytes(b"hello" if kind == "text" else b"")
+    refused(folder, "is damaged, or holds more than tensors; nothing was run")
+    assert not canary.exists()
+
+
+def test_a_bin_cut_anywhere(folder) -> None:
+    path = as_bin(folder, tensors_of(folder))
+    whole = path.read_bytes()
+    for size in (3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(folder, "is damaged, or holds more than tensors")
+
+
+def test_a_legacy_bin_cut_anywhere(folder) -> None:
+    path = as_bin(folder, tensors_of(folder), _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in (14, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(folder, "is damaged, or holds more than tensors")
+
+
+def test_a_compressed_archive(folder) -> None:
+    path = as_bin(folder, tensors_of(folder))
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        archive.writestr("bomb", bytes(10**8))
+    assert path.stat().st_size < 10**6
+    refused(folder, "it is a compressed archive, which torch.save never writes")
+
+
+def test_a_tensor_made_large_by_its_strides(folder) -> None:
+    """100,000 rows of the same 32 numbers, as a config.json with that vocabulary asks for."""
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(folder).items()}
+    tensors[WTE] = torch.zeros(1, 32).expand(10**5, 32)
+    as_bin(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**5}))
+    refused(folder, "bytes of tensors, more than it has")
+
+
+def test_many_tensors_of_one_storage(folder) -> None:
+    shared = torch.zeros(96 * 32)
+    tensors = {name: shared[: tensor.numel()].view(tensor.shape) for name, tensor in tensors_of(folder).items()
+               if tensor.numel() <= 96 * 32}  # fmt: skip
+    as_bin(folder, tensors | {WTE: torch.zeros(100, 32)})
+    refused(folder, "bytes of tensors, more than it has")
+
+
+def test_a_storage_that_claims_more_than_the_file(folder) -> None:
+    """10^12 values: the number in the pickle, in both formats, changed by hand."""
+    for zipped in (True, False):
+        path = as_bin(folder, {"a": torch.zeros(1000)}, _use_new_zipfile_serialization=zipped)
+        short, long = b"M\xe8\x03", b"\x8a\x06" + (10**12).to_bytes(6, "little")  # BININT2 1000; LONG1 10^12
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                members = {name: archive.read(name) for name in archive.namelist()}
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, data in members.items():
+                    archive.writestr(name, data.replace(short, long) if name.endswith("data.pkl") else data)
+        else:
+            data = path.read_bytes()
+            assert short in data
+            path.write_bytes(data.replace(short, long))
+        refused(folder, "is damaged, or holds more than tensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "holds a list, not tensors by name"),
+        ({"a": 1}, "holds 'a': int, not only tensors"),
+        ({3: torch.zeros(1)}, "holds 3: Tensor, not only tensors by name"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is torch.float32, torch.sparse_coo"),
+        ({"a": torch.zeros(3, device="meta")}, "on meta|holds more than tensors"),
+        ({"a": torch.zeros(3, dtype=torch.int64)}, "'a' is torch.int64"),
+        ({"a": torch.zeros(3, dtype=torch.complex64)}, "'a' is torch.complex64"),
+    ],
+)
+def test_a_bin_of_something_else(folder, content, message) -> None:
+    as_bin(folder, content)
+    refused(folder, message)
+
+
+def test_a_pickle_that_grows(folder) -> None:
+    """Two million empty lists in as many bytes take 120 MB once unpickled."""
+    path = as_bin(folder, {})
+    bomb = b"\x80\x02(" + b"]" * 2_000_000 + b"l."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bomb)
+        archive.writestr("archive/version", "3\n")
+    refused(folder, "its list of tensors is longer than 1,000,000 bytes")
+    legacy = as_bin(folder, {"a": torch.zeros(1)}, _use_new_zipfile_serialization=False)
+    head = legacy.read_bytes()[:15]
+    legacy.write_bytes(head + b"\x80\x02M\xe9\x03." + b"\x80\x02}." + bomb)
+    refused(folder, "its list of tensors is longer than 1,000,000 bytes")
+
+
+def shard(folder: Path, change_index=lambda index: index, suffix: str = "safetensors", extra=None) -> Path:
+    """`folder` in two shards; the index as `change_index` leaves it."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    weight_map = {}
+    for number, names in enumerate((sorted(tensors)[:9], sorted(tensors)[9:]), start=1):
+        name = f"{stem}-0000{number}-of-00002.{suffix}"
+        part = {n: tensors[n] for n in names} | (extra or {} if number == 2 else {})
+        if suffix == "safetensors":
+            safetensors.torch.save_file(part, folder / name)
+        else:
+            torch.save(part, folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = change_index({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    text = index if isinstance(index, str) else json.dumps(index)
+    (folder / f"{stem}.{suffix}.index.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(folder, suffix) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    loaded = GPT.from_pretrained(shard(folder, suffix=suffix)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def moved(name):
+    return lambda index: index | {"weight_map": index["weight_map"] | {WTE: name}}
+
+
+INDEXES = {
+    "upwards": (moved("../other.safetensors"), "names '../other.safetensors', which is not a .safetensors file"),
+    "absolute": (moved("/etc/other.safetensors"), "which is not a .safetensors file beside it"),
+    "backslash": (moved("..\\other.safetensors"), "which is not a .safetensors file beside it"),
+    "other_format": (moved("other.bin"), "names 'other.bin', which is not a .safetensors file"),
+    "number": (moved(1), "names 1, which"),
+    "absent": (moved("other.safetensors"), "names other.safetensors, which is not beside it"),
+    "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is only in one of them"),
+    "unlisted": (
+        lambda index: {"weight_map": {n: f for n, f in index["weight_map"].items() if n != WTE}},
+        f"{WTE!r} is only in one of them",
+    ),
+    "listed_only": (
+        lambda index: {"weight_map": index["weight_map"] | {"x": "model-00001-of-00002.safetensors"}},
+        "'x' is only in one of them",
+    ),
+    "no_map": (lambda index: {}, "has no weight_map"),
+    "a_list": (lambda index: {"weight_map": []}, "has no weight_map"),
+    "twice": (lambda index: '{"weight_map": {"a": "b", "a": "c"}}', "'a' comes twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), INDEXES.values(), ids=INDEXES.keys())
+def test_indexes(folder, change, message) -> None:
+    refused(shard(folder, change), message)
+
+
+def test_a_tensor_in_two_shards(folder) -> None:
+    twice = {"transformer.h.0.ln_1.weight": torch.zeros(32)}
+    refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is only in one of them")
+
+
+def test_refusing_takes_little_memory(folder) -> None:
+    """A process with 300 MB beyond what importing takes refuses claims of terabytes without noticing the limit."""
+    huge = {"vocab_size": 2**40, "n_embd": 2**20, "n_positions": 2**40, "n_layer": 10**9, "n_inner": 2**40}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | huge))
+    program = f"""
+import pathlib, resource
+from gpt2_model import GPT
+import gpt2_model.weights
+statm = pathlib.Path("/proc/self/statm")
+if statm.exists():  # elsewhere the limit is not enforced either
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 300_000_000,) * 2)
+try:
+    GPT.from_pretrained({str(folder)!r})
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "speaks of 1000000000 layers" in result.stdout, result.stderr
