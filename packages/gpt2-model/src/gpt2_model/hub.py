@@ -18,13 +18,14 @@ def download(name: str) -> Path:
     """The folder in Hugging Face's cache with config.json and weights of "owner/model" or "owner/model@revision".
 
     Short names ("gpt2") stay as they are: the hub knows where they moved, and other programs have them in the
-    cache under these names too. What is in the cache is not downloaded again; a download that was cut goes on
-    where it stopped. On a terminal, huggingface_hub draws a bar.
+    cache under these names too. What is in the cache is not downloaded again; a download that breaks off goes on
+    where it stopped, until five tries in a row bring nothing. On a terminal, huggingface_hub draws a bar.
 
     Raises:
         FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
+        OSError: the download broke off.
     """
-    from huggingface_hub import hf_hub_download  # half a second, and only needed here
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # half a second, and only needed here
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
@@ -35,7 +36,10 @@ def download(name: str) -> Path:
     def get(file: str) -> Path:
         return Path(hf_hub_download(repository, file, revision=commit))
 
-    index = _attempt(name, lambda: _first(get))
+    # Cached ones first: they need no network. Else the best one that the hub has.
+    cached = (try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES)
+    index = next((Path(path) for path in cached if isinstance(path, str)), None)
+    index = index or _attempt(name, lambda: _first(get))
     if index.suffix == ".json":
         for shard in sorted(set(shard_names(index).values())):
             _attempt(name, lambda shard=shard: get(shard))  # type: ignore[misc]
@@ -44,11 +48,13 @@ def download(name: str) -> Path:
 
 def _first(get: Callable[[str], Path]) -> Path:
     """The best weights file that the model has."""
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in WEIGHTS_FILES[:-1]:
         try:
             return get(file)
+        except LocalEntryNotFoundError:  # cannot be reached, which took it 23 seconds to find out
+            raise
         except EntryNotFoundError:
             continue
     return get(WEIGHTS_FILES[-1])
@@ -79,3 +85,7 @@ def _attempt(name: str, download: Callable[[], str | Path]) -> Path:
     except errors.HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} could not be downloaded from the hub: {reason}") from None
+    except OSError:  # a full disk, or no right to write
+        raise
+    except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide
+        raise OSError(f"the download of {name} broke off again and again ({error}): try later") from None
