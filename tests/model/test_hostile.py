@@ -66,7 +66,7 @@ SAFETENSORS = {
     "shape_overflow": (entry(WTE, shape=[2**62, 4]), "no lists of sizes"),
     "shape_product": (entry(WTE, shape=[2**40, 2**40, 2**40]), "offsets that do not fit its shape"),
     "shape_deep": (entry(WTE, shape=[1] * 100_000), "no lists of sizes"),
-    "shape_wrong": (entry(WTE, shape=[32, 100]), r"wte.weight has shape \(32, 100\), config.json says"),
+    "shape_wrong": (entry(WTE, shape=[32, 100]), r"wte.weight has shape \(32, 100\), the config says"),
     "offsets_swapped": (entry(WTE, data_offsets=[12800, 0]), "offsets that do not fit its shape"),
     "offsets_behind": (entry(WTE, data_offsets=[2**40, 2**40 + 12800]), "hole before it|overlaps|behind the file"),
     "offsets_three": (entry(WTE, data_offsets=[0, 1, 12800]), "offsets that do not fit"),
@@ -118,11 +118,11 @@ def test_a_header_of_odd_length_is_fine(folder) -> None:
 
 
 CONFIGS = {
-    "deep": ({"n_layer": 10**9}, "holds 28 tensors, config.json speaks of 1000000000 layers"),
-    "wide": ({"n_embd": 2 * 10**9}, r"config.json says \(100, 2000000000\)"),
-    "astronomic": ({"vocab_size": 10**30}, "config.json says"),
-    "long": ({"n_positions": 2**31}, "config.json says"),
-    "inner": ({"n_inner": 10**12}, "config.json says"),
+    "deep": ({"n_layer": 10**9}, "holds 28 tensors, the config speaks of 1000000000 layers"),
+    "wide": ({"n_embd": 2 * 10**9}, r"the config says \(100, 2000000000\)"),
+    "astronomic": ({"vocab_size": 10**30}, "a number of 31 digits"),
+    "long": ({"n_positions": 2**31}, "the config says"),
+    "inner": ({"n_inner": 10**12}, "the config says"),
     "infinite": ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon must be a number"),
     "nan": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number"),
     "text": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),

@@ -6,10 +6,13 @@ import struct
 import numpy as np
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 from torch import nn
 from torch.nn import functional as F
 
 from gpt2_model import GPT, GPTConfig
+from gpt2_model.cli import main
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
 
@@ -127,6 +130,31 @@ def test_nanogpt_with_arguments_of_a_fork_is_refused(tmp_path) -> None:
         GPT.from_pretrained(tmp_path / "ckpt.pt")
 
 
+def converted(path, out) -> transformers.GPT2LMHeadModel:
+    """By `gpt2-model convert`, then loaded by transformers alone."""
+    result = CliRunner().invoke(main, ["convert", str(path), str(out)])
+    assert result.exit_code == 0, result.output
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def test_nanogpt_to_hugging_face(tmp_path) -> None:
+    source = Nano(SMALL, True, 100, nn.GELU())
+    save_nano(tmp_path / "ckpt.pt", source, bias=True, vocab_size=100)
+    theirs = converted(tmp_path / "ckpt.pt", tmp_path / "out")
+    weights = theirs.state_dict()
+    for name, tensor in source.state_dict().items():
+        if not name.endswith("attn.bias"):
+            stored = (
+                weights[name].t() if name.endswith(("attn.weight", "proj.weight", "fc.weight")) else weights[name]
+            )
+            assert torch.equal(stored, tensor), name
+    tokens = torch.randint(0, 100, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, source(tokens), rtol=0, atol=1e-5)
+
+
 LLMC_ORDER = (
     "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight",
     "attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
@@ -178,6 +206,11 @@ def test_llmc(tmp_path, model, version, dtype) -> None:
     assert again.config == SMALL
     for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(before.to(dtype).float(), after), name
+    theirs = converted(tmp_path / "gpt2.bin", tmp_path / "out")
+    tokens = torch.randint(0, 100, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, again(tokens)[0], rtol=0, atol=1e-5)
+    assert torch.equal(theirs.transformer.h[1].mlp.c_proj.weight, again.h[1].mlp.c_proj.weight.t())
 
 
 @pytest.mark.parametrize(

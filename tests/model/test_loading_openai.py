@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 
 from gpt2_model import GPT, GPTConfig
+from gpt2_model.cli import main
 from gpt2_model.openai import crc32c, read_bundle
 
 FIXTURE = Path(__file__).parent / "fixtures" / "openai"
@@ -162,6 +165,27 @@ def test_what_tensorflow_wrote() -> None:
     assert model.config == SMALL
     assert np.array_equal(model.h[1].attn.c_attn.weight.detach().numpy(), values["model/h1/attn/c_attn/w"][0].T)
     assert np.array_equal(model.h[0].ln_2.bias.detach().numpy(), values["model/h0/ln_2/b"])
+
+
+def test_to_hugging_face(tmp_path) -> None:
+    """By `gpt2-model convert`, then loaded by transformers alone: bit for bit what TensorFlow wrote."""
+    result = CliRunner().invoke(main, ["convert", str(FIXTURE), str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    values = fixture_values()
+    weights = theirs.transformer.state_dict()
+    for name, value in values.items():
+        ours = name.removeprefix("model/").replace("/", ".")
+        ours = f"h.{ours[1:]}" if ours.startswith("h") else ours
+        for theirs_end, ours_end in ((".g", ".weight"), (".w", ".weight"), (".b", ".bias")):
+            ours = ours.removesuffix(theirs_end) + ours_end if ours.endswith(theirs_end) else ours
+        stored = weights[ours if "." in ours else f"{ours}.weight"].numpy()
+        assert np.array_equal(stored, value[0] if value.ndim == 3 else value), name
+    tokens = torch.randint(0, 40, (2, 8))
+    with torch.no_grad():
+        ours = GPT.from_pretrained(FIXTURE)(tokens)[0]
+        torch.testing.assert_close(theirs.eval()(tokens).logits, ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 1000, 2**20 + 3])

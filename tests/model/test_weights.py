@@ -107,7 +107,7 @@ BROKEN = {
     "activation": (lambda f: edit_config(f, activation_function="mish"), "'mish' is not one of"),
     "heads": (lambda f: edit_config(f, n_head=3), "n_embd 32 must be a multiple of n_head 3"),
     "deeper": (lambda f: edit_config(f, n_layer=3), r"12 missing \(h.2.attn.c_attn.bias, ...\), 0 unknown"),
-    "wider": (lambda f: edit_config(f, n_embd=64), r"shape .*, config.json says"),
+    "wider": (lambda f: edit_config(f, n_embd=64), r"shape .*, the config says"),
     "missing": (
         lambda f: edit_tensors(f, lambda t: {n: v for n, v in t.items() if "ln_f.bias" not in n}),
         r"1 missing \(ln_f.bias, ...\)",
@@ -141,3 +141,21 @@ def test_a_cut_weights_file_is_refused(folder) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         GPT.from_pretrained(folder)
+
+
+def test_a_tied_head_of_another_type_is_refused(folder) -> None:
+    edit_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].half()})
+    with pytest.raises(ValueError, match="lm_head.weight differs from wte.weight"):
+        GPT.from_pretrained(folder)
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_old_files(folder, monkeypatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpt2_model.weights.os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        GPT(SMALL).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

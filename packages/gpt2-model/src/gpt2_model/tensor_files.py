@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a small file.
 
     Raises:
-        ValueError: too large, not valid JSON, not an object, or a key that comes twice.
+        ValueError: too large, not valid JSON, not an object, a key that comes twice, or a number above 64 bits.
     """
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path} is larger than any {path.name} of a GPT-2 ({MAX_JSON:,} bytes)")
@@ -45,6 +45,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes, source: Path) -> dict[str, Any]:
     """See read_json."""
 
+    def whole(digits: str) -> int:
+        if len(digits) > 19:  # 64 bits
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -53,7 +58,7 @@ def parse_json(text: bytes, source: Path) -> dict[str, Any]:
         return found
 
     try:
-        content = json.loads(text, object_pairs_hook=once)
+        content = json.loads(text, object_pairs_hook=once, parse_int=whole)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

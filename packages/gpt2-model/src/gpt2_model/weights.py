@@ -1,5 +1,8 @@
 """GPT-2s from disk or the hub, and to disk.
 
+Loaded are Hugging Face folders and hub names (safetensors or torch's .bin, whole or in shards), one such file
+beside its config.json, nanoGPT's ckpt.pt, llm.c's .bin, and OpenAI's TensorFlow folder. Saved are Hugging Face's.
+
 A checkpoint differs from our module in two ways. Most keep the four projections a block as OpenAI did, (in, out),
 "Conv1D"; nn.Linear keeps (out, in): they are transposed. And names may carry a prefix ("transformer.") or name
 buffers that hold no weights (the causal mask). Everything else is equal, name by name.
@@ -116,8 +119,8 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         if short in tensors:
             raise ValueError(f"{source} holds {short} twice, under different prefixes")
         tensors[short] = tensor
-    if config.n_layer > len(tensors):  # else the next lines would take as long as a config.json likes
-        raise ValueError(f"{source} holds {len(tensors)} tensors, config.json speaks of {config.n_layer} layers")
+    if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
+        raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
     expected = dict(_shapes(config, in_out))
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -129,12 +132,13 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}")
+            raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
         if not tensors[name].is_floating_point():
             raise ValueError(f"{source}: {name} holds {tensors[name].dtype}, not floating-point numbers")
     # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
-    if head is not None and not torch.equal(head, tensors["wte.weight"]):
-        raise ValueError(f"{source}: lm_head.weight differs from wte.weight, but config.json ties them")
+    embedding = tensors["wte.weight"]
+    if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
+        raise ValueError(f"{source}: lm_head.weight differs from wte.weight, but the config ties them")
     return tensors
 
 
