@@ -254,7 +254,7 @@ HOSTILE = {
     "other_shard": ({"lies": {"model/wte": {3: 1}}}, "names model.ckpt.data-00001-of-00001"),
     "unknown_tensor": (
         {"raw": {b"model/x": proto((1, 1), (2, proto((2, proto((1, 0))))), (4, 29440)) + EMPTY_CRC}},
-        r"1 unknown \(x",
+        r"1 unknown \('x'",
     ),
     "garbage": ({"raw": {b"model/x": b"\xff" * 20}}, "longer than 64 bits"),
 }  # fmt: skip

@@ -114,7 +114,7 @@ BROKEN = {
     ),
     "twice": (
         lambda f: edit_tensors(f, lambda t: {**t, "ln_f.bias": t["transformer.ln_f.bias"].clone()}),
-        "holds ln_f.bias twice",
+        "holds 'ln_f.bias' twice",
     ),
     "other_head": (
         lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}),

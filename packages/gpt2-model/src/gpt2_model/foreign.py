@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import GPTConfig
-from .tensor_files import map_file, piece, state_dict
+from .tensor_files import map_file, piece, short, state_dict
 from .tokenizer import EOT
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
@@ -37,12 +37,12 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     names = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     if not names <= arguments.keys() <= names | {"bias", "dropout"} or not isinstance(model, dict):
         odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
-        raise ValueError(f"{path} is no checkpoint of nanoGPT as known here: see {odd or 'model'}")
+        raise ValueError(f"{path} is no checkpoint of nanoGPT as known here: see {short(odd or 'model')}")
     activation = "gelu" if "bias" in arguments else "gelu_new"
     try:
         config = GPTConfig(**{name: arguments[name] for name in names}, activation_function=activation)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error)[:200]}") from None
     tensors = state_dict(model, path)
     if arguments.get("bias") is False:  # a bias of zero is the same function
         weights = [name for name in tensors if name.endswith(".weight") and not name.endswith(_NO_BIAS)]
@@ -75,7 +75,7 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     try:
         config = GPTConfig(block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error)[:200]}") from None
     dtype = _LLMC_DTYPES[version]
     shapes: dict[str, tuple[int, ...]] = {
         "wte.weight": (padded, width),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import GPTConfig
-from .tensor_files import read_json
+from .tensor_files import read_json, short
 from .tokenizer import EOT
 
 # GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
@@ -79,42 +79,37 @@ def read_config(path: Path) -> GPTConfig:
             continue
         value = raw[names[0]]
         if any(raw[name] != value for name in names[1:]):
-            given = " but ".join(f"{name} = {raw[name]!r}" for name in names)
+            given = " but ".join(f"{name} = {short(raw[name])}" for name in names)
             raise ValueError(f"{path} contradicts itself: {given}")
         types, in_words = _TYPES.get(field.type, ((type(value),), ""))
         if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
-            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {_short(value)}")
+            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {short(value)}")
         values[field.name] = value
     try:
         return GPTConfig(**values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error)[:200]}") from None
 
 
 def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
     for name, neutral in _NEUTRAL.items():
         if name in raw and raw[name] not in neutral:
             raise ValueError(
-                f"{path}: {name} = {_short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
+                f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
             )
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
         raise ValueError(
-            f"{path}: architectures = {_short(architectures)} is not GPT-2 as built here "
+            f"{path}: architectures = {short(architectures)} is not GPT-2 as built here "
             f"(needs one of {', '.join(_ARCHITECTURES)})"
         )
     ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
     unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - {*_HARMLESS, "architectures"})
     if unknown:
         raise ValueError(
-            f"{path}: unknown field {unknown[0]} = {_short(raw[unknown[0]])} may change what the model computes; "
-            "remove it if it does not"
+            f"{path}: unknown field {short(unknown[0])} = {short(raw[unknown[0]])} may change what the model "
+            "computes; remove it if it does not"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:

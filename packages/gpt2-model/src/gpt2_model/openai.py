@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import GPTConfig
-from .tensor_files import map_file, piece, read_json
+from .tensor_files import map_file, piece, read_json, short
 
 _MAGIC = 0xDB4775248B80FB57  # the last 8 bytes of a table
 _MAX_INDEX = 1_000_000  # that of 124M has 5 kB
@@ -56,7 +56,7 @@ def read_openai(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     hparams = read_json(folder / "hparams.json")
     if hparams.keys() != _HPARAMS.keys():
         odd = sorted(hparams.keys() ^ _HPARAMS.keys())[0]
-        raise ValueError(f"{folder}/hparams.json should hold {', '.join(_HPARAMS)} and no more: see {odd}")
+        raise ValueError(f"{folder}/hparams.json should hold {', '.join(_HPARAMS)} and no more: see {short(odd)}")
     try:
         config = GPTConfig(**{_HPARAMS[name]: value for name, value in hparams.items()})
     except ValueError as error:
@@ -117,12 +117,16 @@ def read_bundle(prefix: Path) -> dict[str, Tensor]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         raw = data[entry.shard]
         if entry.size != entry.dtype.itemsize * math.prod(entry.shape) or entry.offset < end[entry.shard]:
-            raise ValueError(f"{index}: {name} has a size that does not fit its shape, or overlaps another tensor")
+            raise ValueError(
+                f"{index}: {short(name)} has a size that does not fit its shape, or overlaps another tensor"
+            )
         end[entry.shard] = entry.offset + entry.size
         if end[entry.shard] > len(raw):
-            raise ValueError(f"{index}: {name} ends behind the end of its data file")
+            raise ValueError(f"{index}: {short(name)} ends behind the end of its data file")
         if masked(crc32c(raw[entry.offset : end[entry.shard]].numpy())) != entry.crc:
-            raise ValueError(f"{prefix.name}.data: {name} has changed since it was written (its checksum differs)")
+            raise ValueError(
+                f"{prefix.name}.data: {short(name)} has changed since it was written (its checksum differs)"
+            )
         tensors[name] = piece(raw, entry.offset, entry.dtype, entry.shape)
     return tensors
 
@@ -130,7 +134,7 @@ def read_bundle(prefix: Path) -> dict[str, Tensor]:
 def _entry(message: bytes) -> _Entry:
     values = dict(_fields(message))
     if 7 in values or values.get(1) not in _DTYPES:
-        raise ValueError(f"a tensor in slices, or of type {values.get(1)!r}, not float")
+        raise ValueError(f"a tensor in slices, or of type {short(values.get(1))}, not float")
     shape = []
     for number, dimension in _fields(_bytes(values.get(2, b""))):
         if number != 2:
@@ -150,7 +154,7 @@ def _bytes(value: int | bytes) -> bytes:
 
 def _size(value: int | bytes) -> int:
     if not isinstance(value, int) or value >= 2**48:
-        raise ValueError(f"{value!r} where a size should be")
+        raise ValueError(f"{short(value)} where a size should be")
     return value
 
 

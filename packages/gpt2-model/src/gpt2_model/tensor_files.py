@@ -31,6 +31,12 @@ _MAX_PICKLE = 1_000_000
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
+def short(value: Any) -> str:
+    """`value` for a message: one line, no control characters, not a page, whatever a stranger wrote."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a small file.
 
@@ -51,10 +57,11 @@ def parse_json(text: bytes, source: Path) -> dict[str, Any]:
         return int(digits)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{short(name)} comes twice")
+            found[name] = value
         return found
 
     try:
@@ -96,15 +103,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     spans = []
     for name, entry in header.items():
-        spans.append((*_span(entry, f"{damaged}: {name!r}"), name))
+        spans.append((*_span(entry, f"{damaged}: {short(name)}"), name))
     tensors = {}
     end = 8 + length
     for start, stop, dtype, shape, name in sorted(spans, key=lambda span: span[:2]):
         if start + 8 + length != end:
-            raise ValueError(f"{damaged}: {name!r} overlaps another tensor, or leaves a hole before it")
+            raise ValueError(f"{damaged}: {short(name)} overlaps another tensor, or leaves a hole before it")
         end = stop + 8 + length
         if end > len(raw):
-            raise ValueError(f"{damaged}: {name!r} ends {end - len(raw)} bytes behind the file's end")
+            raise ValueError(f"{damaged}: {short(name)} ends {end - len(raw)} bytes behind the file's end")
         tensors[name] = piece(raw, start + 8 + length, dtype, shape)
     if end != len(raw):
         raise ValueError(f"{damaged}: {len(raw) - end} bytes belong to no tensor")
@@ -117,7 +124,7 @@ def _span(entry: Any, where: str) -> tuple[int, int, torch.dtype, tuple[int, ...
         raise ValueError(f"{where} needs exactly dtype, shape and data_offsets")
     stored, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(stored, str) or stored not in _DTYPES:
-        raise ValueError(f"{where} is stored as {stored!r}, GPT-2s as {', '.join(_DTYPES)}")
+        raise ValueError(f"{where} is stored as {short(stored)}, GPT-2s as {', '.join(_DTYPES)}")
     for numbers in (shape, offsets):
         # Eight dimensions of 48 bits: enough for anything, and their product is computed at once.
         if not isinstance(numbers, list) or len(numbers) > 8 or not all(_is_size(n) for n in numbers):
@@ -153,7 +160,7 @@ def read_torch(path: Path) -> dict[Any, Any]:
     except Exception as error:  # torch tells of bad files in a dozen ways
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        reason = f"it asks for {forbidden[1]}" if forbidden else text
+        reason = f"it asks for {short(forbidden[1])}" if forbidden else text[:100]
         raise ValueError(f"{path} is damaged, or holds more than tensors; nothing was run: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
@@ -192,9 +199,9 @@ def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     """
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path} holds {name!r}: {type(tensor).__name__}, not only tensors by name")
+            raise ValueError(f"{path} holds {short(name)}: {type(tensor).__name__}, not only tensors by name")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES.values():
-            raise ValueError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout} on {tensor.device.type}")
+            raise ValueError(f"{path}: {short(name)} is {tensor.dtype}, {tensor.layout} on {tensor.device.type}")
     # Strides of 0 and shared storages make much of little. A tied head is the one tensor that comes twice.
     claimed = sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("lm_head.weight"))
     if claimed > path.stat().st_size:
@@ -221,7 +228,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         found = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if found.keys() != names:
             odd = sorted(found.keys() ^ names)[0]
-            raise ValueError(f"{path} does not hold what {index.name} says: {odd!r} is only in one of them")
+            raise ValueError(f"{path} does not hold what {index.name} says: {short(odd)} is only in one of them")
         tensors.update(found)
     return tensors
 
@@ -239,5 +246,5 @@ def shard_names(index: Path) -> dict[str, str]:
     for shard in names.values():
         # A backslash is a separator elsewhere.
         if not isinstance(shard, str) or shard != Path(shard).name or "\\" in shard or not shard.endswith(suffix):
-            raise ValueError(f"{index} names {shard!r}, which is not a {suffix} file beside it")
+            raise ValueError(f"{index} names {short(shard)}, which is not a {suffix} file beside it")
     return names

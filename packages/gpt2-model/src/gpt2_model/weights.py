@@ -27,7 +27,7 @@ from .hub import HUB_NAMES as HUB_NAMES
 from .hub import WEIGHTS_FILES, download
 from .model import GPT
 from .openai import read_openai
-from .tensor_files import read_safetensors, read_shards, read_torch, state_dict
+from .tensor_files import read_safetensors, read_shards, read_torch, short, state_dict
 from .tokenizer import EOT
 
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -113,12 +113,12 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     config, stored, source, in_out = checkpoint
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        short = _PREFIX.sub("", name)
-        if _NO_WEIGHT.search(short):
+        bare = _PREFIX.sub("", name)
+        if _NO_WEIGHT.search(bare):
             continue
-        if short in tensors:
-            raise ValueError(f"{source} holds {short} twice, under different prefixes")
-        tensors[short] = tensor
+        if bare in tensors:
+            raise ValueError(f"{source} holds {short(bare)} twice, under different prefixes")
+        tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
         raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
     expected = dict(_shapes(config, in_out))
@@ -128,7 +128,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         raise ValueError(
             f"{source} does not hold this model's weights: {len(missing)} missing"
             f"{f' ({missing[0]}, ...)' if missing else ''}, {len(unknown)} unknown"
-            f"{f' ({unknown[0]}, ...)' if unknown else ''}"
+            f"{f' ({short(unknown[0])}, ...)' if unknown else ''}"
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
