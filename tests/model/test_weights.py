@@ -1,6 +1,8 @@
 """Model folders: what is read, what is written, and what is refused with one line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -159,3 +161,29 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_files(folder, monkeypatch
     with pytest.raises(OSError, match="No space left on device"):
         GPT(SMALL).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_memory_of_loading_and_saving(tmp_path) -> None:
+    """Loading: the file, mapped, and the model. Saving: one tensor more than the model. The rest is slack."""
+    program = f"""
+import resource, sys, torch
+from gpt2_model import GPT, GPTConfig
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)).save_pretrained({str(tmp_path)!r} + "/small")
+GPT.from_pretrained({str(tmp_path)!r} + "/small")
+before = peak()
+model = GPT.from_pretrained({str(tmp_path)!r} + "/large")
+loaded = peak()
+model.save_pretrained({str(tmp_path)!r} + "/again")
+print(loaded - before, peak() - loaded)
+"""
+    GPT(GPTConfig(n_layer=4, n_head=8, n_embd=640, block_size=8)).save_pretrained(tmp_path / "large")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 200e6
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loading, saving = map(int, result.stdout.split())
+    assert loading < 2.3 * size
+    assert saving < 0.3 * size

@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub, through its own library: cached, resumed, HF_HOME and HF_HUB_OFFLINE obeyed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .tensor_files import shard_names
@@ -30,19 +31,19 @@ def download(name: str) -> Path:
 
     set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
     repository, _, revision = name.partition("@")
-    config = Path(_attempt(name, lambda: hf_hub_download(repository, "config.json", revision=revision or None)))
-    commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
+    with _errors_of_one_line(name):
+        config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+        commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
 
-    def get(file: str) -> Path:
-        return Path(hf_hub_download(repository, file, revision=commit))
+        def get(file: str) -> Path:
+            return Path(hf_hub_download(repository, file, revision=commit))
 
-    # Cached ones first: they need no network. Else the best one that the hub has.
-    cached = (try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES)
-    index = next((Path(path) for path in cached if isinstance(path, str)), None)
-    index = index or _attempt(name, lambda: _first(get))
-    if index.suffix == ".json":
-        for shard in sorted(set(shard_names(index).values())):
-            _attempt(name, lambda shard=shard: get(shard))  # type: ignore[misc]
+        # Cached ones first: they need no network. Else the best one that the hub has.
+        cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
+        weights = next((Path(path) for path in cached if isinstance(path, str)), None) or _first(get)
+        if weights.suffix == ".json":
+            for shard in sorted(set(shard_names(weights).values())):
+                get(shard)
     return config.parent
 
 
@@ -60,11 +61,13 @@ def _first(get: Callable[[str], Path]) -> Path:
     return get(WEIGHTS_FILES[-1])
 
 
-def _attempt(name: str, download: Callable[[], str | Path]) -> Path:
+@contextmanager
+def _errors_of_one_line(name: str) -> Iterator[None]:
+    """Those of huggingface_hub, which have many, as ours."""
     from huggingface_hub import errors
 
     try:
-        return Path(download())
+        yield
     except errors.LocalEntryNotFoundError:
         raise FileNotFoundError(
             f"{name} is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
@@ -85,7 +88,7 @@ def _attempt(name: str, download: Callable[[], str | Path]) -> Path:
     except errors.HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} could not be downloaded from the hub: {reason}") from None
-    except OSError:  # a full disk, or no right to write
+    except (OSError, ValueError):  # a full disk, no right to write, or an index that is none
         raise
     except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide
         raise OSError(f"the download of {name} broke off again and again ({error}): try later") from None

@@ -7,6 +7,7 @@ safe unpickler.
 
 import json
 import math
+import os
 import pickletools
 import re
 import zipfile
@@ -75,7 +76,8 @@ def parse_json(text: bytes, source: Path) -> dict[str, Any]:
 
 def map_file(path: Path) -> Tensor:
     """The bytes of a file, (size,) uint8, read when they are looked at; writing to them leaves the file alone."""
-    size = path.stat().st_size
+    with path.open("rb") as file:  # where it may not be read, an OSError; torch would raise something else
+        size = os.fstat(file.fileno()).st_size
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
 
