@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -371,23 +372,39 @@ def test_a_tensor_in_two_shards(folder) -> None:
     refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is only in one of them")
 
 
-def test_refusing_takes_little_memory(folder) -> None:
+def test_refusing_takes_little_memory(folder, tmp_path) -> None:
     """A process with 300 MB beyond what importing takes refuses claims of terabytes without noticing the limit."""
-    huge = {"vocab_size": 2**40, "n_embd": 2**20, "n_positions": 2**40, "n_layer": 10**9, "n_inner": 2**40}
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | huge))
+    huge = {"vocab_size": 2**40, "n_embd": 2**20, "n_positions": 2**40, "n_layer": 10**9, "n_inner": 2**40}
+    folders = {name: tmp_path / name for name in ("sizes", "strides", "storage", "header")}
+    for name, path in folders.items():
+        shutil.copytree(folder, path)
+        lies = {"sizes": huge, "strides": {"vocab_size": 10**10}}.get(name, {})
+        (path / "config.json").write_text(json.dumps(config | lies))
+    tensors = tensors_of(folder)
+    as_bin(folders["strides"], tensors | {WTE: torch.zeros(1, 32).expand(10**10, 32)})
+    claim = as_bin(folders["storage"], {"a": torch.zeros(1000)}, _use_new_zipfile_serialization=False)
+    claim.write_bytes(claim.read_bytes().replace(b"M\xe8\x03", b"\x8a\x06" + (10**12).to_bytes(6, "little")))
+    edit_header(folders["header"], entry(WTE, shape=[2**40, 32], data_offsets=[0, 2**47]))
     program = f"""
 import pathlib, resource
+import torch._weights_only_unpickler
 from gpt2_model import GPT
 import gpt2_model.weights
 statm = pathlib.Path("/proc/self/statm")
 if statm.exists():  # elsewhere the limit is not enforced either
     taken = int(statm.read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 300_000_000,) * 2)
-try:
-    GPT.from_pretrained({str(folder)!r})
-except ValueError as error:
-    print(error)
+for path in {[str(path) for path in folders.values()]}:
+    try:
+        GPT.from_pretrained(path)
+    except ValueError as error:
+        print(error)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert "speaks of 1000000000 layers" in result.stdout, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4, result.stdout + result.stderr
+    assert "speaks of 1000000000 layers" in lines[0]
+    assert "more than it has" in lines[1]
+    assert "1,000,000,000,000 values" in lines[2]
+    assert "behind the file's end" in lines[3]

@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # The bodies of these are GPT-2 and nothing else; their further heads are left out.
 _ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
 # Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
-# output formats, defaults of generate(), and what old versions of transformers wrote. All were met on the hub.
+# output formats, defaults of generate(), and what old versions of transformers wrote.
 _HARMLESS = """
 attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
 summary_use_proj initializer_range gradient_checkpointing use_cache is_decoder chunk_size_feed_forward n_ctx
