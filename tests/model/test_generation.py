@@ -1,11 +1,12 @@
-"""Invariant 5, same text, and the sampling options."""
+"""Invariant 5, same text: what a row is does not depend on what is around it. And the ways a row can end."""
 
 import numpy as np
 import pytest
 import torch
 
-from gpt2_model import EOT, GPT, GPTConfig, KVCache, generate, get_tokenizer
-from gpt2_model.sampling import sample, uniforms
+from gpt2_model import EOT, GPT, GPTConfig, KVCache, generate, get_tokenizer, stream
+from gpt2_model.native import Unavailable, library
+from gpt2_model.tokenizer import TextDecoder
 
 PROMPTS = [
     "Hello, I'm",
@@ -24,15 +25,71 @@ def model(tiny_hf_folder):
     return GPT.from_pretrained(tiny_hf_folder)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(model) -> None:
-    def rows_of(prompts, num_samples=1):
-        return [row.tokens for row in generate(model, prompts, num_samples=num_samples, max_new_tokens=24, seed=7)]
+@pytest.fixture(params=["engine", "torch"])
+def way(request) -> dict[str, bool]:
+    """Both decoders: engine.c, and PyTorch's operations."""
+    if request.param == "engine":
+        try:
+            library(torch.float32)
+        except Unavailable as reason:
+            pytest.skip(f"engine.c cannot be compiled here: {reason}")
+    return {"compile": request.param == "engine"}
 
-    whole = rows_of(PROMPTS)
-    assert len({tuple(tokens) for tokens in whole}) == 8
-    for size in (1, 3):  # the first rows keep their numbers, in a smaller batch
-        assert rows_of(PROMPTS[:size]) == whole[:size]
-    assert rows_of(PROMPTS[:2], 4)[4:] == rows_of([*PROMPTS[:1] * 4, *PROMPTS[1:2] * 4])[4:]
+
+def texts(model, prompts, **options) -> list[list[int]]:
+    return [row.tokens for row in generate(model, prompts, max_new_tokens=24, **options)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+def test_the_same_rows_in_batches_of_1_3_and_8_and_in_another_order(tiny_hf_folder, dtype) -> None:
+    """On the CPU bit by bit: the log-probabilities are equal, not close."""
+    model = GPT.from_pretrained(tiny_hf_folder, dtype=dtype)
+
+    def rows(numbers):
+        """The rows of these numbers alone: a row's random numbers are those of its number."""
+        from gpt2_model import generation
+
+        drawn_by = dict(enumerate(numbers))
+        original = generation.uniforms
+        generation.uniforms = lambda seed, row, count: original(seed, drawn_by[row], count)
+        try:
+            done = generate(model, [PROMPTS[n] for n in numbers], max_new_tokens=24, seed=7, logprobs=True)
+        finally:
+            generation.uniforms = original
+        return {drawn_by[row.row]: (row.tokens, row.logprobs) for row in done}
+
+    whole = rows(range(8))
+    assert len({tuple(tokens) for tokens, _ in whole.values()}) == 8
+    for numbers in ([0], [5], [0, 1, 2], [6, 1, 4], [7, 6, 5, 4, 3, 2, 1, 0]):
+        assert rows(numbers) == {number: whole[number] for number in numbers}, numbers
+
+
+def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(model, way) -> None:
+    whole = texts(model, PROMPTS, seed=7, **way)
+    for size in (1, 3):
+        assert texts(model, PROMPTS[:size], seed=7, **way) == whole[:size]
+
+
+def test_samples_of_a_prompt_are_rows_as_any_other(model, way) -> None:
+    samples = texts(model, PROMPTS[:2], num_samples=4, seed=7, **way)
+    assert samples == texts(model, [*PROMPTS[:1] * 4, *PROMPTS[1:2] * 4], seed=7, **way)
+    assert len(set(map(tuple, samples))) == 8
+
+
+def test_both_decoders_write_the_same(model) -> None:
+    assert texts(model, PROMPTS, seed=3, compile=True) == texts(model, PROMPTS, seed=3, compile=False)
+
+
+def test_a_long_prompt_goes_in_by_parts(model, way) -> None:
+    """256 tokens at a time; here prompts of 700 beside short ones."""
+    long = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=500, block_size=1024))
+    prompts = [[n % 500 for n in range(700)], [1, 2], [n % 499 for n in range(600)]]
+    with torch.inference_mode():
+        expected = [long(torch.tensor([prompt]))[0][0, -1].argmax().item() for prompt in prompts]
+    rows = generate(long, prompts, max_new_tokens=3, temperature=0, stop_ids=(), **way)
+    assert [row.tokens[0] for row in rows] == expected
+    alone = generate(long, prompts[2:], max_new_tokens=3, temperature=0, stop_ids=(), **way)
+    assert alone[0].tokens == rows[2].tokens
 
 
 def test_cached_steps_give_the_logits_of_the_whole_sequence(model) -> None:
@@ -57,32 +114,181 @@ def test_rows_are_numbered_by_prompt_then_sample(model) -> None:
     assert all(row.text == get_tokenizer().decode(row.tokens) for row in rows)
 
 
-def test_rows_end_where_the_context_ends(model) -> None:
+def test_rows_end_where_the_context_ends(model, way) -> None:
     long, short = [5] * 120, [5] * 10  # of 128
-    rows = generate(model, [long, short], max_new_tokens=200, temperature=0.5)
+    rows = generate(model, [long, short], max_new_tokens=200, temperature=0.5, **way)
     assert [len(row.tokens) for row in rows] == [8, 118]
     assert [row.finish_reason for row in rows] == ["length", "length"]
 
 
-def test_end_of_text_ends_a_row_and_leaves_the_others(model) -> None:
-    """With a bias towards <|endoftext|>, rows leave the batch at different steps."""
-    original = model.head
+def test_sliding_goes_on_from_the_half_of_the_context_that_came_last(model, way) -> None:
+    """The tokens after a slide are those that the kept half alone would have as its greedy continuation."""
+    prompts = [[5] * 100, [7, 8, 9], [11] * 300]
+    rows = generate(model, prompts, max_new_tokens=150, temperature=0, stop_ids=(), slide=True, **way)
+    assert [len(row.tokens) for row in rows] == [150] * 3
+    whole = prompts[0] + rows[0].tokens
+    # When 128 tokens are in and one more is drawn, the last 64 begin anew, and it follows them.
+    again = generate(model, [whole[64:129]], max_new_tokens=20, temperature=0, stop_ids=(), **way)
+    assert whole[129:149] == again[0].tokens
+    cut = generate(model, [prompts[2][-64:]], max_new_tokens=10, temperature=0, stop_ids=(), **way)
+    assert rows[2].tokens[:10] == cut[0].tokens
 
-    def head(hidden):
-        logits = original(hidden)
-        logits[..., EOT] += 9.0
+
+def test_stop_ids_end_rows_at_different_steps(model, way) -> None:
+    stops = range(0, 50257, 9)
+    rows = generate(model, PROMPTS, max_new_tokens=40, seed=3, stop_ids=stops, logprobs=True, **way)
+    assert {row.finish_reason for row in rows} == {"stop", "length"} or len({len(row.tokens) for row in rows}) > 3
+    assert all(token % 9 for row in rows for token in row.tokens)
+    assert all(len(row.logprobs) == len(row.tokens) for row in rows)
+    free = generate(model, PROMPTS, max_new_tokens=40, seed=3, stop_ids=(), **way)
+    for row, whole in zip(rows, free, strict=True):  # up to its end a row is what it is without ends
+        assert row.tokens == whole.tokens[: len(row.tokens)]
+        assert row.finish_reason == "length" or whole.tokens[len(row.tokens)] % 9 == 0
+
+
+def test_end_of_text_stops_unless_told_otherwise(model) -> None:
+    class Ends(GPT):
+        def head(self, hidden):
+            logits = super().head(hidden)
+            logits[..., EOT] += 1000
+            return logits
+
+    ends = Ends(model.config)
+    assert generate(ends, ["Hi"], compile=False)[0].tokens == []
+    assert generate(ends, ["Hi"], compile=False)[0].finish_reason == "stop"
+    assert generate(ends, ["Hi"], max_new_tokens=3, stop_ids=(), compile=False)[0].tokens == [EOT] * 3
+
+
+class Script(GPT):
+    """A model that writes what it is told to, whatever came before."""
+
+    def __init__(self, *ids: list[int]) -> None:
+        super().__init__(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=128))
+        self.ids, self.step = ids, -1
+
+    def head(self, hidden):
+        self.step += 1
+        logits = torch.zeros(hidden.shape[0], 50257)
+        for row in range(hidden.shape[0]):
+            script = self.ids[row % len(self.ids)]
+            logits[row, script[min(self.step, len(script) - 1)]] = 10
         return logits
 
-    model.head = head
-    try:
-        together = generate(model, PROMPTS, max_new_tokens=40, seed=3)
-        alone = [generate(model, PROMPTS[:1], max_new_tokens=40, seed=3)[0]]
-    finally:
-        del model.head
-    assert "stop" in {row.finish_reason for row in together}
-    assert len({len(row.tokens) for row in together}) > 2
-    assert all(EOT not in row.tokens for row in together)
-    assert alone[0].tokens == together[0].tokens
+
+def write(text: str | list[int], **options):
+    ids = get_tokenizer().encode_ordinary(text) if isinstance(text, str) else text
+    pieces = list(stream(Script(ids), ["x"], max_new_tokens=len(ids), temperature=0, compile=False, **options))
+    completion = pieces[-1].completion
+    assert completion is not None
+    assert "".join(piece.text for piece in pieces) == completion.text
+    return [piece.text for piece in pieces], completion
+
+
+def test_a_stop_string_across_tokens_is_found_and_never_shown() -> None:
+    text = "One two three.\n\nUser: and four"
+    pieces, completion = write(text, stop=["\nUser:", "never"])
+    assert completion.text == "One two three.\n"
+    assert completion.finish_reason == "stop"
+    assert all("U" not in piece for piece in pieces)
+    assert get_tokenizer().decode(completion.tokens).endswith("User:")
+
+
+def test_a_stop_string_in_the_middle_of_a_token() -> None:
+    _, completion = write("Hello wonderful world", stop=["der"])
+    assert completion.text == "Hello won"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("aaab aaab", ["aab"], "a"),  # the first a is no beginning of the match: a naive matcher misses it
+        ("ababac", ["abac"], "ab"),
+        ("xyz", ["xyzzy", "yz"], "x"),  # a longer one only begins
+        ("abc", ["c", "b"], "a"),  # the one that comes first in the text
+        ("no match", ["matches"], "no match"),  # what was held back comes at the end
+        ("abc", ["abc"], ""),
+    ],
+)
+def test_stop_strings(text, stop, expected) -> None:
+    by_character = [get_tokenizer().encode_ordinary(char)[0] for char in text]
+    for ids in (by_character, text):
+        _, completion = write(ids, stop=stop)
+        assert completion.text == expected
+        assert completion.finish_reason == ("length" if expected == text else "stop")
+
+
+def test_streams_never_show_half_a_character() -> None:
+    text = "naïve 日本語 🙂🏽 end"
+    ids = get_tokenizer().encode_ordinary(text)
+    alone = [get_tokenizer().decode([token]) for token in ids]
+    assert sum("�" in token for token in alone) >= 6  # so many tokens are no text by themselves
+    pieces, completion = write(text)
+    assert completion.text == text
+    assert not any("�" in piece for piece in pieces)
+    broken = ids[: ids.index(get_tokenizer().encode_ordinary("🙂")[0]) + 1]  # ends within the emoji
+    _, completion = write(broken)
+    assert completion.text == get_tokenizer().decode(broken)
+    assert completion.text.endswith("�")
+
+
+def test_text_decoder_is_the_tokenizers_decode() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        ids = random.integers(0, 50257, 30).tolist()
+        decoder = TextDecoder()
+        assert "".join(map(decoder.add, ids)) + decoder.end() == get_tokenizer().decode(ids)
+
+
+def test_streamed_rows_are_the_generated_ones(model) -> None:
+    options = {"num_samples": 2, "max_new_tokens": 12, "seed": 4, "stop": [" a", "e"]}
+    texts: dict[int, str] = {}
+    done = {}
+    for piece in stream(model, PROMPTS, **options):
+        assert piece.row not in done
+        texts[piece.row] = texts.get(piece.row, "") + piece.text
+        if piece.completion:
+            done[piece.row] = piece.completion
+    rows = generate(model, PROMPTS, **options)
+    assert [row.text for row in rows] == [texts[row.row] for row in rows]
+    assert [row.tokens for row in rows] == [done[row.row].tokens for row in rows]
+
+
+def test_logprobs_are_those_of_the_model(model, way) -> None:
+    row = generate(model, ["Hello"], max_new_tokens=10, temperature=3.0, top_k=5, logprobs=True, **way)[0]
+    ids = torch.tensor([get_tokenizer().encode_ordinary("Hello") + row.tokens])
+    with torch.no_grad():
+        expected = model(ids)[0].log_softmax(-1)[0, -11:-1].gather(1, ids[0, -10:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(row.logprobs), expected, rtol=0, atol=1e-4)
+    assert generate(model, ["Hello"], max_new_tokens=2)[0].logprobs is None
+
+
+def test_repetition_penalty_makes_a_loop_end(model, way) -> None:
+    plain, penalised = (
+        generate(model, ["A"], max_new_tokens=60, temperature=0, stop_ids=(), repetition_penalty=penalty, **way)[0]
+        for penalty in (1.0, 50.0)
+    )
+    assert len(set(plain.tokens)) < 60  # a small greedy model repeats itself
+    assert len(set(penalised.tokens)) == 60
+
+
+def test_ids_beyond_gpt2s_vocabulary_are_never_drawn(way) -> None:
+    """50,304 rows are GPT-2's 50,257 rounded up; here the 47 that are no tokens are the likeliest."""
+    padded = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=50304, block_size=32))
+    with torch.no_grad():
+        padded.ln_f.weight.zero_()
+        padded.ln_f.bias.fill_(1.0)
+        padded.wte.weight[50257:] = 5.0
+    for options in ({"temperature": 0}, {"top_k": None, "temperature": 5.0}, {"repetition_penalty": 2.0}):
+        rows = generate(padded, [[1], [2], [3]], max_new_tokens=20, logprobs=True, **options, **way)
+        assert max(max(row.tokens) for row in rows) < 50257
+        assert min(min(row.logprobs) for row in rows) > -15
+
+
+def test_model_with_its_own_vocabulary(way) -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=300, block_size=16))
+    row = generate(model, [[1, 2, 3]], max_new_tokens=5, **way)[0]
+    assert len(row.tokens) == 5
+    assert max(row.tokens) < 300
 
 
 @pytest.mark.parametrize(
@@ -90,18 +296,24 @@ def test_end_of_text_ends_a_row_and_leaves_the_others(model) -> None:
     [
         ({"temperature": -1.0}, "temperature must be 0 .greedy. or a positive number, not -1"),
         ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"top_p": float("nan")}, "top_p must be above 0"),
         ({"min_p": 2.0}, "min_p must lie between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"seed": -1}, "seed must lie between 0"),
         ({"num_samples": 0}, "num_samples 0 and max_new_tokens 64 must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
+        ({"stop": [""]}, "stop must be a list of strings that are not empty"),
+        ({"stop": "text"}, "stop must be a list"),
+        ({"stop_ids": (60000,)}, "stop_ids .60000. do not all lie below the vocabulary's 50257"),
     ],
 )
 def test_nonsense_options_are_refused(model, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(model, ["a"], **options)
+        stream(model, ["a"], **options)  # at once, before anything is asked of the iterator
 
 
 def test_nonsense_prompts_are_refused(model) -> None:
@@ -111,44 +323,13 @@ def test_nonsense_prompts_are_refused(model) -> None:
         generate(model, [[1] * 128])
     with pytest.raises(ValueError, match="token id 50257; the model's vocabulary ends at 50256"):
         generate(model, [[50257]])
+    with pytest.raises(ValueError, match="token id -1;"):
+        generate(model, [[5, -1]])
     assert generate(model, []) == []
 
 
-def frequencies(logits, **options) -> np.ndarray:
-    count = 20_000
-    defaults = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
-    uniform = torch.from_numpy(uniforms(0, 0, count))
-    drawn = sample(torch.tensor([logits]).expand(count, -1), uniform, **{**defaults, **options})
-    return np.bincount(drawn.numpy(), minlength=len(logits)) / count
-
-
-def test_sampling_follows_the_distribution() -> None:
-    logits = [2.0, 1.0, 0.0, -1.0]
-    expected = torch.softmax(torch.tensor(logits), 0).numpy()
-    np.testing.assert_allclose(frequencies(logits), expected, atol=0.01)
-    hot = torch.softmax(torch.tensor(logits) / 2, 0).numpy()
-    np.testing.assert_allclose(frequencies(logits, temperature=2.0), hot, atol=0.01)
-
-
-def test_truncation_keeps_what_it_should() -> None:
-    logits = [0.0, 3.0, 1.0, 2.0]  # probabilities 0.03, 0.64, 0.09, 0.24
-    assert (frequencies(logits, top_k=2) > 0).tolist() == [False, True, False, True]
-    assert (frequencies(logits, top_p=0.6) > 0).tolist() == [False, True, False, False]
-    assert (frequencies(logits, top_p=0.7) > 0).tolist() == [False, True, False, True]
-    assert (frequencies(logits, min_p=0.1) > 0).tolist() == [False, True, True, True]
-    assert frequencies(logits, temperature=0).tolist() == [0, 1, 0, 0]
-    assert frequencies(logits, temperature=1e-30).tolist() == [0, 1, 0, 0]
-
-
-def test_a_token_without_probability_is_never_drawn() -> None:
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]])
-    edges = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    drawn = sample(logits.expand(3, -1), edges, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0)
-    assert set(drawn.tolist()) <= {1, 3}
-
-
-def test_model_with_its_own_vocabulary() -> None:
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=300, block_size=16))
-    row = generate(model, [[1, 2, 3]], max_new_tokens=5)[0]
-    assert len(row.tokens) == 5
-    assert max(row.tokens) < 300
+def test_a_model_that_computes_nan_is_said_to(model, way) -> None:
+    broken = GPT(model.config)
+    torch.nn.init.constant_(broken.h[1].mlp.c_fc.bias, float("nan"))
+    with pytest.raises(ValueError, match="the model computes NaN"):
+        generate(broken, ["Hi"], **way)

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from .config import PRESETS as PRESETS
     from .config import GPTConfig as GPTConfig
     from .config import flops_per_token as flops_per_token
+    from .decoding import KVCache as KVCache
     from .generation import Completion as Completion
-    from .generation import KVCache as KVCache
+    from .generation import Piece as Piece
     from .generation import generate as generate
+    from .generation import stream as stream
     from .model import GPT as GPT
     from .tokenizer import EOT as EOT
     from .tokenizer import get_tokenizer as get_tokenizer
@@ -25,8 +27,10 @@ _MODULE_OF = {
     "GPTConfig": "config",
     "flops_per_token": "config",
     "Completion": "generation",
-    "KVCache": "generation",
+    "Piece": "generation",
     "generate": "generation",
+    "stream": "generation",
+    "KVCache": "decoding",
     "GPT": "model",
     "EOT": "tokenizer",
     "get_tokenizer": "tokenizer",

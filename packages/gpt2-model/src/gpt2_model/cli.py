@@ -1,10 +1,13 @@
 """gpt2-model generate | info | convert."""
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -26,6 +29,8 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError:  # `| head` has seen enough: click ends quietly
+            raise
         except (ValueError, OSError) as error:
             if click.get_current_context().find_root().params["debug"]:
                 raise
@@ -40,62 +45,151 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 def main(debug: bool) -> None:
     """GPT-2: text from a prompt, what a model is, and copies in the Hugging Face format.
 
-    MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder
-    (a training checkpoint is one), or a .safetensors file beside its config.json.
+    \b
+    MODEL is one of
+      gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2 on the hub: owner/name[@revision]
+      a Hugging Face model folder; a training checkpoint is one
+      a .safetensors or .bin file beside its config.json
+      nanoGPT's ckpt.pt, llm.c's .bin, OpenAI's TensorFlow folder
     """
 
 
 @main.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("-m", "--model", required=True, help="Hub name, model folder or .safetensors file.")
+@click.option("-m", "--model", required=True, help="Hub name, folder or file: see gpt2-model --help.")
+@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Take the prompt from a file; - is stdin.")
+@click.option("-i", "--interactive", is_flag=True, help="Write in turns; what was written is the next prompt.")
 @click.option("-n", "--num-samples", default=1, show_default=True, help="Samples of each prompt.")
 @click.option("--max-new-tokens", default=64, show_default=True, help="Tokens to add at most.")
 @click.option("--temperature", default=1.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-k", default=50, show_default=True, help="Sample from so many likeliest tokens; 0: all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest with this probability.")
 @click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: say less twice.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears; may be given often.")
+@click.option("--stop-id", multiple=True, type=int, help="End at this token too, as at 50256.")
+@click.option("--slide", is_flag=True, help="Go on past the model's context, with its last half.")
+@click.option("--logprobs", is_flag=True, help="Log-probability of each token, in --json.")
 @click.option("-d", "--device", default="auto", show_default=True, help="cuda, mps, cpu, or auto.")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
-              help="auto: bf16 on CUDA, fp32 elsewhere.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
+              help="auto: bf16 on CUDA, fp32 elsewhere. int8: weights quantised.")  # fmt: skip
+@click.option("--compile/--no-compile", default=None,
+              help="Compile the step.  [default: on CPUs with a C compiler, 2 s once]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
 @user_errors
 def generate(
-    prompts: Sequence[str], model: str, num_samples: int, max_new_tokens: int, temperature: float, top_k: int,
-    top_p: float, min_p: float, seed: int, device: str, dtype: str, as_json: bool,
+    prompts: tuple[str, ...], model: str, file: TextIO | None, interactive: bool, device: str, dtype: str,
+    as_json: bool, top_k: int, stop_id: tuple[int, ...], **options: Any,
 ) -> None:  # fmt: skip
-    """Continue each PROMPT; with none, write from nothing.
+    """Continue each PROMPT. With none, continue standard input if it is a pipe or a file, else write from nothing.
 
     \b
     gpt2-model generate -m gpt2 "Hello, I'm a language model,"
     gpt2-model generate -m runs/a/checkpoints/step-00005000 -n 3 --seed 1 "The"
+    gpt2-model generate -m gpt2-xl --dtype int8 --stop "." < beginning.txt
     """
-    from .generation import generate as complete
-    from .sampling import check_options
+    texts = _prompts(prompts, file, interactive)
+    if interactive and (as_json or len(texts) > 1 or options["num_samples"] > 1):
+        raise click.UsageError("--interactive takes at most one prompt, one sample, and no --json")
+    from .sampling import Sampling
     from .tokenizer import EOT
 
-    check_options(temperature, top_k or None, top_p, min_p, seed)  # before a minute of loading
+    options["top_k"] = top_k or None
+    Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
     gpt = _load(model, device, dtype)
-    rows = complete(
-        gpt,
-        prompts or [[EOT]],
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-    )
-    if as_json:
-        _print_json([vars(row) for row in rows])
-        return
-    for row in rows:
-        if len(rows) > 1:
+    options["stop_ids"] = (EOT, *stop_id) if gpt.config.vocab_size > EOT else stop_id
+    if interactive:
+        _converse(gpt, texts[0] if texts else "", options)
+    elif as_json:
+        from .generation import generate as complete
+
+        rows = (vars(row) for row in complete(gpt, texts or [[EOT]], **options))
+        _print_json([{name: value for name, value in row.items() if value is not None} for row in rows])
+    else:
+        _print_rows(gpt, texts, options)
+
+
+def _prompts(prompts: tuple[str, ...], file: TextIO | None, interactive: bool) -> list[str]:
+    """From arguments, a file, or a pipe; a file's last newline is the editor's, not the text's."""
+    if file is not None and prompts:
+        raise click.UsageError("give prompts as arguments or with --file, not both")
+    if file is None and not prompts and not interactive and _is_piped():
+        file = sys.stdin
+    if file is None:
+        return list(prompts)
+    text = file.read().removesuffix("\n")
+    return [text] if text else []
+
+
+def _is_piped() -> bool:
+    """Standard input is a pipe or a file: a terminal, or nothing at all, has no prompt for us."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
+    """One row as it comes, a word at a time; several one after another, each when it and those before are done."""
+    from .generation import Completion, stream
+    from .tokenizer import EOT
+
+    alone = max(1, len(texts)) * options["num_samples"] == 1
+    waiting: dict[int, Completion] = {}
+    done = 0
+    speed = 0.0
+    if alone and texts:
+        click.echo(texts[0], nl=False)
+    for piece in stream(gpt, texts or [[EOT]], **options):
+        if alone:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+        if piece.completion:
+            waiting[piece.row] = piece.completion
+            speed += piece.completion.tokens_per_second
+        while not alone and done in waiting:
+            row = waiting.pop(done)
             click.secho(f"--- row {row.row}", dim=True)
-        click.echo((row.prompt if prompts else "") + row.text)
-    speed = rows[0].tokens_per_second
-    click.secho(f"({speed:.0f} tokens/s a row on {gpt.device})", dim=True, err=True)
+            click.echo((row.prompt if texts else "") + row.text)
+            done += 1
+    if alone:
+        click.echo()
+    click.secho(f"({speed:.0f} tokens/s on {gpt.device})", dim=True, err=True)
+
+
+def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
+    """Turns of person and model, one text that both go on writing."""
+    from .generation import stream
+    from .tokenizer import EOT
+
+    with suppress(ImportError):
+        import readline  # noqa: F401 # line editing and history for input()
+
+    click.secho("Type to add to the text; an empty line lets the model go on. /again: another continuation.\n"
+                "/reset: a new text. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
+    before = text
+    seed = options.pop("seed")
+    options["slide"] = True  # the text may outgrow the context
+    click.echo(text, nl=False)
+    while True:
+        try:
+            line = input("\n> ")
+        except EOFError:
+            click.echo()
+            return
+        if line == "/reset":
+            text = before = ""
+            continue
+        text = before if line == "/again" else text + line
+        before = text
+        click.echo(text, nl=False)
+        for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+            text += piece.text
+        seed += 1
 
 
 @main.command()
@@ -139,8 +233,10 @@ def _load(model: str, device: str, dtype: str) -> "GPT":
     from .model import GPT
 
     where = _device(device)
-    precise = dtype == "fp32" or (dtype == "auto" and where.type != "cuda")
-    return GPT.from_pretrained(model, dtype=torch.float32 if precise else torch.bfloat16).to(where)
+    if dtype == "auto":
+        dtype = "bf16" if where.type == "cuda" else "fp32"
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    return GPT.from_pretrained(model, dtype=kinds[dtype]).to(where)
 
 
 def _device(name: str) -> "torch.device":

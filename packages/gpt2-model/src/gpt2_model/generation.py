@@ -1,16 +1,20 @@
-"""Text from a model: prompts in, completions out, with a key-value cache and a random stream for each row."""
+"""Text from a model: prompts in, completions out, all at once or as they come."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .decoding import Decoder, make_decoder
 from .model import GPT
-from .sampling import check_options, sample, uniforms
-from .tokenizer import EOT, get_tokenizer
+from .sampling import Sampling, penalize, sample, uniforms
+from .tokenizer import EOT, TextDecoder, get_tokenizer
+
+GPT2_IDS = 50257
+PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are no tokens
 
 
 @dataclass
@@ -20,11 +24,13 @@ class Completion:
     Attributes:
         row: prompt number * num_samples + sample number.
         prompt: the prompt as text.
-        text: the new text, without the prompt and without the end-of-text token.
-        tokens: the ids of the new text.
-        finish_reason: "stop" (the model ended the text) or "length" (max_new_tokens or the context is used up).
+        text: the new text, without the prompt, the end-of-text token and the stop string.
+        tokens: the ids drawn, without the stop id; with a stop string, up to the token that completed it.
+        finish_reason: "stop" (a stop id or string) or "length" (max_new_tokens or the context is used up).
         tokens_per_second: new tokens after the first, over the time they took; 0 where there are none.
         seconds_to_first_token: from the call to the row's first token.
+        logprobs: where asked for, the log-probability (nats) of each of `tokens` under the model itself, before
+            temperature, penalty and truncation.
     """
 
     row: int
@@ -34,68 +40,49 @@ class Completion:
     finish_reason: str = "length"
     tokens_per_second: float = 0.0
     seconds_to_first_token: float = 0.0
+    logprobs: list[float] | None = None
 
 
-class KVCache:
-    """Keys and values of the tokens so far, for rows of different lengths that all start at position 0.
+@dataclass(frozen=True)
+class Piece:
+    """Some text of one row, as `stream` yields it. A row's last piece, maybe empty, has its `completion`."""
 
-    Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it:
-    there is no left padding, no shifted position, no fully masked query (whose softmax would be NaN).
-
-    Args:
-        model: whose layers, heads, device and dtype the cache is for.
-        batch: rows.
-        capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
-    """
-
-    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
-        config = model.config
-        shape = (config.n_layer, batch, config.n_head, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=model.device, dtype=model.wte.weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
-        self.max_length = 0  # of the rows, kept on the host so that no step waits for the device
-
-    def positions(self, time: int) -> Tensor:
-        """Where the next `time` tokens of each row stand: (batch, time)."""
-        return self.lengths[:, None] + torch.arange(time, device=self.lengths.device)
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store (batch, n_head, time, head_dim) behind each row; return what a query may look at, and the mask.
-
-        The mask is None where plain causal attention is right: when the rows were empty.
-        """
-        time = key.shape[2]
-        if self.max_length == 0:
-            self.keys[layer, :, :, :time] = key
-            self.values[layer, :, :, :time] = value
-            return key, value, None
-        positions = self.positions(time)
-        rows = torch.arange(key.shape[0], device=key.device)[:, None]
-        self.keys[layer][rows, :, positions] = key.transpose(1, 2)
-        self.values[layer][rows, :, positions] = value.transpose(1, 2)
-        end = self.max_length + time
-        visible = torch.arange(end, device=key.device) <= positions[:, :, None]
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], visible[:, None]
-
-    def advance(self, time: int) -> None:
-        """Count `time` tokens more in every row."""
-        self.lengths += time
-        self.max_length += time
-
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how much of each row is real, after right-padded prompts went in: the rest is overwritten."""
-        self.lengths.copy_(torch.tensor(lengths))
-        self.max_length = max(lengths)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
-        self.lengths = self.lengths[rows]
+    row: int
+    text: str
+    completion: Completion | None = None
 
 
-@torch.inference_mode()
+@dataclass
+class _Row:
+    """A row that is still growing."""
+
+    completion: Completion
+    context: list[int]  # prompt and new tokens
+    numbers: np.ndarray  # its own random numbers, one for each token that it may draw
+    cached: int  # tokens that the decoder holds of it
+    held: str = ""  # text that may be the beginning of a stop string
+    characters: TextDecoder = field(default_factory=TextDecoder)
+
+    def add_text(self, text: str, stop: Sequence[str], last: bool) -> str:
+        """Take text in; give out what can be shown. A stop string ends the row."""
+        self.held += text
+        found = [place for string in stop if (place := self.held.find(string)) >= 0]
+        if found:
+            self.held = self.held[: min(found)]
+            self.completion.finish_reason = "stop"
+        keep = 0
+        if not (found or last):
+            keep = max((_overlap(self.held, string) for string in stop), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.completion.text += shown
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
+
+
 def generate(
     model: GPT,
     prompts: Sequence[str | Sequence[int]],
@@ -106,12 +93,19 @@ def generate(
     top_k: int | None = 50,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (EOT,),
+    logprobs: bool = False,
+    slide: bool = False,
+    compile: bool | None = None,
 ) -> list[Completion]:
     """Continue each prompt `num_samples` times.
 
-    A row's random numbers depend on `seed` and the row's number alone, so in fp32 its text does not change with
-    the rows beside it. Prompts of different lengths go in one batch; a finished row leaves it.
+    A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
+    beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
+    Prompts of different lengths go in one batch; a finished row leaves it.
 
     Args:
         model: its vocabulary must be GPT-2's where prompts are text.
@@ -122,94 +116,178 @@ def generate(
         top_k: sample from this many most likely tokens; None for all.
         top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
         min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
+        repetition_penalty: above 1, tokens of the prompt and the text are less likely to come again (Keskar et al.
+            2019); applied before everything else, also to the greedy choice.
         seed: another seed, another text.
+        stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
+        stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
+        logprobs: also return the log-probability of each token.
+        slide: at the end of the model's context go on, with the second half of it as the new beginning, rather
+            than stop. (Positions are absolute: what is kept must be computed again.)
+        compile: see `make_decoder`: by default the fastest way that starts at once.
 
     Raises:
-        ValueError: an empty prompt, one that fills the context, an id outside the vocabulary, or an option
-            that means nothing.
+        ValueError: an empty prompt, one that fills the context, an id outside the vocabulary, an option that means
+            nothing, or a model that computes NaN.
     """
-    check_options(temperature, top_k, top_p, min_p, seed)
+    pieces = stream(
+        model, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+        stop_ids=stop_ids, logprobs=logprobs, slide=slide, compile=compile,
+    )  # fmt: skip
+    return sorted((piece.completion for piece in pieces if piece.completion), key=lambda row: row.row)
+
+
+def stream(
+    model: GPT,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (EOT,),
+    logprobs: bool = False,
+    slide: bool = False,
+    compile: bool | None = None,
+) -> Iterator[Piece]:
+    """`generate`, yielding text as it comes: whole characters only, and no beginning of a stop string.
+
+    The pieces of a row, put together, are its completion's text. Arguments and errors are those of `generate`; the
+    errors come at once, not with the first piece.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be at least 1")
-    if not prompts:
-        return []
-    ids = [_encode(prompt, model) for prompt in prompts]
-    rows = [
-        Completion(row=number * num_samples + sample_number, prompt=_decode(prompt_ids))
-        for number, prompt_ids in enumerate(ids)
-        for sample_number in range(num_samples)
-    ]
-    noise = torch.from_numpy(np.stack([uniforms(seed, row.row, max_new_tokens) for row in rows])).to(model.device)
+    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
+    size, context = model.config.vocab_size, model.config.block_size
+    if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
+        raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
+    rows: list[_Row] = []
+    for ids in (_encode(prompt, model, slide) for prompt in prompts):
+        room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
+        for _ in range(num_samples):
+            completion = Completion(len(rows), _decode(ids), logprobs=[] if logprobs else None)
+            rows.append(_Row(completion, list(ids), uniforms(seed, len(rows), room), len(ids)))
+    return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
+
+
+@torch.inference_mode()
+def _run(
+    model: GPT, rows: list[_Row], num_samples: int, sampling: Sampling, stop: Sequence[str],
+    stop_ids: frozenset[int], compile: bool | None,
+) -> Iterator[Piece]:  # fmt: skip
+    device, context = model.device, model.config.block_size
+    capacity = min(context, max(len(row.context) + len(row.numbers) for row in rows))
+    decoder = make_decoder(model, capacity, compile)
+    seen = None if sampling.repetition_penalty == 1 else _seen(rows, model)
+    step = 0
 
     started = time.perf_counter()
-    longest = max(map(len, ids))
-    capacity = min(model.config.block_size, longest + max_new_tokens)
-    cache, logits = _prefill(model, ids, capacity)
-    repeated = torch.arange(len(ids), device=model.device).repeat_interleave(num_samples)
-    cache.select(repeated)
-    logits = logits[repeated]
+    logits = decoder.prefill([row.context for row in rows[::num_samples]])
+    if logits.isnan().any():
+        raise ValueError("the model computes NaN: its weights are damaged, or too large for this dtype")
+    if num_samples > 1:
+        copies = [place // num_samples for place in range(len(rows))]
+        decoder.select(copies)
+        logits = logits[copies]
 
-    running = list(range(len(rows)))
-    # A row can grow until the context is full; the cache holds every row up to there.
-    room = [min(max_new_tokens, model.config.block_size - len(ids[row // num_samples])) for row in running]
-    for step in range(max_new_tokens):
-        drawn = sample(
-            logits, noise[running, step], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
+    while True:
+        logits = _only_tokens(logits)
+        adjusted = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
+        noise = torch.from_numpy(np.array([row.numbers[step] for row in rows])).to(device)
+        drawn = sample(adjusted, noise, sampling)
+        if rows[0].completion.logprobs is not None:
+            chosen = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
+        else:
+            chosen = [0.0] * len(rows)
         now = time.perf_counter() - started
-        still_running = []
-        for place, (row_number, token) in enumerate(zip(running, drawn.tolist(), strict=True)):
-            row = rows[row_number]
-            if step == 0:
-                row.seconds_to_first_token = now
-            elif now > row.seconds_to_first_token:
-                row.tokens_per_second = step / (now - row.seconds_to_first_token)
-            if token == EOT:
-                row.finish_reason = "stop"
-                continue
-            row.tokens.append(token)
-            if len(row.tokens) < room[row_number]:
-                still_running.append(place)
-        if not still_running:
-            break
-        if len(still_running) < len(running):
-            kept = torch.tensor(still_running, device=model.device)
-            cache.select(kept)
-            drawn = drawn[kept]
-            running = [running[place] for place in still_running]
-            cache.max_length = max(len(ids[row // num_samples]) + step for row in running)
-        logits = model.head(model.hidden(drawn[:, None], cache)[:, -1])
-
-    for row in rows:
-        row.text = _decode(row.tokens)
-    return rows
+        kept = []
+        for place, (row, token, logprob) in enumerate(zip(rows, drawn.tolist(), chosen, strict=True)):
+            shown, finished = _advance(row, token, logprob, now, stop, stop_ids)
+            if shown or finished:
+                yield Piece(row.completion.row, shown, row.completion if finished else None)
+            if not finished:
+                kept.append(place)
+        if not kept:
+            return
+        if len(kept) < len(rows):
+            rows = [rows[place] for place in kept]
+            decoder.select(kept)
+            seen = None if seen is None else seen[kept]
+        tokens = [row.context[-1] for row in rows]
+        if seen is not None:
+            seen[torch.arange(len(rows), device=device), torch.tensor(tokens, device=device)] = True
+        _make_room(decoder, rows, context)
+        logits = decoder.step(tokens)
+        for row in rows:
+            row.cached += 1
+        step += 1
 
 
-def _prefill(model: GPT, ids: list[list[int]], capacity: int) -> tuple[KVCache, Tensor]:
-    """Run the prompts, padded on the right, where causal attention never looks: cache and next-token logits."""
-    lengths = [len(prompt) for prompt in ids]
-    tokens = torch.zeros(len(ids), max(lengths), dtype=torch.long, device=model.device)
-    for place, prompt in enumerate(ids):
-        tokens[place, : len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model, len(ids), capacity)
-    hidden = model.hidden(tokens, cache)
-    cache.set_lengths(lengths)
-    last = torch.tensor(lengths, device=model.device) - 1
-    return cache, model.head(hidden[torch.arange(len(ids), device=model.device), last])
+def _advance(
+    row: _Row, token: int, logprob: float, now: float, stop: Sequence[str], stop_ids: frozenset[int]
+) -> tuple[str, bool]:
+    """Give a row its next token: the text that can be shown, and whether the row is finished."""
+    done = row.completion
+    drawn_before = len(done.tokens)
+    if drawn_before == 0:
+        done.seconds_to_first_token = now
+    elif now > done.seconds_to_first_token:
+        done.tokens_per_second = drawn_before / (now - done.seconds_to_first_token)
+    if token in stop_ids:
+        done.finish_reason = "stop"
+        return row.add_text(row.characters.end(), stop, last=True), True
+    done.tokens.append(token)
+    if done.logprobs is not None:
+        done.logprobs.append(logprob)
+    row.context.append(token)
+    last = len(done.tokens) == len(row.numbers)
+    text = row.characters.add(token) + (row.characters.end() if last else "")
+    shown = row.add_text(text, stop, last)
+    return shown, last or done.finish_reason == "stop"
 
 
-def _encode(prompt: str | Sequence[int], model: GPT) -> list[int]:
+def _make_room(decoder: Decoder, rows: list[_Row], context: int) -> None:
+    """A row that fills the context begins again with the half of it that came last."""
+    for place, row in enumerate(rows):
+        if row.cached == context:
+            kept = row.context[-(context // 2) - 1 : -1]
+            decoder.refill(place, kept)
+            row.cached = len(kept)
+
+
+def _seen(rows: list[_Row], model: GPT) -> Tensor:
+    """(rows, tokens that can be drawn), True for those of the prompt."""
+    seen = _only_tokens(torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool))
+    for place, row in enumerate(rows):
+        seen[place, [token for token in row.context if token < seen.shape[1]]] = True
+    return seen.to(model.device)
+
+
+def _only_tokens(logits: Tensor) -> Tensor:
+    """Without the columns that only round GPT-2's vocabulary up: no text has such tokens."""
+    return logits[:, :GPT2_IDS] if GPT2_IDS < logits.shape[1] <= PADDED_IDS else logits
+
+
+def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt)
+    size, context = model.config.vocab_size, model.config.block_size
     if not ids:
         raise ValueError("a prompt is empty: for text from nothing give no prompt, or the id of <|endoftext|>")
-    if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
-        raise ValueError(
-            f"prompt holds token id {max(ids)}; the model's vocabulary ends at {model.config.vocab_size - 1}"
-        )
-    if len(ids) >= model.config.block_size:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room in the model's context of {model.config.block_size}"
-        )
+    if not 0 <= min(ids) <= max(ids) < size:
+        wrong = next(token for token in ids if not 0 <= token < size)
+        raise ValueError(f"prompt holds token id {wrong}; the model's vocabulary ends at {size - 1}")
+    if len(ids) >= context:
+        if not slide:
+            raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}")
+        ids = ids[-max(1, context // 2) :]
     return ids
 
 

@@ -14,7 +14,7 @@ from .config import GPTConfig
 from .head_loss import head_loss
 
 if TYPE_CHECKING:
-    from .generation import KVCache
+    from .decoding import KVCache
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -129,15 +129,15 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Final hidden states: tokens (batch, time) of ids -> (batch, time, n_embd), after the last norm.
 
-        With a cache, `tokens` continue the rows that it holds, and are added to it.
+        With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
+        they fit.
 
         Raises:
             ValueError: more positions than `config.block_size`.
         """
         time = tokens.shape[1]
-        first = 0 if cache is None else cache.max_length
-        if first + time > self.config.block_size:
-            raise ValueError(f"{first + time} tokens do not fit the model's context of {self.config.block_size}")
+        if time > self.config.block_size:
+            raise ValueError(f"{time} tokens do not fit the model's context of {self.config.block_size}")
         positions = torch.arange(time, device=tokens.device) if cache is None else cache.positions(time)
         x = self.wte(tokens) + self.wpe(positions)
         for block in self.h:
@@ -184,25 +184,41 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.wte.weight.device
+        return self.ln_f.weight.device
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
-        """The model in a Hugging Face folder, a .safetensors file beside its config.json, or on the hub.
+        """The model in a Hugging Face folder, a weights file, another project's checkpoint, or on the hub.
 
+        A folder holds config.json and safetensors or .bin weights, whole or in shards; a .safetensors or .bin file
+        has its config.json beside it. nanoGPT's ckpt.pt, llm.c's .bin and OpenAI's TensorFlow folder are read too;
+        the rows by which nanoGPT and llm.c pad the vocabulary to 50,304 are dropped.
         Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache.
-        Weights are converted to `dtype`. The model comes in eval mode, on the CPU.
+        Weights are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model
+        comes in eval mode, on the CPU.
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it.
-            ValueError: a config this model cannot follow exactly, or weights that do not fit it.
+            OSError: the hub cannot be reached, or a download broke off.
+            ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
         from .weights import load  # here, since weights.py builds GPTs
 
-        return load(name_or_path, dtype)
+        if dtype != torch.int8:
+            return load(name_or_path, dtype)
+        from .quantize import quantize
+
+        return quantize(load(name_or_path, torch.float32))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
+        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load.
+
+        Raises:
+            ValueError: the model is quantised: its exact weights are those of the folder it came from.
+        """
+        from .quantize import Int8Matrix
         from .weights import save
 
+        if isinstance(self.wte, Int8Matrix):
+            raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
         save(self, Path(folder))

@@ -1,26 +1,40 @@
 """From logits to the next token."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def check_options(temperature: float, top_k: int | None, top_p: float, min_p: float, seed: int) -> None:
-    """Refuse options that mean nothing.
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; see `generate` for what each means.
 
     Raises:
-        ValueError: says which one, and what it may be.
+        ValueError: an option that means nothing, with what it may be.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None for all tokens, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must lie between 0 and 1, not {min_p}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie between 0 and 2**64 - 1, not {seed}")
+
+    temperature: float = 1.0
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all tokens, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie between 0 and 1, not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0, and 1 for none, not {self.repetition_penalty}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie between 0 and 2**64 - 1, not {self.seed}")
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:
@@ -32,32 +46,36 @@ def uniforms(seed: int, row: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, row])).random(count, dtype=np.float32)
 
 
-def sample(
-    logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int | None, top_p: float, min_p: float
-) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that were `seen`, (rows, vocab_size) bool, less likely: logits divided by the penalty where they
+    are positive, times it where they are negative (CTRL, Keskar et al. 2019, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
     """Choose one token a row: (rows, vocab_size) logits and (rows,) numbers in [0, 1) -> (rows,) ids.
 
     Temperature 0 is the exact argmax. Otherwise the `top_k` most likely tokens stay (exactly k, ties broken by
-    torch.topk), of these the smallest set whose probability reaches `top_p`, of these the ones at least
-    `min_p` times as likely as the best; the token is read off the cumulative distribution at `uniform`.
+    torch.topk), of these the smallest set whose probability reaches `top_p`, of these the ones at least `min_p`
+    times as likely as the best; the token is read off the cumulative distribution at `uniform`.
     All in fp32: a bf16 cumulative sum over 50,257 tokens saturates and cuts the wrong ones.
     """
     logits = logits.float()
-    if temperature == 0:
+    if options.temperature == 0:
         return logits.argmax(-1)
     ids: Tensor | None = None
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)
-    elif top_p < 1:
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(options.top_k)
+    elif options.top_p < 1:
         logits, ids = logits.sort(descending=True, stable=True)
     # The best logit is subtracted before the division, so that a tiny temperature gives 0 and -inf, not NaN.
     best = logits.amax(-1, keepdim=True)
-    probabilities = torch.softmax((logits - best) / temperature, -1)
-    if top_p < 1:
+    probabilities = torch.softmax((logits - best) / options.temperature, -1)
+    if options.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.where(before < top_p, 0.0)
-    if min_p > 0:
-        floor = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.where(before < options.top_p, 0.0)
+    if options.min_p > 0:
+        floor = options.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.where(probabilities >= floor, 0.0)
     cumulative = probabilities.cumsum(-1)
     target = uniform.to(logits)[:, None] * cumulative[:, -1:]

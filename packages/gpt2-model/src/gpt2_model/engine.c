@@ -1,0 +1,337 @@
+// GPT-2's forward pass with a key-value cache, for CPUs: one call a token instead of some 170 calls of PyTorch.
+//
+// Decoding reads every weight once a token, so its limit is the memory's speed (benchmarks/ has what is reached). A
+// weight is read once for up to eight rows, as fp32, bf16 (a shift makes it fp32) or int8. The 60 products of a
+// step are shared out among threads that stay for the whole call.
+//
+// Each number of the result is added up in an order of its own, whatever other rows are in the call and however
+// many threads there are: a row's logits are bit-equal in any batch.
+//
+// Plain C with the vector extensions of GCC and Clang, which map 16 floats to AVX-512, AVX2 or NEON. Compiled and
+// called by native.py, which holds the structs of these two files once more.
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "engine_math.h"
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("isb")
+#else
+#define PAUSE() ((void)0)
+#endif
+
+typedef struct {
+    const float *ln_1, *ln_1_bias, *ln_2, *ln_2_bias;
+    Matrix c_attn, attn_c_proj, c_fc, mlp_c_proj;
+    double attention_scale;
+} Layer;
+
+typedef struct {
+    int64_t n_layer, n_head, n_embd, n_inner, activation;
+    double epsilon;
+    const Layer *layers;
+    Matrix wte, head;
+    const float *wpe, *ln_f, *ln_f_bias;
+} Model;
+
+typedef struct {
+    int64_t rows;              // tokens in this call: any mix of sequences and positions
+    const int64_t *tokens;     // (rows,)
+    const int64_t *sequences;  // (rows,) which row of the cache
+    const int64_t *positions;  // (rows,)
+    float *keys, *values;      // (n_layer, batch, n_head, capacity, head_dim)
+    int64_t batch, capacity;
+    int64_t groups;            // runs of rows of one sequence
+    const int64_t *starts;     // (groups + 1,) each one's first row, and the end
+    int64_t wanted;            // rows whose logits are asked for
+    const int64_t *which;      // (wanted,) ascending
+    float *logits;             // (wanted, vocab_size)
+} Call;
+
+typedef struct {  // where activations lie during a call
+    float *stream, *normed, *qkv, *inner;
+    float *scores;  // (threads, capacity rounded up to whole vectors)
+    Prepared prepared;
+} Scratch;
+
+// The threads that work on a call. A thread that waits spins for some 100 us, then sleeps: with OpenMP, which goes on
+// spinning, one neighbour on two cores made a step 30 times as long.
+typedef struct {
+    int threads;
+    _Atomic int64_t next;  // of the present loop: what nobody has taken yet
+    _Atomic int arrived, round, stopped;
+    pthread_mutex_t mutex;
+    pthread_cond_t released;
+    pthread_t workers[256];
+    const Model *model;
+    const Call *call;
+    Scratch scratch;
+} Team;
+
+typedef void Alone(Team *team, const float *weight, const float *bias);
+
+// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a
+// wait costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
+static void meet(Team *team, Alone *alone, const float *weight, const float *bias) {
+    const int round = team->round;
+    if (atomic_fetch_add(&team->arrived, 1) == team->threads - 1) {
+        if (alone) alone(team, weight, bias);
+        team->arrived = 0;
+        team->next = 0;
+        pthread_mutex_lock(&team->mutex);
+        team->round = round + 1;
+        pthread_cond_broadcast(&team->released);
+        pthread_mutex_unlock(&team->mutex);
+        return;
+    }
+    for (int spin = 0; spin < 2000; spin++) {
+        if (team->round != round) return;
+        PAUSE();
+    }
+    pthread_mutex_lock(&team->mutex);
+    while (team->round == round) pthread_cond_wait(&team->released, &team->mutex);
+    pthread_mutex_unlock(&team->mutex);
+}
+
+// Take the next `size` of a loop that all threads share; past its end, `meet`.
+static inline int64_t take(Team *team, int64_t size) { return atomic_fetch_add(&team->next, size); }
+
+enum { STORE, ADD, ACTIVATE };
+
+static inline void put(const Matrix *m, float sums[ROWS][LANES], int rows, int outs, int64_t row, int64_t first,
+                       float *y, int then) {
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outs; o++) {
+            const float value = sums[r][o] + (m->bias ? m->bias[first + o] : 0.0f);
+            float *to = y + (row + r) * m->outs + first + o;
+            *to = then == ADD ? *to + value : value;
+        }
+}
+
+// Outputs begin .. end of every row, a few at a time.
+static inline __attribute__((always_inline)) void outputs(const Matrix *m, const float *x, Prepared p,
+                                                          int64_t begin, int64_t end, float *y, int64_t rows,
+                                                          int then) {
+    float sums[ROWS][LANES];
+    int outs;
+    for (int64_t first = begin; first < end; first += outs) {
+        const int64_t left = end - first;
+        outs = TYPE == INT8 ? (left < LANES ? left : LANES) : left < OUTS ? 1 : OUTS;
+        for (int64_t row = 0, now; row < rows; row += now) {
+            const int64_t left_rows = rows - row;
+#define TILE(R, O)                                                                \
+    {                                                                             \
+        if (TYPE == INT8) tile_int8(m, p, row, first / LANES, now = R, sums); \
+        else tile_floats(m, x, p, row, first, now = R, O, sums);            \
+    }
+            if (TYPE != INT8 && outs == 1) TILE(1, 1)
+            else if (left_rows >= 8) TILE(8, OUTS)
+            else if (left_rows >= 4) TILE(4, OUTS)
+            else if (left_rows >= 2) TILE(2, OUTS)
+            else TILE(1, OUTS)
+            put(m, sums, (int)now, outs, row, first, y, then);
+        }
+    }
+}
+
+// y = x W^T + bias, added to y, or through the activation. Each output's weights are read by one thread, and once
+// for eight rows. The threads must meet after it.
+static void linear(Team *team, const Matrix *m, const float *x, float *y, int64_t rows, int then) {
+    enum { SHARE = OUTS * LANES };
+    const Prepared p = team->scratch.prepared;
+    for (int64_t begin, end; (begin = take(team, SHARE)) < m->outs;) {
+        end = begin + SHARE < m->outs ? begin + SHARE : m->outs;
+        outputs(m, x, p, begin, end, y, rows, then);
+        for (int64_t r = 0; then == ACTIVATE && r < rows; r++)
+            for (int64_t o = begin; o < end; o += LANES) {
+                floats values = {0};
+                const size_t bytes = (end - o < LANES ? end - o : LANES) * sizeof(float);
+                memcpy(&values, y + r * m->outs + o, bytes);
+                values = activate(values, team->model->activation);
+                memcpy(y + r * m->outs + o, &values, bytes);
+            }
+    }
+}
+
+// One head of one row: softmax(q k / sqrt(d)) v over the positions up to its own. `scores` has room for them,
+// rounded up to 16.
+static void attend(const float *query, const float *keys, const float *values, int64_t positions, int64_t width,
+                   float scale, float *scores, float *y) {
+    float best = -INFINITY, total = 0;
+    for (int64_t t = 0; t < positions; t++) {
+        scores[t] = dot(query, keys + t * width, width) * scale;
+        best = fmaxf(best, scores[t]);
+    }
+    for (int64_t t = positions; t % LANES; t++) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < positions; t += LANES) {
+        floats *p = (floats *)(scores + t);
+        *p = exponential(*p - best);
+    }
+    for (int64_t d = 0; d < width; d++) y[d] = 0;
+    for (int64_t t = 0; t < positions; t++) {
+        total += scores[t];
+        for (int64_t d = 0; d < width; d++) y[d] += scores[t] * values[t * width + d];
+    }
+    for (int64_t d = 0; d < width; d++) y[d] /= total;
+}
+
+static void prepare(Team *team, const float *x, int64_t width) {
+    for (int64_t r = 0; r < team->call->rows; r++) {
+        if (TYPE == INT8) to_steps(x + r * width, width, r, team->scratch.prepared);
+        if (TYPE == BF16) to_pairs(x + r * width, width, r, team->scratch.prepared);
+    }
+}
+
+static void prepare_normed(Team *team, const float *unused, const float *unused_too) {
+    (void)unused, (void)unused_too;
+    prepare(team, team->scratch.normed, team->model->n_embd);
+}
+
+static void prepare_inner(Team *team, const float *unused, const float *unused_too) {
+    (void)unused, (void)unused_too;
+    prepare(team, team->scratch.inner, team->model->n_inner);
+}
+
+static void normalise(Team *team, const float *weight, const float *bias) {
+    const int64_t n = team->model->n_embd;
+    for (int64_t r = 0; r < team->call->rows; r++)
+        layer_norm(team->scratch.stream + r * n, weight, bias, n, team->model->epsilon, team->scratch.normed + r * n);
+    prepare_normed(team, NULL, NULL);
+}
+
+static void embed(Team *team, const float *weight, const float *bias) {
+    const Model *model = team->model;
+    const int64_t n = model->n_embd, fours = (n + 3) / 4;
+    for (int64_t r = 0; r < team->call->rows; r++) {
+        const int64_t token = team->call->tokens[r], panel = token / LANES, lane = token % LANES;
+        const float *position = model->wpe + team->call->positions[r] * n;
+        for (int64_t k = 0; k < n; k++) {
+            const float value = TYPE == FP32 ? ((const float *)model->wte.weight)[token * n + k]
+                              : TYPE == BF16 ? bf16_to_float(((const uint16_t *)model->wte.weight)[token * n + k])
+                              : ((const int8_t *)model->wte.weight)[(panel * fours + k / 4) * 64 + lane * 4 + k % 4]
+                                    * model->wte.scale[token];
+            team->scratch.stream[r * n + k] = value + position[k];
+        }
+    }
+    normalise(team, weight, bias);
+}
+
+// Rows that follow each other in one sequence are one share of a head, in order: each row's keys and values go into
+// the cache before it and the rows after it look there.
+static void attention(Team *team, int64_t layer, float *scores) {
+    const Model *model = team->model;
+    const Call *call = team->call;
+    const int64_t n = model->n_embd, heads = model->n_head, width = n / heads, cached = call->capacity * width;
+    for (int64_t share; (share = take(team, 1)) < call->groups * heads;) {
+        const int64_t group = share / heads, head = share % heads;
+        for (int64_t r = call->starts[group]; r < call->starts[group + 1]; r++) {
+            const float *query = team->scratch.qkv + r * 3 * n + head * width;
+            const int64_t row = (layer * call->batch + call->sequences[r]) * heads + head, at = call->positions[r];
+            float *keys = call->keys + row * cached, *values = call->values + row * cached;
+            memcpy(keys + at * width, query + n, width * sizeof(float));
+            memcpy(values + at * width, query + 2 * n, width * sizeof(float));
+            attend(query, keys, values, at + 1, width, (float)model->layers[layer].attention_scale, scores,
+                   team->scratch.normed + r * n + head * width);
+        }
+    }
+}
+
+// Only these rows' logits are wanted. `which` ascends, so no row is overwritten before it has moved.
+static void choose(Team *team, const float *weight, const float *bias) {
+    const int64_t n = team->model->n_embd;
+    for (int64_t i = 0; i < team->call->wanted; i++)
+        memmove(team->scratch.stream + i * n, team->scratch.stream + team->call->which[i] * n, n * sizeof(float));
+    normalise(team, weight, bias);
+}
+
+static void forward(Team *team, int thread) {
+    const Model *model = team->model;
+    const Scratch *s = &team->scratch;
+    const int64_t rows = team->call->rows;
+    float *scores = s->scores + thread * (team->call->capacity / LANES + 1) * LANES;
+    meet(team, embed, model->layers[0].ln_1, model->layers[0].ln_1_bias);
+    for (int64_t i = 0; i < model->n_layer; i++) {
+        const Layer *layer = &model->layers[i];
+        linear(team, &layer->c_attn, s->normed, s->qkv, rows, STORE);
+        meet(team, NULL, NULL, NULL);
+        attention(team, i, scores);
+        meet(team, prepare_normed, NULL, NULL);
+        linear(team, &layer->attn_c_proj, s->normed, s->stream, rows, ADD);
+        meet(team, normalise, layer->ln_2, layer->ln_2_bias);
+        linear(team, &layer->c_fc, s->normed, s->inner, rows, ACTIVATE);
+        meet(team, prepare_inner, NULL, NULL);
+        linear(team, &layer->mlp_c_proj, s->inner, s->stream, rows, ADD);
+        if (i + 1 < model->n_layer) meet(team, normalise, layer[1].ln_1, layer[1].ln_1_bias);
+        else meet(team, choose, model->ln_f, model->ln_f_bias);
+    }
+    linear(team, &model->head, s->normed, team->call->logits, team->call->wanted, STORE);
+    meet(team, NULL, NULL, NULL);
+}
+
+typedef struct { Team *team; int thread; } Seat;
+
+static void *work(void *argument) {
+    Seat seat = *(Seat *)argument;
+    free(argument);
+    for (;;) {
+        meet(seat.team, NULL, NULL, NULL);
+        if (seat.team->stopped) return NULL;
+        forward(seat.team, seat.thread);
+    }
+}
+
+void gpt2_stop(Team *team) {
+    team->stopped = 1;
+    meet(team, NULL, NULL, NULL);
+    for (int i = 1; i < team->threads; i++) pthread_join(team->workers[i], NULL);
+    pthread_mutex_destroy(&team->mutex);
+    pthread_cond_destroy(&team->released);
+    free(team);
+}
+
+// Threads for calls with one model; fewer than asked for where the system gives no more. NULL: no memory.
+Team *gpt2_start(const Model *model, int threads) {
+    Team *team = calloc(1, sizeof(Team));
+    if (!team) return NULL;
+    team->model = model;
+    pthread_mutex_init(&team->mutex, NULL);
+    pthread_cond_init(&team->released, NULL);
+    team->threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
+    for (int i = 1; i < team->threads; i++) {
+        Seat *seat = malloc(sizeof(Seat));
+        if (seat) *seat = (Seat){team, i};
+        if (seat && !pthread_create(&team->workers[i], NULL, work, seat)) continue;
+        free(seat);
+        team->threads = i;  // those already waiting read it again
+    }
+    return team;
+}
+
+// Tokens in, logits out, keys and values into the cache. Every row's keys are written before any is read, so that
+// the tokens of one sequence may come in one call, in order. Returns 0, or 1 when there is no memory.
+int gpt2_forward(Team *team, const Call *call) {
+    enum { PARTS = 9 };
+    const Model *model = team->model;
+    const size_t n = model->n_embd, inner = model->n_inner, rows = call->rows;
+    const size_t widest = ((inner > n ? inner : n) + 3) / 4 * 4, scores = (call->capacity / LANES + 1) * LANES;
+    const size_t bytes[PARTS] = {rows * n * 4, rows * n * 4, rows * 3 * n * 4, rows * inner * 4,
+                                 team->threads * scores * 4, rows * 4, rows * widest, rows * widest, rows * widest * 4};
+    char *parts[PARTS], *memory;
+    size_t total = 0;
+    for (int i = 0; i < PARTS; i++) total += (bytes[i] + 63) / 64 * 64;
+    if (!(memory = aligned_alloc(64, total))) return 1;
+    parts[0] = memory;
+    for (int i = 1; i < PARTS; i++) parts[i] = parts[i - 1] + (bytes[i - 1] + 63) / 64 * 64;
+    team->scratch = (Scratch){(float *)parts[0], (float *)parts[1], (float *)parts[2], (float *)parts[3],
+                              (float *)parts[4],
+                              {(float *)parts[5], (uint8_t *)parts[6], (uint8_t *)parts[7], parts[8]}};
+    team->call = call;
+    meet(team, NULL, NULL, NULL);  // the workers wait there
+    forward(team, 0);
+    free(memory);
+    return 0;
+}

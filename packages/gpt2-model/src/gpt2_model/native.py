@@ -1,0 +1,258 @@
+"""engine.c from Python: compiled once by the machine's own C compiler, then one call a token.
+
+Where there is no compiler, generation runs on PyTorch's operations instead, at about half the speed.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import ACTIVATIONS
+from .model import GPT, Block
+from .quantize import Int8Matrix
+
+SOURCES = ("engine.c", "engine_math.h")
+# No -ffast-math: it lets the compiler reorder sums, and a row's logits would depend on the rows beside it.
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-Wno-psabi", "-lm", "-lpthread")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class Unavailable(RuntimeError):
+    """Why the engine cannot be used here."""
+
+
+def weight_type(model: GPT) -> torch.dtype:
+    """How the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
+    return torch.int8 if isinstance(model.wte, Int8Matrix) else model.wte.weight.dtype
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The engine for weights of one type, from the user's cache folder; compiled there first, in about 2 s.
+
+    Raises:
+        Unavailable: no compiler, or one that fails.
+    """
+    if dtype not in TYPES:
+        raise Unavailable(f"the CPU engine has no {dtype}")
+    installed = (found for name in ("cc", "gcc", "clang") if (found := shutil.which(name)))
+    compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
+    if not compiler:
+        raise Unavailable("there is no C compiler (cc, gcc or clang)")
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    command = [*compiler, f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
+    # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
+    identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
+    name = f"engine-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    try:
+        path = _cache_folder() / name
+        if not path.exists():
+            _compile(command, path)
+        engine = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"the engine could not be compiled or loaded: {error}") from None
+    engine.gpt2_start.restype = ctypes.c_void_p
+    engine.gpt2_start.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    engine.gpt2_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    engine.gpt2_stop.argtypes = [ctypes.c_void_p]
+    engine.gpt2_stop.restype = None
+    return engine
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return next(flags, platform.processor())
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "gpt2-model"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="gpt2-model-"))  # compiled again by each process
+
+
+def _compile(command: list[str], path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"{command[0]}: {' '.join((done.stderr or 'failed').split())[-300:]}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "sums", "bias")),
+        *((name, ctypes.c_int64) for name in ("outs", "ins")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("ln_1", "ln_1_bias", "ln_2", "ln_2_bias")),
+        *((name, _Matrix) for name in ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")),
+        ("attention_scale", ctypes.c_double),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_embd", "n_inner", "activation")),
+        ("epsilon", ctypes.c_double),
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, _Matrix) for name in ("wte", "head")),
+        *((name, ctypes.c_void_p) for name in ("wpe", "ln_f", "ln_f_bias")),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tokens", "sequences", "positions", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("batch", "capacity", "groups")),
+        ("starts", ctypes.c_void_p),
+        ("wanted", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("which", "logits")),
+    )
+
+
+class Engine:
+    """A model on the CPU, as engine.c sees it: pointers to its weights, and threads. Nothing large is copied.
+
+    Args:
+        model: on the CPU, in fp32, bf16 or int8; not to be changed while the engine lives.
+
+    Raises:
+        Unavailable: see `library`.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self._library = library(weight_type(model))
+        self._kept: list[object] = []  # what the pointers point to
+        config = model.config
+        layers = (_Layer * config.n_layer)()
+        for layer, block in zip(layers, model.h, strict=True):
+            assert isinstance(block, Block)
+            layer.ln_1, layer.ln_1_bias = self._floats(block.ln_1.weight), self._floats(block.ln_1.bias)
+            layer.ln_2, layer.ln_2_bias = self._floats(block.ln_2.weight), self._floats(block.ln_2.bias)
+            layer.c_attn, layer.attn_c_proj = self._matrix(block.attn.c_attn), self._matrix(block.attn.c_proj)
+            layer.c_fc, layer.mlp_c_proj = self._matrix(block.mlp.c_fc), self._matrix(block.mlp.c_proj)
+            layer.attention_scale = block.attn.scale
+        wte = self._matrix(model.wte)
+        self._model = _Model(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_inner=config.mlp_dim,
+            activation=ACTIVATIONS.index(config.activation_function),
+            epsilon=config.layer_norm_epsilon,
+            layers=layers,
+            wte=wte,
+            head=wte if model.lm_head is None else self._matrix(model.lm_head),
+            wpe=self._floats(model.wpe.weight),
+            ln_f=self._floats(model.ln_f.weight),
+            ln_f_bias=self._floats(model.ln_f.bias),
+        )
+        self._vocab_size = config.vocab_size
+        self._team = self._library.gpt2_start(ctypes.addressof(self._model), torch.get_num_threads())
+        if not self._team:
+            raise MemoryError
+
+    def forward(
+        self,
+        tokens: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """Append tokens to rows of the cache.
+
+        Args:
+            tokens: for each row, one or more ids.
+            rows: which row of the cache each continues.
+            lengths: how many tokens that row holds already.
+            keys, values: (n_layer, batch, n_head, capacity, head_dim), fp32.
+
+        Returns:
+            (len(rows), vocab_size) in fp32: the logits that follow each row's last token.
+        """
+        counts = [len(ids) for ids in tokens]
+        capacity = keys.shape[3]
+        assert all(length + count <= capacity for length, count in zip(lengths, counts, strict=True))
+        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        numbers = [
+            [token for ids in tokens for token in ids],
+            [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
+            [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)],
+            starts,
+            [start - 1 for start in starts[1:]],
+        ]
+        arrays = [(ctypes.c_int64 * len(column))(*column) for column in numbers]
+        logits = torch.empty(len(rows), self._vocab_size)
+        call = _Call(
+            starts[-1],
+            *(ctypes.addressof(array) for array in arrays[:3]),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[1],
+            capacity,
+            len(rows),
+            ctypes.addressof(arrays[3]),
+            len(rows),
+            ctypes.addressof(arrays[4]),
+            logits.data_ptr(),
+        )
+        if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
+            raise MemoryError
+        return logits
+
+    def close(self) -> None:
+        """Let the threads go."""
+        if self._team:
+            self._library.gpt2_stop(self._team)
+            self._team = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_team", None):
+            self.close()
+
+    def _floats(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().float().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, module: nn.Module) -> _Matrix:
+        bias = getattr(module, "bias", None)
+        address = None if bias is None else self._floats(bias)
+        if isinstance(module, Int8Matrix):
+            self._kept.append(module)
+            pointers = [getattr(module, name).data_ptr() for name in ("packed", "scale", "sums")]
+            return _Matrix(*pointers, address, module.outs, module.ins)
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.detach().contiguous()
+        self._kept.append(weight)
+        return _Matrix(weight.data_ptr(), None, None, address, *weight.shape)
