@@ -1,9 +1,15 @@
 import json
+import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 from gpt2_model.cli import main
+
+COMMAND = [sys.executable, "-c", "from gpt2_model.cli import main; main()"]
 
 
 def run(*arguments, code=0):
@@ -21,6 +27,94 @@ def test_generate_as_text_and_json(tiny_hf_folder) -> None:
     assert fields <= rows[0].keys()
     text = run(*options, "Hello", "World").stdout
     assert all(row["prompt"] + row["text"] in text for row in rows)
+
+
+def test_every_option_reaches_the_model(tiny_hf_folder) -> None:
+    """Against the Python function with the same options."""
+    from gpt2_model import EOT, GPT, generate
+
+    options = {"num_samples": 2, "max_new_tokens": 9, "temperature": 0.7, "top_k": None, "top_p": 0.9}
+    options |= {"min_p": 0.01, "repetition_penalty": 1.5, "seed": 5}
+    expected = generate(
+        GPT.from_pretrained(tiny_hf_folder), ["Hello", "a"], **options, stop=[" the", "x"], stop_ids=(EOT, 13),
+        logprobs=True,
+    )  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={0 if value is None else value}" for name, value in options.items()]
+    flags += ["--stop", " the", "--stop", "x", "--stop-id", "13", "--logprobs", "--json"]
+    rows = json.loads(run("generate", "-m", tiny_hf_folder, *flags, "Hello", "a").stdout)
+    for row, completion in zip(rows, expected, strict=True):
+        assert row["tokens"] == completion.tokens
+        assert row["logprobs"] == completion.logprobs
+        assert (row["text"], row["finish_reason"]) == (completion.text, completion.finish_reason)
+    again = json.loads(run("generate", "-m", tiny_hf_folder, *flags, "--no-compile", "Hello", "a").stdout)
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
+    int8 = json.loads(run("generate", "-m", tiny_hf_folder, *flags, "--dtype", "int8", "Hello", "a").stdout)
+    assert len(int8) == 4
+    long = run("generate", "-m", tiny_hf_folder, "--slide", "--max-new-tokens", 200, "--json", "Hello")
+    assert len(json.loads(long.stdout)[0]["tokens"]) > 128
+
+
+def shell(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, **options)
+
+
+def test_prompts_from_a_file_a_pipe_and_nowhere(tiny_hf_folder, tmp_path) -> None:
+    base = ("generate", "-m", tiny_hf_folder, "--max-new-tokens", 4, "--json")
+    (tmp_path / "prompt.txt").write_text("Grüße,\n\nwie\n", encoding="utf-8")
+    text = "Grüße,\n\nwie"
+    wanted = json.loads(run(*base, text).stdout)[0]
+    by_file = json.loads(run(*base, "--file", tmp_path / "prompt.txt").stdout)[0]
+    by_pipe = json.loads(shell(*base, input=text + "\n").stdout)[0]
+    with (tmp_path / "prompt.txt").open() as redirected:
+        by_redirection = json.loads(shell(*base, stdin=redirected).stdout)[0]
+    for row in (by_file, by_pipe, by_redirection):
+        assert (row["prompt"], row["tokens"]) == (text, wanted["tokens"])
+    for nothing in ({"stdin": subprocess.DEVNULL}, {"input": ""}):
+        assert json.loads(shell(*base, **nothing).stdout)[0]["prompt"] == "<|endoftext|>"
+
+
+def test_one_row_is_printed_as_it_comes(tiny_hf_folder) -> None:
+    """The first words are there before the last are made: the text goes on long past what a pipe could buffer."""
+    options = ["--max-new-tokens", "1000000", "--slide", "--no-compile", "--seed", "1"]
+    command = [*COMMAND, "generate", "-m", str(tiny_hf_folder), *options, "Hi"]
+    quiet = {"stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **quiet) as process:
+        assert process.stdout is not None
+        text = b""
+        while len(text) < 200:
+            text += os.read(process.stdout.fileno(), 100)
+        assert text.startswith(b"Hi")
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_reader_that_has_seen_enough(tiny_hf_folder) -> None:
+    generate = shlex.join([*COMMAND, "generate", "-m", str(tiny_hf_folder), "Hi"])
+    options = {"shell": True, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(f"{generate} | head -c 1", timeout=60, **options)
+    assert done.stdout == "H"
+    assert "Traceback" not in done.stderr
+    assert "rror" not in done.stderr
+
+
+def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
+    """What the model saw at each turn is what is on the screen: /again takes a turn back, /reset all of it."""
+    options = ("generate", "-m", tiny_hf_folder, "-i", "--max-new-tokens", 3, "--seed", 2)
+    result = CliRunner().invoke(
+        main, [str(option) for option in options], input="One\n two\n/again\n\n/reset\nThree\n"
+    )
+    assert result.exit_code == 0, result.output
+    turns = [turn.strip() for turn in result.stdout.split("\n> ")]
+    texts = [turn for turn in turns if turn]
+    assert len(texts) == 5
+    first, second, again, more, fresh = texts
+    assert first.startswith("One")
+    assert second.startswith(first + " two")
+    assert again.startswith(first + " two")
+    assert again != second  # another seed
+    assert more.startswith(again)
+    assert fresh.startswith("Three")
 
 
 def test_generate_from_nothing(tiny_hf_folder) -> None:
@@ -50,6 +144,11 @@ def test_convert(tiny_hf_folder, tmp_path) -> None:
         (("generate", "-m", "x", "--temperature", "-1", "Hi"), 1, "temperature must be 0"),
         (("generate", "-m", "x", "--dtype", "int3", "Hi"), 2, "'int3' is not one of"),
         (("generate", "-m", "x", "-d", "tpu", "Hi"), 1, "device 'tpu' is not to be had here"),
+        (("generate", "-m", "x", "--file", "nowhere.txt"), 2, "'nowhere.txt': No such file"),
+        (("generate", "-m", "x", "--file", "-", "Hi"), 2, "give prompts as arguments or with --file, not both"),
+        (("generate", "-m", "x", "-i", "-n", "2"), 2, "--interactive takes at most one prompt, one sample"),
+        (("generate", "-m", "x", "-i", "--json"), 2, "--interactive takes at most one prompt"),
+        (("generate", "-m", "x", "--repetition-penalty", "0", "Hi"), 1, "repetition_penalty must be above 0"),
         ((), 2, "Usage"),
     ],
 )
