@@ -202,7 +202,12 @@ def info(model: str, as_json: bool) -> None:
 
     from .config import PRESETS, flops_per_token
 
-    config = PRESETS[model] if model in PRESETS else _load(model, "cpu", "fp32").config
+    if model in PRESETS:
+        config = PRESETS[model]
+    else:
+        from .weights import inspect
+
+        config = inspect(model)
     facts: dict[str, Any] = {
         **asdict(config),
         "parameters": config.num_parameters,

@@ -1,8 +1,7 @@
 // GPT-2's forward pass with a key-value cache, for CPUs: one call a token instead of some 170 calls of PyTorch.
 //
 // Decoding reads every weight once a token, so its limit is the memory's speed (benchmarks/ has what is reached). A
-// weight is read once for up to eight rows, as fp32, bf16 (a shift makes it fp32) or int8. The 60 products of a
-// step are shared out among threads that stay for the whole call.
+// weight is read once for up to eight rows, as fp32, bf16 or int8, and each product is shared out among threads.
 //
 // Each number of the result is added up in an order of its own, whatever other rows are in the call and however
 // many threads there are: a row's logits are bit-equal in any batch.
@@ -123,10 +122,10 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
         outs = TYPE == INT8 ? (left < LANES ? left : LANES) : left < OUTS ? 1 : OUTS;
         for (int64_t row = 0, now; row < rows; row += now) {
             const int64_t left_rows = rows - row;
-#define TILE(R, O)                                                                \
-    {                                                                             \
+#define TILE(R, O)                                                            \
+    {                                                                         \
         if (TYPE == INT8) tile_int8(m, p, row, first / LANES, now = R, sums); \
-        else tile_floats(m, x, p, row, first, now = R, O, sums);            \
+        else tile_floats(m, x, p, row, first, now = R, O, sums);              \
     }
             if (TYPE != INT8 && outs == 1) TILE(1, 1)
             else if (left_rows >= 8) TILE(8, OUTS)

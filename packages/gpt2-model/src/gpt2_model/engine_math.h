@@ -14,7 +14,7 @@ enum { FP32, BF16, INT8 };  // TYPE, that of the weights, is set when this is co
 enum { GELU_NEW, GELU, RELU, SILU, TANH };  // in the order of config.ACTIVATIONS
 
 typedef float floats __attribute__((vector_size(64)));
-typedef float floats_at __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float floats_at __attribute__((vector_size(64), aligned(2), may_alias));  // 2: rows of bf16
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef int32_t ints_at __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64)));

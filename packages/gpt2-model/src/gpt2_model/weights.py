@@ -66,6 +66,16 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> GPT:
     return model.eval()
 
 
+def inspect(name_or_path: str | Path) -> GPTConfig:
+    """What GPT.from_pretrained would load, checked as it checks but for the values of the weights: they stay on disk.
+
+    Raises: what GPT.from_pretrained raises.
+    """
+    checkpoint = _open(str(name_or_path))
+    _fitting(checkpoint)
+    return checkpoint.config
+
+
 def _open(name: str) -> _Checkpoint:
     path = Path(name)
     if path.is_dir():
