@@ -7,7 +7,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := packages/gpt2-model/src packages/gpt2-data/src packages/gpt2-eval/src packages/gpt2-train/src tools
 
-.PHONY: help quickstart test test-fast check format clean
+.PHONY: help quickstart test test-fast check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ format: $(VENV)/.installed-dev ## let ruff mend and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(VENV)/.installed-bench ## generation beside its peers and the machine's memory: about ten minutes
+	$(BIN)/python tools/bench.py decode
+
 clean: ## remove what make made
 	rm -rf $(VENV) quickstart .mypy_cache .ruff_cache .import_linter_cache
 
@@ -45,4 +48,8 @@ $(VENV)/.installed: requirements.txt constraints.txt packages/*/pyproject.toml |
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -r requirements-bench.txt
 	touch $@
