@@ -24,18 +24,22 @@ class KVCache:
         batch: rows.
         capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
         dtype: of keys and values; by default the model's.
+        zeroed: what is masked must be numbers for `extend`, since 0 * NaN is NaN.
 
     Raises:
         ValueError: a capacity beyond the model's context.
     """
 
-    def __init__(self, model: GPT, batch: int, capacity: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: GPT, batch: int, capacity: int, dtype: torch.dtype | None = None, zeroed: bool = True
+    ) -> None:
         config = model.config
         if capacity > config.block_size:
             raise ValueError(f"a cache of {capacity} tokens exceeds the model's context of {config.block_size}")
         shape = (config.n_layer, batch, config.n_head, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=model.device, dtype=dtype or model.ln_f.weight.dtype)
-        self.values = torch.zeros_like(self.keys)
+        make = torch.zeros if zeroed else torch.empty
+        self.keys = make(shape, device=model.device, dtype=dtype or model.ln_f.weight.dtype)
+        self.values = make(shape, device=model.device, dtype=self.keys.dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.empty = True
 
@@ -127,7 +131,7 @@ class EngineDecoder:
         self._lengths: list[int] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32)
+        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
         self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
         return self._append(self._rows, prompts)
 

@@ -68,6 +68,7 @@ typedef struct {
     pthread_t workers[256];
     const Model *model;
     const Call *call;
+    int64_t rows;  // that go through the present layer
     Scratch scratch;
 } Team;
 
@@ -101,46 +102,55 @@ static inline int64_t take(Team *team, int64_t size) { return atomic_fetch_add(&
 
 enum { STORE, ADD, ACTIVATE };
 
-static inline void put(const Matrix *m, float sums[ROWS][LANES], int rows, int outs, int64_t row, int64_t first,
-                       float *y, int then) {
+static inline void put(const float *sums, int64_t apart, const float *bias, int rows, int outs, float *y,
+                       int64_t stride, int then) {
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outs; o++) {
-            const float value = sums[r][o] + (m->bias ? m->bias[first + o] : 0.0f);
-            float *to = y + (row + r) * m->outs + first + o;
-            *to = then == ADD ? *to + value : value;
+            const float value = sums[r * apart + o] + (bias ? bias[o] : 0.0f);
+            y[r * stride + o] = then == ADD ? y[r * stride + o] + value : value;
         }
 }
 
-// Outputs begin .. end of every row, a few at a time.
+// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these outputs' weights
+// pass by, which from the second eight rows on come from the second cache.
 static inline __attribute__((always_inline)) void outputs(const Matrix *m, const float *x, Prepared p,
                                                           int64_t begin, int64_t end, float *y, int64_t rows,
                                                           int then) {
-    float sums[ROWS][LANES];
-    int outs;
-    for (int64_t first = begin; first < end; first += outs) {
-        const int64_t left = end - first;
-        outs = TYPE == INT8 ? (left < LANES ? left : LANES) : left < OUTS ? 1 : OUTS;
-        for (int64_t row = 0, now; row < rows; row += now) {
-            const int64_t left_rows = rows - row;
-#define TILE(R, O)                                                            \
-    {                                                                         \
-        if (TYPE == INT8) tile_int8(m, p, row, first / LANES, now = R, sums); \
-        else tile_floats(m, x, p, row, first, now = R, O, sums);              \
+    float sums[ROWS * LANES];
+    for (int64_t row = 0, now; row < rows; row += now) {
+        now = rows - row >= 8 ? 8 : rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+        int64_t first = begin;
+#define TILES(R, O)                                                                               \
+    for (; first + O <= end; first += O) {                                                        \
+        if (TYPE == INT8) tile_int8(m, p, row, first / LANES, R, sums);                           \
+        else tile_floats(m, x, p, row, first, R, O, sums);                                        \
+        put(sums, O, m->bias ? m->bias + first : NULL, R, O, y + row * m->outs + first, m->outs, then); \
     }
-            if (TYPE != INT8 && outs == 1) TILE(1, 1)
-            else if (left_rows >= 8) TILE(8, OUTS)
-            else if (left_rows >= 4) TILE(4, OUTS)
-            else if (left_rows >= 2) TILE(2, OUTS)
-            else TILE(1, OUTS)
-            put(m, sums, (int)now, outs, row, first, y, then);
+        enum { MANY = TYPE == INT8 ? LANES : OUTS };
+        if (now == 8) TILES(8, MANY)
+        else if (now == 4) TILES(4, MANY)
+        else if (now == 2) TILES(2, MANY)
+        else TILES(1, MANY)
+        if (first == end) continue;
+        const float *bias = m->bias ? m->bias + first : NULL;  // fewer than that are left: one by one
+        for (int64_t r = row; r < row + now; r++) {
+            if (TYPE == INT8) tile_int8(m, p, r, first / LANES, 1, sums);
+            else
+                for (int64_t o = first; o < end; o++) {
+                    float padded[4];
+                    tile_floats(m, x, p, r, o, 1, 1, padded);
+                    sums[o - first] = padded[0];
+                }
+            put(sums, LANES, bias, 1, (int)(end - first), y + r * m->outs + first, m->outs, then);
         }
     }
 }
 
 // y = x W^T + bias, added to y, or through the activation. Each output's weights are read by one thread, and once
 // for eight rows. The threads must meet after it.
-static void linear(Team *team, const Matrix *m, const float *x, float *y, int64_t rows, int then) {
+static void linear(Team *team, const Matrix *m, const float *x, float *y, int then) {
     enum { SHARE = OUTS * LANES };
+    const int64_t rows = team->rows;
     const Prepared p = team->scratch.prepared;
     for (int64_t begin, end; (begin = take(team, SHARE)) < m->outs;) {
         end = begin + SHARE < m->outs ? begin + SHARE : m->outs;
@@ -161,25 +171,35 @@ static void linear(Team *team, const Matrix *m, const float *x, float *y, int64_
 static void attend(const float *query, const float *keys, const float *values, int64_t positions, int64_t width,
                    float scale, float *scores, float *y) {
     float best = -INFINITY, total = 0;
+    int64_t d = 0;
+    for (int64_t t = 0; t < positions; t += 4)
+        dots(query, keys + t * width, width, positions - t < 4 ? (int)(positions - t) : 4, scores + t);
     for (int64_t t = 0; t < positions; t++) {
-        scores[t] = dot(query, keys + t * width, width) * scale;
-        best = fmaxf(best, scores[t]);
+        scores[t] *= scale;
+        best = scores[t] > best ? scores[t] : best;
     }
     for (int64_t t = positions; t % LANES; t++) scores[t] = -INFINITY;
     for (int64_t t = 0; t < positions; t += LANES) {
         floats *p = (floats *)(scores + t);
         *p = exponential(*p - best);
     }
-    for (int64_t d = 0; d < width; d++) y[d] = 0;
-    for (int64_t t = 0; t < positions; t++) {
-        total += scores[t];
-        for (int64_t d = 0; d < width; d++) y[d] += scores[t] * values[t * width + d];
+    for (int64_t t = 0; t < positions; t++) total += scores[t];
+    for (; d + 4 * LANES <= width; d += 4 * LANES) {  // 64 of the values at a time, the usual width of a head
+        floats sums[4] = {{0}};
+        for (int64_t t = 0; t < positions; t++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sums[i] += scores[t] * *(const floats_at *)(values + t * width + d + i * LANES);
+        for (int i = 0; i < 4; i++) *(floats_at *)(y + d + i * LANES) = sums[i] / total;
     }
-    for (int64_t d = 0; d < width; d++) y[d] /= total;
+    for (; d < width; d++) {
+        float sum = 0;
+        for (int64_t t = 0; t < positions; t++) sum += scores[t] * values[t * width + d];
+        y[d] = sum / total;
+    }
 }
 
 static void prepare(Team *team, const float *x, int64_t width) {
-    for (int64_t r = 0; r < team->call->rows; r++) {
+    for (int64_t r = 0; r < team->rows; r++) {
         if (TYPE == INT8) to_steps(x + r * width, width, r, team->scratch.prepared);
         if (TYPE == BF16) to_pairs(x + r * width, width, r, team->scratch.prepared);
     }
@@ -197,7 +217,7 @@ static void prepare_inner(Team *team, const float *unused, const float *unused_t
 
 static void normalise(Team *team, const float *weight, const float *bias) {
     const int64_t n = team->model->n_embd;
-    for (int64_t r = 0; r < team->call->rows; r++)
+    for (int64_t r = 0; r < team->rows; r++)
         layer_norm(team->scratch.stream + r * n, weight, bias, n, team->model->epsilon, team->scratch.normed + r * n);
     prepare_normed(team, NULL, NULL);
 }
@@ -205,7 +225,7 @@ static void normalise(Team *team, const float *weight, const float *bias) {
 static void embed(Team *team, const float *weight, const float *bias) {
     const Model *model = team->model;
     const int64_t n = model->n_embd, fours = (n + 3) / 4;
-    for (int64_t r = 0; r < team->call->rows; r++) {
+    for (int64_t r = 0; r < team->rows; r++) {
         const int64_t token = team->call->tokens[r], panel = token / LANES, lane = token % LANES;
         const float *position = model->wpe + team->call->positions[r] * n;
         for (int64_t k = 0; k < n; k++) {
@@ -239,35 +259,37 @@ static void attention(Team *team, int64_t layer, float *scores) {
     }
 }
 
-// Only these rows' logits are wanted. `which` ascends, so no row is overwritten before it has moved.
-static void choose(Team *team, const float *weight, const float *bias) {
+// In the last layer only rows whose logits are wanted go on. `which` ascends: no row is overwritten before it moved.
+static void choose(Team *team, const float *unused, const float *unused_too) {
     const int64_t n = team->model->n_embd;
-    for (int64_t i = 0; i < team->call->wanted; i++)
+    for (int64_t i = 0; i < team->call->wanted; i++) {
         memmove(team->scratch.stream + i * n, team->scratch.stream + team->call->which[i] * n, n * sizeof(float));
-    normalise(team, weight, bias);
+        memmove(team->scratch.normed + i * n, team->scratch.normed + team->call->which[i] * n, n * sizeof(float));
+    }
+    team->rows = team->call->wanted;
+    prepare_normed(team, unused, unused_too);
 }
 
 static void forward(Team *team, int thread) {
     const Model *model = team->model;
     const Scratch *s = &team->scratch;
-    const int64_t rows = team->call->rows;
     float *scores = s->scores + thread * (team->call->capacity / LANES + 1) * LANES;
     meet(team, embed, model->layers[0].ln_1, model->layers[0].ln_1_bias);
     for (int64_t i = 0; i < model->n_layer; i++) {
         const Layer *layer = &model->layers[i];
-        linear(team, &layer->c_attn, s->normed, s->qkv, rows, STORE);
+        const int last = i + 1 == model->n_layer;
+        linear(team, &layer->c_attn, s->normed, s->qkv, STORE);
         meet(team, NULL, NULL, NULL);
         attention(team, i, scores);
-        meet(team, prepare_normed, NULL, NULL);
-        linear(team, &layer->attn_c_proj, s->normed, s->stream, rows, ADD);
+        meet(team, last ? choose : prepare_normed, NULL, NULL);
+        linear(team, &layer->attn_c_proj, s->normed, s->stream, ADD);
         meet(team, normalise, layer->ln_2, layer->ln_2_bias);
-        linear(team, &layer->c_fc, s->normed, s->inner, rows, ACTIVATE);
+        linear(team, &layer->c_fc, s->normed, s->inner, ACTIVATE);
         meet(team, prepare_inner, NULL, NULL);
-        linear(team, &layer->mlp_c_proj, s->inner, s->stream, rows, ADD);
-        if (i + 1 < model->n_layer) meet(team, normalise, layer[1].ln_1, layer[1].ln_1_bias);
-        else meet(team, choose, model->ln_f, model->ln_f_bias);
+        linear(team, &layer->mlp_c_proj, s->inner, s->stream, ADD);
+        meet(team, normalise, last ? model->ln_f : layer[1].ln_1, last ? model->ln_f_bias : layer[1].ln_1_bias);
     }
-    linear(team, &model->head, s->normed, team->call->logits, team->call->wanted, STORE);
+    linear(team, &model->head, s->normed, team->call->logits, STORE);
     meet(team, NULL, NULL, NULL);
 }
 
@@ -329,6 +351,7 @@ int gpt2_forward(Team *team, const Call *call) {
                               (float *)parts[4],
                               {(float *)parts[5], (uint8_t *)parts[6], (uint8_t *)parts[7], parts[8]}};
     team->call = call;
+    team->rows = call->rows;
     meet(team, NULL, NULL, NULL);  // the workers wait there
     forward(team, 0);
     free(memory);
