@@ -63,14 +63,14 @@ def main(debug: bool) -> None:
     """What a GPT-2 scores, with the name of the protocol beside each number.
 
     MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder
-    (a training checkpoint is one), or a .safetensors file beside its config.json.
+    (a training checkpoint is one), or any other checkpoint that gpt2-model reads: see gpt2-model --help.
 
     On several GPUs: torchrun --nproc_per_node=8 -m gpt2_eval hellaswag ...
     """
 
 
 @main.command()
-@click.option("-m", "--model", required=True, help="Hub name, model folder or .safetensors file.")
+@click.option("-m", "--model", required=True, help="Hub name, model folder or checkpoint file.")
 @click.option("--data", required=True, metavar="FILE", help="hellaswag_val.jsonl of github.com/rowanz/hellaswag.")
 @click.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both", show_default=True,
               help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'.")  # fmt: skip
@@ -120,7 +120,7 @@ def hellaswag(
 
 
 @main.command()
-@click.option("-m", "--model", required=True, help="Hub name, model folder or .safetensors file.")
+@click.option("-m", "--model", required=True, help="Hub name, model folder or checkpoint file.")
 @click.option("--data", required=True, metavar="DIR", help="Dataset folder, as gpt2-data builds it.")
 @click.option("--split", default="val", show_default=True, help="Split of the dataset.")
 @click.option("--tokens", callback=parse_size, default="10485760", show_default=True, metavar="N",

@@ -168,7 +168,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         import readline  # noqa: F401 # line editing and history for input()
 
     click.secho("Type to add to the text; an empty line lets the model go on. /again: another continuation.\n"
-                "/reset: a new text. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
+                "/reset: a new text. Ctrl-C: enough of this one. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
     before = text
     seed = options.pop("seed")
     options["slide"] = True  # the text may outgrow the context
@@ -185,10 +185,11 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         text = before if line == "/again" else text + line
         before = text
         click.echo(text, nl=False)
-        for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
-            click.echo(piece.text, nl=False)
-            sys.stdout.flush()
-            text += piece.text
+        with suppress(KeyboardInterrupt):
+            for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
+                click.echo(piece.text, nl=False)
+                sys.stdout.flush()
+                text += piece.text
         seed += 1
 
 

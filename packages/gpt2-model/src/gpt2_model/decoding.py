@@ -1,7 +1,8 @@
 """Tokens in, next-token logits out, with the keys and values of what came before kept: on the CPU by engine.c,
 elsewhere and without a C compiler by PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -187,10 +188,7 @@ class TorchDecoder:
     def __init__(self, model: GPT, capacity: int, compiled: bool = False) -> None:
         self._model, self._capacity, self._compiled = model, capacity, compiled
         self._rows: list[int] = []
-        self._one_step = self._step
-        if compiled:
-            mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # with CUDA graphs
-            self._one_step = torch.compile(self._step, mode=mode, dynamic=False, fullgraph=True)
+        self._step = _compiled_step(model.device.type) if compiled else _step
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._rows = list(range(len(prompts)))
@@ -211,7 +209,7 @@ class TorchDecoder:
             self._cache.lengths.clamp_(max=self._capacity - 1)
             for tensor in (self._cache.keys, self._cache.values, self._cache.lengths):
                 torch._dynamo.mark_static_address(tensor)
-        logits = self._one_step(full.to(self._model.device), self._cache)
+        logits = self._step(self._model, full.to(self._model.device), self._cache)
         return logits if len(self._rows) == len(logits) else logits[self._rows]
 
     def refill(self, row: int, tokens: Sequence[int]) -> None:
@@ -233,5 +231,14 @@ class TorchDecoder:
         last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
         return cache, self._model.head(last).float()
 
-    def _step(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        return self._model.head(self._model.hidden(tokens, cache)[:, -1]).float()
+
+def _step(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """(rows, 1) ids -> (rows, vocab_size) logits in fp32."""
+    return model.head(model.hidden(tokens, cache)[:, -1]).float()
+
+
+@lru_cache
+def _compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
+    """Kept, so that a second call of the same shapes finds it compiled."""
+    mode = "reduce-overhead" if device == "cuda" else "default"  # with CUDA graphs
+    return torch.compile(_step, mode=mode, dynamic=False, fullgraph=True)

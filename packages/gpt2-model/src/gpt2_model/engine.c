@@ -149,11 +149,13 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
 // y = x W^T + bias, added to y, or through the activation. Each output's weights are read by one thread, and once
 // for eight rows. The threads must meet after it.
 static void linear(Team *team, const Matrix *m, const float *x, float *y, int then) {
-    enum { SHARE = OUTS * LANES };
-    const int64_t rows = team->rows;
+    // Large shares for few rows, since the first bytes of each come without a prefetch: a tenth more tokens/s in int8.
+    // Small ones for many, so that the second eight rows find the weights in the second cache.
+    const int64_t rows = team->rows, unit = OUTS * LANES, large = m->outs / (4 * team->threads * unit) * unit;
+    const int64_t share = rows <= ROWS && large > unit ? large : unit;
     const Prepared p = team->scratch.prepared;
-    for (int64_t begin, end; (begin = take(team, SHARE)) < m->outs;) {
-        end = begin + SHARE < m->outs ? begin + SHARE : m->outs;
+    for (int64_t begin, end; (begin = take(team, share)) < m->outs;) {
+        end = begin + share < m->outs ? begin + share : m->outs;
         outputs(m, x, p, begin, end, y, rows, then);
         for (int64_t r = 0; then == ACTIVATE && r < rows; r++)
             for (int64_t o = begin; o < end; o += LANES) {
