@@ -67,7 +67,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> GPT:
 
 
 def inspect(name_or_path: str | Path) -> GPTConfig:
-    """What GPT.from_pretrained would load, checked as it checks but for the values of the weights: they stay on disk.
+    """What GPT.from_pretrained would load, checked likewise, but for the weights' values: they stay on disk.
 
     Raises: what GPT.from_pretrained raises.
     """
