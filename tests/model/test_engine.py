@@ -166,6 +166,18 @@ except ValueError as error:
         assert list((tmp_path / "gpt2-model").iterdir()) == []  # nothing half-made
 
 
+def test_a_cache_folder_that_others_can_write_to_is_not_used(tmp_path) -> None:
+    """Whoever can write there could have us run their code."""
+    (tmp_path / "gpt2-model").mkdir()
+    (tmp_path / "gpt2-model").chmod(0o777)
+    code = "import torch; from gpt2_model.native import library; library(torch.float32)"
+    for cache in (tmp_path, tmp_path / "file"):
+        (tmp_path / "file").touch()
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(tmp_path / "gpt2-model")}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        assert list((tmp_path / "gpt2-model").iterdir()) == []  # neither used nor left behind
+
+
 def test_an_unsupported_type_runs_on_pytorch() -> None:
     assert isinstance(make_decoder(random_model().half(), 16, None), TorchDecoder)
     assert isinstance(make_decoder(random_model(), 16, None), EngineDecoder)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -57,10 +58,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
     name = f"engine-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     try:
-        path = _cache_folder() / name
-        if not path.exists():
-            _compile(command, path)
-        engine = ctypes.CDLL(str(path))
+        with _cache_folder() as folder:
+            path = Path(folder, name)
+            if not path.exists():
+                _compile(command, path)
+            engine = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"the engine could not be compiled or loaded: {error}") from None
     engine.gpt2_start.restype = ctypes.c_void_p
@@ -80,16 +82,17 @@ def _processor() -> str:
     return next(flags, platform.processor())
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "gpt2-model"
+def _cache_folder() -> AbstractContextManager[Path | str]:
+    """The user's own, which nobody else may write to; else one for this process, gone when the engine is loaded."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    except OSError:
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return nullcontext(folder)
+    except (OSError, RuntimeError):  # no home at all is a RuntimeError
         pass
-    return Path(tempfile.mkdtemp(prefix="gpt2-model-"))  # compiled again by each process
+    return tempfile.TemporaryDirectory(prefix="gpt2-model-")
 
 
 def _compile(command: list[str], path: Path) -> None:
