@@ -103,7 +103,7 @@ def provenance() -> dict[str, Any]:
     facts = {name.strip(): value.strip() for name, value in lines.items()}
     flags = facts.get("flags", facts.get("Features", "")).split()
     machine = {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "features": [name for name in FEATURES if name in flags],
