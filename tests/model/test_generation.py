@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from gpt2_model import EOT, GPT, GPTConfig, KVCache, generate, get_tokenizer, stream
+from gpt2_model.decoding import EngineDecoder, TorchDecoder
 from gpt2_model.native import Unavailable, library
 from gpt2_model.tokenizer import TextDecoder
 
@@ -74,6 +75,23 @@ def test_samples_of_a_prompt_are_rows_as_any_other(model, way) -> None:
     samples = texts(model, PROMPTS[:2], num_samples=4, seed=7, **way)
     assert samples == texts(model, [*PROMPTS[:1] * 4, *PROMPTS[1:2] * 4], seed=7, **way)
     assert len(set(map(tuple, samples))) == 8
+
+
+@pytest.mark.parametrize("decoder", [EngineDecoder, TorchDecoder])
+def test_prompts_are_computed_once_and_finished_rows_not_at_all(model, monkeypatch, decoder) -> None:
+    prefilled, stepped = [], []
+    prefill, step = decoder.prefill, decoder.step
+    monkeypatch.setattr(decoder, "prefill", lambda self, ids: prefilled.append(len(ids)) or prefill(self, ids))
+    monkeypatch.setattr(decoder, "step", lambda self, ids: stepped.append(len(ids)) or step(self, ids))
+    rows = generate(
+        model, PROMPTS[:2], num_samples=5, max_new_tokens=30, stop_ids=range(0, 50257, 9), seed=3,
+        compile=decoder is EngineDecoder,
+    )  # fmt: skip
+    assert prefilled == [2]
+    # A row is computed once for each of its tokens but the last, which ends it: a stop id is not among them.
+    steps = [len(row.tokens) - (row.finish_reason == "length") for row in rows]
+    assert len(set(steps)) > 3
+    assert stepped == [sum(count >= step for count in steps) for step in range(1, max(steps) + 1)]
 
 
 def test_both_decoders_write_the_same(model) -> None:
