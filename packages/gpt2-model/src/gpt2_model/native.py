@@ -83,7 +83,7 @@ def _processor() -> str:
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
-    """The user's own, if nobody else may write to it; else one for this process, gone once the engine is loaded."""
+    """The user's own, if nobody else may write there; else one for this process, gone once all is loaded."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
