@@ -251,7 +251,7 @@ def table(document: dict[str, Any]) -> str:
         f"GPT-2 of {document['model']['parameters']:,} random weights, {settings['device']}: "
         f"prompt {settings['prompt_tokens']}, {settings['new_tokens']} new tokens, top-k {settings['top_k']}",
         f"{machine['cpu']}, {settings['threads']} threads of {machine['cores']} cores",
-        ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", *peers)),
+        ", ".join(f"{name} {document['versions'].get(name, '?')}" for name in ("torch", *peers)),
         f"median (least..most) of {settings['rounds']} rounds",
         "",
         *_speeds(rows, names, peers),
