@@ -102,7 +102,7 @@ def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
     """What the model saw at each turn is what is on the screen: /again takes a turn back, /reset all of it."""
     options = ("generate", "-m", tiny_hf_folder, "-i", "--max-new-tokens", 3, "--seed", 2)
     result = CliRunner().invoke(
-        main, [str(option) for option in options], input="One\n two\n/again\n\n/reset\nThree\n"
+        main, [str(option) for option in options], input="One\n two\n/again\n/agian\n\n/reset\nThree\n"
     )
     assert result.exit_code == 0, result.output
     turns = [turn.strip() for turn in result.stdout.split("\n> ")]
@@ -115,6 +115,7 @@ def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
     assert again != second  # another seed
     assert more.startswith(again)
     assert fresh.startswith("Three")
+    assert "/agian is none of /again and /reset" in result.stderr
 
 
 def test_generate_from_nothing(tiny_hf_folder) -> None:
@@ -133,6 +134,42 @@ def test_convert(tiny_hf_folder, tmp_path) -> None:
     run("convert", tiny_hf_folder, tmp_path / "copy")
     assert (tmp_path / "copy" / "tokenizer.json").exists()
     run("generate", "-m", tmp_path / "copy", "--max-new-tokens", 2, "Hi")
+    before = (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns
+    assert "holds a model already" in run("convert", tiny_hf_folder, tmp_path / "copy", code=1).output
+    assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns == before
+    run("convert", tiny_hf_folder, tmp_path / "copy", "--overwrite")
+    assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns > before
+    assert "OUT is empty" in run("convert", tiny_hf_folder, "", code=2).output
+
+
+@pytest.mark.parametrize("options", [["--stop", ""], ["--stop-id", 99999], ["a word " * 200]])
+def test_nothing_is_printed_before_all_is_known_to_be_right(tiny_hf_folder, options) -> None:
+    result = run("generate", "-m", tiny_hf_folder, *options, *([] if len(options) == 1 else ["Hello"]), code=1)
+    assert result.stdout == ""
+
+
+def test_a_missing_compiler_is_said(tiny_hf_folder) -> None:
+    for compiler in ("false", "'"):
+        environment = {**os.environ, "CC": compiler}
+        done = shell("generate", "-m", tiny_hf_folder, "--max-new-tokens", 2, "Hi", env=environment)
+        assert done.returncode == 0
+        assert done.stderr.startswith("Slow, on PyTorch's operations: ")
+
+
+def test_a_prompt_that_is_no_text(tiny_hf_folder, tmp_path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff\xfe")
+    for done in (
+        shell("generate", "-m", tiny_hf_folder, "--file", tmp_path / "bad.txt"),
+        subprocess.run([*COMMAND, "generate", "-m", tiny_hf_folder], input=b"abc\xff", capture_output=True),
+    ):
+        assert done.returncode == 1
+        assert "is not UTF-8 text: byte 3 cannot be read" in str(done.stderr)
+
+
+def test_output_that_is_not_utf8_gets_whole_json(tiny_hf_folder) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = shell("generate", "-m", tiny_hf_folder, "--max-new-tokens", 2, "--json", "é🎉", env=environment)
+    assert json.loads(done.stdout)[0]["prompt"] == "é🎉"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +187,10 @@ def test_convert(tiny_hf_folder, tmp_path) -> None:
         (("generate", "-m", "x", "-i", "--json"), 2, "--interactive takes at most one prompt"),
         (("generate", "-m", "x", "--repetition-penalty", "0", "Hi"), 1, "repetition_penalty must be above 0"),
         ((), 2, "Usage"),
+        (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "device 'meta' is not to be had here"),
+        (("generate", "-m", "x", "--max-new-tokens", "0", "Hi"), 2, "0 is not in the range"),
+        (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs are shown by --json only"),
+        (("generate", "-m", "124M", "Hi"), 1, "124M is a size, not a model: OpenAI's of that size is gpt2"),
     ],
 )
 def test_errors_are_one_line(arguments, code, message) -> None:

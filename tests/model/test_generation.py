@@ -150,6 +150,7 @@ def test_sliding_goes_on_from_the_half_of_the_context_that_came_last(model, way)
     assert whole[129:149] == again[0].tokens
     cut = generate(model, [prompts[2][-64:]], max_new_tokens=10, temperature=0, stop_ids=(), **way)
     assert rows[2].tokens[:10] == cut[0].tokens
+    assert rows[2].prompt == get_tokenizer().decode(prompts[2])  # as it was given
 
 
 def test_stop_ids_end_rows_at_different_steps(model, way) -> None:
@@ -343,6 +344,8 @@ def test_nonsense_prompts_are_refused(model) -> None:
         generate(model, [[50257]])
     with pytest.raises(ValueError, match="token id -1;"):
         generate(model, [[5, -1]])
+    with pytest.raises(ValueError, match=r"prompts must be a list: \[prompt\] for one"):
+        generate(model, "Hello")
     assert generate(model, []) == []
 
 

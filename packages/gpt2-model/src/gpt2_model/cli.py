@@ -4,10 +4,12 @@ import json
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
 
 import click
 
@@ -57,29 +59,37 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("-m", "--model", required=True, help="Hub name, folder or file: see gpt2-model --help.")
-@click.option("-f", "--file", type=click.File(encoding="utf-8"), help="Take the prompt from a file; - is stdin.")
+@click.option("-f", "--file", type=click.File("rb"), help="Take the prompt from a file; - is stdin.")
 @click.option("-i", "--interactive", is_flag=True, help="Write in turns; what was written is the next prompt.")
-@click.option("-n", "--num-samples", default=1, show_default=True, help="Samples of each prompt.")
-@click.option("--max-new-tokens", default=64, show_default=True, help="Tokens to add at most.")
+@click.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Samples of each prompt.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Tokens to add at most.")  # fmt: skip
 @click.option("--temperature", default=1.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", default=50, show_default=True, help="Sample from so many likeliest tokens; 0: all.")
+@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True,
+              help="Sample from so many likeliest tokens; 0: all.")  # fmt: skip
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest with this probability.")
 @click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: say less twice.")
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    help="Above 1, tokens that came before get less likely.",
+)
 @click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears; may be given often.")
-@click.option("--stop-id", multiple=True, type=int, help="End at this token too, as at 50256.")
-@click.option("--slide", is_flag=True, help="Go on past the model's context, with its last half.")
+@click.option("--stop-id", multiple=True, type=int, help="End at this token id, too; at 50256 it ends anyway.")
+@click.option("--slide", is_flag=True, help="At the end of the model's context go on from its last half.")
 @click.option("--logprobs", is_flag=True, help="Log-probability of each token, in --json.")
 @click.option("-d", "--device", default="auto", show_default=True, help="cuda, mps, cpu, or auto.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
               help="auto: bf16 on CUDA, fp32 elsewhere. int8: weights quantised.")  # fmt: skip
 @click.option("--compile/--no-compile", default=None,
-              help="Compile the step.  [default: on CPUs with a C compiler, 2 s once]")  # fmt: skip
+              help="Compile the step. CPU: on with a C compiler, 3 s once. CUDA: off, takes 30 s.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
 @user_errors
 def generate(
-    prompts: tuple[str, ...], model: str, file: TextIO | None, interactive: bool, device: str, dtype: str,
+    prompts: tuple[str, ...], model: str, file: BinaryIO | None, interactive: bool, device: str, dtype: str,
     as_json: bool, top_k: int, stop_id: tuple[int, ...], **options: Any,
 ) -> None:  # fmt: skip
     """Continue each PROMPT. With none, continue standard input if it is a pipe or a file, else write from nothing.
@@ -92,12 +102,15 @@ def generate(
     texts = _prompts(prompts, file, interactive)
     if interactive and (as_json or len(texts) > 1 or options["num_samples"] > 1):
         raise click.UsageError("--interactive takes at most one prompt, one sample, and no --json")
+    if options["logprobs"] and not as_json:
+        raise click.UsageError("--logprobs are shown by --json only")
     from .sampling import Sampling
     from .tokenizer import EOT
 
     options["top_k"] = top_k or None
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
     gpt = _load(model, device, dtype)
+    _say_if_slow(gpt, options["compile"])
     options["stop_ids"] = (EOT, *stop_id) if gpt.config.vocab_size > EOT else stop_id
     if interactive:
         _converse(gpt, texts[0] if texts else "", options)
@@ -110,15 +123,30 @@ def generate(
         _print_rows(gpt, texts, options)
 
 
-def _prompts(prompts: tuple[str, ...], file: TextIO | None, interactive: bool) -> list[str]:
+def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
+    from .native import Unavailable, library, weight_type
+
+    if compile is None and gpt.device.type == "cpu":
+        try:
+            library(weight_type(gpt))
+        except Unavailable as reason:
+            click.echo(f"Slow, on PyTorch's operations: {reason}", err=True)
+
+
+def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
     """From arguments, a file, or a pipe; a file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and _is_piped():
-        file = sys.stdin
+        file = sys.stdin.buffer
     if file is None:
         return list(prompts)
-    text = file.read().removesuffix("\n")
+    try:
+        text = file.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the prompt in {file.name} is not UTF-8 text: byte {error.start} cannot be read"
+        ) from None
     return [text] if text else []
 
 
@@ -138,17 +166,19 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
 
     alone = max(1, len(texts)) * options["num_samples"] == 1
     waiting: dict[int, Completion] = {}
-    done = 0
-    speed = 0.0
-    if alone and texts:
-        click.echo(texts[0], nl=False)
+    done = tokens = 0
+    started = 0.0
     for piece in stream(gpt, texts or [[EOT]], **options):
+        if not started:  # the first token is there, and with it nothing can be wrong any more
+            started = time.perf_counter()
+            if alone and texts:
+                click.echo(texts[0], nl=False)
         if alone:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
         if piece.completion:
             waiting[piece.row] = piece.completion
-            speed += piece.completion.tokens_per_second
+            tokens += max(0, len(piece.completion.tokens) - 1)
         while not alone and done in waiting:
             row = waiting.pop(done)
             click.secho(f"--- row {row.row}", dim=True)
@@ -156,7 +186,9 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
             done += 1
     if alone:
         click.echo()
-    click.secho(f"({speed:.0f} tokens/s on {gpt.device})", dim=True, err=True)
+    if tokens:
+        speed = tokens / (time.perf_counter() - started)
+        click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
 
 
 def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
@@ -167,7 +199,8 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
 
-    click.secho("Type to add to the text; an empty line lets the model go on. /again: another continuation.\n"
+    click.secho("What you type is added to the text as it is, spaces too; an empty line lets the model go on.\n"
+                "/again: another continuation instead of the last. "
                 "/reset: a new text. Ctrl-C: enough of this one. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
     before = text
     seed = options.pop("seed")
@@ -179,8 +212,13 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         except EOFError:
             click.echo()
             return
+        except KeyboardInterrupt:  # of a line: begin it again
+            continue
         if line == "/reset":
             text = before = ""
+            continue
+        if line.startswith("/") and line != "/again":
+            click.secho(f"{line.split()[0]} is none of /again and /reset", dim=True, err=True)
             continue
         text = before if line == "/again" else text + line
         before = text
@@ -225,9 +263,19 @@ def info(model: str, as_json: bool) -> None:
 @main.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False))
+@click.option("--overwrite", is_flag=True, help="Put it in the place of a model that OUT holds.")
 @user_errors
-def convert(model: str, out: str) -> None:
-    """Write MODEL as a Hugging Face model folder OUT, in fp32."""
+def convert(model: str, out: str, overwrite: bool) -> None:
+    """Write MODEL as a Hugging Face model folder OUT, in fp32.
+
+    \b
+    gpt2-model convert gpt2-medium my-folder
+    gpt2-model convert out/ckpt.pt from-nanogpt
+    """
+    if not out:
+        raise click.UsageError("OUT is empty: name a folder")
+    if (Path(out) / "config.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a model already: name another folder, or give --overwrite")
     gpt = _load(model, "cpu", "fp32")
     gpt.save_pretrained(out)
     click.echo(f"{gpt.config.num_parameters:,} parameters in {out}")
@@ -252,12 +300,13 @@ def _device(name: str) -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=device).cpu()  # "meta" is a device, too, but nothing comes back from it
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not to be had here: use cpu, or auto") from None
     return device
 
 
 def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=not utf8)
     sys.stdout.write("\n")

@@ -122,8 +122,8 @@ def generate(
         stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
         stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
         logprobs: also return the log-probability of each token.
-        slide: at the end of the model's context go on, with the second half of it as the new beginning, rather
-            than stop. (Positions are absolute: what is kept must be computed again.)
+        slide: at the end of the model's context, or after a prompt that fills it, go on with the second half of it
+            as the new beginning, rather than stop. (Positions are absolute: what is kept is computed again.)
         compile: see `make_decoder`: by default the fastest way that starts at once.
 
     Raises:
@@ -167,13 +167,19 @@ def stream(
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
     size, context = model.config.vocab_size, model.config.block_size
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list: [prompt] for one")
     if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
         raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
     rows: list[_Row] = []
-    for ids in (_encode(prompt, model, slide) for prompt in prompts):
+    for prompt in prompts:
+        ids = _encode(prompt, model, slide)
+        text = _decode(ids)
+        if len(ids) >= context:
+            ids = ids[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
         for _ in range(num_samples):
-            completion = Completion(len(rows), _decode(ids), logprobs=[] if logprobs else None)
+            completion = Completion(len(rows), text, logprobs=[] if logprobs else None)
             rows.append(_Row(completion, list(ids), uniforms(seed, len(rows), room), len(ids)))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
@@ -284,10 +290,8 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     if not 0 <= min(ids) <= max(ids) < size:
         wrong = next(token for token in ids if not 0 <= token < size)
         raise ValueError(f"prompt holds token id {wrong}; the model's vocabulary ends at {size - 1}")
-    if len(ids) >= context:
-        if not slide:
-            raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}")
-        ids = ids[-max(1, context // 2) :]
+    if len(ids) >= context and not slide:
+        raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}")
     return ids
 
 

@@ -1,6 +1,7 @@
 """engine.c from Python: compiled once by the machine's own C compiler, then one call a token.
 
-Where there is no compiler, generation runs on PyTorch's operations instead, at about half the speed.
+Where there is no compiler, generation runs on PyTorch's operations instead: slower, and int8 then much slower than
+fp32, since each step turns the weights back into fp32.
 """
 
 import ctypes
@@ -48,7 +49,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine has no {dtype}")
     installed = (found for name in ("cc", "gcc", "clang") if (found := shutil.which(name)))
-    compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
+    except ValueError as error:
+        raise Unavailable(f"CC={os.environ['CC']!r} is no command: {error}") from None
     if not compiler:
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
     sources = [Path(__file__).with_name(name) for name in SOURCES]

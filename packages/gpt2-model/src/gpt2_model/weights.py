@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GPTConfig
+from .config import PRESETS, GPTConfig
 from .foreign import LLMC_MAGIC, read_llmc, read_nanogpt
 from .hf_config import hf_config, read_config
 from .hf_tokenizer import tokenizer_files
@@ -30,6 +30,7 @@ from .openai import read_openai
 from .tensor_files import read_safetensors, read_shards, read_torch, short, state_dict
 from .tokenizer import EOT
 
+OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
@@ -82,6 +83,8 @@ def _open(name: str) -> _Checkpoint:
         return _open_folder(path)
     if path.is_file():
         return _open_file(path)
+    if name in PRESETS:
+        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[name]}")
     # "a/b" can be a hub id; what starts like a path or goes deeper cannot.
     if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")
