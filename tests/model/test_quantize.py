@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gpt2_model import GPT, GPTConfig
 from gpt2_model.decoding import make_decoder
-from gpt2_model.quantize import Int8Embedding, Int8Linear, quantize
+from gpt2_model.quantize import Int8Embedding, Int8Linear, Int8Matrix, dequantize, quantize
 
 
 def test_weights_are_within_half_a_step() -> None:
@@ -27,6 +27,17 @@ def test_a_row_of_zeros_stays_zero() -> None:
     weight = torch.randn(4, 8)
     weight[2] = 0
     assert torch.equal(Int8Linear(weight).weight[2], torch.zeros(8))
+
+
+def test_dequantized_is_the_same_function(tiny_hf_folder) -> None:
+    model = GPT.from_pretrained(tiny_hf_folder, dtype=torch.int8)
+    plain = dequantize(model)
+    assert not any(isinstance(part, Int8Matrix) for part in plain.modules())
+    tokens = torch.randint(0, 50257, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(tokens)[0], model(tokens)[0], rtol=0, atol=1e-5)
+    decoder = make_decoder(model, 30, compile=False)
+    assert isinstance(decoder._model.wte, torch.nn.Embedding)  # not turned into fp32 anew at each step
 
 
 def test_int8_models_are_for_running_alone(tiny_hf_folder, tmp_path) -> None:

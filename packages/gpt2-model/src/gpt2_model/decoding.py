@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .model import GPT
 from .native import Engine, Unavailable
+from .quantize import Int8Matrix, dequantize
 
 PREFILL = 256  # tokens of prompts that go through the engine at once: enough to be bound by arithmetic
 
@@ -117,6 +118,8 @@ def make_decoder(model: GPT, capacity: int, compile: bool | None) -> Decoder:
         except Unavailable as reason:
             if compile:
                 raise ValueError(f"cannot compile for this CPU: {reason}") from None
+    if device == "cpu" and isinstance(model.wte, Int8Matrix):
+        model = dequantize(model)
     if compile and device not in ("cpu", "cuda"):
         raise ValueError(f"cannot compile for {device}: leave compiling off there")
     return TorchDecoder(model, capacity, compiled=bool(compile))
