@@ -301,7 +301,7 @@ def _device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" is a device, too, but nothing comes back from it
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise ValueError(f"device {name!r} is not to be had here: use cpu, or auto") from None
     return device
 

@@ -45,10 +45,8 @@ typedef struct {
     float *keys, *values;      // (n_layer, batch, n_head, capacity, head_dim)
     int64_t batch, capacity;
     int64_t groups;            // runs of rows of one sequence
-    const int64_t *starts;     // (groups + 1,) each one's first row, and the end
-    int64_t wanted;            // rows whose logits are asked for
-    const int64_t *which;      // (wanted,) ascending
-    float *logits;             // (wanted, vocab_size)
+    const int64_t *starts;     // (groups + 1,) each one's first row, and the end of all
+    float *logits;             // (groups, vocab_size), of each one's last row
 } Call;
 
 typedef struct {  // where activations lie during a call
@@ -261,14 +259,15 @@ static void attention(Team *team, int64_t layer, float *scores) {
     }
 }
 
-// In the last layer only rows whose logits are wanted go on. `which` ascends: no row is overwritten before it moved.
+// In the last layer only the last row of each group goes on: its logits are wanted. No row is lost before it moves.
 static void choose(Team *team, const float *unused, const float *unused_too) {
     const int64_t n = team->model->n_embd;
-    for (int64_t i = 0; i < team->call->wanted; i++) {
-        memmove(team->scratch.stream + i * n, team->scratch.stream + team->call->which[i] * n, n * sizeof(float));
-        memmove(team->scratch.normed + i * n, team->scratch.normed + team->call->which[i] * n, n * sizeof(float));
+    for (int64_t i = 0; i < team->call->groups; i++) {
+        const int64_t from = (team->call->starts[i + 1] - 1) * n;
+        memmove(team->scratch.stream + i * n, team->scratch.stream + from, n * sizeof(float));
+        memmove(team->scratch.normed + i * n, team->scratch.normed + from, n * sizeof(float));
     }
-    team->rows = team->call->wanted;
+    team->rows = team->call->groups;
     prepare_normed(team, unused, unused_too);
 }
 

@@ -140,9 +140,7 @@ class _Call(ctypes.Structure):
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("tokens", "sequences", "positions", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("batch", "capacity", "groups")),
-        ("starts", ctypes.c_void_p),
-        ("wanted", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("which", "logits")),
+        *((name, ctypes.c_void_p) for name in ("starts", "logits")),
     )
 
 
@@ -216,7 +214,6 @@ class Engine:
             [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
             [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)],
             starts,
-            [start - 1 for start in starts[1:]],
         ]
         arrays = [(ctypes.c_int64 * len(column))(*column) for column in numbers]
         logits = torch.empty(len(rows), self._vocab_size)
@@ -229,8 +226,6 @@ class Engine:
             capacity,
             len(rows),
             ctypes.addressof(arrays[3]),
-            len(rows),
-            ctypes.addressof(arrays[4]),
             logits.data_ptr(),
         )
         if self._library.gpt2_forward(self._team, ctypes.addressof(call)):

@@ -1,18 +1,8 @@
 """`python -m gpt2_train` and `torchrun ... -m gpt2_train` are `gpt2-train`."""
 
-import os
-import sys
+from gpt2_eval.__main__ import run
 
 from .cli import main
 
 if __name__ == "__main__":
-    try:
-        main(prog_name="gpt2-train")
-    except SystemExit as done:
-        if "TORCHELASTIC_RUN_ID" not in os.environ or not isinstance(done.code, int | None):
-            raise
-        # One rank of a hundred died at exit, its work done: "terminate called without an active exception", by a
-        # thread of torch.distributed that outlived its owner. So a rank of torchrun leaves without tidying up.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(done.code or 0)
+    run(main, "gpt2-train")
