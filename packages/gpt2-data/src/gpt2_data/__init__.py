@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpt2_data.build import BuildResult, build
-    from gpt2_data.loader import Dataset, TokenLoader, open_dataset
+    from gpt2_data.dataset import Dataset, open_dataset
+    from gpt2_data.loader import TokenLoader
     from gpt2_data.manifest import verify
     from gpt2_data.plan import BuildConfig
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
@@ -34,12 +35,12 @@ _MODULE_OF = {
     "EOT": "tokenizer",
     "BuildConfig": "plan",
     "BuildResult": "build",
-    "Dataset": "loader",
+    "Dataset": "dataset",
     "TokenLoader": "loader",
     "build": "build",
     "encode_documents": "tokenizer",
     "get_tokenizer": "tokenizer",
-    "open_dataset": "loader",
+    "open_dataset": "dataset",
     "verify": "manifest",
 }
 

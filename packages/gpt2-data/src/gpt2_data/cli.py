@@ -279,7 +279,7 @@ def info(dataset: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     """Print document N, counted from 0, as the model will see it."""
-    from gpt2_data.loader import Dataset
+    from gpt2_data.dataset import Dataset
     from gpt2_data.tokenizer import get_tokenizer
 
     data = Dataset(dataset)
