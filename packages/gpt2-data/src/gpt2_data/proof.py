@@ -1,0 +1,217 @@
+"""The proof that gigatoken gives tiktoken's tokens: `gpt2-data prove`.
+
+First every code point in some contexts, which tells the characters that the two treat differently. Then, without
+those: long runs, white space, real text, and random mixtures of all kinds of characters. One difference there, and
+there is no proof.
+"""
+
+import itertools
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from gpt2_data import fast, pydocs, tokenizer
+from gpt2_data.fast import Proof
+
+CONTEXTS = (
+    *("{}'s", "a{}'ll {}b", " {}{}'t", "x {} 're", "1{}2", "'{}s'd", "don't{}", "\n{}\n'm"),
+    *("{}", "{}\u0301e", ".{}!", "\t{} \t", "é{}日'", "  {}  {}a1 "),
+)
+"""In which every code point is tried. Before 's it shows best what a character is taken for: 's is one piece after
+a letter or a digit; after a sign its ' goes with the sign."""
+
+QUICK_CONTEXTS = (" {}'s",)
+
+MAX_DIFFER = 20_000
+"""Code points that may differ. With more of them the two are not the same encoding."""
+
+_BATCH = 20_000  # strings
+_WHITE = " \n\t\r\x0b\x85\xa0\u2028\u3000"
+_ENGLISH = "etaoin shrdlu \n'.,0123456789STDM-\t"
+_PRINTABLE = "".join(map(chr, range(32, 127)))
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Comparison:
+    """Counts what was compared, and tells of it."""
+
+    progress: Progress
+    total: int
+    strings: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._fast = fast.Encoder(tokenizer.token_ranks())
+        self._encoding = tokenizer.get_tokenizer()
+
+    def differing(self, texts: Sequence[str]) -> list[int]:
+        """Which of the texts the two libraries encode differently."""
+        data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
+        tokens, ends = self._fast.encode(data, offsets)
+        expected = [self._encoding.encode_ordinary(text) for text in texts]
+        self.strings += len(texts)
+        self.bytes += len(data)
+        self.progress("comparing", self.strings, max(self.total, self.strings))
+        lengths = np.fromiter(map(len, expected), np.int64, len(expected))
+        if np.array_equal(lengths, np.diff(ends)):
+            all_expected = np.fromiter(itertools.chain.from_iterable(expected), np.uint32, int(lengths.sum()))
+            if np.array_equal(tokens, all_expected):
+                return []
+        return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
+
+    def check(self, batches: Iterable[Sequence[str]]) -> None:
+        """Raises ValueError if any of the texts is encoded differently."""
+        for texts in batches:
+            for i in self.differing(texts)[:1]:
+                text = self._shortest(texts[i])
+                data, offsets = tokenizer.text_buffers(pa.array([text], pa.large_string()))
+                tokens = self._fast.encode(data, offsets)[0].tolist()
+                raise ValueError(
+                    f"not proven: for {text!a} gigatoken gives {tokens}, "
+                    f"tiktoken {self._encoding.encode_ordinary(text)}: build with --tokenizer tiktoken"
+                )
+
+    def _shortest(self, text: str) -> str:
+        """A part of the text that still differs, made shorter as long as that is easy."""
+        size = len(text) // 2
+        while size:
+            shorter = [text[:i] + text[i + size :] for i in range(0, len(text), size)]
+            still = self.differing(shorter)
+            text, size = (
+                (shorter[still[0]], min(size, len(shorter[still[0]]) // 2)) if still else (text, size // 2)
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `prove` found, and how much it compared."""
+
+    proof: Proof
+    bytes: int
+    code_points_that_differ: int
+
+
+def prove(
+    quick: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    code_points: Iterable[int] = range(0x110000),
+    mixtures: int | None = None,
+    seed: int = 0,
+) -> Result:
+    """Compare the two installed libraries. Raises ValueError if no proof comes of it, with a text that shows why.
+
+    quick: few contexts and mixtures. code_points: those to try; surrogates are left out, text has none. mixtures:
+    how many random strings.
+    """
+    versions = fast.installed_versions()
+    characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
+    contexts = QUICK_CONTEXTS if quick else CONTEXTS
+    mixtures = mixtures if mixtures is not None else 50_000 if quick else 3_000_000
+    comparison = _Comparison(progress, len(characters) * (len(contexts) + (not quick)) + mixtures + 100_000)
+    differ = _characters_that_differ(comparison, characters, contexts)
+    known = "".join(sorted(set(characters) - differ))
+    if not quick:
+        comparison.check(_neighbours(known))
+    comparison.check(_special_strings(known))
+    comparison.check(_real_text(differ))
+    comparison.check(_mixtures(known, mixtures, seed))
+    proof = Proof(*versions, comparison.strings, tuple(_ranges(sorted(map(ord, differ)))))
+    return Result(proof, comparison.bytes, len(differ))
+
+
+def _characters_that_differ(
+    comparison: _Comparison, characters: Sequence[str], contexts: Iterable[str]
+) -> set[str]:
+    differ: set[str] = set()
+    for context in contexts:
+        for start in range(0, len(characters), _BATCH):
+            some = characters[start : start + _BATCH]
+            differ.update(some[i] for i in comparison.differing([context.replace("{}", c) for c in some]))
+            if len(differ) > MAX_DIFFER or any(c.isascii() for c in differ):
+                example = ascii(context.replace("{}", min(differ)))
+                raise ValueError(
+                    f"not proven: {len(differ):,} characters and more are encoded differently, "
+                    f"for example {example}: build with --tokenizer tiktoken"
+                )
+    return differ
+
+
+def _neighbours(known: str) -> Iterator[list[str]]:
+    """Each character between those that follow it and that stand before it in Unicode: of its own script."""
+    text = "".join(sorted(known))
+    for start in range(0, len(text), _BATCH):
+        yield [
+            text[i + 1 : i + 2] + text[max(0, i - 1) : i + 2] for i in range(start, min(start + _BATCH, len(text)))
+        ]
+
+
+def _special_strings(known: str) -> Iterator[list[str]]:
+    """Runs of each kind of character, all short mixtures of white space and one sign of each kind, and more."""
+    examples = [*map(chr, range(128)), *_one_of_each_category(known), *(c for c in _WHITE if c in known)]
+    lengths = (*range(1, 35), 63, 64, 65, 128, 129, 257, 1000)
+    yield [character * 20_000 for character in " \na1^"]
+    for character in examples:
+        yield [frame.format(character * n) for n in lengths for frame in ("{}", "a {}", " {}b1", "\n{} ")]
+    alphabet = [c for c in " \n\t\xa0\u3000a1.'" if c in known]
+    for length in range(1, 6):
+        strings = map("".join, itertools.product(alphabet, repeat=length))
+        while some := list(itertools.islice(strings, _BATCH)):
+            yield some
+    contractions = ("s", "t", "re", "ve", "m", "ll", "d", "S", "LL", "r", "l", "v", "st", "\u017f")
+    frames = ("'{}", "I'{}", "I '{} ", "''{}", "1'{}'{}", "\n'{}", "don’{}", "'{}'", "a'{}b")
+    yield [frame.replace("{}", end) for frame in frames for end in contractions]
+    end = "<|endoftext|>"
+    yield [text for n in range(len(end)) for text in (end, end * n, f"a {end}\n", end[n:], end[:n], f"\0{end}\0")]
+
+
+def _real_text(differ: set[str]) -> Iterator[list[str]]:
+    """The text that Python carries, whole, and cut anywhere."""
+    documents = [tokenizer.repair_surrogates(text) for _, text in pydocs.documents()]
+    documents = [text for text in documents if differ.isdisjoint(text)]
+    yield documents
+    rng = np.random.default_rng(0)
+    for text in documents[:: max(1, len(documents) // 50)]:
+        places = sorted({0, len(text), *rng.integers(0, len(text) + 1, 200).tolist()})
+        yield [text[start:stop] for start, stop in itertools.pairwise(places)]
+
+
+def _mixtures(known: str, count: int, seed: int) -> Iterator[list[str]]:
+    """Random strings: a third of the signs English, a third white space and ASCII, a third of any category."""
+    rng = np.random.default_rng(seed)
+    pools = [np.array([ord(c) for c in pool if c in known]) for pool in (_ENGLISH, _ENGLISH, _PRINTABLE, _WHITE)]
+    by_category: dict[str, list[int]] = {}
+    for character in known:
+        by_category.setdefault(unicodedata.category(character), []).append(ord(character))
+    pools = [pool for pool in pools if len(pool)]
+    each = max(1, len(by_category) // len(pools) // 2)
+    pools = [*pools * each, *map(np.array, by_category.values())]
+    sizes = np.array([len(pool) for pool in pools])
+    starts = np.cumsum(sizes) - sizes
+    together = np.concatenate(pools)
+    for start in range(0, count, _BATCH):
+        lengths = rng.integers(1, 24, min(_BATCH, count - start))
+        pool = rng.integers(0, len(pools), int(lengths.sum()))
+        chosen = together[starts[pool] + (rng.random(len(pool)) * sizes[pool]).astype(np.int64)]
+        runs = rng.choice([1, 1, 1, 1, 1, 1, 2, 5], len(chosen))
+        ends = np.cumsum(runs)[np.cumsum(lengths) - 1].tolist()
+        text = np.repeat(chosen, runs).astype("<u4").tobytes().decode("utf-32-le")
+        yield [text[a:b] for a, b in itertools.pairwise([0, *ends])]
+
+
+def _one_of_each_category(known: str) -> list[str]:
+    return list({unicodedata.category(character): character for character in known}.values())
+
+
+def _ranges(code_points: Sequence[int]) -> Iterator[str]:
+    """Hexadecimal, neighbours as one: [0x41, 0x43, 0x44] -> "41", "43-44"."""
+    array: NDArray[np.int64] = np.array(code_points, np.int64)
+    for run in np.split(array, np.flatnonzero(np.diff(array) > 1) + 1):
+        if len(run):
+            yield f"{run[0]:x}" if len(run) == 1 else f"{run[0]:x}-{run[-1]:x}"
