@@ -57,8 +57,8 @@ def convert(
 
     llmc and arrow are datasets of ours, with a dataset.json; the others are as their makers' programs read them.
     Every byte of a dataset of ours is compared with its dataset.json on the way. `out` appears whole or not at
-    all: until then it is OUT.converting, beside it. Memory: a few chunks of 1M tokens, and 20 bytes a document of a
-    shard (of the whole source, if it is others' and the documents are asked for). Raises ValueError or OSError.
+    all: until then it is OUT.converting, beside it. Memory: a few chunks of 1M tokens, and 20 bytes a document of
+    a shard (of the whole source, if it is others' and the documents are asked for). Raises ValueError or OSError.
     """
     out = Path(out)
     if to not in FORMATS:

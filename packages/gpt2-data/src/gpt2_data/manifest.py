@@ -21,7 +21,7 @@ SPLITS = ("train", "val")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SHARD_NAME = re.compile(r"(train|val)_\d{6,}\.(bin|docs|arrow)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1 << 17  # bytes hashed and checked at once: what a core's cache holds
+_BLOCK = 1 << 18  # bytes hashed and checked at once: what a core's cache holds
 _DAMAGED = "damaged: its SHA-256 is not the one in dataset.json"
 
 
