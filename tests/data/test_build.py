@@ -233,7 +233,7 @@ def test_options_that_cannot_work(tmp_path):
         ({"val_tokens": -1}, "val_tokens is -1"),
         ({"workers": 0}, "workers is 0"),
         ({"limit_docs": 0}, "limit_docs is 0"),
-        ({"format": "arrow"}, "format is 'arrow', must be uint16"),
+        ({"format": "npy"}, "format is 'npy', must be uint16 or arrow"),
         ({"tokenizer": "gigatoken"}, "tokenizer"),
         ({"order": "random"}, "must be source or shuffled"),
         ({"engine": "ray"}, "engine"),

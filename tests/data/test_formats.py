@@ -77,7 +77,7 @@ def test_a_faulty_sidecar_is_refused_by_name(tmp_path, data, message):
 def test_a_file_cut_while_it_is_read_is_an_error_not_a_crash(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(shard(3, [1, 2, 3]))
-    files = formats.TokenFiles([path])
+    files = formats.TokenFiles([formats.TokenFile(path, 3)])
     out = np.empty(2, np.uint16)
     files.read_into(out, 0, 1)
     assert out.tolist() == [2, 3]
@@ -90,7 +90,7 @@ def test_few_files_are_open_at_a_time(tmp_path):
     paths = [tmp_path / f"{i}.bin" for i in range(9)]
     for i, path in enumerate(paths):
         path.write_bytes(shard(1, [i]))
-    files = formats.TokenFiles(paths, max_open=2)
+    files = formats.TokenFiles([formats.TokenFile(path, 1) for path in paths], max_open=2)
     out = np.empty(1, np.uint16)
     for i in [*range(9), 0, 8, 7]:
         files.read_into(out, i, 0)

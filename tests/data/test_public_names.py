@@ -13,6 +13,7 @@ NAMES = [
     "Dataset",
     "TokenLoader",
     "build",
+    "convert",
     "encode_documents",
     "get_tokenizer",
     "open_dataset",
@@ -24,7 +25,7 @@ def test_the_public_names_are_these():
     assert sorted(gpt2_data.__all__) == sorted(NAMES)
     assert all(getattr(gpt2_data, name) is not None for name in NAMES)
     assert set(NAMES) <= set(dir(gpt2_data))
-    assert not hasattr(gpt2_data, "convert")
+    assert not hasattr(gpt2_data, "manifests")
     assert gpt2_data.__version__.count(".") == 2
 
 

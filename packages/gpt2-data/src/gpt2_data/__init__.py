@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpt2_data.build import BuildResult, build
+    from gpt2_data.convert import convert
     from gpt2_data.dataset import Dataset, open_dataset
     from gpt2_data.loader import TokenLoader
     from gpt2_data.manifest import verify
@@ -25,6 +26,7 @@ __all__ = [
     "Dataset",
     "TokenLoader",
     "build",
+    "convert",
     "encode_documents",
     "get_tokenizer",
     "open_dataset",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "Dataset": "dataset",
     "TokenLoader": "loader",
     "build": "build",
+    "convert": "convert",
     "encode_documents": "tokenizer",
     "get_tokenizer": "tokenizer",
     "open_dataset": "dataset",

@@ -200,7 +200,7 @@ def _write_shards(
         done += shard.tokens
         progress("writing", done, layout.num_tokens)
 
-    tasks = shards.shard_tasks(layout, config.shard_size, config.out, work)
+    tasks = shards.shard_tasks(layout, config.shard_size, config.out, work, config.format)
     workers = min(workers, 1 + layout.num_tokens // _TOKENS_WORTH_A_WORKER)
     return tuple(engines.run(shards.write_shard, tasks, workers, lambda task: task.file, shard_done))
 

@@ -1,4 +1,4 @@
-"""gpt2-data build | verify | info | show.
+"""gpt2-data build | verify | info | show | convert.
 
 Nothing heavy is imported here at the top: help must answer at once. Results go to stdout, progress to stderr.
 """
@@ -78,7 +78,11 @@ def main(debug: bool) -> None:
     help="Tokens for validation; 0 for none.",
 )
 @click.option(
-    "--format", type=click.Choice(["uint16"]), default="uint16", show_default=True, help="Format of shards."
+    "--format",
+    type=click.Choice(["uint16", "arrow"]),
+    default="uint16",
+    show_default=True,
+    help="Format of shards.",
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: one a core]")
 @click.option(
@@ -260,10 +264,13 @@ def info(dataset: Path, as_json: bool) -> None:
     click.echo(f"{dataset}  {made.hash[:16]}")
     click.echo(f"tokenizer  {made.tokenizer['name']}, {made.vocab_size:,} tokens")
     click.echo(f"order      {options['order']}{seed}")
-    click.echo(
-        f"text       {_gb(source['text_bytes'])} in {source['documents']:,} documents "
-        f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
-    )
+    if "text_bytes" in source:  # not if it was converted from a dataset of others
+        click.echo(
+            f"text       {_gb(source['text_bytes'])} in {source['documents']:,} documents "
+            f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
+        )
+    if "converted_from" in source:
+        click.echo(f"converted  from {source['converted_from']['format']}")
     for item in source["inputs"]:
         click.echo(f"source     {item['name']}  {_gb(item['bytes'])}  {item['sha256'][:16]}")
     click.echo(f"\n{'split':<6} {'shards':>7} {'documents':>13} {'tokens':>16}")
@@ -327,6 +334,33 @@ def prove(quick: bool, out: Path | None, as_json: bool) -> None:
         f"{result.code_points_that_differ:,} characters; {seconds:.0f} s"
     )
     click.echo(f"kept in {file}" if file else "nothing kept: that takes the whole comparison, without --quick")
+
+
+@main.command()
+@DATASET
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["npy", "llmc", "uint16", "nanogpt", "megatron", "arrow"]),
+    help="Format to write; uint16 is another name of llmc.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
+    """Write a dataset in another format; the tokens stay the same, byte for byte.
+
+    DIR is a dataset of ours, or one of build-nanogpt's, llm.c's, nanoGPT's or Megatron's: a folder, or the common
+    beginning of a Megatron pair's two names. OUT is a folder that is not there or empty. llmc and arrow are
+    datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
+    """
+    from gpt2_data.convert import convert as run
+
+    with _progress() as progress:
+        result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
+    if as_json:
+        click.echo(json.dumps({**vars(result), "out": str(out)}))
+        return
+    click.echo(f"{out}: {result.tokens:,} tokens in {result.files:,} files ({result.format}), {_gb(result.bytes)}")
 
 
 def _gb(size: int) -> str:

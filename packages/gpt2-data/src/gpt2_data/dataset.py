@@ -1,33 +1,43 @@
-"""A built dataset opened for reading: a split is one stream of tokens across its shards."""
+"""A dataset opened for reading, ours or others': a split is one stream of tokens across its files."""
 
 import bisect
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import formats, manifest
+from gpt2_data import arrow, foreign, formats, manifest
+from gpt2_data.tokenizer import EOT
 
-_ITERATED = 1024  # sidecar entries read at once
+_ITERATED = 1024  # document starts read at once
 
 
 class Dataset:
-    """A dataset folder. Opening reads dataset.json only; a split's files are checked when it is first used."""
+    """A dataset. Opening ours reads dataset.json only; a split's files are checked when it is first used.
+
+    `path`: a folder of ours (uint16 or Arrow shards), of build-nanogpt's .npy, of llm.c's .bin, of nanoGPT's
+    train.bin and val.bin, or of Megatron's .bin and .idx, of which it may also be the names' common beginning.
+    Only Megatron of these others records where documents are: else the first use of a split's documents reads all
+    of it, and keeps 8 bytes a document. They start at each EOT; in nanoGPT's, which puts it behind, after each.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest = manifest.load(self.path)
+        self.manifest = load(self.path)
         self._splits: dict[str, _Split] = {}
 
     def tokens(self, split: str) -> int:
-        """Tokens of the split, the EOT in front of each document counted."""
+        """Tokens of the split, EOTs counted."""
         return self.manifest.tokens(split)
 
     def num_documents(self, split: str) -> int:
         """Documents of the split."""
-        return self.manifest.documents(split)
+        if isinstance(self.manifest, manifest.Manifest):
+            return self.manifest.documents(split)
+        return self._split(split).documents.count
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Tokens [start, stop) of the split, across shards. Raises ValueError if there are no such tokens."""
@@ -46,19 +56,28 @@ class Dataset:
         count = self.num_documents(split)
         if not 0 <= number < count:
             raise ValueError(f"no document {number:,} in split {split!r}: it has {count:,}, counted from 0")
-        opened = self._split(split)
-        stop = opened.document_start(number + 1) if number + 1 < count else self.tokens(split)
-        return opened.document_start(number), stop
+        starts = self._split(split).documents.starts(number, min(number + 2, count))
+        return starts[0], starts[1] if len(starts) == 2 else self.tokens(split)
 
     def documents(self, split: str) -> Iterator[NDArray[np.uint16]]:
         """Every document of the split in order, each as `document` gives it."""
         before = None
-        for start in self._split(split).document_starts():
+        for start in self.document_starts(split):
             if before is not None:
                 yield self.read(split, before, start)
             before = start
         if before is not None:
             yield self.read(split, before, self.tokens(split))
+
+    def document_starts(self, split: str) -> Iterator[int]:
+        """Where each document of the split begins, in tokens, in order."""
+        documents = self._split(split).documents
+        for first in range(0, documents.count, _ITERATED):
+            yield from documents.starts(first, min(first + _ITERATED, documents.count))
+
+    def files(self, split: str) -> list[formats.TokenFile]:
+        """The files of the split in order, and where in each the tokens are."""
+        return self._split(split).files
 
     def _split(self, split: str) -> "_Split":
         if split not in self._splits:
@@ -71,32 +90,49 @@ class Dataset:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """Open a folder that `gpt2-data build` made. Raises ValueError if it is none."""
+    """Open a dataset, ours or others'; see Dataset. Raises ValueError or OSError in one line if it is none."""
     return Dataset(path)
+
+
+def load(path: Path) -> manifest.Manifest | foreign.ForeignManifest:
+    """What the dataset at `path` is. Raises ValueError or OSError in one line, also for a foreign tokenizer."""
+    if (path / manifest.FILE_NAME).exists() or (path / ".build").exists():
+        made = manifest.load(path)
+        if (problem := manifest.tokenizer_problem(made)) is not None:
+            raise ValueError(f"{path}/{problem}")
+        return made
+    found = foreign.sniff(path)
+    if found is None:
+        raise ValueError(
+            f"{path} is not a dataset: there is no {manifest.FILE_NAME} in it, nor shards of "
+            + ", ".join(foreign.NAMES.values())
+        )
+    return found
 
 
 class _Split:
     """The files of one split as one stream. Raises ValueError or OSError for a missing or cut-short file."""
 
-    def __init__(self, folder: Path, description: manifest.Manifest, split: str) -> None:
-        shards = description.split(split)
-        for shard in shards:
-            count = formats.check_shard(folder / shard.file)
-            if count != shard.tokens:
-                raise ValueError(f"{folder / shard.file}: {count:,} tokens, dataset.json says {shard.tokens:,}")
-        self._name = split
+    def __init__(self, folder: Path, description: manifest.Manifest | foreign.ForeignManifest, split: str) -> None:
+        self.documents: _ShardDocuments | _StreamDocuments
+        if isinstance(description, manifest.Manifest):
+            shards = description.split(split)
+            opened = [manifest.open_shard(folder, shard) for shard in shards]
+            self.files = [item.file if isinstance(item, arrow.ArrowShard) else item for item in opened]
+            self.documents = _ShardDocuments(folder, shards, opened)
+        else:
+            self.files = description.split(split)
+            self.documents = _StreamDocuments(self, description, split)
         self._vocab_size = description.vocab_size
-        self._files = formats.TokenFiles([folder / shard.file for shard in shards])
-        self._docs = [folder / shard.docs.file for shard in shards]
-        self._starts = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
-        self._first_documents = list(itertools.accumulate((shard.documents for shard in shards), initial=0))
+        self._reader = formats.TokenFiles(self.files)
+        self._starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
 
     def read_into(self, out: NDArray[np.uint16], start: int) -> None:
         position, filled = start, 0
         while filled < len(out):
             shard = bisect.bisect_right(self._starts, position) - 1
             count = min(len(out) - filled, self._starts[shard + 1] - position)
-            self._files.read_into(out[filled : filled + count], shard, position - self._starts[shard])
+            self._reader.read_into(out[filled : filled + count], shard, position - self._starts[shard])
             position, filled = position + count, filled + count
         # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would
         # end a run on a GPU without a word of where it came from; this costs microseconds.
@@ -108,26 +144,77 @@ class _Split:
 
     def _where(self, position: int) -> str:
         shard = bisect.bisect_right(self._starts, position) - 1
-        return f"{self._docs[shard].with_suffix('.bin')}: token {position - self._starts[shard]:,}"
+        return f"{self.files[shard].path}: token {position - self._starts[shard]:,}"
 
-    def document_start(self, number: int) -> int:
-        shard = bisect.bisect_right(self._first_documents, number) - 1
-        entry = number - self._first_documents[shard]
-        return self._starts[shard] + self._entries(shard, entry, entry + 1)[0]
 
-    def document_starts(self) -> Iterator[int]:
-        for shard, start in enumerate(self._starts[:-1]):
-            count = self._first_documents[shard + 1] - self._first_documents[shard]
-            for entry in range(0, count, _ITERATED):
-                for offset in self._entries(shard, entry, min(entry + _ITERATED, count)):
-                    yield start + offset
+class _ShardDocuments:
+    """Documents of a dataset of ours: what the sidecars list, or the rows of Arrow shards."""
 
-    def _entries(self, shard: int, start: int, stop: int) -> list[int]:
-        path, tokens = self._docs[shard], self._starts[shard + 1] - self._starts[shard]
-        count = self._first_documents[shard + 1] - self._first_documents[shard]
-        if formats.check_docs(path) != count:
-            raise ValueError(f"{path}: not the {count:,} documents that dataset.json says")
-        offsets: list[int] = formats.read_docs(path, start, stop).tolist()
-        if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] < tokens:
-            raise ValueError(f"{path}: offsets out of order or outside the shard's {tokens:,} tokens: damaged")
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[manifest.Shard],
+        opened: Sequence[formats.TokenFile | arrow.ArrowShard],
+    ) -> None:
+        self._folder, self._shards, self._opened = folder, shards, opened
+        self._token_starts = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
+        self._firsts = list(itertools.accumulate((shard.documents for shard in shards), initial=0))
+        self.count = self._firsts[-1]
+
+    def starts(self, first: int, last: int) -> list[int]:
+        """Where documents [first, last) begin in the split, in tokens."""
+        found: list[int] = []
+        while first < last:
+            number = bisect.bisect_right(self._firsts, first) - 1
+            stop = min(last, self._firsts[number + 1])
+            entries = self._entries(number, first - self._firsts[number], stop - self._firsts[number])
+            found += [self._token_starts[number] + entry for entry in entries]
+            first = stop
+        return found
+
+    def _entries(self, number: int, start: int, stop: int) -> list[int]:
+        shard, opened = self._shards[number], self._opened[number]
+        if isinstance(opened, arrow.ArrowShard):
+            path = opened.file.path
+            first = opened.rows - shard.documents  # a row in front goes on with a document of the shard before
+            offsets: list[int] = opened.row_starts(first + start, first + stop).tolist()
+        else:
+            assert shard.docs is not None
+            path = self._folder / shard.docs.file
+            if formats.check_docs(path) != shard.documents:
+                raise ValueError(f"{path}: not the {shard.documents:,} documents that dataset.json says")
+            offsets = formats.read_docs(path, start, stop).tolist()
+        if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] < shard.tokens:
+            raise ValueError(
+                f"{path}: offsets out of order or outside the shard's {shard.tokens:,} tokens: damaged"
+            )
         return offsets
+
+
+class _StreamDocuments:
+    """Documents of others' datasets, found in the tokens or in Megatron's .idx when they are first asked for."""
+
+    def __init__(self, stream: _Split, description: foreign.ForeignManifest, split: str) -> None:
+        self._stream, self._description, self._split = stream, description, split
+
+    @functools.cached_property
+    def _all(self) -> NDArray[np.int64]:
+        made, split = self._description, self._split
+        if made.format == "megatron":
+            return foreign.megatron_starts(made, split)
+        total = made.tokens(split)
+        eot_behind = False
+        if made.format == "nanogpt" and total:
+            self._stream.read_into(first := np.empty(1, np.uint16), 0)
+            eot_behind = int(first[0]) != EOT
+        return foreign.scanned_starts(self._stream.read_into, total, eot_behind)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._all)
+
+    def starts(self, first: int, last: int) -> list[int]:
+        """Where documents [first, last) begin in the split, in tokens."""
+        found: list[int] = self._all[first:last].tolist()
+        return found

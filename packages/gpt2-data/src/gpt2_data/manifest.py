@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gpt2_data import formats
+from gpt2_data import arrow, foreign, formats, tokenizer
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
@@ -18,7 +21,8 @@ SPLITS = ("train", "val")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SHARD_NAME = re.compile(r"(train|val)_\d{6,}\.(bin|docs|arrow)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_READ_TOKENS = 4_000_000
+_BLOCK = 1 << 18  # bytes hashed and checked at once: what a core's cache holds
+_DAMAGED = "damaged: its SHA-256 is not the one in dataset.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: `documents` start in it, `bytes` is the file's size, `tokens_sha256` leaves the header out."""
+    """One shard: `documents` start in it, `bytes` is the file's size, `tokens_sha256` is of the tokens alone."""
 
     split: str
     file: str
@@ -42,7 +46,13 @@ class Shard:
     max_token: int
     tokens_sha256: str
     sha256: str
-    docs: Sidecar
+    docs: Sidecar | None
+    """None for an Arrow shard, whose rows are the documents."""
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files."""
+        return [self.file] + ([self.docs.file] if self.docs else [])
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ class Manifest:
 def load(folder: Path) -> Manifest:
     """Read and check a dataset folder's dataset.json. Raises ValueError or OSError naming it.
 
-    Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts.
+    Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts. Whether
+    the tokens are GPT-2's is tokenizer_problem's to say.
     """
     path = folder / FILE_NAME
     try:
@@ -118,11 +129,11 @@ def _parse(content: Any) -> Manifest:
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this program reads version {FORMAT_VERSION}")
     shards = tuple(
-        Shard(**{key: value for key, value in item.items() if key != "docs"}, docs=Sidecar(**item["docs"]))
+        Shard(**item | {"docs": None if item["docs"] is None else Sidecar(**item["docs"])})
         for item in content["shards"]
     )
     manifest = Manifest(content["tokenizer"], content["source"], content["options"], shards)
-    files = [name for shard in shards for name in (shard.file, shard.docs.file)]
+    files = [name for shard in shards for name in shard.files]
     if len(set(files)) != len(files):
         raise ValueError("a file is listed twice")
     vocab_size = manifest.tokenizer["vocab_size"]
@@ -134,12 +145,12 @@ def _parse(content: Any) -> Manifest:
 
 
 def _check_shard(shard: Shard, vocab_size: int) -> None:
-    for name in shard.file, shard.docs.file:
+    for name in shard.files:
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or not name.strip("."):
             raise ValueError(f"file name {name!r} is not a plain name")
     if shard.split not in SPLITS:
         raise ValueError(f"{shard.file}: split {shard.split!r}")
-    for value in shard.sha256, shard.tokens_sha256, shard.docs.sha256:
+    for value in shard.sha256, shard.tokens_sha256, *([shard.docs.sha256] if shard.docs else []):
         if not isinstance(value, str) or not _SHA256.fullmatch(value):
             raise ValueError(f"{shard.file}: SHA-256 {value!r}")
     if not _is_count(shard.tokens, formats.MAX_SHARD_TOKENS) or shard.tokens == 0:
@@ -148,7 +159,12 @@ def _check_shard(shard: Shard, vocab_size: int) -> None:
         raise ValueError(f"{shard.file}: {shard.documents!r} documents")
     if not _is_count(shard.max_token, vocab_size - 1):
         raise ValueError(f"{shard.file}: token {shard.max_token!r} in a vocabulary of {vocab_size}")
-    if shard.bytes != formats.shard_bytes(shard.tokens) or shard.docs.bytes != formats.docs_bytes(shard.documents):
+    if shard.docs:
+        sizes = {(formats.shard_bytes(shard.tokens), formats.docs_bytes(shard.documents))}
+    else:  # a first row may go on with a document from the shard before
+        rows = {min(max(shard.documents + more, 1), shard.tokens) for more in (0, 1)}
+        sizes = {(arrow.shard_bytes(shard.tokens, n), 0) for n in rows}
+    if (shard.bytes, shard.docs.bytes if shard.docs else 0) not in sizes:
         raise ValueError(f"{shard.file}: sizes that do not fit its counts")
 
 
@@ -171,25 +187,47 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | Path, level: str = "fast") -> Report:
+def tokenizer_problem(manifest: Manifest) -> str | None:
+    """What is wrong if the tokens are not GPT-2's: ids of another vocabulary train without an error."""
+    ours = tokenizer.identity()
+    for key in "vocabulary_sha256", "vocab_size", "eot":
+        if manifest.tokenizer.get(key) != ours[key]:
+            name = manifest.tokenizer.get("name")
+            return (
+                f"{FILE_NAME}: foreign tokenizer: {key} of {name!r} is not GPT-2's: build it again from its text"
+            )
+    return None
+
+
+def verify(path: str | Path, level: str = "fast", workers: int | None = None) -> Report:
     """Compare a dataset's files with its dataset.json.
 
-    `fast`: every file is there, with the right size and header, and no shard beside them. `full`: the SHA-256 of
-    every file too, ids within the vocabulary, and an EOT at each document's start. Raises ValueError if there is
-    no valid dataset.json; what is wrong with the files is in the report.
+    `fast`: GPT-2's tokenizer, every file there, with the right size and header, and no shard beside them. `full`:
+    the SHA-256 of every file too, ids within the vocabulary, and an EOT at each document's start and nowhere else.
+    `workers` threads, None for one a core, take a shard each and read every file once. Raises ValueError if there
+    is no valid dataset.json; what is wrong with the files is in the report.
     """
     if level not in ("fast", "full"):
         raise ValueError(f"level is {level!r}, must be fast or full")
     folder = Path(path)
-    manifest = load(folder)
-    problems: list[str] = []
-    listed = {name for shard in manifest.shards for name in (shard.file, shard.docs.file)}
-    for shard in manifest.shards:
-        problems += _shard_problems(folder, shard, manifest, level)
-    for extra in sorted(entry.name for entry in folder.iterdir() if _SHARD_NAME.fullmatch(entry.name)):
+    if (folder / FILE_NAME).exists() or (other := foreign.sniff(folder)) is None:
+        manifest = load(folder)
+    else:
+        raise ValueError(
+            f"{folder} is {foreign.NAMES[other.format]}'s, with nothing to verify it against: "
+            f"gpt2-data convert {folder} OUT --to llmc makes a dataset that can be verified"
+        )
+    problem = tokenizer_problem(manifest)
+    problems = [] if problem is None else [problem]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(workers or cores) as pool:  # hashlib and numpy work outside the interpreter's lock
+        for found in pool.map(lambda shard: _shard_problems(folder, shard, manifest, level), manifest.shards):
+            problems += found
+    listed = {name for shard in manifest.shards for name in shard.files}
+    for extra in sorted(entry.name for entry in folder.iterdir() if is_shard_name(entry.name)):
         if extra not in listed:
             problems.append(f"{extra}: not part of this dataset; delete it")
-    size = sum(shard.bytes + shard.docs.bytes for shard in manifest.shards)
+    size = sum(shard.bytes + (shard.docs.bytes if shard.docs else 0) for shard in manifest.shards)
     return Report(level, len(listed), size, tuple(problems))
 
 
@@ -198,45 +236,114 @@ def is_shard_name(name: str) -> bool:
     return _SHARD_NAME.fullmatch(name) is not None
 
 
+def open_shard(folder: Path, shard: Shard) -> formats.TokenFile | arrow.ArrowShard:
+    """A shard whose file has the size and the header that dataset.json says. Raises ValueError or OSError."""
+    path = folder / shard.file
+    if shard.docs is None:
+        return arrow.check_shard(path, shard.tokens, shard.documents)
+    count = formats.check_shard(path)
+    if count != shard.tokens:
+        raise ValueError(f"{path}: {count:,} tokens, dataset.json says {shard.tokens:,}")
+    return formats.TokenFile(path, count)
+
+
 def _shard_problems(folder: Path, shard: Shard, manifest: Manifest, level: str) -> list[str]:
-    problems = []
-    checks = (
-        (shard.file, shard.tokens, "tokens", formats.check_shard),
-        (shard.docs.file, shard.documents, "documents", formats.check_docs),
-    )
-    for name, expected, what, check in checks:
-        try:
-            count = check(folder / name)
-            if count != expected:
-                problems.append(f"{name}: {count:,} {what}, dataset.json says {expected:,}")
-        except FileNotFoundError:
-            problems.append(f"{name}: missing")
-        except (ValueError, OSError) as error:
-            problems.append(f"{name}: {str(error).removeprefix(f'{folder / name}: ')}")
-    if problems or level == "fast":
-        return problems
-    for name, sha256 in (shard.file, shard.sha256), (shard.docs.file, shard.docs.sha256):
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                problems.append(f"{name}: damaged: its SHA-256 is not the one in dataset.json")
-    return problems + _token_problems(folder, shard, manifest)
-
-
-def _token_problems(folder: Path, shard: Shard, manifest: Manifest) -> list[str]:
-    """What a wrong hash may mean for training, and what a right one does not rule out."""
-    files = formats.TokenFiles([folder / shard.file])
-    starts = formats.read_docs(folder / shard.docs.file)
-    problems = []
-    for start in range(0, shard.tokens, _READ_TOKENS):
-        tokens = np.empty(min(_READ_TOKENS, shard.tokens - start), np.uint16)
-        files.read_into(tokens, 0, start)
-        if int(tokens.max()) >= manifest.vocab_size:
-            at = int(np.argmax(tokens >= manifest.vocab_size))
-            problems.append(f"{shard.file}: token {start + at:,} is {tokens[at]}, not below {manifest.vocab_size}")
-            break
-        here = starts[(starts >= start) & (starts < start + len(tokens))] - start
-        if not np.array_equal(np.flatnonzero(tokens == manifest.tokenizer["eot"]), here):
-            problems.append(f"{shard.docs.file}: document offsets do not fit the tokens of {shard.file}")
-            break
-    files.close()
+    problems: list[str] = []
+    starts: NDArray[np.int64] | None = None
+    name = shard.file
+    try:
+        if shard.docs is not None:
+            name = shard.docs.file
+            starts = _checked_docs(folder, shard, shard.docs, level, problems)
+    except (ValueError, OSError) as error:
+        problems.append(_named(folder, name, error))
+    try:
+        opened = open_shard(folder, shard)
+        if level == "full":
+            problems += _content_problems(opened, starts, shard, manifest)
+    except (ValueError, OSError) as error:
+        problems.append(_named(folder, shard.file, error))
     return problems
+
+
+def _named(folder: Path, name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name}: missing"
+    return f"{name}: {str(error).removeprefix(f'{folder / name}: ')}"
+
+
+def _checked_docs(
+    folder: Path, shard: Shard, docs: Sidecar, level: str, problems: list[str]
+) -> NDArray[np.int64] | None:
+    """The document starts of a sidecar, for the level full."""
+    count = formats.check_docs(folder / docs.file)
+    if count != shard.documents:
+        raise ValueError(f"{count:,} documents, dataset.json says {shard.documents:,}")
+    if level == "fast":
+        return None
+    data = (folder / docs.file).read_bytes()
+    if hashlib.sha256(data).hexdigest() != docs.sha256:
+        problems.append(f"{docs.file}: {_DAMAGED}")
+    return np.frombuffer(data[formats.DOCS_HEADER_BYTES :], formats.OFFSET).astype(np.int64)
+
+
+def _content_problems(
+    opened: formats.TokenFile | arrow.ArrowShard,
+    starts: NDArray[np.int64] | None,
+    shard: Shard,
+    manifest: Manifest,
+) -> list[str]:
+    """Read the file once: its hash, what a wrong one may mean for training, what a right one does not rule out."""
+    problems: list[str] = []
+    if isinstance(opened, arrow.ArrowShard):
+        file, rows = opened.file, opened.row_starts()
+        if rows[0] != 0 or opened.ids().min() < 0:
+            problems.append(f"{shard.file}: row starts or ids that cannot be: damaged")
+        starts = rows[opened.rows - shard.documents :]
+    else:
+        file = opened
+    check = _TokenCheck(file.tokens, starts, manifest)
+    digest = hashlib.sha256()
+    with file.path.open("rb", buffering=0) as source:
+        digest.update(source.read(file.start))
+        buffer = memoryview(bytearray(_BLOCK))
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+            check.add(np.frombuffer(buffer[: count // 2 * 2], formats.TOKEN))
+    if digest.hexdigest() != shard.sha256:
+        problems.append(f"{shard.file}: {_DAMAGED}")
+    if check.bad_id:
+        problems.append(f"{shard.file}: {check.bad_id}")
+    if starts is not None and not check.documents_fit():
+        where = shard.docs.file if shard.docs else shard.file
+        problems.append(f"{where}: document offsets do not fit the tokens of {shard.file}")
+    return problems
+
+
+class _TokenCheck:
+    """Are all ids in the vocabulary, and the EOTs just where documents start? Passes over what is in cache."""
+
+    def __init__(self, num_tokens: int, starts: NDArray[np.int64] | None, manifest: Manifest) -> None:
+        self._left, self._position = num_tokens, 0
+        self._vocab_size, self._eot = manifest.vocab_size, int(manifest.tokenizer["eot"])
+        # In order, and all of them in the shard; else a look-up would not find them.
+        self._in_order = starts is None or bool((np.diff(starts, prepend=-1, append=num_tokens) > 0).all())
+        self._starts = starts if starts is not None and self._in_order else np.empty(0, np.int64)
+        self._eots = self._at_starts = 0
+        self.bad_id = ""
+
+    def add(self, block: NDArray[np.uint16]) -> None:
+        tokens = block[: self._left]  # an Arrow file goes on behind them
+        self._left -= len(tokens)
+        if not self.bad_id and len(tokens) and int(tokens.max()) >= self._vocab_size:
+            at = int(np.argmax(tokens >= self._vocab_size))
+            self.bad_id = f"token {self._position + at:,} is {tokens[at]}, not below {self._vocab_size}"
+        first, last = np.searchsorted(self._starts, [self._position, self._position + len(tokens)])
+        self._eots += int(np.count_nonzero(tokens == self._eot))
+        at_starts = tokens[self._starts[first:last] - self._position]
+        self._at_starts += int(np.count_nonzero(at_starts == self._eot))
+        self._position += len(tokens)
+
+    def documents_fit(self) -> bool:
+        """As many EOTs as documents, and each document starts with one: then no EOT is elsewhere."""
+        return self._in_order and self._eots == self._at_starts == len(self._starts)

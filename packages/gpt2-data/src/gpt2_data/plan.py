@@ -39,6 +39,7 @@ class BuildConfig:
     val_tokens: int = 100_000_000
     """The first documents go to the validation split, as many whole ones as reach this many tokens; 0 for none."""
     format: str = "uint16"
+    """Format of shards: uint16 (llm.c's) or arrow."""
     workers: int | None = None
     """Processes; None: one a core that this process may use, fewer for little text. No influence on the result."""
     tokenizer: str = "auto"
@@ -79,7 +80,7 @@ class BuildConfig:
 
 
 _CHOICES = {
-    "format": ("uint16",),
+    "format": ("uint16", "arrow"),
     "tokenizer": ("auto", "tiktoken"),
     "order": ("source", "shuffled"),
     "engine": ("local",),

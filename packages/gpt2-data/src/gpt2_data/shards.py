@@ -7,7 +7,7 @@ and `starts` (where that document begins in the units' tokens, laid end to end).
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import formats, order
+from gpt2_data import arrow, formats, order
 from gpt2_data.manifest import Shard, Sidecar
 
 _CHUNK_DOCUMENTS = 1_000_000
@@ -43,6 +43,7 @@ class Layout:
     num_tokens: int
     val_documents: int
     val_tokens: int
+    seed: int | None  # of the documents' order; None: the source's
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ShardTask:
     file: str
     start: int
     stop: int
+    format: str = "uint16"
 
 
 def lay_out(units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int) -> Layout:
@@ -83,7 +85,7 @@ def lay_out(units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens
     if val_documents >= num_documents:
         raise ValueError(_nothing_left(sums, val_tokens))
     total, val = int(sums[-1]), int(sums[val_documents])
-    return Layout(tuple(units), positions, starts, num_documents, total, val_documents, val)
+    return Layout(tuple(units), positions, starts, num_documents, total, val_documents, val, seed)
 
 
 def _write_sums(file: BinaryIO, chunks: Iterator[NDArray[np.uint64]]) -> int:
@@ -120,7 +122,9 @@ def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
     )
 
 
-def shard_tasks(layout: Layout, shard_size: int, folder: Path, temporary_folder: Path) -> list[ShardTask]:
+def shard_tasks(
+    layout: Layout, shard_size: int, folder: Path, temporary_folder: Path, format: str = "uint16"
+) -> list[ShardTask]:
     """The shards: validation's first, one running number in the names. A document may go on in the next shard."""
     ends = {"val": (0, layout.val_tokens), "train": (layout.val_tokens, layout.num_tokens)}
     ranges = [
@@ -129,31 +133,84 @@ def shard_tasks(layout: Layout, shard_size: int, folder: Path, temporary_folder:
         for start in range(first, last, shard_size)
     ]
     return [
-        ShardTask(layout, folder, temporary_folder, split, f"{split}_{i:06d}.bin", start, stop)
+        ShardTask(layout, folder, temporary_folder, split, shard_name(split, i, format), start, stop, format)
         for i, (split, start, stop) in enumerate(ranges)
     ]
 
 
+def shard_name(split: str, number: int, format: str) -> str:
+    """The file name of a shard in a dataset of ours."""
+    return f"{split}_{number:06d}{arrow.ENDING if format == 'arrow' else '.bin'}"
+
+
+def document_ids(numbers: NDArray[np.int64], num_documents: int, seed: int | None) -> NDArray[np.int64]:
+    """The number in the source's order of each of the documents `numbers` of the stream."""
+    return numbers if seed is None else order.permute(numbers, num_documents, seed)
+
+
 def write_shard(task: ShardTask) -> Shard:
-    """Write one shard and its sidecar."""
-    layout, docs_file = task.layout, task.file.removesuffix(".bin") + ".docs"
+    """Write one shard: uint16 with its sidecar, or Arrow. Holds a chunk of its tokens and 20 bytes a document."""
+    layout, num_tokens = task.layout, task.stop - task.start
     sums = _map(layout.positions)
     begin, end = (int(i) for i in np.searchsorted(sums[:-1], [task.start, task.stop]))  # documents that start here
-    offsets = sums[begin:end].astype(np.int64) - task.start
-    with formats.atomic(task.folder / docs_file, task.temporary_folder) as file:
-        docs = formats.write_docs(file, offsets)
-    with formats.atomic(task.folder / task.file, task.temporary_folder) as file:
-        written = formats.write_shard(file, task.stop - task.start, _tokens(task, sums))
+    starts = sums[begin:end].astype(np.int64) - task.start
+    tokens = _tokens(task, sums)
+    if task.format == "arrow":
+        goes_on = int(begin == end or starts[0] > 0)  # the first row is what is left of the document before
+        numbers = np.arange(begin - goes_on, end)
+        ids = document_ids(numbers, layout.num_documents, layout.seed)
+        return write_arrow(
+            task.folder / task.file, task.temporary_folder, task.split, num_tokens, tokens, starts, ids
+        )
+    return write_uint16(task.folder / task.file, task.temporary_folder, task.split, num_tokens, tokens, starts)
+
+
+def write_uint16(
+    path: Path,
+    temporary_folder: Path,
+    split: str,
+    num_tokens: int,
+    chunks: Iterable[NDArray[np.uint16]],
+    starts: NDArray[np.integer],
+) -> Shard:
+    """Write a uint16 shard and its sidecar; `starts` are those of the documents that start in it, in tokens."""
+    with formats.atomic(path.with_suffix(".docs"), temporary_folder) as file:
+        docs = formats.write_docs(file, starts)
+    with formats.atomic(path, temporary_folder) as file:
+        written = formats.write_shard(file, num_tokens, chunks)
+    sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
+    return _shard(path, split, num_tokens, len(starts), written, sidecar)
+
+
+def write_arrow(
+    path: Path,
+    temporary_folder: Path,
+    split: str,
+    num_tokens: int,
+    chunks: Iterable[NDArray[np.uint16]],
+    starts: NDArray[np.integer],
+    ids: NDArray[np.int64],
+) -> Shard:
+    """Write an Arrow shard; `ids` has one more than `starts` if the first row goes on with the document before."""
+    rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
+    with formats.atomic(path, temporary_folder) as file:
+        written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
+    return _shard(path, split, num_tokens, len(starts), written, None)
+
+
+def _shard(
+    path: Path, split: str, tokens: int, documents: int, written: formats.Written, docs: Sidecar | None
+) -> Shard:
     return Shard(
-        split=task.split,
-        file=task.file,
-        tokens=task.stop - task.start,
-        documents=end - begin,
+        split=split,
+        file=path.name,
+        tokens=tokens,
+        documents=documents,
         bytes=written.bytes,
         max_token=written.maximum,
         tokens_sha256=written.payload_sha256,
         sha256=written.sha256,
-        docs=Sidecar(docs_file, docs.bytes, docs.sha256),
+        docs=docs,
     )
 
 
@@ -161,7 +218,7 @@ def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.ui
     """Tokens [start, stop) of the stream in chunks; a chunk is good until the next is asked for."""
     units = task.layout.units
     unit_starts = list(itertools.accumulate((unit.num_tokens for unit in units), initial=0))
-    files = formats.TokenFiles([unit.tokens for unit in units], header_bytes=0)
+    files = formats.TokenFiles([formats.TokenFile(unit.tokens, unit.num_tokens, 0) for unit in units])
     buffer = np.empty(min(_CHUNK_TOKENS, task.stop - task.start), np.uint16)
     filled = 0
     for start, length in _runs(task, sums):

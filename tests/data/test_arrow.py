@@ -1,0 +1,227 @@
+"""Arrow shards: what pyarrow and datasets see in them, and that their tokens are the uint16 shards'."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gpt2_data import BuildConfig, TokenLoader, arrow, build, manifest, open_dataset, verify
+
+SHUFFLED = {"order": "shuffled", "seed": 5, "shard_size": 700, "val_tokens": 900}
+
+
+def written(tokens, starts, ids):
+    file = io.BytesIO()
+    made = arrow.write_shard(file, len(tokens), [np.array(tokens, np.uint16)], np.array(starts), np.array(ids))
+    assert made.bytes == len(file.getvalue()) == arrow.shard_bytes(len(tokens), len(starts))
+    assert made.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
+    assert made.payload_sha256 == hashlib.sha256(np.array(tokens, "<u2").tobytes()).hexdigest()
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The same documents as uint16 and as Arrow shards: .jsonl, uint16, arrow."""
+    folder = tmp_path_factory.mktemp("built")
+    rng = random.Random(3)
+    lines = [json.dumps({"text": "a naïve 🙂 " * rng.choice([1, 5, 30, 90])}) + "\n" for _ in range(120)]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    for form in "uint16", "arrow":
+        build(BuildConfig([folder / "texts.jsonl"], folder / form, workers=1, **SHUFFLED, format=form))
+    return folder
+
+
+@pytest.fixture
+def pair(built, tmp_path):
+    """A copy of both, to break."""
+    return tuple(Path(shutil.copytree(built / form, tmp_path / form)) for form in ("uint16", "arrow"))
+
+
+def test_a_shard_is_these_bytes():
+    data = written([50256, 1, 2, 50256, 3], [0, 3], [7, 2**40])
+    start = arrow.token_start(5, 2)
+    assert data[:8] == struct.pack("<Ii", 0xFFFFFFFF, 296)  # a message of the stream format, not the file format
+    assert start % 64 == 0
+    assert data[start : start + 10] == struct.pack("<5H", 50256, 1, 2, 50256, 3)
+    assert data[start - 64 : start - 52] == struct.pack("<3i", 0, 3, 5)
+    assert data[start - 128 : start - 112] == struct.pack("<2q", 7, 2**40)
+    assert data[start + 10 :] == bytes(6) + b"\xff\xff\xff\xff" + bytes(4)
+    # Pinned: another version of any library must not change a byte.
+    assert hashlib.sha256(data).hexdigest() == "f69c48cd205c73ecb223fa8510e9a5271c8da2398fd8de3667ac7ba1da90521b"
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (2, 1), (64, 3), (1000, 1000), (70_001, 513)])
+def test_pyarrow_reads_it(tokens, rows):
+    rng = np.random.default_rng(tokens)
+    values = rng.integers(0, 50257, tokens)
+    starts = np.concatenate([[0], np.sort(rng.choice(np.arange(1, tokens), rows - 1, replace=False))]).astype(int)
+    with pa.ipc.open_stream(written(values, starts, np.arange(rows) * 3)) as reader:
+        assert reader.schema == pa.schema([("id", pa.int64()), ("tokens", pa.list_(pa.uint16()))])
+        batches = list(reader)
+    assert len(batches) == 1
+    batches[0].validate(full=True)
+    assert batches[0].column("id").to_pylist() == list(range(0, 3 * rows, 3))
+    assert batches[0].column("tokens").offsets.to_pylist() == [*starts, tokens]
+    assert np.array_equal(batches[0].column("tokens").values.to_numpy(), values)
+
+
+def test_the_tokens_lie_in_the_file_in_one_piece(pair):
+    shard = manifest.load(pair[1]).shards[1]
+    with pa.memory_map(str(pair[1] / shard.file)) as file:
+        base = file.read_buffer(1).address
+        file.seek(0)
+        batch = pa.ipc.open_stream(file).read_next_batch()
+        values = batch.column("tokens").values.buffers()[1]
+        opened = manifest.open_shard(pair[1], shard)
+        assert values.address - base == opened.file.start
+        assert values.address % 64 == 0
+        assert hashlib.sha256(memoryview(values)[: 2 * shard.tokens]).hexdigest() == shard.tokens_sha256
+
+
+def test_datasets_opens_it(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    whole = open_dataset(pair[1])
+    rows = datasets.Dataset.from_file(str(pair[1] / "train_000002.arrow"))
+    assert (
+        list(itertools.chain(*rows["tokens"])) == whole.read("train", 0, 700).tolist()
+    )  # the first of training's
+    files = [str(pair[1] / shard.file) for shard in whole.manifest.split("train")]
+    datasets.disable_progress_bars()
+    loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(itertools.chain(*loaded["tokens"])) == whole.read("train", 0, whole.tokens("train")).tolist()
+
+
+def test_the_same_tokens_and_documents_as_uint16(pair):
+    made = [manifest.load(folder) for folder in pair]
+    assert [shard.file for shard in made[1].shards[:2]] == ["val_000000.arrow", "val_000001.arrow"]
+    assert all(shard.docs is None for shard in made[1].shards)
+    for field in "split", "tokens", "documents", "max_token", "tokens_sha256":
+        assert [getattr(shard, field) for shard in made[0].shards] == [getattr(s, field) for s in made[1].shards]
+    assert len(made[1].shards) > 4
+    one, other = (open_dataset(folder) for folder in pair)
+    for split in "train", "val":
+        assert np.array_equal(one.read(split, 0, one.tokens(split)), other.read(split, 0, other.tokens(split)))
+        documents = list(other.documents(split))
+        assert len(documents) == other.num_documents(split) == one.num_documents(split)
+        for number, (document, wanted) in enumerate(zip(documents, one.documents(split), strict=True)):
+            assert np.array_equal(document, wanted)
+            assert np.array_equal(other.document(split, number), wanted)
+    assert len(list(TokenLoader(pair[1], seq_len=64).samples(np.arange(3)))) == 3
+
+
+def test_a_row_says_which_document_of_the_source_it_is(pair, built, tmp_path):
+    """Also after a shuffle, and if it goes on in the next shard."""
+    build(BuildConfig([built / "texts.jsonl"], tmp_path / "in-order", workers=1, val_tokens=0))
+    in_order = open_dataset(tmp_path / "in-order")
+    by_id = {number: document.tolist() for number, document in enumerate(in_order.documents("train"))}
+    pieces = {}
+    for shard in manifest.load(pair[1]).shards:
+        table = pa.ipc.open_stream((pair[1] / shard.file).read_bytes()).read_all()
+        for row in table.to_pylist():
+            pieces[row["id"]] = pieces.get(row["id"], []) + row["tokens"]
+    assert pieces == by_id
+    assert len(by_id) > 100
+
+
+def test_a_document_over_several_shards(make):
+    folder = make(["a b c d e f g h i j k l", "x"], shard_size=5, format="arrow")
+    tables = [pa.ipc.open_stream(path.read_bytes()).read_all() for path in sorted(folder.glob("*.arrow"))]
+    assert [table["id"].to_pylist() for table in tables] == [[0], [0], [0, 1]]
+    assert [shard.documents for shard in manifest.load(folder).shards] == [1, 0, 1]
+    dataset = open_dataset(folder)
+    assert [len(document) for document in dataset.documents("train")] == [13, 2]
+    assert dataset.document_range("train", 1) == (13, 15)
+    assert verify(folder, "full").ok
+
+
+def test_a_shard_that_fails_leaves_nothing(make, texts, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "disk full")
+
+    monkeypatch.setattr(arrow, "write_shard", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make(texts, **SHUFFLED, format="arrow")
+    assert not list(tmp_path.rglob("*.arrow*"))
+
+
+# --- broken ones
+
+
+def damage(path, at, data):
+    content = bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    path.write_bytes(content)
+
+
+def test_verify_finds_what_is_wrong(pair):
+    folder = pair[1]
+    path = folder / "train_000003.arrow"
+    shard = next(shard for shard in manifest.load(folder).shards if shard.file == path.name)
+    whole, opened = path.read_bytes(), manifest.open_shard(folder, shard)
+    assert verify(folder, "full").ok
+    start, offsets = opened.file.start, opened.file.start - 64
+
+    damage(path, start + 2 * 9, struct.pack("<H", 60000))
+    problems = verify(folder, "full").problems
+    assert f"{path.name}: token 9 is 60000, not below 50257" in problems
+    assert f"{path.name}: damaged: its SHA-256 is not the one in dataset.json" in problems
+    with pytest.raises(ValueError, match=r"train_000003\.arrow: token 9 is 60000"):
+        open_dataset(folder).read("train", 0, open_dataset(folder).tokens("train"))
+    path.write_bytes(whole)
+
+    damage(path, start + 2 * 9, struct.pack("<H", 50256))
+    assert f"{path.name}: document offsets do not fit the tokens of {path.name}" in verify(folder, "full").problems
+    path.write_bytes(whole)
+
+    damage(path, offsets + 4, struct.pack("<i", -1))  # where the second row begins
+    assert verify(folder, "fast").ok
+    assert f"{path.name}: document offsets do not fit the tokens of {path.name}" in verify(folder, "full").problems
+    with pytest.raises(ValueError, match=r"train_000003\.arrow: offsets out of order"):
+        list(open_dataset(folder).documents("train"))
+    path.write_bytes(whole)
+
+    damage(path, offsets, struct.pack("<i", 1))
+    assert f"{path.name}: row starts or ids that cannot be: damaged" in verify(folder, "full").problems
+    path.write_bytes(whole)
+
+    os.truncate(path, len(whole) - 1)
+    message = f"{path.name}: cut short"
+    assert verify(folder, "fast").problems[0].startswith(message)
+    path.write_bytes(whole + b"\0")
+    assert "not an Arrow shard of 700 tokens" in verify(folder, "fast").problems[0]
+
+
+@pytest.mark.parametrize("at", [0, 4, 330, 400, 500, 570])
+def test_a_header_that_is_not_ours_is_never_followed(pair, at):
+    """Each number in it has one right value: none is used to allocate or to seek."""
+    shard = manifest.load(pair[1]).shards[0]
+    damage(pair[1] / shard.file, at, struct.pack("<q", 2**40))
+    problems = verify(pair[1], "fast").problems
+    assert problems == (f"{shard.file}: {problems[0].split(': ', 1)[1]}",)
+    assert "not an Arrow shard of 700 tokens" in problems[0]
+    with pytest.raises(ValueError, match="not an Arrow shard"):
+        open_dataset(pair[1]).read("val", 0, 1)
+
+
+def test_a_uint16_shard_under_its_name(pair):
+    path = pair[1] / "train_000003.arrow"
+    path.write_bytes((pair[0] / "train_000003.bin").read_bytes())
+    assert len(verify(pair[1], "fast").problems) == 1
+
+
+def test_a_build_again_finds_it_built(pair, built):
+    config = BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED, format="arrow")
+    assert build(config).already_built
+    with pytest.raises(ValueError, match="its format differs, arrow there and uint16 here"):
+        build(BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED))

@@ -1,0 +1,347 @@
+"""Datasets of others, laid out here by hand as their makers' programs do, and what may be wrong with them."""
+
+import itertools
+import pickle
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from gpt2_data import TokenLoader, foreign, open_dataset, verify
+
+DOCUMENTS = [[50256, 1, 2], [50256], [50256, 3, 4, 5, 6], [50256, 7]]
+STREAM = list(itertools.chain(*DOCUMENTS))
+BEHIND = [1, 2, 50256, 50256, 3, 4, 5, 6, 50256]  # as nanoGPT puts them
+
+
+def u16(tokens):
+    return struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def npy(tokens, header=None, version=1):
+    text = header or f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({len(tokens)},), }}"
+    size = 2 if version == 1 else 4
+    text = text.encode().ljust(128 - 9 - size) + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(size, "little") + text + u16(tokens)
+
+
+def llmc(tokens, count=None, magic=20240520, version=1):
+    count = len(tokens) if count is None else count
+    return struct.pack("<256i", magic, version, count, *[0] * 253) + u16(tokens)
+
+
+def idx(lengths, positions=None, documents=None, kind=8, version=1, counts=None, tail=b""):
+    if positions is None:
+        positions = [2 * sum(lengths[:i]) for i in range(len(lengths))]
+    documents = list(range(len(lengths) + 1)) if documents is None else documents
+    sequences, d = counts or (len(lengths), len(documents))
+    return (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", version, kind, sequences, d)
+        + struct.pack(f"<{len(lengths)}i", *lengths)
+        + struct.pack(f"<{len(positions)}q", *positions)
+        + struct.pack(f"<{len(documents)}q", *documents)
+        + tail
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write files given as {name: bytes}; returns their folder."""
+
+    def folder(files):
+        target = tmp_path / "foreign"
+        target.mkdir(exist_ok=True)
+        for name, data in files.items():
+            (target / name).write_bytes(data)
+        return target
+
+    return folder
+
+
+LAYOUTS = {
+    "npy": {
+        "edufineweb_val_000000.npy": npy(STREAM[:4]),
+        "edufineweb_train_000001.npy": npy(STREAM[:5]),
+        "edufineweb_train_000002.npy": npy(STREAM[5:]),
+    },
+    "llmc": {
+        "fineweb_val_000000.bin": llmc(STREAM[:4]),
+        "fineweb_train_000001.bin": llmc(STREAM[:5]),
+        "fineweb_train_000002.bin": llmc(STREAM[5:]),
+    },
+    "nanogpt": {"train.bin": u16(STREAM), "val.bin": u16(STREAM[:4]), "meta.pkl": b"not to be loaded"},
+    "megatron": {
+        "gpt2_train_text_document.bin": u16(STREAM),
+        "gpt2_train_text_document.idx": idx([len(document) for document in DOCUMENTS]),
+        "gpt2_valid_text_document.bin": u16(STREAM[:4]),
+        "gpt2_valid_text_document.idx": idx([3, 1]),
+        "gpt2_test_text_document.bin": u16([9]),
+        "gpt2_test_text_document.idx": idx([1]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_each_is_read(folder, kind):
+    dataset = open_dataset(folder(LAYOUTS[kind]))
+    assert dataset.manifest.format == kind
+    assert dataset.tokens("train") == len(STREAM)
+    assert dataset.read("train", 0, len(STREAM)).tolist() == STREAM
+    assert dataset.read("train", 4, 7).tolist() == STREAM[4:7]
+    assert dataset.read("val", 0, 4).tolist() == STREAM[:4]
+    assert [document.tolist() for document in dataset.documents("train")] == DOCUMENTS
+    assert dataset.document("train", 2).tolist() == DOCUMENTS[2]
+    assert (dataset.num_documents("train"), dataset.num_documents("val")) == (4, 2)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        dataset.tokens("test")
+
+
+def test_numpy_itself_writes_what_is_read(folder, tmp_path):
+    where = folder({})
+    np.save(where / "edufineweb_train_000001.npy", np.array(STREAM, np.uint16))
+    assert (where / "edufineweb_train_000001.npy").read_bytes() == npy(STREAM)
+    assert open_dataset(where).read("train", 0, 11).tolist() == STREAM
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_other_versions_of_numpys_header(folder, version):
+    dataset = open_dataset(folder({"train_0.npy": npy(STREAM, version=version)}))
+    assert dataset.read("train", 0, 11).tolist() == STREAM
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_hash_tells_a_changed_dataset(folder, kind):
+    where = folder(LAYOUTS[kind])
+    loader = TokenLoader(where, batch_size=1, seq_len=3)
+    next(loader)
+    state = loader.state()
+    TokenLoader(where, batch_size=1, seq_len=3).restore(state)
+    name = next(name for name in LAYOUTS[kind] if "train" in name and not name.endswith("idx"))
+    data = LAYOUTS[kind][name]
+    (where / name).write_bytes(data[:-2] + b"\x09\x00")
+    with pytest.raises(ValueError, match="the loader's state has dataset"):
+        TokenLoader(where, batch_size=1, seq_len=3).restore(state)
+    (where / name).write_bytes(data)
+    assert open_dataset(where).manifest.hash == state["dataset"]
+
+
+def test_the_hash_goes_through_a_large_file(folder):
+    tokens = np.arange(1_000_000, dtype=np.uint16) % 50000
+    where = folder({"train.bin": tokens.tobytes()})
+    before = open_dataset(where).manifest.hash
+    for at in 0, 500_000, 999_999:
+        changed = tokens.copy()
+        changed[at : at + 70_000] += 1
+        (where / "train.bin").write_bytes(changed.tobytes())
+        assert open_dataset(where).manifest.hash != before
+    (where / "train.bin").write_bytes(tokens[::-1].tobytes())
+    assert open_dataset(where).manifest.hash != before
+
+
+def test_only_one_of_nanogpts_files(folder):
+    dataset = open_dataset(folder({"val.bin": u16(BEHIND)}))
+    assert (dataset.tokens("train"), dataset.tokens("val")) == (0, 9)
+    assert dataset.num_documents("train") == 0
+
+
+def test_nanogpts_documents_end_with_their_eot(folder):
+    dataset = open_dataset(folder({"train.bin": u16(BEHIND)}))
+    assert [document.tolist() for document in dataset.documents("train")] == [
+        [1, 2, 50256],
+        [50256],
+        [3, 4, 5, 6, 50256],
+    ]
+    assert [len(document) for document in open_dataset(folder({"train.bin": u16([5, 6])})).documents("train")] == [
+        2
+    ]
+
+
+def test_the_rest_of_a_document_is_none(folder):
+    """build-nanogpt's validation shard ends within a document, which training begins with."""
+    dataset = open_dataset(folder({"a_val_000000.npy": npy([50256, 1]), "a_train_000001.npy": npy([2, 50256, 3])}))
+    assert [document.tolist() for document in dataset.documents("train")] == [[50256, 3]]
+
+
+def test_files_without_numbers_as_llmc_names_its_small_ones(folder):
+    where = folder({"tiny_shakespeare_train.bin": llmc(STREAM), "tiny_shakespeare_val.bin": llmc([50256])})
+    assert open_dataset(where).tokens("train") == 11
+    assert open_dataset(folder({"tiny_shakespeare_val.bin": llmc([50256, 8])})).tokens("val") == 2
+
+
+def test_megatron_by_the_beginning_of_its_names(folder, tmp_path):
+    where = folder({"my_text.bin": u16(STREAM), "my_text.idx": idx([3, 1, 5, 2], tail=b"")})
+    for path in where, where / "my_text", where / "my_text.bin", where / "my_text.idx":
+        dataset = open_dataset(path)
+        assert (dataset.tokens("train"), dataset.tokens("val"), dataset.num_documents("train")) == (11, 0, 4)
+    with pytest.raises(ValueError, match="is not a dataset"):
+        open_dataset(where / "my")
+
+
+def test_megatron_documents_of_several_sequences(folder):
+    where = folder({"a.bin": u16(STREAM), "a.idx": idx([1, 2, 0, 6, 2], documents=[0, 2, 4, 5, 5])})
+    dataset = open_dataset(where)
+    assert [document.tolist() for document in dataset.documents("train")] == [STREAM[:3], STREAM[3:9], STREAM[9:]]
+
+
+def test_several_megatron_pairs_are_one_stream(folder):
+    where = folder({"a.bin": u16([1]), "a.idx": idx([1]), "b.bin": u16([2, 3]), "b.idx": idx([1, 1])})
+    assert [document.tolist() for document in open_dataset(where).documents("train")] == [[1], [2], [3]]
+
+
+def test_an_id_outside_gpt2s_vocabulary(folder):
+    dataset = open_dataset(folder({"train.bin": u16([1, 2, 50257])}))
+    with pytest.raises(ValueError, match=r"train\.bin: token 2 is 50257, the vocabulary has 50257"):
+        dataset.read("train", 0, 3)
+
+
+def test_there_is_nothing_to_verify_against(folder):
+    with pytest.raises(
+        ValueError, match=r"is nanoGPT's, with nothing to verify .*: gpt2-data convert .* can be verified"
+    ):
+        verify(folder({"train.bin": u16(STREAM)}))
+
+
+def test_links_are_followed(folder, tmp_path):
+    (tmp_path / "elsewhere").write_bytes(u16(STREAM))
+    where = folder({})
+    (where / "train.bin").symlink_to(tmp_path / "elsewhere")
+    assert open_dataset(where).tokens("train") == 11
+
+
+# --- folders that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"is not a dataset: there is no dataset\.json in it, nor shards of build-nanogpt, llm\.c"),
+        ({"shard.00000.mds": b"x", "index.json": b"{}"}, "is not a dataset"),
+        (
+            {"train_000001.bin": llmc([1]), "train_000001.docs": b""},
+            r"is not a dataset: there is no dataset\.json",
+        ),
+        (
+            {"a_train_1.npy": npy([1]), "train.bin": u16([1])},
+            "may be more than one dataset: train.bin is nanoGPT's",
+        ),
+        ({"a_train_1.bin": llmc([1]), "x.bin": u16([1]), "x.idx": idx([1])}, "may be more than one dataset"),
+        ({"a_train_1.bin": llmc([1]), "b_train_2.bin": llmc([1])}, "its train files begin with 'a' and 'b'"),
+        ({"a_train_1.npy": npy([1]), "a_train_3.npy": npy([1])}, "a_train_3.npy does not follow a_train_1.npy"),
+        ({"a_train_1.npy": npy([1]), "a_train_01.npy": npy([1])}, "does not follow"),
+        ({"a_train_1.bin": u16([1])}, "not their header"),
+        ({"a_train_1.bin": llmc([1, 0], magic=20240801, version=7)}, "not their header"),
+        ({"train.bin": b""}, "0 bytes are not a file of uint16 tokens"),
+        ({"train.bin": b"abc"}, "3 bytes are not a file of uint16 tokens"),
+    ],
+)
+def test_a_folder_that_is_none_or_several(folder, files, message):
+    where = folder(files)
+    with pytest.raises(ValueError, match=message) as error:
+        open_dataset(where)
+    assert "\n" not in str(error.value)
+    assert str(where) in str(error.value)
+
+
+U2 = "{'descr': '<u2', 'fortran_order': False, 'shape': "
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a NumPy file"),
+        (u16(STREAM * 9), "not a NumPy file"),
+        (npy([1], version=4), "not a NumPy file"),
+        (npy([1])[:100], "a header of 118 bytes in a file of 100"),
+        (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1), "a header of 4,294,967,295 bytes"),
+        (npy([1, 2])[:-1], "cut short: header says 2 tokens = 132 bytes, file has 131"),
+        (npy([1, 2]) + b"x", "bytes after its end"),
+        (npy([1], U2 + "(1099511627776,), }"), "cut short: header says 1,099,511,627,776 tokens"),
+        (npy([1], U2 + "(-1,), }"), r"its shape is \(-1,\), not one row"),
+        (npy([1], U2 + "(0,), }"), "not one row"),
+        (npy([1], U2 + "(True,), }"), "not one row"),
+        (npy([1], U2 + "(1, 1), }"), "not one row"),
+        (npy([1], U2 + "(4294967296, 4294967296), }"), "not one row"),
+        (npy([1], U2 + "(" + "9" * 50 + ",), }"), "cut short"),
+        (npy([1], "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }"), "holds '<i4', not uint16"),
+        (npy([1], "{'descr': '>u2', 'fortran_order': False, 'shape': (1,), }"), "holds '>u2'"),
+        (npy([1], "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"), r"holds '\|O'"),
+        (npy([1], "{'descr': '<u2', 'fortran_order': True, 'shape': (1,), }"), "columns first"),
+        (npy([1], "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (1,), }"), "not uint16"),
+        (npy([1], "__import__('os').abort()"), "header cannot be read"),
+        (npy([1], "(" * 117), "header cannot be read"),
+        (npy([1], "[1]"), "header cannot be read"),
+        (pickle.dumps([1] * 100), "not a NumPy file"),
+    ],
+)
+def test_a_faulty_npy_is_refused_by_name(folder, data, message):
+    where = folder({"edufineweb_train_000001.npy": data})
+    with pytest.raises(ValueError, match=message) as error:
+        open_dataset(where)
+    assert str(where / "edufineweb_train_000001.npy") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an index of Megatron's"),
+        (idx([11])[:33], "not an index of Megatron's"),
+        (b"MMIDIDX\0\1" + idx([11])[9:], "not an index of Megatron's"),
+        (idx([11], version=2), "version 2"),
+        (idx([11], kind=4), r"number kind 4, not uint16 \(8\)"),
+        (idx([11], kind=7), "number kind 7"),
+        (idx([11])[:-1], "cut short: header says 1 sequences and 2 documents"),
+        (idx([11], tail=b"\0"), "bytes after its end"),
+        (idx([11], counts=(2**40, 2)), "cut short: header says 1,099,511,627,776 sequences"),
+        (idx([11], counts=(2**64 - 1, 2**64 - 1)), "cut short"),
+        (idx([-1]), "do not lie one after the other"),
+        (idx([12, -1]), "do not lie one after the other"),
+        (idx([2**31 - 1]), "do not lie one after the other"),
+        (idx([5, 6], positions=[0, 8]), "do not lie one after the other"),
+        (idx([5, 6], positions=[0, -10]), "do not lie one after the other"),
+        (idx([5, 6], positions=[0, 2**62]), "do not lie one after the other"),
+        (idx([5]), r"a\.bin: bytes after its end: header says 5 tokens = 10 bytes, file has 22"),
+        (idx([]), r"a\.bin: bytes after its end"),
+        (idx([5, 6], documents=[0, 2, 1]), "documents are out of order"),
+        (idx([5, 6], documents=[-1, 1, 2]), "documents are out of order"),
+        (idx([5, 6], documents=[0, 1, 3]), "documents are out of order or outside the 2 sequences"),
+    ],
+)
+def test_a_faulty_idx_is_refused_by_name(folder, data, message):
+    where = folder({"a.bin": u16(STREAM), "a.idx": data})
+    with pytest.raises(ValueError, match=message) as error:
+        open_dataset(where)
+    assert str(where / "a.") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train_1.npy": npy([1], U2 + "(1099511627776,), }")},
+        {"train_1.bin": llmc([1], count=2**31 - 1)},
+        {"train_1.bin": llmc([1], count=-5)},
+        {"a.bin": u16([1]), "a.idx": idx([1], counts=(2**40, 2**40))},
+        {"a.bin": u16([1]), "a.idx": idx([1], counts=(1, 2**61))},
+    ],
+)
+def test_a_claim_of_2_to_the_40_costs_no_memory(folder, files):
+    where = folder(files)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="header says|cut short"):
+            open_dataset(where)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_scanning_finds_documents_across_its_chunks(folder, monkeypatch):
+    monkeypatch.setattr(foreign, "_CHUNK", 3)
+    for kind in LAYOUTS:
+        for path in folder({}).iterdir():
+            path.unlink()
+        dataset = open_dataset(folder(LAYOUTS[kind]))
+        assert [document.tolist() for document in dataset.documents("train")] == DOCUMENTS
