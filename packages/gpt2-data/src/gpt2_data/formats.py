@@ -10,6 +10,7 @@ that starts in the shard the offset of its first token, u64.
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,15 +174,26 @@ class TokenFiles:
 
     def read_into(self, out: NDArray[np.uint16], number: int, offset: int) -> None:
         """Fill `out` with the tokens of file `number` from token `offset` on."""
-        descriptor = self._open.get(number)
-        if descriptor is None:
-            if len(self._open) >= self._max_open:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = self._open[number] = os.open(self._paths[number], os.O_RDONLY)
-        data = os.pread(descriptor, out.nbytes, self._header_bytes + TOKEN.itemsize * offset)
-        if len(data) != out.nbytes:
-            raise ValueError(f"{self._paths[number]}: cut short while it was read, at token {offset:,}")
-        out[:] = np.frombuffer(data, TOKEN)
+        self.read_rows(out[None], [number], [offset])
+
+    def read_rows(self, out: NDArray[np.uint16], numbers: list[int], offsets: list[int]) -> None:
+        """Fill row i of `out`, contiguous, with the tokens of file numbers[i] from token offsets[i] on."""
+        data, row_bytes, end = out.reshape(-1).view(np.uint8).data, out[0].nbytes, 0
+        for number, offset in zip(numbers, offsets, strict=True):
+            descriptor = self._open.get(number)
+            if descriptor is None:
+                descriptor = self._descriptor(number)
+            position = self._header_bytes + TOKEN.itemsize * offset
+            start, end = end, end + row_bytes
+            if os.preadv(descriptor, (data[start:end],), position) != row_bytes:
+                raise ValueError(f"{self._paths[number]}: cut short while it was read, at token {offset:,}")
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
+
+    def _descriptor(self, number: int) -> int:
+        if len(self._open) >= self._max_open:
+            os.close(self._open.pop(next(iter(self._open))))
+        return self._open.setdefault(number, os.open(self._paths[number], os.O_RDONLY))
 
     def close(self) -> None:
         """Close what is open; the next read opens it again."""
