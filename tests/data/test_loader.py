@@ -159,11 +159,22 @@ def test_any_ranks_and_micro_batches_take_the_same_and_resume_at_every_step(fold
     assert np.array_equal(np.concatenate(next(fresh), axis=1), expected[5][:2])
 
 
-def test_restoring_far_ahead_costs_nothing(folder):
-    loader = TokenLoader(folder, seq_len=64, batch_size=2)
-    loader.restore(loader.state() | {"samples": 10**12})
-    next(loader)
-    assert loader.samples_consumed == 10**12 + 2
+def test_restoring_far_ahead_costs_nothing(folder, make, texts):
+    for path in folder, {folder: 0.9, make(texts[:50]): 0.1}:
+        loader = TokenLoader(path, seq_len=64, batch_size=2)
+        for samples in 10**12, 2**61:
+            loader.restore(loader.state() | {"samples": samples})
+            next(loader)
+            assert loader.samples_consumed == samples + 2
+
+
+def test_restoring_to_within_a_batch(folder):
+    """As after another batch size; what was planned for the batches before does not fit."""
+    rows = np.concatenate([x for x, _ in take(TokenLoader(folder, seq_len=64, batch_size=1), 20)])
+    loader = TokenLoader(folder, seq_len=64, batch_size=4)
+    for samples in 4, 7, 3, 10, 9, 0:
+        loader.restore(loader.state() | {"samples": samples})
+        assert np.array_equal(next(loader)[0], rows[samples : samples + 4])
 
 
 def test_a_state_of_another_stream_is_refused(folder, make, texts):

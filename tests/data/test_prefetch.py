@@ -196,6 +196,24 @@ def test_the_thread_ends_with_the_block_an_error_close_or_the_last_reference(fol
     assert not thread_runs()
 
 
+def test_the_thread_itself_may_find_that_nobody_needs_it(folder, monkeypatch):
+    abandoned, next_into = threading.Event(), TokenLoader.next_into
+
+    def collecting(self, x, y):
+        abandoned.wait(20)
+        gc.collect()
+        next_into(self, x, y)
+
+    monkeypatch.setattr(TokenLoader, "next_into", collecting)
+    batches = loader_of(folder).prefetch()
+    batches.itself = batches  # only the collector finds such garbage
+    del batches
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "prefetch")
+    abandoned.set()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "import gc; batches.itself = batches; del batches"])
 def test_a_process_that_closes_nothing_ends(folder, end):
     code = (

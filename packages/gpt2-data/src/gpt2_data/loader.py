@@ -20,7 +20,7 @@ from gpt2_data.prefetch import Allocate, Pair, Prefetch
 
 STATE_VERSION = 2  # 1 left out the tail of a split
 Order = Literal["shuffled", "sequential", "build-nanogpt"]
-Source = str | Path | Mapping[str, float] | Mapping[Path, float]
+Datasets = str | Path | Mapping[str, float] | Mapping[Path, float]
 _PLANNED = (
     4096  # samples whose places are computed at once: alone, a batch of 64 takes longer to compute than to read
 )
@@ -51,7 +51,7 @@ class TokenLoader:
 
     def __init__(
         self,
-        path: Source,
+        path: Datasets,
         split: str = "train",
         batch_size: int = 32,
         seq_len: int = 1024,
@@ -222,7 +222,7 @@ class TokenLoader:
 
 
 def _open(
-    path: Source,
+    path: Datasets,
 ) -> tuple[list[Dataset], list[int]]:
     """The datasets and their weights, in an order that does not hang on that of the mapping."""
     if not isinstance(path, Mapping):
