@@ -19,12 +19,6 @@ def take(loader, count):
     return [next(loader) for _ in range(count)]
 
 
-def stream(loader, samples):
-    """Inputs and targets of the next global samples, one row each, from a loader that has them all."""
-    batches = take(loader, samples // loader.batch_size)
-    return np.concatenate([np.concatenate([x, y], axis=1) for x, y in batches])
-
-
 def test_reads_across_shards(folder, texts):
     dataset = open_dataset(folder)
     tokens, _ = encode_documents(texts)
@@ -65,8 +59,7 @@ def test_a_split_may_be_empty(make):
 
 def test_batches_are_windows_shifted_by_one(folder):
     dataset = open_dataset(folder)
-    loader = TokenLoader(folder, batch_size=3, seq_len=50, shuffle=False)
-    assert loader.num_samples == (dataset.tokens("train") - 1) // 50
+    loader = TokenLoader(folder, batch_size=3, seq_len=50, order="sequential")
     for j, (x, y) in enumerate(take(loader, 5)):
         assert x.shape == y.shape == (3, 50)
         assert x.dtype == y.dtype == np.int64
@@ -78,75 +71,133 @@ def test_batches_are_windows_shifted_by_one(folder):
     assert loader.samples_consumed == 15
 
 
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_no_token_of_an_epoch_is_lost(folder, order):
+    dataset = open_dataset(folder)
+    tokens = dataset.tokens("val")
+    for seq_len in {
+        1,
+        7,
+        tokens // 3,
+        tokens - 2,
+        tokens - 1,
+        *(t for t in range(1, 60) if (tokens - 1) % t == 0),
+    }:
+        loader = TokenLoader(folder, "val", batch_size=1, seq_len=seq_len, order=order)
+        assert loader.num_windows == [-(-(tokens - 1) // seq_len)]
+        _, starts = loader.windows(np.arange(loader.num_windows[0]))
+        inputs = np.bincount((starts[:, None] + np.arange(seq_len)).ravel(), minlength=tokens)
+        assert (inputs[:-1] >= 1).all()
+        assert inputs[-1] == 0  # it has no successor: it is a target only
+        assert inputs.sum() - (tokens - 1) == -(tokens - 1) % seq_len  # read twice: where the last two overlap
+        targets = np.concatenate([y[0] for _, y in take(loader, loader.num_windows[0])])
+        assert np.array_equal(np.unique(targets), np.unique(dataset.read("val", 1, tokens)))
+    x, y = next(TokenLoader(folder, "val", batch_size=1, seq_len=tokens - 1))
+    assert np.array_equal(np.append(x[0], y[0, -1]), dataset.read("val", 0, tokens))
+    with pytest.raises(ValueError, match=f"a sample of seq_len {tokens} needs {tokens + 1:,}"):
+        TokenLoader(folder, "val", batch_size=1, seq_len=tokens)
+
+
 def test_an_epoch_has_every_sample_once_and_the_next_another_order(folder):
     loader = TokenLoader(folder, batch_size=1, seq_len=64, seed=9)
-    n = loader.num_samples
-    epochs = [loader.samples(np.arange(e * n, (e + 1) * n)).tolist() for e in range(3)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    n = loader.num_windows[0]
+    epochs = [loader.windows(np.arange(e * n, (e + 1) * n))[1].tolist() for e in range(3)]
+    in_order = TokenLoader(folder, seq_len=64, order="sequential").windows(np.arange(2 * n))[1].tolist()
+    assert in_order[:n] == in_order[n:] == sorted(set(in_order))
+    assert all(sorted(epoch) == in_order[:n] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert TokenLoader(folder, seq_len=64, seed=8).samples(np.arange(n)).tolist() != epochs[0]
-    assert TokenLoader(folder, seq_len=64, shuffle=False).samples(np.arange(2 * n)).tolist() == [*range(n)] * 2
+    assert TokenLoader(folder, seq_len=64, seed=8).windows(np.arange(n))[1].tolist() != epochs[0]
 
 
-def test_the_ranks_together_take_what_one_rank_takes(folder):
-    whole = TokenLoader(folder, batch_size=8, seq_len=100, seed=3)
-    expected = stream(whole, 8 * 60)
-    assert 2 * whole.num_samples < 8 * 60  # through several epochs
-    for world_size in 1, 2, 4:
-        for batch_size in 8 // world_size, 4 // world_size:
-            loaders = [
-                TokenLoader(folder, batch_size=batch_size, seq_len=100, seed=3, rank=rank, world_size=world_size)
-                for rank in range(world_size)
-            ]
-            steps = 8 * 60 // (batch_size * world_size)
-            rows = []
-            for _ in range(steps):
-                rows += [np.concatenate(next(loader), axis=1) for loader in loaders]
-            assert np.array_equal(np.concatenate(rows), expected)
+GLOBAL_BATCH = 8
+LAYOUTS = [(b, w) for w in (1, 2, 4, 8) for b in (1, 2, 4, 8) if b * w <= GLOBAL_BATCH]
 
 
-def test_resume_at_every_step_on_any_number_of_ranks(folder):
-    expected = stream(TokenLoader(folder, batch_size=1, seq_len=200, seed=1), 120)
-    running = TokenLoader(folder, batch_size=4, seq_len=200, seed=1)
-    for step in range(20):
-        state = json.loads(json.dumps(running.state()))
-        assert len(json.dumps(state)) < 300
-        for batch_size, world_size in (4, 1), (1, 4), (2, 1), (3, 2):
-            rows = []
-            for rank in range(world_size):
-                loader = TokenLoader(
-                    folder, batch_size=batch_size, seq_len=200, seed=1, rank=rank, world_size=world_size
-                )
-                loader.restore(state)
-                assert loader.samples_consumed == 4 * step
-                rows.append(np.concatenate(next(loader), axis=1))
-            size = batch_size * world_size
-            assert np.array_equal(np.concatenate(rows), expected[4 * step : 4 * step + size])
-        next(running)
+def global_step(loaders):
+    """What all ranks take for one step of the global batch, micro-batch after micro-batch, one row a sample."""
+    rows = []
+    for _ in range(GLOBAL_BATCH // (len(loaders) * loaders[0].batch_size)):
+        rows += [np.concatenate(next(loader), axis=1) for loader in loaders]
+    return np.concatenate(rows)
 
 
-def test_restoring_far_ahead_costs_nothing(folder):
-    loader = TokenLoader(folder, seq_len=64, batch_size=2)
-    loader.restore(loader.state() | {"samples": 10**12})
-    next(loader)
-    assert loader.samples_consumed == 10**12 + 2
+@pytest.mark.parametrize("kind", ["shuffled", "sequential", "mix"])
+def test_any_ranks_and_micro_batches_take_the_same_and_resume_at_every_step(folder, make, texts, kind):
+    path = {folder: 3, make(texts[:60]): 2} if kind == "mix" else folder
+    order = "shuffled" if kind == "mix" else kind
+    layouts = {
+        (b, w): [
+            TokenLoader(path, batch_size=b, seq_len=150, seed=1, rank=rank, world_size=w, order=order)
+            for rank in range(w)
+        ]
+        for b, w in LAYOUTS
+    }
+    whole = layouts[GLOBAL_BATCH, 1][0]
+    steps = 3 * whole.num_windows[0] // GLOBAL_BATCH  # through several epochs
+    expected, states = [], []
+    for _ in range(steps):
+        states.append(json.loads(json.dumps(whole.state())))
+        expected.append(np.concatenate(next(whole), axis=1))
+    assert len({rows.tobytes() for rows in expected}) == steps
+    assert len(json.dumps(states[-1])) < 400
+
+    for (b, w), loaders in layouts.items():
+        if (b, w) == (GLOBAL_BATCH, 1):
+            continue
+        for state, rows in zip(states, expected, strict=True):
+            # The state is the same from every layout: to resume from one of them is to resume from each.
+            assert [json.loads(json.dumps(loader.state())) for loader in loaders] == [state] * w
+            assert np.array_equal(global_step(loaders), rows)
+    for loaders in layouts.values():
+        for step in reversed(range(steps)):
+            for loader in loaders:
+                loader.restore(states[step])
+            assert np.array_equal(global_step(loaders), expected[step])
+            assert all(loader.samples_consumed == (step + 1) * GLOBAL_BATCH for loader in loaders)
+    fresh = TokenLoader(path, batch_size=2, seq_len=150, seed=1, order=order)
+    fresh.restore(states[5])
+    assert np.array_equal(np.concatenate(next(fresh), axis=1), expected[5][:2])
+
+
+def test_restoring_far_ahead_costs_nothing(folder, make, texts):
+    for path in folder, {folder: 0.9, make(texts[:50]): 0.1}:
+        loader = TokenLoader(path, seq_len=64, batch_size=2)
+        for samples in 10**12, 2**61:
+            loader.restore(loader.state() | {"samples": samples})
+            next(loader)
+            assert loader.samples_consumed == samples + 2
+
+
+def test_restoring_to_within_a_batch(folder):
+    """As after another batch size; what was planned for the batches before does not fit."""
+    rows = np.concatenate([x for x, _ in take(TokenLoader(folder, seq_len=64, batch_size=1), 20)])
+    loader = TokenLoader(folder, seq_len=64, batch_size=4)
+    for samples in 4, 7, 3, 10, 9, 0:
+        loader.restore(loader.state() | {"samples": samples})
+        assert np.array_equal(next(loader)[0], rows[samples : samples + 4])
 
 
 def test_a_state_of_another_stream_is_refused(folder, make, texts):
+    small = make(texts[:50])
     state = TokenLoader(folder, seq_len=64, seed=1).state()
     for changed, field in [
         (TokenLoader(folder, seq_len=32, seed=1), "seq_len"),
         (TokenLoader(folder, seq_len=64, seed=2), "seed"),
         (TokenLoader(folder, "val", seq_len=64, seed=1), "split"),
-        (TokenLoader(folder, seq_len=64, seed=1, shuffle=False), "shuffle"),
-        (TokenLoader(make(texts[:50]), seq_len=64, seed=1), "dataset"),
+        (TokenLoader(folder, seq_len=64, seed=1, order="sequential"), "order"),
+        (TokenLoader(small, seq_len=64, seed=1), "dataset"),
+        (TokenLoader({folder: 1, small: 1}, seq_len=64, seed=1), "dataset"),
     ]:
         with pytest.raises(ValueError, match=f"state has {field} "):
             changed.restore(state)
     loader = TokenLoader(folder, seq_len=64, seed=1)
-    for faulty in {}, state | {"version": 2}, state | {"samples": -1}, state | {"samples": None}:
-        with pytest.raises(ValueError, match="the loader's state has"):
-            loader.restore(faulty)
+    faulty = [{"version": 1}, {"samples": -1}, {"samples": None}, {"samples": 10**30}, {"samples": 1.5}]
+    for change in faulty:
+        with pytest.raises(ValueError, match=f"the loader's state has {next(iter(change))} "):
+            loader.restore(state | change)
+    with pytest.raises(ValueError, match="the loader's state has version None"):
+        loader.restore({})
+    assert loader.samples_consumed == 0
 
 
 def test_arguments_that_cannot_work(folder):
@@ -156,9 +207,53 @@ def test_arguments_that_cannot_work(folder):
         ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
         ({"split": "test"}, "no split 'test'"),
         ({"seq_len": 10**9}, "a sample of seq_len 1000000000 needs"),
+        ({"order": "random"}, "order 'random': must be one of shuffled, sequential, build-nanogpt"),
     ]:
         with pytest.raises(ValueError, match=message):
             TokenLoader(folder, **arguments)
+
+
+def test_batches_go_into_arrays_of_the_callers(folder):
+    loader, other = (TokenLoader(folder, batch_size=3, seq_len=40) for _ in range(2))
+    x, y = np.zeros((3, 40), np.int64), np.zeros((3, 40), np.int64)
+    for _ in range(3):
+        loader.next_into(x, y)
+        assert all(np.array_equal(a, b) for a, b in zip((x, y), next(other), strict=True))
+    for wrong in np.zeros((1, 40), np.int64), np.zeros((3, 41), np.int64):
+        with pytest.raises(ValueError, match=r"\(3, 40\) needed"):
+            loader.next_into(wrong, y)
+    assert loader.samples_consumed == 9
+
+
+def test_batches_that_were_kept_stay_as_they_were(folder):
+    loader = TokenLoader(folder, batch_size=2, seq_len=40)
+    kept = take(loader, 50)
+    again = TokenLoader(folder, batch_size=2, seq_len=40)
+    assert all(np.array_equal(x, next(again)[0]) for x, _ in kept)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_an_id_outside_the_vocabulary_is_named(folder, order):
+    with (folder / "train_000002.bin").open("r+b") as file:
+        file.seek(1024 + 2 * 500)
+        file.write((60_000).to_bytes(2, "little"))
+    loader = TokenLoader(folder, batch_size=4, seq_len=100, order=order)
+    with pytest.raises(
+        ValueError, match=r"train_000002\.bin: token 500 is 60000, the vocabulary has 50257: damaged"
+    ):
+        take(loader, loader.num_windows[0])
+
+
+def test_a_shard_cut_while_it_is_read_is_an_error(folder):
+    loader = TokenLoader(folder, batch_size=4, seq_len=100, order="sequential")
+    next(loader)
+    os.truncate(folder / "train_000002.bin", 1524)
+    with pytest.raises(ValueError, match=r"train_000002\.bin: cut short while it was read, at token"):
+        take(loader, loader.num_windows[0])
+    before = loader.samples_consumed
+    with pytest.raises(ValueError, match="cut short"):
+        next(loader)
+    assert loader.samples_consumed == before  # a batch that failed was not taken
 
 
 def test_missing_and_cut_shards_are_named_at_the_start(folder):

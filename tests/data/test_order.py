@@ -1,9 +1,13 @@
 """The order of samples."""
 
+import itertools
+import random
+
 import numpy as np
 import pytest
 
-from gpt2_data.order import mix, permute
+from gpt2_data import TokenLoader, open_dataset
+from gpt2_data.order import build_nanogpt_starts, mix, permute
 
 
 def test_is_a_bijection_of_every_small_set():
@@ -41,3 +45,102 @@ def test_seeds_differ_and_orders_look_random():
 def test_indices_outside_are_refused():
     with pytest.raises(ValueError, match=r"\[0, 5\)"):
         permute([5], 5, 0)
+
+
+class DataLoaderLite:
+    """build-nanogpt's loader, line by line, on arrays in place of files."""
+
+    def __init__(self, shards, B, T, process_rank, num_processes):
+        self.shards, self.B, self.T = shards, B, T
+        self.process_rank, self.num_processes = process_rank, num_processes
+        self.current_shard = 0
+        self.tokens = self.shards[self.current_shard]
+        self.current_position = self.B * self.T * self.process_rank
+
+    def next_batch(self):
+        B, T = self.B, self.T
+        buf = self.tokens[self.current_position : self.current_position + B * T + 1]
+        x = (buf[:-1]).reshape(B, T)  # inputs
+        y = (buf[1:]).reshape(B, T)  # targets
+        # advance the position in the tensor
+        self.current_position += B * T * self.num_processes
+        # if loading the next batch would be out of bounds, advance to next shard
+        if self.current_position + (B * T * self.num_processes + 1) > len(self.tokens):
+            self.current_shard = (self.current_shard + 1) % len(self.shards)
+            self.tokens = self.shards[self.current_shard]
+            self.current_position = B * T * self.process_rank
+        return x, y
+
+
+def test_build_nanogpts_order_is_its_own():
+    draw = random.Random(5)
+    apart = 0
+    for B, T, W in itertools.product((1, 2, 3, 5), (1, 4, 7), (1, 2, 3, 8)):
+        step = B * T * W
+        # At the borders, where one token decides, and anywhere.
+        near = [step * k + extra for k in (1, 2, 3, 4) for extra in (1, 2, B * T, B * T + 1, step - 1, step)]
+        sizes = [n for n in draw.sample(near, 5) if n > step] + [
+            draw.randint(step + 1, 9 * step) for _ in range(3)
+        ]
+        bounds = np.cumsum([0, *sizes])
+        shards = [np.arange(a, b) for a, b in itertools.pairwise(bounds)]  # each token is its place in the stream
+        left_first_shard = set()
+        for rank in range(W):
+            reference = DataLoaderLite(shards, B, T, rank, W)
+            starts = build_nanogpt_starts(np.arange(120), sizes, B, T, rank, W)
+            for start in starts:
+                x, y = reference.next_batch()
+                assert np.array_equal(x.ravel(), np.arange(start, start + B * T))
+                assert np.array_equal(y.ravel(), np.arange(start, start + B * T) + 1)
+            left_first_shard.add(int(np.argmax(starts >= bounds[1])))
+            # A number alone tells where: nothing is counted up.
+            assert build_nanogpt_starts(77, sizes, B, T, rank, W) == starts[77]
+        assert (np.diff(build_nanogpt_starts(np.arange(120), sizes, B, T, 0, W)) < 0).any() or sum(
+            sizes
+        ) > 100 * step
+        apart += len(left_first_shard) > 1
+    assert apart >= 5  # the ranks do not all leave a shard at the same step, and ours neither
+
+
+def test_build_nanogpts_batches_from_a_dataset(make, texts):
+    folder = make(texts, shard_size=997)
+    dataset = open_dataset(folder)
+    sizes = [shard.tokens for shard in dataset.manifest.split("train")]
+    bounds = np.cumsum([0, *sizes]).tolist()
+    shards = [dataset.read("train", a, b) for a, b in itertools.pairwise(bounds)]
+    assert len(shards) > 5
+    for B, T, W in (3, 16, 1), (2, 20, 4), (1, 50, 2):
+        epoch = sum(sizes) // (B * T * W)
+        for rank in range(W):
+            reference = DataLoaderLite(shards, B, T, rank, W)
+            loader, other = (
+                TokenLoader(folder, "train", B, T, rank=rank, world_size=W, order="build-nanogpt")
+                for _ in range(2)
+            )
+            for _ in range(2 * epoch + 5):
+                other.restore(loader.state())  # at every step
+                expected = reference.next_batch()
+                for batch in next(loader), next(other):
+                    assert all(np.array_equal(a, b) for a, b in zip(batch, expected, strict=True))
+
+
+def test_build_nanogpts_order_refuses_what_it_cannot_go_on_from(make, texts):
+    folder = make(texts, shard_size=1000)
+    loader = TokenLoader(folder, batch_size=2, seq_len=20, world_size=2, rank=1, order="build-nanogpt")
+    next(loader)
+    state = loader.state()
+    for changed, field in ({"batch_size": 1}, "batch_size"), ({"world_size": 4}, "world_size"):
+        other = TokenLoader(
+            folder, **({"batch_size": 2, "seq_len": 20, "world_size": 2, "order": "build-nanogpt"} | changed)
+        )
+        with pytest.raises(
+            ValueError, match=f"has {field} 2, this loader .*, which the order build-nanogpt depends on"
+        ):
+            other.restore(state)
+    with pytest.raises(ValueError, match="has samples 3"):
+        loader.restore(state | {"samples": 3})
+    # Here the reference would end in an error in mid-run: a rank's batch is not in the shard.
+    with pytest.raises(ValueError, match=r"train_000000\.bin has 1,000 tokens, and .* needs 1,001 in each shard"):
+        TokenLoader(folder, batch_size=10, seq_len=25, world_size=4, order="build-nanogpt")
+    with pytest.raises(ValueError, match="reshape"):
+        DataLoaderLite([np.arange(1000)], 10, 25, 3, 4).next_batch()

@@ -11,6 +11,7 @@ NAMES = [
     "BuildConfig",
     "BuildResult",
     "Dataset",
+    "Prefetch",
     "TokenLoader",
     "build",
     "convert",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -97,6 +98,30 @@ def test_metrics_and_files_of_a_run(dataset, tmp_path) -> None:
     command = [sys.executable, "-m", "gpt2_train", "--config", tmp_path / "config.toml", "--out", again]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     assert losses(again) == losses(tmp_path)
+
+
+def test_batches_are_loaded_by_a_thread_that_ends_with_the_run(dataset, tmp_path, monkeypatch) -> None:
+    loaded_by, next_into = [], TokenLoader.next_into
+    monkeypatch.setattr(
+        TokenLoader,
+        "next_into",
+        lambda *arguments: (loaded_by.append(threading.current_thread()), next_into(*arguments)),
+    )
+    run_here(dataset, tmp_path, steps=3, micro_batch="2", checkpoint_every=0)
+    assert len(loaded_by) >= 3 * 2
+    assert threading.main_thread() not in loaded_by
+    assert not any(thread.is_alive() for thread in loaded_by)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU's driver")
+def test_batches_for_a_gpu_are_page_locked(dataset, tmp_path, monkeypatch) -> None:
+    from_numpy, pinned = torch.from_numpy, []
+    monkeypatch.setattr(
+        torch, "from_numpy", lambda a: (pinned.append(from_numpy(a).is_pinned()), from_numpy(a))[1]
+    )
+    run_here(dataset, tmp_path, steps=3, device="cuda", compile="off")
+    assert pinned
+    assert all(pinned)
 
 
 def test_transformers_loads_a_checkpoint(reference) -> None:

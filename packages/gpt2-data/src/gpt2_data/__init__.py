@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gpt2_data.loader import TokenLoader
     from gpt2_data.manifest import verify
     from gpt2_data.plan import BuildConfig
+    from gpt2_data.prefetch import Prefetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
     __version__: str
@@ -24,6 +25,7 @@ __all__ = [
     "BuildConfig",
     "BuildResult",
     "Dataset",
+    "Prefetch",
     "TokenLoader",
     "build",
     "convert",
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "BuildConfig": "plan",
     "BuildResult": "build",
     "Dataset": "dataset",
+    "Prefetch": "prefetch",
     "TokenLoader": "loader",
     "build": "build",
     "convert": "convert",

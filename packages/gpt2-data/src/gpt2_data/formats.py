@@ -199,20 +199,39 @@ class TokenFiles:
 
     def read_into(self, out: NDArray[np.uint16], number: int, offset: int) -> None:
         """Fill `out`, which is contiguous, with the tokens of file `number` from token `offset` on."""
-        file = self._files[number]
-        descriptor = self._open.get(number)
-        if descriptor is None:
-            if len(self._open) >= self._max_open:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = self._open[number] = os.open(file.path, os.O_RDONLY)
-        wanted, position = out.view(np.uint8).data, file.start + TOKEN.itemsize * offset
+        wanted, descriptor = out.view(np.uint8).data, self._descriptor(number)
+        position = self._files[number].start + TOKEN.itemsize * offset
         while wanted:  # one call reads 2 GiB at most
             count = os.preadv(descriptor, [wanted], position)
             if count == 0:
-                raise ValueError(f"{file.path}: cut short while it was read, at token {offset:,}")
+                raise self._cut_short(number, offset)
             wanted, position = wanted[count:], position + count
         if sys.byteorder == "big":
             out.byteswap(inplace=True)
+
+    def read_rows(self, out: NDArray[np.uint16], numbers: list[int], offsets: list[int]) -> None:
+        """Fill row i of `out`, contiguous, with the tokens of file numbers[i] from token offsets[i] on."""
+        data, row_bytes, end = out.reshape(-1).view(np.uint8).data, out[0].nbytes, 0
+        for number, offset in zip(numbers, offsets, strict=True):
+            descriptor = self._open.get(number)
+            if descriptor is None:
+                descriptor = self._descriptor(number)
+            position = self._files[number].start + TOKEN.itemsize * offset
+            start, end = end, end + row_bytes
+            if os.preadv(descriptor, (data[start:end],), position) != row_bytes:
+                raise self._cut_short(number, offset)
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._open:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[number] = os.open(self._files[number].path, os.O_RDONLY)
+        return self._open[number]
+
+    def _cut_short(self, number: int, offset: int) -> ValueError:
+        return ValueError(f"{self._files[number].path}: cut short while it was read, at token {offset:,}")
 
     def close(self) -> None:
         """Close what is open; the next read opens it again."""

@@ -1,33 +1,57 @@
-"""Batches of a dataset for a rank.
+"""Batches of a dataset, or of a mix of several, for a rank.
 
-A split is one stream of tokens. Sample k is tokens [k*T, k*T + T + 1) of it: inputs, and the same shifted by one.
-Which sample comes when depends on the dataset, the seed and a running number alone.
+A split is one stream of tokens. Sample k is tokens [k*T, k*T + T + 1) of it: inputs, and the same shifted by one;
+the last begins earlier, so that it ends where the split does. Which sample comes when depends on the datasets, the
+seed and a running number alone.
 """
 
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import order
+from gpt2_data import mixing
 from gpt2_data.dataset import Dataset
+from gpt2_data.order import build_nanogpt_starts, mix, permute
+from gpt2_data.prefetch import Allocate, Pair, Prefetch
 
-STATE_VERSION = 1
+STATE_VERSION = 2  # 1 left out the tail of a split
+Order = Literal["shuffled", "sequential", "build-nanogpt"]
+Datasets = str | Path | Mapping[str, float] | Mapping[Path, float]
+_PLANNED = (
+    4096  # samples whose places are computed at once: alone, a batch of 64 takes longer to compute than to read
+)
 
 
 class TokenLoader:
     """Batches for ever: each step yields (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
 
-    `batch_size` is this rank's. Step j of rank r takes the global samples j*B*W + r*B onwards: the ranks together
-    take what one rank with the whole batch would. After the last sample a new epoch begins, in a new order if
-    `shuffle`; a batch may span both. Raises ValueError or OSError for a split too short for one sample, and for
-    missing or damaged shards.
+    Args:
+        path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample. Of
+            each dataset the samples come as they would alone, through epochs of its own. Within each 4096 samples
+            their numbers are in proportion to the weights, to within one.
+        batch_size: this rank's. Step j of rank r takes the global samples j*B*W + r*B onwards: the ranks together
+            take what one rank with the whole batch would. A batch may span two epochs.
+        order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", which is exactly what each rank of
+            build-nanogpt's DataLoaderLite reads, with the tails of shards that it skips: the one order that
+            depends on batch_size and world_size.
+
+    Attributes:
+        samples_consumed: samples that all ranks together have taken.
+        num_windows: samples in an epoch of each dataset, but for the order "build-nanogpt".
+
+    Raises:
+        ValueError: a split (or, for "build-nanogpt", a shard) too short; damaged shards; datasets that cannot be
+            mixed.
+        OSError: missing shards.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: Datasets,
         split: str = "train",
         batch_size: int = 32,
         seq_len: int = 1024,
@@ -35,69 +59,181 @@ class TokenLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
+        order: Order = "shuffled",
     ) -> None:
         if batch_size < 1 or seq_len < 1:
             raise ValueError(f"batch_size {batch_size} and seq_len {seq_len} must be 1 or more")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of world_size {world_size}: must be 0 to world_size - 1")
-        self.dataset = Dataset(path)
+        if order not in get_args(Order):
+            raise ValueError(f"order {order!r}: must be one of {', '.join(get_args(Order))}")
         self.split, self.batch_size, self.seq_len = split, batch_size, seq_len
-        self.seed, self.rank, self.world_size, self.shuffle = seed, rank, world_size, shuffle
-        self.num_samples = (self.dataset.tokens(split) - 1) // seq_len
-        """Samples in an epoch."""
-        if self.num_samples < 1:
-            raise ValueError(
-                f"{self.dataset.path}: split {split!r} has {self.dataset.tokens(split):,} tokens, "
-                f"a sample of seq_len {seq_len} needs {seq_len + 1:,}"
-            )
+        self.seed, self.rank, self.world_size, self.order = seed, rank, world_size, order
         self.samples_consumed = 0
-        """Samples that all ranks together have taken."""
-        self.dataset.read(split, 0, 1)  # opens the split, so that a missing shard is noticed now
-        self._hash = self.dataset.manifest.hash
+        self.datasets, self.weights = _open(path)
+        if order == "build-nanogpt" and len(self.datasets) > 1:
+            raise ValueError("the order build-nanogpt knows one dataset, not a mix")
+        for dataset in self.datasets:
+            self._check(dataset)
+        # Rounded up: what is left after whole windows is in a last one, which overlaps with the one before.
+        self.num_windows = [-((1 - dataset.tokens(split)) // seq_len) for dataset in self.datasets]
+        self._hashes = [dataset.manifest.hash for dataset in self.datasets]
+        self._tokens = np.empty((batch_size, seq_len + 1), np.uint16)
+        self._planned_from = 0
+        self._planned = (np.empty((0, batch_size), np.int64),) * 2
+
+    def _check(self, dataset: Dataset) -> None:
+        tokens, needed = dataset.tokens(self.split), self.seq_len + 1
+        if tokens < needed:
+            raise ValueError(
+                f"{dataset.path}: split {self.split!r} has {tokens:,} tokens, "
+                f"a sample of seq_len {self.seq_len} needs {needed:,}"
+            )
+        if self.order == "build-nanogpt":
+            needed = self.batch_size * self.seq_len * self.world_size + 1
+            for shard in dataset.manifest.shards:
+                if shard.split == self.split and shard.tokens < needed:
+                    raise ValueError(
+                        f"{dataset.path / shard.file} has {shard.tokens:,} tokens, and the order build-nanogpt "
+                        f"needs {needed:,} in each shard, a batch for every rank: lower batch_size or seq_len"
+                    )
+        dataset.read(self.split, 0, 1)  # opens the split, so that a missing shard is noticed now
 
     def __iter__(self) -> "TokenLoader":
         return self
 
-    def __next__(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        first = self.samples_consumed + self.rank * self.batch_size
-        samples = self.samples(np.arange(first, first + self.batch_size))
-        tokens = np.empty((self.batch_size, self.seq_len + 1), np.uint16)
-        for row, sample in zip(tokens, samples.tolist(), strict=True):
-            self.dataset.read_into(row, self.split, sample * self.seq_len)
-        self.samples_consumed += self.batch_size * self.world_size
-        return tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+    def __next__(self) -> Pair:
+        shape = self.batch_size, self.seq_len
+        x, y = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        self.next_into(x, y)
+        return x, y
 
-    def samples(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which samples of the split are the global samples `numbers`, counted on through the epochs."""
-        epochs, within = np.divmod(numbers, self.num_samples)
-        if self.shuffle:
+    def next_into(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> None:
+        """The next step's batch, into arrays of the caller's, of the shape and type that iteration yields."""
+        if not x.shape == y.shape == (self.batch_size, self.seq_len):
+            raise ValueError(
+                f"arrays of shapes {x.shape} and {y.shape}: ({self.batch_size}, {self.seq_len}) needed"
+            )
+        sources, starts = self._next_windows()
+        tokens = self._tokens
+        if len(self.datasets) == 1:
+            self.datasets[0].read_windows(tokens, self.split, starts)
+        else:
+            for source in np.unique(sources).tolist():
+                rows = np.flatnonzero(sources == source)
+                part = np.empty((len(rows), self.seq_len + 1), np.uint16)
+                self.datasets[source].read_windows(part, self.split, starts[rows])
+                tokens[rows] = part
+        np.copyto(x, tokens[:, :-1])
+        np.copyto(y, tokens[:, 1:])
+        self.samples_consumed += self.batch_size * self.world_size
+
+    def prefetch(self, depth: int = 2, allocate: Allocate | None = None) -> Prefetch:
+        """The same batches, loaded by a thread while the caller works: `depth` of them wait ready.
+
+        The arrays belong to a ring of 2 * depth pairs: a pair is valid until the `depth`-th call of `next` after
+        the one that yielded it; that call may overwrite it. `state` of both this loader and what is returned says
+        where the consumer is. Until `close` (or the end of a `with`) this loader must not be used itself.
+
+        Args:
+            allocate: makes each array from a shape and a dtype; page-locked ones for a GPU, say. By default
+                `numpy.empty`.
+
+        An error in the thread is raised by `next` in the place of the batch it was met at.
+        """
+        return Prefetch(self, depth, allocate)
+
+    def _next_windows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """From which dataset and which token on each row of the next batch comes."""
+        step = self.batch_size * self.world_size
+        row, rest = divmod(self.samples_consumed - self._planned_from, step)
+        if rest or not 0 <= row < len(self._planned[0]):
+            # No more than an epoch, as each epoch takes a call of its own.
+            steps = np.arange(max(min(_PLANNED, sum(self.num_windows)) // step, 1))[:, None] * step
+            first = self.samples_consumed + self.rank * self.batch_size
+            self._planned = self.windows(first + steps + np.arange(self.batch_size))
+            self._planned_from, row = self.samples_consumed, 0
+        sources, starts = self._planned
+        return sources[row], starts[row]
+
+    def windows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each of the global samples `numbers`, counted on through the epochs: its dataset and first token.
+
+        The dataset is an index into `datasets`. In the order "build-nanogpt", of this rank's samples.
+        """
+        if self.order == "build-nanogpt":
+            batches, rows = np.divmod(numbers, self.batch_size)
+            shards = [shard.tokens for shard in self.datasets[0].manifest.split(self.split)]
+            starts = build_nanogpt_starts(
+                batches // self.world_size, shards, self.batch_size, self.seq_len, self.rank, self.world_size
+            )
+            return np.zeros_like(numbers), starts + rows * self.seq_len
+        if len(self.datasets) == 1:
+            return np.zeros_like(numbers), self._starts(0, numbers)
+        sources, within = mixing.apportion(numbers, self.weights, self.seed)
+        for source in range(len(self.datasets)):
+            here = sources == source
+            within[here] = self._starts(source, within[here])
+        return sources, within
+
+    def _starts(self, source: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        n = self.num_windows[source]
+        epochs, within = np.divmod(numbers, n)
+        if self.order == "shuffled":
             for epoch in np.unique(epochs).tolist():
                 here = epochs == epoch
-                within[here] = order.permute(within[here], self.num_samples, order.mix(self.seed, epoch))
-        return within
+                within[here] = permute(within[here], n, mix(self.seed, epoch))
+        last = self.datasets[source].tokens(self.split) - self.seq_len - 1
+        starts: NDArray[np.int64] = np.minimum(within * self.seq_len, last)
+        return starts
 
     def state(self) -> dict[str, Any]:
         """Where the stream of batches stands, to be kept as JSON; the same on every rank."""
-        return {
+        state: dict[str, Any] = {
             "version": STATE_VERSION,
-            "dataset": self._hash,
+            "dataset": self._hashes[0] if len(self._hashes) == 1 else self._hashes,
             "split": self.split,
             "seed": self.seed,
             "seq_len": self.seq_len,
-            "shuffle": self.shuffle,
+            "order": self.order,
             "samples": self.samples_consumed,
         }
+        if len(self.weights) > 1:
+            state["weights"] = self.weights
+        if self.order == "build-nanogpt":
+            state |= {"batch_size": self.batch_size, "world_size": self.world_size}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, in O(1), also on another number of ranks or with another batch_size.
 
-        Raises ValueError naming the field if this loader's stream is another than that one's.
+        Raises ValueError naming the field if this loader's stream is another than that one's. In the order
+        "build-nanogpt", which each rank goes through on its own, that is so with another batch_size or world_size.
         """
         for field, here in (self.state() | {"samples": state.get("samples")}).items():
             if state.get(field) != here:
-                raise ValueError(f"the loader's state has {field} {state.get(field)!r}, this loader {here!r}")
+                why = ", which the order build-nanogpt depends on" if field in ("batch_size", "world_size") else ""
+                raise ValueError(f"the loader's state has {field} {state.get(field)!r}, this loader {here!r}{why}")
         samples = state["samples"]
-        if not isinstance(samples, int) or samples < 0:
+        step = self.batch_size * self.world_size if self.order == "build-nanogpt" else 1
+        if not isinstance(samples, int) or not 0 <= samples < 2**62 or samples % step:
             raise ValueError(f"the loader's state has samples {samples!r}")
         self.samples_consumed = samples
+
+
+def _open(
+    path: Datasets,
+) -> tuple[list[Dataset], list[int]]:
+    """The datasets and their weights, in an order that does not hang on that of the mapping."""
+    if not isinstance(path, Mapping):
+        return [Dataset(path)], [1]
+    if not path:
+        raise ValueError("a mix of no datasets")
+    weights = mixing.integer_weights(list(path.values()))
+    opened = sorted(zip(map(Dataset, path), weights, strict=True), key=lambda pair: pair[0].manifest.hash)
+    for (one, _), (other, _) in itertools.pairwise(opened):
+        if one.manifest.hash == other.manifest.hash:
+            raise ValueError(
+                f"{one.path} and {other.path} are the same dataset: name it once, with its whole weight"
+            )
+    return [dataset for dataset, _ in opened], [weight for _, weight in opened]

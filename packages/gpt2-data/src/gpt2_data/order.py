@@ -1,9 +1,11 @@
-"""Which sample comes k-th: a seeded bijection of [0, n) in O(1) memory.
+"""Which sample comes k-th: a seeded bijection of [0, n) in O(1) memory, and build-nanogpt's order.
 
 A Feistel network permutes [0, 2^bits), the smallest that holds [0, n); what falls outside [0, n) is sent through
 again until it falls inside ("cycle walking"), which keeps it a bijection. All arithmetic is our own on uint64: the
 order does not hang on a random number generator's version.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +29,30 @@ def permute(indices: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
     return result.astype(np.int64).reshape(np.shape(indices))
 
 
+def build_nanogpt_starts(
+    batches: ArrayLike, shard_tokens: Sequence[int], batch_size: int, seq_len: int, rank: int, world_size: int
+) -> NDArray[np.int64]:
+    """Where in the stream of all shards a rank's `batches` (numbers from 0, through the epochs) begin.
+
+    The order of build-nanogpt's DataLoaderLite, by arithmetic: each rank starts a shard at B*T*rank, moves on by
+    B*T*W, and leaves the shard as soon as B*T*W + 1 tokens more would go past its end. That skips up to two
+    batches of all ranks at a shard's end, and as the rank's own place counts, a high rank may leave it a batch
+    before a low one. Each shard must have B*T*W + 1 tokens.
+    https://github.com/karpathy/build-nanogpt/blob/master/train_gpt2.py
+    """
+    tokens = np.asarray(shard_tokens, np.int64)
+    step, first = batch_size * seq_len * world_size, batch_size * seq_len * rank
+    assert tokens.min() > step
+    # The n-th batch of a shard is its last if first + n * step + step + 1 > tokens; one is always taken.
+    in_shard = np.maximum((tokens - 1 - first) // step, 1)
+    ends = np.cumsum(in_shard)
+    within = np.asarray(batches, np.int64) % ends[-1]
+    shard = np.searchsorted(ends, within, side="right")
+    shard_starts, batches_before = np.cumsum(tokens) - tokens, ends - in_shard
+    starts: NDArray[np.int64] = shard_starts[shard] + first + (within - batches_before[shard]) * step
+    return starts
+
+
 def mix(seed: int, stream: int) -> int:
     """A 64-bit seed made from a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
     return _mix_int(_mix_int(seed & _MASK64) ^ ((stream * 0x9E3779B97F4A7C15) & _MASK64))
@@ -43,9 +69,12 @@ def _mix_int(value: int) -> int:
 def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The same for an array; uint64 arrays wrap around as C does."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, keys: list[int]) -> NDArray[np.uint64]:

@@ -1,7 +1,7 @@
 """train(config): the main path of pretraining, top to bottom."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_data import Dataset, TokenLoader, open_dataset
+from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import evaluate_hellaswag, evaluate_loss
 from gpt2_model import GPT, flops_per_token, generate
 
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, world: World) -> int:
     run = _set_up(config, world)
-    with run.stop.listening():
+    with run.stop.listening(), run.batches:
         if run.step == 0 and config.eval_every:
             _evaluate(run)
         while run.step < config.steps and not run.stop_signal:
@@ -82,7 +82,7 @@ class _Run:
     parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
     optimizer: torch.optim.Optimizer
     loader: TokenLoader
-    batches: Iterator[tuple[np.ndarray, np.ndarray]]
+    batches: Prefetch  # of the loader, which moves with it
     accumulation: int  # micro-batches of a step on each process
     log: RunLog
     step: int  # updates done
@@ -132,9 +132,19 @@ def _set_up(config: TrainConfig, world: World) -> _Run:
         before = state["config"]["steps"]
         if before != config.steps:
             log.say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
+    # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
+    # filled again before as many batches later as a step has.
+    batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
     return _Run(
-        config, world, folder, dataset, model, parallel, optimizer, loader, iter(loader), accumulation, log, step
+        config, world, folder, dataset, model, parallel, optimizer, loader, batches, accumulation, log, step
     )
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
+    """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
+    array: np.ndarray = torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
+    assert array.dtype == dtype
+    return array
 
 
 def _update(run: _Run) -> dict[str, Any]:
