@@ -176,7 +176,7 @@ def test_wrong_content_once_and_always(server, file, tmp_path):
     server.faults, folder = [Spoil(times=100)], tmp_path / "other"
     wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
     with pytest.raises(
-        OSError, match=f"big.parquet: wrong content, 3 times over: SHA-256 is {wrong}, should be {SHA256}"
+        OSError, match=f"big.parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
     ):
         fetch(file, folder)
     assert names(folder / "data") == ["big.parquet.lock"]
@@ -213,13 +213,20 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
 def test_a_server_without_ranges_starts_over(server, file, tmp_path):
     server.faults = [Drop(at=1_000_000), NoRanges()]
     assert fetch(file, tmp_path).read_bytes() == CONTENT
-    assert server.sent("big.parquet") == SIZE + 1_000_000
+    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
+    server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
+    with pytest.raises(
+        OSError, match="given up after 3 downloads: the server does not go on at byte 1,000,000 of 3,00"
+    ):
+        fetch(file, tmp_path / "other")
 
 
 def test_a_file_of_another_size(server, file, tmp_path):
     for size in (SIZE - 1, SIZE + 1):
         meant = HubFile("a/b", FIRST, "data/big.parquet", size, SHA256)
-        with pytest.raises(OSError, match=f"3 times over: the file has 3,000,000 bytes, should have {size:,}"):
+        with pytest.raises(
+            OSError, match=f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
+        ):
             fetch(meant, tmp_path)
     assert len(server.asked("cdn")) == 6
     (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)

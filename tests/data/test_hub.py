@@ -251,6 +251,11 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert paths(list_files(HubSource("a/private"))) == paths(list_files(HubSource("a/gated"))) == ["a.parquet"]
 
+    message = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    server.faults = [Refuse(store=False, status=401, headers=message)]
+    with pytest.raises(OSError, match="a/b: the hub does not know your token: log in by"):
+        list_files(HubSource("a/b"))
+
     server.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set: unset it, or name local files"):

@@ -19,7 +19,7 @@ from gpt2_data.formats import atomic, fsync_folder
 from gpt2_data.hub import HubFile
 from gpt2_data.web import WebFile
 
-TRIES = 3  # downloads of a file that arrives whole but wrong
+TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 SECONDS_BETWEEN_LOOKS = 0.2  # at a lock that another holds
 
 Progress = Callable[[int, int], object]  # (bytes on disk, bytes of the file)
@@ -140,7 +140,7 @@ def _download(file: HubFile | WebFile, part: Path, progress: Progress | None, pa
                 error.filename = str(part)  # a failing write does not say where
             raise
         part.unlink()
-    raise OSError(f"{file.url}: wrong content, {TRIES} times over: {problem}")
+    raise OSError(f"{file.url}: given up after {TRIES} downloads: {problem}")
 
 
 def _receive(
@@ -148,8 +148,8 @@ def _receive(
 ) -> str:
     """Append to `out` what is missing of the file; the SHA-256 of the whole.
 
-    What a part began with is believed only as far as the SHA-256 can tell in the end. Within a process the ETag
-    tells at once whether the file is still the same.
+    What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process starts
+    anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
     """
     out.seek(0)
     if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
@@ -163,12 +163,10 @@ def _receive(
                 size = web.total_size(response)
                 if size not in (None, file.size):
                     raise _Wrong(f"the file has {size:,} bytes, should have {file.size:,}")
-                if response.status_code == 200 and have:  # it ignores ranges, or the file is another one
-                    out.truncate(0)
-                    digest, have = hashlib.sha256(), 0
-                elif response.status_code == 416 or (have and web.range_start(response) != have):
+                if response.status_code == 416 or (have and web.range_start(response) != have):
                     raise _Wrong(f"the server does not go on at byte {have:,} of {file.size:,}")
-                etag = web.strong_etag(response)
+                if file.sha256 is None:  # else the hash tells, and stores do not always agree on an ETag
+                    etag = web.strong_etag(response)
                 for block in web.blocks(response, file.url):
                     patience.check()
                     if have + len(block) > file.size:

@@ -167,6 +167,8 @@ def _call(url: str, source: HubSource, patience: web.Patience, form: dict[str, A
     if code == "GatedRepo":
         page = url.partition("/api/")[0] + f"/datasets/{source.repo}"
         raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}")
+    if status == 401 and code and "credentials" in code:
+        raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew")
     if status in (401, 403, 404):  # the hub does not tell a private dataset from none
         raise ValueError(f"no hub dataset {source.repo}; if it is private, {web.LOGIN}")
     raise OSError(f"{what}: the hub refuses (HTTP {status})")

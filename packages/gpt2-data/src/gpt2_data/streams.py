@@ -5,6 +5,7 @@ whichever process reads it. Nothing is stored on the way.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ def _no_column(listing: Listing, column: str, names: Any) -> str:
     return f"hub dataset {listing.repo}: no column {column!r}; the columns are {', '.join(names)}"
 
 
+@functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
 def _open(listing: Listing) -> Any:
     try:
         import datasets

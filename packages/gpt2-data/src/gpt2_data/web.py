@@ -86,7 +86,7 @@ class Patience:
 
 
 def get_json(url: str, patience: Patience, form: Mapping[str, Any] | None = None) -> tuple[int, Any, str | None]:
-    """(status, parsed JSON or None, the hub's error code) of an API call; POST if there is a form.
+    """(status, parsed JSON or None, the hub's word for an error) of an API call; POST if there is a form.
 
     Statuses that call for patience are waited out; other refusals are the caller's to word.
     """
@@ -103,7 +103,9 @@ def get_json(url: str, patience: Patience, form: Mapping[str, Any] | None = None
                 )
             _raise_again(response)
             if response.status_code >= 300:
-                return response.status_code, None, response.headers.get("X-Error-Code")
+                problem = response.headers.get("X-Error-Code") or response.headers.get("X-Error-Message")
+                return response.status_code, None, problem
+            patience.progress()
             try:
                 return response.status_code, response.json(), None
             except ValueError:
