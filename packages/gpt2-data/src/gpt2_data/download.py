@@ -148,8 +148,8 @@ def _receive(
 ) -> str:
     """Append to `out` what is missing of the file; the SHA-256 of the whole.
 
-    What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process starts
-    anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
+    What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process
+    starts anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
     """
     out.seek(0)
     if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
