@@ -1,0 +1,293 @@
+"""Datasets on the Hugging Face hub: their names and their files.
+
+A listing is pinned to a commit and can be kept on disk, so that a build that goes on next week reads the same
+bytes though `main` has moved. How configs and splits are found:
+https://huggingface.co/docs/hub/datasets-data-files-configuration
+"""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from gpt2_data import web
+
+SHORT = {  # name -> repository, config
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+}
+KNOWN = "fineweb-edu[:CONFIG], fineweb[:CONFIG], hf:REPO[@REVISION][:CONFIG[:SPLIT]]"
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_SOURCE = re.compile(
+    rf"hf:(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[^\s:@]+))?(?::(?P<config>[^\s:]*)(?::(?P<split>\w[\w.]*))?)?"
+)
+_PATHS_A_CALL = 500
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a dataset on the hub. revision None: main; config None: the dataset's default."""
+
+    repo: str
+    revision: str | None = None
+    config: str | None = None
+    split: str = "train"
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line, in full."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf:{self.repo}{revision}:{self.config or ''}:{self.split}"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset at a commit: bytes, and its SHA-256 in hex (None for the small ones that are in git)."""
+
+    repo: str
+    commit: str
+    path: str
+    size: int
+    sha256: str | None
+
+    @property
+    def url(self) -> str:
+        """Where the hub has it; HF_ENDPOINT counts."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/datasets/{self.repo}/resolve/{self.commit}/{quote(self.path)}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The data files of a source, by path, at one commit."""
+
+    repo: str
+    commit: str
+    config: str | None  # as the dataset's card names it; None where the card names none
+    split: str
+    files: tuple[HubFile, ...]
+
+    @property
+    def parquet(self) -> bool:
+        """Whether the files can be read as they are; otherwise streams.py reads them."""
+        return all(file.path.endswith(".parquet") for file in self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """What from_json takes, for json.dump."""
+        files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files]
+        return asdict(self) | {"files": files}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Listing":
+        """A listing that was kept. Raises ValueError where it is none."""
+        try:
+            repo, commit = (
+                _matching(_NAME + f"(/{_NAME})?", data["repo"]),
+                _matching("[0-9a-f]{40}", data["commit"]),
+            )
+            config = None if data["config"] is None else _matching(r"\S+", data["config"])
+            files = tuple(_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
+            return cls(repo, commit, config, _matching(r"[\w.]+", data["split"]), files)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a listing of a dataset's files: {error!r}") from error
+
+
+def parse(text: str) -> HubSource | None:
+    """What a SOURCE argument names on the hub, or None. Raises ValueError where it is meant so but malformed."""
+    short, colon, config = text.partition(":")
+    if short in SHORT:
+        if colon and not re.fullmatch(r"[^\s:]+", config):
+            raise ValueError(f"{text!r}: write {short} or {short}:CONFIG, as in {short}:{SHORT[short][1]}")
+        return HubSource(SHORT[short][0], config=config or SHORT[short][1])
+    if short != "hf":
+        return None
+    match = _SOURCE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r}: write hf:REPO[@REVISION][:CONFIG[:SPLIT]], as in hf:roneneldan/TinyStories")
+    return HubSource(match["repo"], match["revision"], match["config"] or None, match["split"] or "train")
+
+
+# --- which files
+
+
+def list_files(source: HubSource) -> Listing:
+    """The source's files at the commit that its revision stands for now, in two requests or a few more.
+
+    Raises ValueError (no such dataset, config or split; the known ones are named) or OSError (not allowed, not
+    reached), in one line.
+    """
+    from huggingface_hub import constants
+
+    api = f"{constants.ENDPOINT}/api/datasets/{source.repo}"
+    patience = web.Patience(f"hub dataset {source.repo}", unreachable=web.UNREACHABLE)
+    info = _call(f"{api}/revision/{quote(source.revision or 'main', safe='')}", source, patience)
+    names = sorted(row["rfilename"] for row in info.get("siblings") or [])
+    commit = _matching("[0-9a-f]{40}", info.get("sha"))
+    configs = (info.get("cardData") or {}).get("configs") or []
+    config, splits = _splits(source, configs, _data_names(names))
+    if source.split not in splits:
+        raise ValueError(
+            f"{source.name}: no split {source.split!r}; there are: {', '.join(sorted(splits)) or 'none'}"
+        )
+    chosen = _one_kind(splits[source.split])
+    if not chosen:
+        raise ValueError(f"{source.name}: its card names files that the dataset does not have")
+    rows: dict[str, Any] = {}
+    for i in range(0, len(chosen), _PATHS_A_CALL):
+        form = {"paths": chosen[i : i + _PATHS_A_CALL], "expand": False}
+        rows |= {row["path"]: row for row in _call(f"{api}/paths-info/{commit}", source, patience, form)}
+    missing = [name for name in chosen if name not in rows]
+    if missing:
+        raise OSError(f"{source.name}: the hub lists {missing[0]} but knows nothing about it")
+    files = (_file(source.repo, commit, n, rows[n]["size"], (rows[n].get("lfs") or {}).get("oid")) for n in chosen)
+    return Listing(source.repo, commit, config, source.split, tuple(files))
+
+
+def _call(url: str, source: HubSource, patience: web.Patience, form: dict[str, Any] | None = None) -> Any:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        status, answer, code = web.get_json(url, patience, form)
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
+    if answer is not None:
+        return answer
+    what = f"hub dataset {source.repo}"
+    if code == "RevisionNotFound":
+        raise ValueError(f"{what} has no revision {source.revision!r}")
+    if code == "GatedRepo":
+        page = url.partition("/api/")[0] + f"/datasets/{source.repo}"
+        raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}")
+    if status == 401 and code and "credentials" in code:
+        raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew")
+    if status in (401, 403, 404):  # the hub does not tell a private dataset from none
+        raise ValueError(f"no hub dataset {source.repo}; if it is private, {web.LOGIN}")
+    raise OSError(f"{what}: the hub refuses (HTTP {status})")
+
+
+def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
+    """(config as the card has it, split -> files) of the source."""
+    known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
+    config = source.config
+    if config is None and known:
+        marked = [name for name, entry in known.items() if entry.get("default")]
+        config = next(iter([*marked, *(["default"] if "default" in known else []), *known]))
+        if len(known) > 1 and not marked and config != "default":
+            raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {_named(known)}")
+    if config in known:
+        return config, _card_splits(source, known[config], names)
+    if config is None or (config == "default" and not known):
+        return None, _splits_by_name(names)
+    for folder in (f"data/{config}/", f"{config}/"):  # a config that the card leaves out
+        inside = [name for name in names if name.startswith(folder)]
+        if inside:
+            return None, _splits_by_name(inside, folder)
+    raise ValueError(f"hf:{source.repo}: no config {config!r}; {_named(known)}")
+
+
+def _named(known: dict[str, Any]) -> str:
+    return f"there are: {', '.join(known)}" if known else "it has none"
+
+
+def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
+    """split -> files by an entry of the card's `configs:`; data_files is a string, a list, or a list of splits."""
+    folder = str(entry.get("data_dir") or "").strip("/")
+    base = f"{folder}/" if folder else ""
+    given = entry.get("data_files")
+    if given is None:
+        return _splits_by_name([name for name in names if name.startswith(base)], base)
+    rows = given if isinstance(given, list) else [given]
+    patterns: dict[str, list[Any]] = {}
+    for row in rows:
+        split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
+        patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
+    found = {}
+    for split, globs in patterns.items():
+        for pattern in globs:
+            if not isinstance(pattern, str) or "://" in pattern:
+                raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
+        regex = re.compile("|".join(_glob(base + pattern.removeprefix("./")) for pattern in globs))
+        found[split] = [name for name in names if regex.fullmatch(name)]
+    return found
+
+
+def _glob(pattern: str) -> str:
+    """A glob as a regular expression: `*` stays in a folder, `**` does not."""
+    parts = {"**/": r"(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    found = []
+    for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern):
+        sets = piece.replace("[!", "[^", 1) if len(piece) > 1 else re.escape(piece)
+        found.append(parts.get(piece, sets))
+    return "".join(found)
+
+
+_KEYWORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+_NO_DATA = {
+    "README.md",
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dummy_data.zip",
+    "dataset_dict.json",
+}
+
+
+def _data_names(names: list[str]) -> list[str]:
+    hidden = re.compile(r"(?:.*/)?(?:\.|__).*")
+    return [name for name in names if not hidden.fullmatch(name) and PurePosixPath(name).name not in _NO_DATA]
+
+
+def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
+    """split -> files by the hub's naming: data/train-00000-of-00002*, folders or files named train, else train."""
+    sharded: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
+        if match:
+            sharded.setdefault(match[1], []).append(name)
+    if sharded:
+        return sharded
+    for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
+        found = {}
+        for split, words in _KEYWORDS.items():
+            regex = re.compile(where.format(words))
+            found[split] = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
+        if any(found.values()):
+            return {split: inside for split, inside in found.items() if inside}
+    return {"train": names} if names else {}
+
+
+def _one_kind(names: list[str]) -> list[str]:
+    """Without a licence or a picture among Parquet files, as `datasets` does."""
+    endings = Counter(PurePosixPath(name).suffix for name in names)
+    if endings and max(endings, key=lambda ending: endings[ending]) == ".parquet":
+        return [name for name in names if name.endswith(".parquet")]
+    return names
+
+
+def _file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> HubFile:
+    """A file that is what it should be: its path becomes one on this machine."""
+    parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{repo}: {path!r} is no path of a file in a dataset")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f"{repo}: {path}: {size!r} is no size")
+    return HubFile(repo, commit, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
+
+
+def _matching(pattern: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ValueError(f"{value!r} in a listing of a dataset's files is not what it should be")
+    return value

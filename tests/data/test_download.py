@@ -1,0 +1,462 @@
+"""Large files to disk, whatever happens on the way, against a hub on this machine."""
+
+import email.utils
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import FIRST, Drop, HubServer, NoRanges, Refuse, Short, Spoil, Stall, use
+from huggingface_hub import constants
+
+from gpt2_data import download, web
+from gpt2_data.download import Downloader, fetch, tinyshakespeare
+from gpt2_data.hub import HubFile, HubSource, list_files
+from gpt2_data.web import WebFile
+
+SIZE = 3_000_000
+CONTENT = random.Random(0).randbytes(SIZE)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+OTHER = random.Random(1).randbytes(SIZE)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HubServer() as server:
+        use(server, monkeypatch)
+        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+        yield server
+
+
+@pytest.fixture
+def file(server):
+    server.add("a/b", {"data/big.parquet": CONTENT})
+    return list_files(HubSource("a/b")).files[0]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fetching(server, folder, **environment):
+    """A process that fetches the file."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom gpt2_data import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
+        f"file = hub.HubFile('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
+        f"try:\n    print(download.fetch(file, Path({str(folder)!r})))\n"
+        "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"
+    )
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=inherited | server.environment | environment,
+    )  # fmt: skip
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
+    seen = []
+    path = fetch(file, tmp_path, lambda done, size: seen.append((done, size)))
+    assert path == tmp_path / "data" / "big.parquet"
+    assert path.read_bytes() == CONTENT
+    assert names(path.parent) == ["big.parquet", "big.parquet.json", "big.parquet.lock"]
+    receipt = json.loads((tmp_path / "data" / "big.parquet.json").read_text())
+    assert (receipt["size"], receipt["sha256"], receipt["url"]) == (SIZE, SHA256, file.url)
+    assert seen[-1] == (SIZE, SIZE)
+    assert seen == sorted(seen)
+    assert len(server.asked("resolve")) == 1  # the hub limits the rate of these
+
+    server.requests.clear()
+    assert fetch(file, tmp_path) == path
+    (tmp_path / "data" / "big.parquet.json").unlink()  # killed before it was written: hashed, not fetched
+    assert fetch(file, tmp_path) == path
+    assert download.is_done(path, file)
+    assert server.requests == []
+
+
+def test_a_file_that_changed_on_the_disk_is_fetched_anew(server, file, tmp_path):
+    path = fetch(file, tmp_path)
+    before = path.stat()
+    path.write_bytes(OTHER)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert not download.is_done(path, file)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    path.write_bytes(CONTENT[:-1])
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+
+
+def test_killed_and_resumed_in_another_process(server, file, tmp_path):
+    """Bytes that were on the disk when kill -9 came are not sent again."""
+    server.bytes_a_second, server.chunk = 4e6, 20_000
+    part = tmp_path / "data" / "big.parquet.part"
+    for _ in range(2):
+        have = part.stat().st_size if part.exists() else 0
+        process = fetching(server, tmp_path)
+        until(lambda have=have: part.exists() and part.stat().st_size > have + 400_000)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert names(part.parent) == ["big.parquet.lock", "big.parquet.part"]
+    server.bytes_a_second = None
+    have = part.stat().st_size
+    assert 800_000 < have < SIZE
+    assert part.read_bytes() == CONTENT[:have]
+    server.requests.clear()
+    out, err = fetching(server, tmp_path).communicate()
+    assert Path(out.strip()).read_bytes() == CONTENT, err
+    assert [request.range for request in server.asked(store=True)] == [f"bytes={have}-"]
+    assert server.sent("big.parquet") == SIZE - have
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Drop(at=1_000_000), Drop(at=0), Drop(at=500_000)],
+        [Refuse(status=503), Refuse(status=500), Refuse(store=False, path="resolve", status=502)],
+        [Drop(at=1_000_000), Refuse(status=403)],  # the signed link expires meanwhile
+        [Drop(at=1_000_000), Short(missing=1000)],
+        [Drop(at=2_000_000), Refuse(status=429, headers={"Retry-After": "0"})],
+    ],
+)
+def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, faults):
+    server.faults = faults
+    server.chunk = 10_000
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert server.sent("big.parquet") == SIZE
+    assert not any(fault.times for fault in faults)
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_a_rate_limit_is_waited_for(server, file, tmp_path, date):
+    after = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "1"
+    server.faults = [Refuse(status=429, headers={"Retry-After": after})]
+    before = time.monotonic()
+    fetch(file, tmp_path)
+    assert 0.9 < time.monotonic() - before < 4
+
+
+def test_patience_ends(server, file, tmp_path, monkeypatch):
+    server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
+    with pytest.raises(OSError, match=r"HTTP 429\), and asks to wait 86400 seconds; gave up after one try"):
+        fetch(file, tmp_path)
+    monkeypatch.setattr(web, "PATIENCE", 0.3)
+    server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
+    with pytest.raises(
+        OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command again"
+    ):
+        fetch(file, tmp_path)
+    assert (tmp_path / "data" / "big.parquet.part").read_bytes() == CONTENT[:1000]
+
+
+def test_a_stalled_connection_is_noticed(server, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
+    server.faults = [Stall(at=100_000)]
+    before = time.monotonic()
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - before < 5
+    assert server.sent("big.parquet") == SIZE
+
+
+def test_wrong_content_once_and_always(server, file, tmp_path):
+    server.faults = [Spoil()]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert server.sent("big.parquet") == 2 * SIZE
+    server.faults, folder = [Spoil(times=100)], tmp_path / "other"
+    wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
+    with pytest.raises(
+        OSError, match=f"big.parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
+    ):
+        fetch(file, folder)
+    assert names(folder / "data") == ["big.parquet.lock"]
+    assert server.faults[0].times == 97
+
+
+def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
+    """Not by a part that an earlier process left, nor where the file changes between two connections."""
+    part = tmp_path / "data" / "big.parquet.part"
+    part.parent.mkdir()
+    for left in (OTHER[:1_000_000], OTHER + b"more", OTHER, b""):
+        part.write_bytes(left)
+        path = fetch(file, tmp_path)
+        assert path.read_bytes() == CONTENT
+        download.remove(path)
+        assert names(path.parent) == ["big.parquet.lock"]
+
+    small = WebFile(f"{server.url}/page", "small.txt", SIZE, None)
+    (tmp_path / "small.txt.part").write_bytes(OTHER[:1000])  # without a hash nothing could tell
+    server.pages["page"] = OTHER
+
+    class Change(Drop):
+        """Another file appears behind the same address while the first is on its way."""
+
+        def __getattribute__(self, name):
+            if name == "at":
+                server.pages["page"] = CONTENT
+            return super().__getattribute__(name)
+
+    server.faults = [Refuse(store=False, path="page", status=503), Change(store=False, path="page", at=100_000)]
+    assert fetch(small, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_without_ranges_starts_over(server, file, tmp_path):
+    server.faults = [Drop(at=1_000_000), NoRanges()]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
+    server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
+    with pytest.raises(
+        OSError, match="given up after 3 downloads: the server does not go on at byte 1,000,000 of 3,00"
+    ):
+        fetch(file, tmp_path / "other")
+
+
+def test_a_file_of_another_size(server, file, tmp_path):
+    for size in (SIZE - 1, SIZE + 1):
+        meant = HubFile("a/b", FIRST, "data/big.parquet", size, SHA256)
+        with pytest.raises(
+            OSError, match=f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
+        ):
+            fetch(meant, tmp_path)
+    assert len(server.asked("cdn")) == 6
+    (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)
+    with pytest.raises(OSError, match="should have 3,000,001"):
+        fetch(meant, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            Refuse(store=False, status=401),
+            r"not allowed: log in by `hf auth login` or set HF_TOKEN, with an account",
+        ),
+        (
+            Refuse(store=False, status=403, headers={"X-Error-Code": "GatedRepo"}),
+            "access is to be asked for on the",
+        ),
+        (Refuse(status=403), r"not allowed: .*\(HTTP 403\)"),
+        (Refuse(store=False, status=404), r"no such file \(HTTP 404\)"),
+        (Refuse(status=418), r"refused \(HTTP 418\)"),
+    ],
+)
+def test_refusals_are_final(server, file, tmp_path, fault, message):
+    server.requests.clear()
+    fault.times, server.faults = 100, [fault]
+    with pytest.raises(OSError, match=message) as error:
+        fetch(file, tmp_path)
+    assert str(error.value).startswith(file.url)
+    assert "\n" not in str(error.value)
+    assert len(server.requests) <= 3
+
+
+def test_the_token_goes_to_the_hub_alone(server, file, tmp_path, monkeypatch, caplog, capfd):
+    caplog.set_level(0)
+    server.private.add("a/b")
+    server.faults = [Drop(at=1000), Refuse(status=429, headers={"Retry-After": "0"})]
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    server.requests.clear()
+    fetch(file, tmp_path)
+    sent = {(request.store, request.headers.get("authorization")) for request in server.requests}
+    assert sent == {(False, "Bearer secret"), (True, None)}
+    assert "secret" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_full_disk(server, file, tmp_path):
+    """A limit on the size of files stands in: the same error at the same place."""
+    code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    process = fetching(server, tmp_path, PYTHONPATH=path)
+    _, err = process.communicate()
+    part = tmp_path / "data" / "big.parquet.part"
+    assert process.returncode == 1
+    assert err.startswith(f"OSError {part}: [Errno 27] File too large"), err
+    assert part.read_bytes() == CONTENT[:1_000_000]
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-"]
+
+
+def test_a_folder_that_cannot_be_written(server, file, tmp_path):
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(OSError, match="data") as error:
+        fetch(file, tmp_path)
+    assert error.value.filename is not None
+
+
+def test_several_processes_fetch_a_file_once(server, file, tmp_path):
+    server.bytes_a_second = 6e6
+    processes = [fetching(server, tmp_path) for _ in range(3)]
+    for process in processes:
+        out, err = process.communicate()
+        assert out.strip() == str(tmp_path / "data" / "big.parquet"), err
+    assert server.sent("big.parquet") == SIZE
+    assert (tmp_path / "data" / "big.parquet").read_bytes() == CONTENT
+
+
+def test_offline(server, file, tmp_path, monkeypatch):
+    fetch(file, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch(file, tmp_path).exists()
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
+        fetch(file, tmp_path / "empty")
+
+
+# --- one after the other, in the background
+
+
+@pytest.fixture
+def files(server):
+    server.add("c/d", {f"{i}.parquet": bytes([i]) * 100_000 for i in range(5)})
+    return list_files(HubSource("c/d")).files
+
+
+def test_no_more_are_there_than_asked_for(server, files, tmp_path):
+    with Downloader(files, tmp_path, ahead=2, delete=True) as downloader:
+        assert downloader.bytes_total == 500_000
+        for i, path in enumerate(downloader.paths):
+            assert downloader.wait(path, 10)
+            until(lambda i=i: downloader.bytes_done == min(i + 2, 5) * 100_000)
+            time.sleep(0.05)
+            there = [name for name in names(tmp_path) if name.endswith((".parquet", ".part"))]
+            assert there == [f"{j}.parquet" for j in range(i, min(i + 2, 5))]
+            assert path.read_bytes() == bytes([i]) * 100_000
+            downloader.release(path)
+            assert not path.exists()
+    assert [name for name in names(tmp_path) if not name.endswith(".lock")] == []
+
+
+def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
+    fetch(files[0], tmp_path)
+    server.requests.clear()
+    with Downloader(files, tmp_path) as downloader:
+        assert downloader.wait(downloader.paths[-1], 10)
+        assert all(downloader.ready(path) for path in downloader.paths)
+        downloader.release(downloader.paths[0])
+        assert downloader.bytes_done == downloader.bytes_total
+    assert len(server.asked("cdn")) == 4
+    assert all(path.exists() for path in downloader.paths)
+
+
+def test_its_error_comes_to_the_caller(server, files, tmp_path):
+    server.faults = [Refuse(store=False, path="2.parquet", status=404, times=10)]
+    with Downloader(files, tmp_path) as downloader:
+        assert downloader.wait(downloader.paths[1], 10)
+        with pytest.raises(OSError, match="2.parquet: no such file"):
+            downloader.wait(downloader.paths[2], 10)
+        with pytest.raises(OSError, match="2.parquet: no such file"):
+            downloader.ready(downloader.paths[4])
+        assert downloader.ready(downloader.paths[0])
+
+
+def test_closing_in_the_middle(server, file, tmp_path):
+    """It returns soon: while bytes come, while a server is silent, in a wait, and while another has the lock."""
+    part = tmp_path / "data" / "big.parquet.part"
+    server.bytes_a_second, server.chunk = 2e6, 10_000
+    downloader = Downloader([file], tmp_path)
+    until(lambda: downloader.bytes_done > 200_000)
+    assert not downloader.ready(downloader.paths[0])
+    assert not downloader.wait(downloader.paths[0], 0.01)
+    before = time.monotonic()
+    downloader.close()
+    assert time.monotonic() - before < 1
+    assert not downloader._thread.is_alive()
+    kept = part.stat().st_size
+    assert part.read_bytes() == CONTENT[:kept]
+    assert kept > 200_000
+
+    server.faults = [Refuse(status=429, headers={"Retry-After": "60"})]
+    downloader = Downloader([file], tmp_path)
+    until(lambda: not server.faults[0].times)
+    other = Downloader([file], tmp_path)
+    time.sleep(0.1)
+    before = time.monotonic()
+    other.close()
+    downloader.close()
+    assert time.monotonic() - before < 1
+    assert not downloader._thread.is_alive()
+    assert not other._thread.is_alive()
+
+    server.bytes_a_second = None
+    server.requests.clear()
+    server.faults = [Stall(at=1000)]
+    downloader = Downloader([file], tmp_path)
+    until(lambda: downloader.bytes_done > kept)
+    before = time.monotonic()
+    downloader.close()
+    assert time.monotonic() - before < 3
+    server.stopping.set()
+    downloader._thread.join(5)
+    assert not downloader._thread.is_alive()
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert server.sent("big.parquet") == SIZE - kept
+
+
+# --- TinyShakespeare
+
+
+@pytest.fixture
+def shakespeare(server, tmp_path, monkeypatch):
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
+    server.pages["input.txt"] = text
+    meant = WebFile(f"{server.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(download, "TINYSHAKESPEARE", meant)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return text
+
+
+def test_tinyshakespeare_is_fetched_once(server, shakespeare, tmp_path, monkeypatch):
+    assert download.TINYSHAKESPEARE.path.endswith(".txt")
+    path = tinyshakespeare()
+    assert path == tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
+    assert path.read_bytes() == shakespeare
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.requests.clear()
+    assert tinyshakespeare() == path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = path.stat()
+    path.write_bytes(bytes(len(shakespeare)))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # its receipt would not tell
+    assert server.requests == []
+    assert tinyshakespeare().read_bytes() == shakespeare
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tinyshakespeare() == tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
+
+
+def test_tinyshakespeare_put_there_by_hand(server, shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
+    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
+        tinyshakespeare()
+    path.write_bytes(shakespeare)
+    assert tinyshakespeare() == path
+    assert server.requests == []
+
+
+def test_which_file_tinyshakespeare_is():
+    """As nanoGPT and llm.c fetch it."""
+    file = download.TINYSHAKESPEARE
+    assert file.url == (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    )
+    assert file.size == 1_115_394
+    assert file.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def test_a_stop_before_the_first_byte(server, file, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(web.Stopped):
+        fetch(file, tmp_path, stop=stop)
+    assert not (tmp_path / "data" / "big.parquet").exists()

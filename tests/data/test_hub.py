@@ -1,0 +1,429 @@
+"""What is on the hub, and reading Parquet there without downloading it, against a hub on this machine."""
+
+import email.utils
+import json
+import socket
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import FIRST, SECOND, Drop, HubServer, NoRanges, Refuse, use
+from huggingface_hub import constants
+
+from gpt2_data import hub, remote, web
+from gpt2_data.hub import HubFile, HubSource, Listing, list_files
+
+EDU = """---
+license: odc-by
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+- config_name: CC-MAIN-2024-10
+  data_files:
+  - split: train
+    path: data/CC-MAIN-2024-10/*
+---
+# FineWeb-Edu
+"""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HubServer() as server:
+        use(server, monkeypatch)
+        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+        yield server
+
+
+def write(path, rows=3000, group=1000, **columns):
+    texts = [f"document {i} " * 20 for i in range(rows)]
+    table = pa.table({"text": texts, "token_count": np.arange(rows, dtype=np.int64)} | columns)
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def paths(listing):
+    return [file.path for file in listing.files]
+
+
+def test_names():
+    edu, web_ = "HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb"
+    for text, source in {
+        "fineweb-edu": HubSource(edu, None, "sample-10BT"),
+        "fineweb-edu:sample-100BT": HubSource(edu, None, "sample-100BT"),
+        "fineweb": HubSource(web_, None, "sample-10BT"),
+        "fineweb:CC-MAIN-2024-10": HubSource(web_, None, "CC-MAIN-2024-10"),
+        "hf:roneneldan/TinyStories": HubSource("roneneldan/TinyStories"),
+        "hf:squad": HubSource("squad"),
+        "hf:a/b@refs/convert/parquet": HubSource("a/b", "refs/convert/parquet"),
+        "hf:a/b@v1.0:en": HubSource("a/b", "v1.0", "en"),
+        "hf:a/b:en:validation": HubSource("a/b", None, "en", "validation"),
+        "hf:a/b::test": HubSource("a/b", None, None, "test"),
+        "pydocs": None,
+        "texts/*.parquet": None,
+        "fineweb-edu2": None,
+        "C:/texts/a.txt": None,
+    }.items():
+        assert hub.parse(text) == source, text
+        assert source is None or hub.parse(source.name) == source
+    for text in (
+        "hf:",
+        "hf:a/b/c",
+        "hf:../b",
+        "hf:a/b@",
+        "hf:a/b:c:d:e",
+        "hf:a/b:c:",
+        "fineweb-edu:",
+        "fineweb:a:b",
+    ):
+        with pytest.raises(ValueError, match=r"write (hf:REPO|fineweb)"):
+            hub.parse(text)
+
+
+def test_fineweb_edu_in_two_requests(server):
+    files = {f"sample/10BT/{i:03d}_00000.parquet": bytes(100 + i) for i in (2, 0, 1)}
+    others = {
+        "data/CC-MAIN-2024-10/000_00000.parquet": b"x",
+        ".gitattributes": b"",
+        "sample/100BT/0.parquet": b"y",
+    }
+    server.add("HuggingFaceFW/fineweb-edu", {"README.md": EDU.encode()} | files | others)
+    listing = list_files(hub.parse("fineweb-edu"))
+    assert len(server.requests) == 2
+    assert (listing.commit, listing.config, listing.split, listing.parquet) == (
+        FIRST,
+        "sample-10BT",
+        "train",
+        True,
+    )
+    assert paths(listing) == sorted(files)
+    assert [file.size for file in listing.files] == [100, 101, 102]
+    assert listing.size == 303
+    assert listing.files[1].sha256 == server.sha256(bytes(101))
+    url = f"{server.url}/datasets/HuggingFaceFW/fineweb-edu/resolve/{FIRST}/sample/10BT/001_00000.parquet"
+    assert listing.files[1].url == url
+
+    def named(config):
+        return paths(list_files(HubSource("HuggingFaceFW/fineweb-edu", config=config)))
+
+    assert named("CC-MAIN-2024-10") == named(None) == ["data/CC-MAIN-2024-10/000_00000.parquet"]
+    assert named("sample/100BT") == ["sample/100BT/0.parquet"]  # a folder that the card leaves out
+
+
+def test_a_listing_is_kept_and_stays_though_main_moves(server, monkeypatch):
+    server.add("a/b", {"data/train-00000-of-00001.parquet": b"old"})
+    listing = list_files(HubSource("a/b"))
+    server.add("a/b", {"data/train-00000-of-00001.parquet": b"newer"}, SECOND)
+    assert list_files(HubSource("a/b")).commit == SECOND
+    assert list_files(HubSource("a/b", FIRST)).files == listing.files
+    kept = Listing.from_json(json.loads(json.dumps(listing.to_json())))
+    assert kept == listing
+    assert remote.open_remote(kept.files[0]).read() == b"old"
+
+
+def test_a_kept_listing_is_not_trusted():
+    good = Listing("a/b", FIRST, None, "train", (HubFile("a/b", FIRST, "c/d.parquet", 3, "0" * 64),)).to_json()
+    assert Listing.from_json(good).to_json() == good
+    row = good["files"][0]
+    bad_rows = [{"path": p} for p in ("../x", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\nb", "", 5)]
+    bad_rows += [{"size": s} for s in (-1, 2.5, "3", True, None)] + [{"sha256": "0"}, {"sha256": "Z" * 64}]
+    bad = [good | {"files": [row | change]} for change in bad_rows]
+    bad += [good | {"commit": "main"}, good | {"repo": "a/../b"}, {}, [], None, good | {"files": None}]
+    for value in bad:
+        with pytest.raises(ValueError, match=r"listing|no path|no size"):
+            Listing.from_json(value)
+
+
+CONFIGS = """---
+configs:
+- config_name: one
+  data_files: "a/*.parquet"
+- config_name: many
+  data_files: ["a/**", b/x.parquet]
+- config_name: split
+  default: true
+  data_files:
+  - split: train
+    path: ["**/t*.parquet", "b/x.parquet"]
+  - split: test
+    path: a/[u-z].parquet
+- config_name: folder
+  data_dir: named
+- config_name: elsewhere
+  data_files: https://example.com/a.parquet
+- config_name: nothing
+  data_files: c/*
+---
+"""
+
+
+def test_configs_of_the_card(server):
+    names = [
+        "a/t1.parquet",
+        "a/v.parquet",
+        "a/deep/t2.parquet",
+        "b/x.parquet",
+        "named/train-x.parquet",
+        "named/dev.parquet",
+    ]
+    server.add("a/b", {"README.md": CONFIGS.encode()} | {name: name.encode() for name in names})
+
+    def listed(config, split="train"):
+        return paths(list_files(HubSource("a/b", config=config, split=split)))
+
+    assert listed("one") == ["a/t1.parquet", "a/v.parquet"]
+    assert listed("many") == ["a/deep/t2.parquet", "a/t1.parquet", "a/v.parquet", "b/x.parquet"]
+    assert listed(None) == ["a/deep/t2.parquet", "a/t1.parquet", "b/x.parquet", "named/train-x.parquet"]
+    assert listed("split", "test") == ["a/v.parquet"]
+    assert listed("folder") == ["named/train-x.parquet"]
+    assert listed("folder", "validation") == ["named/dev.parquet"]
+    for config, split, message in [
+        ("missing", "train", "no config 'missing'; there are: one, many, split, folder, elsewhere, nothing$"),
+        ("split", "dev", "no split 'dev'; there are: test, train$"),
+        ("elsewhere", "train", "its card names data files that are not its own"),
+        ("nothing", "train", "its card names files that the dataset does not have"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            listed(config, split)
+    server.add("c/d", {"README.md": CONFIGS.replace("  default: true\n", "").encode()})
+    with pytest.raises(ValueError, match="name a config, as in hf:c/d:one; there are: one, many"):
+        list_files(HubSource("c/d"))
+
+
+SHARDED = [
+    "data/train-00000-of-00002.parquet",
+    "data/train-00001-of-00002-ab12cd.parquet",
+    "data/test-00000-of-00001.parquet",
+    "other.parquet",
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "others"),
+    [
+        (SHARDED, 2, "test, train"),
+        (["train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"], 1, "train, validation"),
+        (["train/0.parquet", "train/deep/1.parquet", "test/2.parquet", "LICENSE"], 2, "test, train"),
+        (["my_train_file.jsonl", "dev.jsonl", "extra.jsonl"], 1, "train, validation"),
+        (
+            ["0.parquet", "deep/1.parquet", "README.md", ".hidden/x.parquet", "__pycache__/y", "LICENSE"],
+            2,
+            "train",
+        ),
+        (["latest.parquet", "pretraining.parquet"], 2, "train"),
+    ],
+)
+def test_files_without_a_card_by_their_names(server, names, train, others):
+    server.add("a/b", {name: name.encode() for name in names})
+    assert paths(list_files(HubSource("a/b"))) == names[:train]
+    with pytest.raises(ValueError, match=f"no split 'none'; there are: {others}$"):
+        list_files(HubSource("a/b", split="none"))
+
+
+def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
+    server.add("a/b", {"a.parquet": b""})
+    server.add("a/gated", {"a.parquet": b""})
+    server.add("a/private", {"a.parquet": b""})
+    server.add("a/empty", {"README.md": b""})
+    server.gated.add("a/gated")
+    server.private.add("a/private")
+    for source, kind, message in [
+        (HubSource("no/such"), ValueError, "no hub dataset no/such; if it is private, log in by `hf auth login`"),
+        (HubSource("a/private"), ValueError, "no hub dataset a/private; if it is private, log in"),
+        (HubSource("a/gated"), OSError, "is gated: ask for access at http.*/datasets/a/gated, then log in by"),
+        (HubSource("a/b", "v9"), ValueError, "hub dataset a/b has no revision 'v9'"),
+        (HubSource("a/b", config="en"), ValueError, "hf:a/b: no config 'en'; it has none"),
+        (HubSource("a/empty"), ValueError, "no split 'train'; there are: none"),
+    ]:  # fmt: skip
+        with pytest.raises(kind, match=message) as error:
+            list_files(source)
+        assert "\n" not in str(error.value)
+    assert len(server.requests) == 6  # none was tried again
+
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert paths(list_files(HubSource("a/private"))) == paths(list_files(HubSource("a/gated"))) == ["a.parquet"]
+
+    message = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    server.faults = [Refuse(store=False, status=401, headers=message)]
+    with pytest.raises(OSError, match="a/b: the hub does not know your token: log in by"):
+        list_files(HubSource("a/b"))
+
+    server.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set: unset it, or name local files"):
+        list_files(HubSource("a/b"))
+    assert server.requests == []
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(web, "UNREACHABLE", 0.5)
+    monkeypatch.setattr(web, "FIRST_WAIT", 0.1)
+    with pytest.raises(
+        OSError, match=f"hub dataset a/b: 127.0.0.1:{port} cannot be reached: .*gave up after . tries"
+    ):
+        list_files(HubSource("a/b"))
+
+
+@pytest.mark.parametrize("form", ["seconds", "date", "ratelimit"])
+def test_the_hub_s_wait_is_waited(server, form):
+    server.add("a/b", {"a.parquet": b""})
+    headers = {
+        "seconds": {"Retry-After": "1"},
+        "date": {"Retry-After": email.utils.formatdate(time.time() + 2, usegmt=True)},  # whole seconds
+        "ratelimit": {"ratelimit": '"api";r=0;t=0', "ratelimit-policy": '"fixed window";"api";q=500;w=300'},
+    }[form]
+    server.faults = [Refuse(store=False, status=429, headers=headers), Refuse(store=False, status=503)]
+    before = time.monotonic()
+    assert paths(list_files(HubSource("a/b"))) == ["a.parquet"]
+    assert 0.9 < time.monotonic() - before < 4
+    assert len(server.requests) == 4
+
+
+def test_no_wait_is_endless(server, monkeypatch):
+    server.add("a/b", {"a.parquet": b""})
+    server.faults = [Refuse(store=False, status=429, headers={"Retry-After": "4000"}, times=100)]
+    with pytest.raises(
+        OSError, match=r"limits the rate of requests \(HTTP 429\), and asks to wait 4000 seconds; gave up"
+    ):
+        list_files(HubSource("a/b"))
+    monkeypatch.setattr(web, "PATIENCE", 0.3)
+    server.faults = [Refuse(store=False, status=502, times=1000)]
+    with pytest.raises(
+        OSError, match=r"out of order \(HTTP 502\); gave up after .* tries in 0 seconds: run the same"
+    ):
+        list_files(HubSource("a/b"))
+
+
+# --- reading without downloading
+
+
+def listed(server, *files):
+    server.add("a/b", {path.name: path for path in files})
+    return list(list_files(HubSource("a/b")).files)
+
+
+def test_a_footer_takes_two_requests(server, tmp_path):
+    """A footer beyond what a reader asks for at first, as FineWeb-Edu's 3 MB."""
+    path = write(tmp_path / "a.parquet", 4000, 2)
+    footer = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    assert footer > 300_000
+    (file,) = listed(server, path)
+    groups = remote.row_groups(file)
+    metadata = pq.read_metadata(path)
+    assert groups == [(2, metadata.row_group(i).column(0).total_uncompressed_size) for i in range(2000)]
+    assert len(server.asked("a.parquet", store=True)) == 2
+    assert len(server.asked("resolve")) == 1
+    assert server.sent("a.parquet") < footer + 65536 + 100
+
+    with remote.open_remote(file) as opened:
+        table = pq.ParquetFile(opened).read_row_group(7)
+    assert table == pq.read_table(path)[14:16]
+
+
+def test_token_counts_are_read_by_themselves(server, tmp_path):
+    """One request to the hub a file; of the store, only footers and the column; threads share what they know."""
+    names = [
+        write(tmp_path / f"{i}.parquet", rows=20_000 + i, group=500, url=["u"] * (20_000 + i)) for i in range(3)
+    ]
+    files = listed(server, *names)
+    server.requests.clear()
+    seen = []
+    counts = list(remote.token_counts(files, threads=4, progress=seen.append))
+    assert counts == [n * (n - 1) // 2 for n in (20_000, 20_001, 20_002)]
+    assert sum(seen) == 40 + 41 + 41
+    assert len(server.asked(store=False)) == 3
+    assert len(server.asked(store=True)) <= 122 + 2 * 3
+    assert all(request.range for request in server.requests)
+    footers = sum(int.from_bytes(path.read_bytes()[-8:-4], "little") for path in names)
+    assert server.sent("") < footers + 3 * 65536 + 3 * 20_000 * 12
+    assert sum(path.stat().st_size for path in names) > 0
+
+
+def test_no_token_counts(server, tmp_path):
+    plain = tmp_path / "plain.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), plain)
+    strange = tmp_path / "strange.parquet"
+    pq.write_table(pa.table({"text": ["a"], "token_count": ["5"]}), strange)
+    nulls = tmp_path / "nulls.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "token_count": pa.array([None, 5], pa.int32())}), nulls)
+    files = {file.path: file for file in listed(server, plain, strange, nulls)}
+    asked = [files["plain.parquet"], files["nulls.parquet"], files["strange.parquet"]]
+    assert list(remote.token_counts(asked)) == [None, 5, None]
+    assert list(remote.token_counts([])) == []
+
+
+def test_a_signed_link_is_renewed(server, tmp_path):
+    (file,) = listed(server, write(tmp_path / "a.parquet"))
+    opened = remote.open_remote(file)
+    assert opened.read(4) == b"PAR1"
+    server.link_seconds = 0.3
+    opened.link._target = None
+    opened.seek(0)
+    assert opened.read(4) == b"PAR1"
+    time.sleep(0.35)
+    server.link_seconds = 100
+    opened.seek(-4, 2)
+    assert opened.read() == b"PAR1"
+    assert opened.read() == b""
+    assert len(server.asked("resolve")) == 3
+    assert len(server.asked("cdn")) == 4  # the one that was refused among them
+
+
+def test_reads_outlast_faults(server, tmp_path):
+    path = write(tmp_path / "a.parquet")
+    (file,) = listed(server, path)
+    server.chunk = 1000
+    server.faults = [
+        Refuse(status=503),
+        Drop(at=10_000),
+        Drop(at=0),
+        Refuse(store=False, path="resolve", status=500),
+    ]
+    assert remote.open_remote(file).read() == path.read_bytes()
+    assert server.sent("a.parquet") == path.stat().st_size  # what had arrived was not asked for again
+    server.faults = [NoRanges(times=5)]
+    with pytest.raises(OSError, match="sends no ranges of a file: download it instead"):
+        remote.open_remote(file).read(10)
+
+
+def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog):
+    server.private.add("a/b")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    caplog.set_level(0)
+    (file,) = listed(server, write(tmp_path / "a.parquet"))
+    remote.row_groups(file)
+    sent = {(request.store, request.headers.get("authorization")) for request in server.requests}
+    assert sent == {(False, "Bearer secret"), (True, None)}
+    assert "secret" not in caplog.text
+
+
+def test_parquet_that_cannot_be_used(server, tmp_path):
+    numbers, other, broken = (tmp_path / f"{name}.parquet" for name in ("numbers", "other", "broken"))
+    pq.write_table(pa.table({"text": [1, 2]}), numbers)
+    pq.write_table(pa.table({"n": [{"a": 1, "b": 2}], "body": ["x"]}), other)
+    broken.write_bytes(b"this is no Parquet file")
+    files = {file.path: file for file in listed(server, numbers, other, broken)}
+    for name, message in {
+        "numbers.parquet": "numbers.parquet: column 'text' holds int64, not strings",
+        "other.parquet": "other.parquet: no column 'text'; the columns are n, body",
+        "broken.parquet": "broken.parquet: not a readable Parquet file",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            remote.row_groups(files[name])
+        assert "\n" not in str(error.value)
+    assert remote.row_groups(files["other.parquet"], "body")[0][0] == 1
+    with pytest.raises(OSError, match=r"gone.parquet: no such file \(HTTP 404\)"):
+        remote.row_groups(HubFile("a/b", FIRST, "gone.parquet", 100, None))
