@@ -3,16 +3,31 @@
 import hashlib
 import json
 import os
+import random
+import re
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 
-from gpt2_data import manifest, open_dataset, verify
+from gpt2_data import BuildConfig, build, manifest, open_dataset, verify
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifest")
+    rng = random.Random(7)
+    lines = [json.dumps({"text": "naïve <|endoftext|> 🙂 " * rng.choice([1, 3, 10, 40])}) for _ in range(90)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    build(BuildConfig([folder / "texts.jsonl"], folder / "made", workers=1, val_tokens=500, shard_size=3000))
+    return folder / "made"
 
 
 @pytest.fixture
-def folder(make, texts):
-    return make(texts, val_tokens=500, shard_size=3000)
+def folder(built, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(built, tmp_path / "dataset"))
 
 
 def test_written_the_same_way_and_named_by_its_hash(folder):
@@ -75,6 +90,8 @@ def test_files_cut_missing_extra_and_swapped(folder):
     second.write_bytes(whole)
     assert verify(folder, "fast").ok
     assert len([p for p in verify(folder, "full").problems if "SHA-256" in p]) == 2
+    first.write_bytes(whole)  # and so the second is there twice
+    assert len([p for p in verify(folder, "full").problems if "SHA-256" in p]) == 1
     (folder / "train_000099.bin").touch()
     assert "train_000099.bin: not part of this dataset; delete it" in verify(folder).problems
 
@@ -85,6 +102,153 @@ def test_a_shard_with_another_count_is_found(folder):
     assert verify(folder).problems == (f"{name}: 1 tokens, dataset.json says 3,000",)
     with pytest.raises(ValueError, match=r"train_000001\.bin: 1 tokens, dataset\.json says 3,000"):
         open_dataset(folder).read("train", 0, 1)
+
+
+def rewritten(folder, name, change):
+    """Change a file and dataset.json's hashes of it, as a faulty builder would have written both."""
+    data = bytearray((folder / name).read_bytes())
+    change(data)
+    (folder / name).write_bytes(data)
+    content = json.loads((folder / "dataset.json").read_bytes())
+    for shard in content["shards"]:
+        for entry in shard, shard["docs"]:
+            if entry["file"] == name:
+                entry["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "dataset.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def set_u64(data, at, value):
+    data[at : at + 8] = struct.pack("<Q", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train_000001.docs", lambda data: set_u64(data, 32, struct.unpack("<Q", data[32:40])[0] + 1)),
+        ("train_000001.docs", lambda data: set_u64(data, 32, 2**63 + 5)),
+        ("train_000001.docs", lambda data: set_u64(data, len(data) - 8, 3000)),
+        ("train_000001.docs", lambda data: data.__setitem__(slice(24, 40), data[32:40] + data[24:32])),
+        ("train_000001.docs", lambda data: data.__setitem__(slice(32, 40), data[24:32])),
+        ("train_000001.bin", lambda data: data.__setitem__(slice(1030, 1032), struct.pack("<H", 50256))),
+        (
+            "train_000001.bin",
+            lambda data: data.__setitem__(slice(1024, -1), data[1024:-1].replace(b"P\xc4", b"P\x00")),
+        ),
+    ],
+    ids=["moved", "far outside", "behind the end", "out of order", "twice", "an EOT more", "no EOTs"],
+)
+def test_documents_that_do_not_fit_are_found_though_the_hashes_do(folder, name, change):
+    rewritten(folder, name, change)
+    assert verify(folder, "fast").ok
+    message = "train_000001.docs: document offsets do not fit the tokens of train_000001.bin"
+    assert verify(folder, "full").problems == (message,)
+
+
+def test_blocks_do_not_matter(folder, monkeypatch):
+    rewritten(folder, "train_000001.bin", lambda data: data.__setitem__(slice(1624, 1626), b"\xff\xff"))
+    problems = verify(folder, "full").problems
+    assert problems == ("train_000001.bin: token 300 is 65535, not below 50257",)
+    for block in 2, 6, 1024, 6000:
+        monkeypatch.setattr(manifest, "_BLOCK", block)
+        assert verify(folder, "full").problems == problems
+
+
+def test_each_file_is_read_once_and_the_threads_agree(folder, monkeypatch):
+    opened = []
+    real = Path.open
+
+    def counting(path, *args, **kwargs):
+        opened.append((path.name, kwargs.get("buffering")))
+        return real(path, *args, **kwargs)
+
+    (folder / "train_000002.docs").unlink()
+    whole = verify(folder, "full", workers=1)
+    assert whole == verify(folder, "full", workers=3) == verify(folder, "full")
+    assert whole.problems == ("train_000002.docs: missing",)
+    monkeypatch.setattr(Path, "open", counting)
+    verify(folder, "full", workers=1)
+    assert opened.count(("train_000002.bin", 0)) == 1  # the other opening reads its header's 12 bytes
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"),
+    [
+        ("tokenizer__vocabulary_sha256__encoder.json", "0" * 64, "vocabulary_sha256"),
+        ("tokenizer__vocabulary_sha256", {}, "vocabulary_sha256"),
+        ("tokenizer__vocab_size", 65536, "vocab_size"),
+        ("tokenizer__eot", 0, "eot"),
+    ],
+)
+def test_a_foreign_tokenizer_is_refused_by_name(folder, path, value, key):
+    change(folder, **{path: value})
+    message = f"dataset.json: foreign tokenizer: {key} of 'gpt2' is not GPT-2's: build it again from its text"
+    assert message in verify(folder, "fast").problems
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_dataset(folder)
+
+
+def test_a_dataset_as_the_first_version_wrote_it(tmp_path):
+    tokens, docs = struct.pack("<3H", 50256, 5, 6), b"GPT2DOCS" + struct.pack("<3Q", 1, 1, 0)
+    data = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + tokens
+    (tmp_path / "train_000000.bin").write_bytes(data)
+    (tmp_path / "train_000000.docs").write_bytes(docs)
+    hashes = [hashlib.sha256(part).hexdigest() for part in (docs, data, tokens)]
+    (tmp_path / "dataset.json").write_text(FIRST_VERSION % tuple(hashes))
+    assert verify(tmp_path, "full").problems == ()
+    assert open_dataset(tmp_path).document("train", 0).tolist() == [50256, 5, 6]
+
+
+FIRST_VERSION = """{
+  "format_version": 1,
+  "options": {
+    "format": "uint16",
+    "limit_docs": null,
+    "order": "source",
+    "seed": null,
+    "shard_size": 100,
+    "val_tokens": 0
+  },
+  "shards": [
+    {
+      "bytes": 1030,
+      "docs": {
+        "bytes": 32,
+        "file": "train_000000.docs",
+        "sha256": "%s"
+      },
+      "documents": 1,
+      "file": "train_000000.bin",
+      "max_token": 50256,
+      "sha256": "%s",
+      "split": "train",
+      "tokens": 3,
+      "tokens_sha256": "%s"
+    }
+  ],
+  "source": {},
+  "tokenizer": {
+    "eot": 50256,
+    "name": "gpt2",
+    "vocab_size": 50257,
+    "vocabulary_sha256": {
+      "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+      "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    }
+  },
+  "totals": {
+    "train": {
+      "documents": 1,
+      "shards": 1,
+      "tokens": 3
+    },
+    "val": {
+      "documents": 0,
+      "shards": 0,
+      "tokens": 0
+    }
+  }
+}
+"""
 
 
 def change(folder, **changes):
@@ -117,9 +281,14 @@ def change(folder, **changes):
         ("shards__0__max_token", 50257, "token 50257 in a vocabulary of 50257"),
         ("shards__0__sha256", "x", "SHA-256 'x'"),
         ("shards__0__colour", 1, "colour"),
+        ("shards__0__docs", None, "sizes that do not fit its counts"),
+        ("shards__0__docs", "a.docs", "not a valid dataset description"),
+        ("shards__0__documents", 2**50, "documents"),
         ("shards", None, "not a valid dataset description"),
         ("tokenizer", [], "not a valid dataset description"),
         ("tokenizer__vocab_size", 10**6, "vocab_size 1000000"),
+        ("tokenizer", {"vocab_size": 50257}, "eot"),
+        ("tokenizer__eot", 50257, "eot 50257"),
         ("totals__train__tokens", 1, "totals or layout were changed"),
     ],
 )

@@ -139,6 +139,8 @@ def _parse(content: Any) -> Manifest:
     vocab_size = manifest.tokenizer["vocab_size"]
     if not _is_count(vocab_size, 2**16):
         raise ValueError(f"vocab_size {vocab_size!r}")
+    if not _is_count(manifest.tokenizer["eot"], vocab_size - 1):
+        raise ValueError(f"eot {manifest.tokenizer['eot']!r}")
     for shard in shards:
         _check_shard(shard, vocab_size)
     return manifest
@@ -325,7 +327,7 @@ class _TokenCheck:
 
     def __init__(self, num_tokens: int, starts: NDArray[np.int64] | None, manifest: Manifest) -> None:
         self._left, self._position = num_tokens, 0
-        self._vocab_size, self._eot = manifest.vocab_size, int(manifest.tokenizer["eot"])
+        self._vocab_size, self._eot = manifest.vocab_size, manifest.tokenizer["eot"]
         # In order, and all of them in the shard; else a look-up would not find them.
         self._in_order = starts is None or bool((np.diff(starts, prepend=-1, append=num_tokens) > 0).all())
         self._starts = starts if starts is not None and self._in_order else np.empty(0, np.int64)
