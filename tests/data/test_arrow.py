@@ -224,5 +224,5 @@ def test_a_uint16_shard_under_its_name(pair):
 def test_a_build_again_finds_it_built(pair, built):
     config = BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED, format="arrow")
     assert build(config).already_built
-    with pytest.raises(ValueError, match="its format differs, arrow there and uint16 here"):
+    with pytest.raises(ValueError, match="its format is arrow, uint16 is wanted"):
         build(BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED))

@@ -2,23 +2,23 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 import struct
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, plan, units, verify
+from gpt2_data import BuildConfig, build, estimate, get_tokenizer, open_dataset, plan, readers, verify
 from gpt2_data.order import permute
 
 
 def expected_splits(documents, val_tokens, seed=None):
     """{split: (tokens, document starts)} by the words of the design."""
     encode = get_tokenizer().encode_ordinary
-    ids = [[50256, *encode(text)] for text in documents if text]
+    ids = [[50256, *encode(text or "")] for text in documents]
     if seed is not None:
         ids = [ids[i] for i in permute(np.arange(len(ids)), len(ids), seed).tolist()]
     val = 0
@@ -95,16 +95,14 @@ def test_documents_in_parts_are_one_document(tmp_path, monkeypatch):
     text = "One line.\nTwo lines.\n\n  Three.\n" * 300
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
-    monkeypatch.setattr("gpt2_data.sources._BLOCK", 200)
-    monkeypatch.setattr(units, "_BATCH_CHARACTERS", 900)
+    monkeypatch.setattr(readers, "BLOCK", 200)
     build(BuildConfig([tmp_path / "*.txt"], tmp_path / "out", val_tokens=0, workers=1))
     tokens, starts = stored(tmp_path / "out", "train")
     assert tokens == expected_splits([text, "short"], 0)["train"]
     assert len(starts) == 2
 
 
-def test_same_bytes_for_any_number_of_workers(tmp_path, write_jsonl, texts, files_of, monkeypatch):
-    monkeypatch.setattr(sys.modules["gpt2_data.build"], "_TOKENS_WORTH_A_WORKER", 1000)  # write in processes too
+def test_same_bytes_for_any_number_of_workers(tmp_path, write_jsonl, texts, files_of):
     source = write_jsonl(texts, files=5)
     results = []
     for workers in 1, 2, 3:
@@ -123,7 +121,7 @@ def test_source_counts_are_recorded(make, tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": ""}\n\n{"text": null}\n{"text": "caf\xe9"}\n')
     result = build(BuildConfig([folder / "a.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
-    assert (result.documents, result.documents_empty, result.documents_replaced) == (2, 2, 1)
+    assert (result.documents, result.documents_empty, result.documents_replaced) == (4, 2, 1)
     source = open_dataset(tmp_path / "out").manifest.source
     assert source["text_bytes"] == 3 + 6
     assert [item["name"] for item in source["inputs"]] == ["a.jsonl"]
@@ -135,15 +133,16 @@ def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
     before = files_of(folder), (folder / "build.jsonl").read_bytes()
     source = tmp_path / "source1" / "*.jsonl"
     config = {"val_tokens": 0, "shard_size": 1000, "workers": 1}
+    (tmp_path / "other.jsonl").write_text('{"text": "other"}\n')
     (folder / ".build").mkdir()  # as a kill in the last moment leaves it
     (folder / ".build" / "unit-00000.u16").touch()
     result = build(BuildConfig([source], folder, **config))
     assert result.already_built
     assert result.tokens == len(stored(folder, "train")[0])
-    with pytest.raises(ValueError, match="its shard_size differs, 1000 there and 900 here"):
+    with pytest.raises(ValueError, match="its shard_size is 1000, 900 is wanted"):
         build(BuildConfig([source], folder, **(config | {"shard_size": 900})))
     with pytest.raises(ValueError, match="its source differs"):
-        build(BuildConfig([source], folder, **(config | {"limit_docs": 3})))
+        build(BuildConfig([tmp_path / "other.jsonl"], folder, **config))
     assert (files_of(folder), (folder / "build.jsonl").read_bytes()) == before
     (folder / "train_000000.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"damaged: train_000000\.bin: cut short.*delete it and build again"):
@@ -156,7 +155,7 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     with pytest.raises(
         ValueError, match=r"the source has 2\d,\d{3} tokens in 120 documents.*try --val-tokens (\d+)"
     ) as error:
-        build(BuildConfig([source / "*.jsonl"], out, workers=1))
+        build(BuildConfig([source / "*.jsonl"], out, val_tokens=10**8, workers=1))
     assert not (out / "dataset.json").exists()
     proposal = int(str(error.value).split()[-1])
     result = build(BuildConfig([source / "*.jsonl"], out, val_tokens=proposal, workers=1))
@@ -164,7 +163,7 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     assert result.text_mb_per_second == 0  # what was tokenized before was used
     one = write_jsonl(["only one"], folder="one")
     with pytest.raises(ValueError, match="try --val-tokens 0"):
-        build(BuildConfig([one / "*.jsonl"], tmp_path / "two", workers=1))
+        build(BuildConfig([one / "*.jsonl"], tmp_path / "two", val_tokens=1, workers=1))
     none = write_jsonl(["", ""], folder="none")
     with pytest.raises(ValueError, match="there is no text in the source"):
         build(BuildConfig([none / "*.jsonl"], tmp_path / "three", workers=1))
@@ -197,10 +196,9 @@ def test_one_build_at_a_time(write_jsonl, tmp_path, monkeypatch):
     source = write_jsonl(["a", "b"])
     config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1)
 
-    def second(what, done, total):
-        if what == "hashing":  # does not touch the folder yet
-            return
-        with pytest.raises(ValueError, match="another build is at work"):
+    def second(status):
+        who = f"another build is at work in {tmp_path}/out .process {os.getpid()} on "
+        with pytest.raises(ValueError, match=who):
             build(config)
 
     build(config, second)
@@ -216,8 +214,8 @@ def test_a_full_disk_is_noticed_before_work_starts(write_jsonl, tmp_path, monkey
 def test_an_input_that_changes_meanwhile_is_noticed(write_jsonl, tmp_path):
     source = write_jsonl(["a", "b"])
 
-    def change(what, done, total):
-        if what == "writing":
+    def change(status):
+        if status.phase == "tokenizing" and status.done:
             with (source / "000.jsonl").open("a") as file:
                 file.write('{"text": "c"}\n')
 
@@ -233,21 +231,26 @@ def test_options_that_cannot_work(tmp_path):
         ({"val_tokens": -1}, "val_tokens is -1"),
         ({"workers": 0}, "workers is 0"),
         ({"limit_docs": 0}, "limit_docs is 0"),
-        ({"format": "npy"}, "format is 'npy', must be uint16 or arrow"),
-        ({"tokenizer": "gigatoken"}, "tokenizer"),
+        ({"format": "csv"}, "format is 'csv', must be uint16 or arrow"),
+        ({"tokenizer": "bpe"}, "must be auto or tiktoken or gigatoken"),
         ({"order": "random"}, "must be source or shuffled"),
-        ({"engine": "ray"}, "engine"),
+        ({"engine": "dask"}, "must be local or ray"),
+        ({"part": (3, 2)}, "part 3/2: parts are counted from 1"),
+        ({"part": (1, 2), "engine": "ray"}, "choose one"),
+        ({"compat": "llm.c"}, "must be build-nanogpt"),
+        ({"compat": "build-nanogpt", "order": "shuffled"}, "leave them out"),
     ]:
         with pytest.raises(ValueError, match=message):
             BuildConfig(["pydocs"], tmp_path, **options)
-    with pytest.raises(ValueError, match="no source given: known are pydocs"):
+    with pytest.raises(ValueError, match="no source given: known are fineweb-edu"):
         BuildConfig([], tmp_path)
 
 
 def test_pydocs_estimates_and_units(tmp_path):
-    made = plan.make_plan(BuildConfig(["pydocs"], tmp_path))
+    config = BuildConfig(["pydocs"], tmp_path)
+    made = plan.make_plan(config)
     assert len(made.units) > 2
-    guess = plan.estimate(made)
+    guess = estimate.estimate(made, config)
     assert 3_000_000 < guess.tokens < 12_000_000
     assert not guess.counted
 

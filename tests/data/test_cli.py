@@ -78,10 +78,13 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{]\n")
     (tmp_path / "file").touch()
     for arguments, message in [
-        (["build", source, "--out", tmp_path / "out", "--workers", 1], "nothing is left for training"),
+        (
+            ["build", source, "--out", tmp_path / "out", "--workers", 1, "--val-tokens", "1M"],
+            "nothing is left for training",
+        ),
         (["build", tmp_path / "bad.jsonl", "--out", tmp_path / "out2"], "bad.jsonl:1: not JSON"),
         (["build", tmp_path / "no.txt", "--out", tmp_path / "out2"], "no file matches"),
-        (["build", "fineweb-edu", "--out", tmp_path / "out2"], "unknown source 'fineweb-edu': known are pydocs"),
+        (["build", "wikipedia", "--out", tmp_path / "out2"], "unknown source 'wikipedia': known are fineweb-edu"),
         (["build", source, "--out", tmp_path / "file"], "is a file: choose another --out"),
         (["build", source, "--out", tmp_path / "file" / "x", "--val-tokens", 0], "Not a directory"),
         (["build", source, "--out", tmp_path / "out2", "--shard-size", 0], "shard_size is 0"),
@@ -99,11 +102,12 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
 
 def test_wrong_usage_is_2(run, tmp_path):
     for arguments, message in [
-        (["build"], "Missing argument 'SOURCE': known are pydocs"),
         (["build", "a.txt"], "Missing option '--out'"),
         (["build", "pydocs", "--shard-size", "many"], "'many' is no count: write 100M, 1.5B, 64k"),
         (["build", "pydocs", "--order", "random"], "--order"),
-        (["build", "pydocs", "--engine", "ray"], "--engine"),
+        (["build", "pydocs", "--engine", "dask"], "--engine"),
+        (["build", "pydocs", "--part", "5/4"], "'5/4' is no part: write 1/4 to 4/4"),
+        (["build", "pydocs", "--compat", "llm.c"], "--compat"),
         (["build", "pydocs", "--workers", "0"], "--workers"),
         (["verify", tmp_path, "--level", "some"], "--level"),
         (["frobnicate"], "No such command"),

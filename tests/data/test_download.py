@@ -316,13 +316,13 @@ def test_offline(server, file, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def files(server):
+def files(server, tmp_path):
     server.add("c/d", {f"{i}.parquet": bytes([i]) * 100_000 for i in range(5)})
-    return list_files(HubSource("c/d")).files
+    return [(file, tmp_path) for file in list_files(HubSource("c/d")).files]
 
 
 def test_no_more_are_there_than_asked_for(server, files, tmp_path):
-    with Downloader(files, tmp_path, ahead=2, delete=True) as downloader:
+    with Downloader(files, ahead=2, delete=True) as downloader:
         assert downloader.bytes_total == 500_000
         for i, path in enumerate(downloader.paths):
             assert downloader.wait(path, 10)
@@ -337,9 +337,9 @@ def test_no_more_are_there_than_asked_for(server, files, tmp_path):
 
 
 def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
-    fetch(files[0], tmp_path)
+    fetch(*files[0])
     server.requests.clear()
-    with Downloader(files, tmp_path) as downloader:
+    with Downloader(files) as downloader:
         assert downloader.wait(downloader.paths[-1], 10)
         assert all(downloader.ready(path) for path in downloader.paths)
         downloader.release(downloader.paths[0])
@@ -350,7 +350,7 @@ def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
 
 def test_its_error_comes_to_the_caller(server, files, tmp_path):
     server.faults = [Refuse(store=False, path="2.parquet", status=404, times=10)]
-    with Downloader(files, tmp_path) as downloader:
+    with Downloader(files) as downloader:
         assert downloader.wait(downloader.paths[1], 10)
         with pytest.raises(OSError, match="2.parquet: no such file"):
             downloader.wait(downloader.paths[2], 10)
@@ -363,7 +363,7 @@ def test_closing_in_the_middle(server, file, tmp_path):
     """It returns soon: while bytes come, while a server is silent, in a wait, and while another has the lock."""
     part = tmp_path / "data" / "big.parquet.part"
     server.bytes_a_second, server.chunk = 2e6, 10_000
-    downloader = Downloader([file], tmp_path)
+    downloader = Downloader([(file, tmp_path)])
     until(lambda: downloader.bytes_done > 200_000)
     assert not downloader.ready(downloader.paths[0])
     assert not downloader.wait(downloader.paths[0], 0.01)
@@ -376,9 +376,9 @@ def test_closing_in_the_middle(server, file, tmp_path):
     assert kept > 200_000
 
     server.faults = [Refuse(status=429, headers={"Retry-After": "60"})]
-    downloader = Downloader([file], tmp_path)
+    downloader = Downloader([(file, tmp_path)])
     until(lambda: not server.faults[0].times)
-    other = Downloader([file], tmp_path)
+    other = Downloader([(file, tmp_path)])
     time.sleep(0.1)
     before = time.monotonic()
     other.close()
@@ -390,7 +390,7 @@ def test_closing_in_the_middle(server, file, tmp_path):
     server.bytes_a_second = None
     server.requests.clear()
     server.faults = [Stall(at=1000)]
-    downloader = Downloader([file], tmp_path)
+    downloader = Downloader([(file, tmp_path)])
     until(lambda: downloader.bytes_done > kept)
     before = time.monotonic()
     downloader.close()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_data import BuildConfig, encode_documents, plan, pydocs, sources
+from gpt2_data import BuildConfig, encode_documents, plan, pydocs, readers, sources
 
 
 def read(source, tmp_path, **options):
@@ -16,11 +16,16 @@ def read(source, tmp_path, **options):
     made = plan.make_plan(BuildConfig(names, tmp_path / "out", **options))
     documents = []
     for unit in made.units:
-        for part in sources.read(unit):
-            if part.continues:
-                documents[-1] = (documents[-1][0] + part.text, documents[-1][1] or part.replaced)
+        for batch in sources.read(unit):
+            rows = [(text, i in batch.replaced) for i, text in enumerate(batch.texts.to_pylist())]
+            assert batch.texts.null_count == 0
+            assert batch.empty == (0 if batch.continues else sum(text == "" for text, _ in rows))
+            assert batch.text_bytes == sum(len(text.encode()) for text, _ in rows)
+            if batch.continues:
+                ((text, replaced),) = rows
+                documents[-1] = (documents[-1][0] + text, documents[-1][1] or replaced)
             else:
-                documents.append((part.text, part.replaced))
+                documents += rows
     return made.units, documents
 
 
@@ -35,7 +40,7 @@ def test_parquet_in_row_groups_of_a_thousand(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "UNIT_BYTES", 15_000)
     units, documents = read(path, tmp_path)
     assert [(unit.start, unit.stop) for unit in units] == [(0, 2), (2, 4)]
-    assert [text for text, _ in documents] == texts
+    assert [text for text, _ in documents] == [text or "" for text in texts]
 
 
 def test_limits_cut_every_kind_at_the_same_place(tmp_path, monkeypatch):
@@ -92,12 +97,12 @@ def test_a_long_text_file_comes_in_parts_with_the_same_tokens(tmp_path, monkeypa
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     whole = encode_documents([text])[0].tolist()
     for block in 7, 64, 1000, 10**6:
-        monkeypatch.setattr(sources, "_BLOCK", block)
+        monkeypatch.setattr(readers, "BLOCK", block)
         made = plan.make_plan(BuildConfig([path], tmp_path / "out"))
         parts = list(sources.read(made.units[0]))
-        assert "".join(part.text for part in parts) == text
-        assert [part.continues for part in parts] == [False] + [True] * (len(parts) - 1)
-        tokens = [t for part in parts for t in encode_documents([part.text])[0].tolist()[1:]]
+        assert "".join(batch.texts[0].as_py() for batch in parts) == text
+        assert [batch.continues for batch in parts] == [False] + [True] * (len(parts) - 1)
+        tokens = [t for part in parts for t in encode_documents(part.texts.to_pylist())[0].tolist()[1:]]
         assert tokens == whole[1:]
     assert len(parts) == 1
 
@@ -109,7 +114,39 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
     pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
     assert read(tmp_path / "a.txt", tmp_path)[1] == [("caf\ufffd ok", True)]
     assert read(tmp_path / "b.jsonl", tmp_path)[1] == [("caf\ufffd", True), ("fine", False)]
-    assert read(tmp_path / "c.parquet", tmp_path)[1] == [("caf\ufffd", True), ("fine", False), (None, False)]
+    assert read(tmp_path / "c.parquet", tmp_path)[1] == [("caf\ufffd", True), ("fine", False), ("", False)]
+
+
+def test_surrogates_that_json_can_write(tmp_path):
+    """A pair is the character that it stands for; a half alone is U+FFFD, as tiktoken makes of it."""
+    lines = [r'{"text": "a \ud83d\ude00 b"}', r'{"text": "a \ud83d b"}', '{"text": "fine"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read(tmp_path / "a.jsonl", tmp_path)[1] == [
+        ("a \U0001f600 b", False),
+        ("a \ufffd b", True),
+        ("fine", False),
+    ]
+
+
+def test_another_column(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["no"], body=["yes"])
+    (tmp_path / "b.jsonl").write_text('{"body": "too"}\n')
+    names = [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
+    assert [text for text, _ in read(names, tmp_path, column="body")[1]] == ["yes", "too"]
+    with pytest.raises(
+        ValueError, match="no key 'text'; the keys are body: name the key of the text with --column"
+    ):
+        read(tmp_path / "b.jsonl", tmp_path)
+
+
+def test_a_document_is_named_as_a_person_finds_it(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", [f"text {i}" for i in range(50)], rows=10)
+    monkeypatch.setattr(plan, "UNIT_BYTES", 100)
+    units, _ = read(path, tmp_path)
+    assert units[1].start > 0
+    name = sources.document_name(units[1], 3)
+    row = units[1].start * 10 + 3
+    assert name == f"{path}: row {row}, counted from 0"
 
 
 def test_text_files_share_units_and_keep_their_order(tmp_path, monkeypatch):
@@ -165,9 +202,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     for source, message in {
-        "fineweb-edu": "unknown source 'fineweb-edu': known are pydocs, and files or globs ending in .parquet",
-        "hf:some/set": "unknown source",
-        "tinyshakespeare": "unknown source",
+        "wikipedia": "unknown source 'wikipedia': known are fineweb-edu, fineweb, hf:REPO",
+        "hf:": "hf:",
         str(tmp_path): "is a folder: name the files in it",
         str(tmp_path / "*.jsonl"): "no file matches",
         str(tmp_path / "b.txt"): "no file matches",
@@ -192,10 +228,10 @@ def test_python_s_own_text():
 
 
 def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST", 1000)
-    monkeypatch.setattr(sources, "_BLOCK", 300)
+    monkeypatch.setattr(readers, "_MOST", 1000)
+    monkeypatch.setattr(readers, "BLOCK", 300)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' + b" " * 10**6))
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b" " * 10**6))
-    for name, message in ("a.jsonl.gz", "a line of 1,000 bytes"), ("a.txt.gz", "no end of a line in 1,000 bytes"):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))
+    for name, message in ("a.jsonl.gz", "a line of 1,000 bytes"), ("a.txt.gz", "no white space in 1,000 bytes"):
         with pytest.raises(ValueError, match=f"{name}: cannot be read: {message}"):
             read(tmp_path / name, tmp_path)

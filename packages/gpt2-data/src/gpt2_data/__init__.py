@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpt2_data.build import BuildResult, build
+    from gpt2_data.config import BuildConfig
     from gpt2_data.convert import convert
     from gpt2_data.dataset import Dataset, open_dataset
     from gpt2_data.loader import TokenLoader
     from gpt2_data.manifest import verify
-    from gpt2_data.plan import BuildConfig
     from gpt2_data.prefetch import Prefetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
@@ -37,7 +37,7 @@ __all__ = [
 
 _MODULE_OF = {
     "EOT": "tokenizer",
-    "BuildConfig": "plan",
+    "BuildConfig": "config",
     "BuildResult": "build",
     "Dataset": "dataset",
     "Prefetch": "prefetch",

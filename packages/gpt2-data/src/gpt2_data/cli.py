@@ -1,25 +1,20 @@
-"""gpt2-data build | verify | info | show | convert.
+"""gpt2-data build | verify | info | show.
 
 Nothing heavy is imported here at the top: help must answer at once. Results go to stdout, progress to stderr.
 """
 
 import errno
 import json
-import sys
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from gpt2_data.build import BuildResult, Progress
-    from gpt2_data.plan import BuildConfig
+from gpt2_data.console import gb
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_DATA"}
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def size(text: str) -> int:
@@ -65,6 +60,19 @@ def main(debug: bool) -> None:
     """Text to verified GPT-2 token shards."""
 
 
+def _part(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"{text!r} is no part: write 1/4 to 4/4 for four parts")
+    return int(match[1]), int(match[2])
+
+
+def _choice(*names: str) -> Any:
+    return {"type": click.Choice(names), "default": names[0], "show_default": True}
+
+
 @main.command()
 @click.argument("source", nargs=-1)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: data/SOURCE]")
@@ -73,150 +81,62 @@ def main(debug: bool) -> None:
     "--val-tokens",
     type=size,
     metavar="SIZE",
-    default="100M",
-    show_default=True,
-    help="Tokens for validation; 0 for none.",
+    help="Tokens for validation, 0 for none.  [default: 100M, or a tenth of a small source]",
 )
-@click.option(
-    "--format",
-    type=click.Choice(["uint16", "arrow"]),
-    default="uint16",
-    show_default=True,
-    help="Format of shards.",
-)
+@click.option("--format", **_choice("uint16", "arrow"), help="Of the shards: llm.c's, or Arrow.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: one a core]")
-@click.option(
-    "--tokenizer",
-    type=click.Choice(["auto", "tiktoken"]),
-    default="auto",
-    show_default=True,
-    help="Tokenizer library; the tokens are the same.",
-)
-@click.option(
-    "--order",
-    type=click.Choice(["source", "shuffled"]),
-    default="source",
-    show_default=True,
-    help="Order of the documents.",
-)
+@click.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library; the tokens are the same.")
+@click.option("--order", **_choice("source", "shuffled"), help="Order of the documents.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --order shuffled.")
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where to run.")
+@click.option("--column", default="text", show_default=True, help="Column or JSON key of the text.")
 @click.option(
     "--limit-docs", type=click.IntRange(1), metavar="N", help="Only the first N documents of the source."
+)
+@click.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS).")
+@click.option("--part", metavar="I/N", callback=_part, help="Share I of N, for N jobs with one --out.")
+@click.option(
+    "--downloads",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep fetched files here.  [default: OUT/downloads]",
+)
+@click.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized.")
+@click.option(
+    "--compat", type=click.Choice(["build-nanogpt"]), help="Split and cut as its fineweb.py does, to the token."
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be built.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
-    SOURCE is pydocs (the text that comes with Python), or a file or a quoted glob of .parquet, .jsonl, .jsonl.gz,
-    .jsonl.zst, .txt or .txt.gz. Parquet needs a column `text`, JSON lines a key `text`; a text file is a document.
+    \b
+    SOURCE is one or several of
+      fineweb-edu                 its sample-10BT: 10 billion tokens (the default)
+      fineweb-edu:sample-100BT    another of its configs; fineweb likewise
+      hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub
+      tinyshakespeare             a megabyte, to try things
+      pydocs                      the text that comes with Python: no download
+      FILES                       or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
 
     An interrupted build goes on when the same command is run again. The result is the same, byte for byte, for any
-    number of workers and interruptions.
+    number of workers, parts, machines and interruptions.
     """
-    from gpt2_data.plan import BuildConfig
-    from gpt2_data.sources import KNOWN
+    from gpt2_data import console
+    from gpt2_data.config import BuildConfig
 
-    if not source:
-        raise click.UsageError(f"Missing argument 'SOURCE': known are {KNOWN}.")
+    source = source or ("fineweb-edu",)
     if out is None:
-        if source != ("pydocs",):
+        if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
             raise click.UsageError("Missing option '--out'.")
-        out = Path("data") / source[0]
+        out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
-        _print_plan(config, as_json)
+        console.print_plan(config, as_json)
         return
     from gpt2_data.build import build as run
 
-    with _progress() as progress:
+    with console.progress() as progress:
         result = run(config, progress)
-    _print_result(result, as_json)
-
-
-def _print_plan(config: "BuildConfig", as_json: bool) -> None:
-    import shutil
-
-    from gpt2_data.plan import estimate, make_plan
-
-    plan = make_plan(config)
-    guess = estimate(plan)
-    folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
-    facts: dict[str, Any] = {
-        "files": sum(item.kind != "pydocs" for item in plan.inputs),
-        "units": len(plan.units),
-        "documents": guess.documents,
-        "tokens": guess.tokens,
-        "tokens_estimated": not guess.counted,
-        "shards": guess.shards(config),
-        "bytes": guess.dataset_bytes(),
-        "bytes_while_building": guess.peak_bytes(),
-        "bytes_free": shutil.disk_usage(folder).free,
-        "out": str(config.out),
-    }
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    about = "" if guess.counted else "about "
-    click.echo(f"files      {facts['files']:,}, in {facts['units']:,} work units")
-    click.echo(f"documents  {about}{guess.documents:,}")
-    click.echo(f"tokens     {about}{guess.tokens:,} ({'counted in the source' if guess.counted else 'estimate'})")
-    click.echo(f"shards     {about}{facts['shards']:,} of {config.shard_size:,} tokens")
-    click.echo(
-        f"disk       {_gb(facts['bytes'])}, {_gb(facts['bytes_while_building'])} while building; "
-        f"{_gb(facts['bytes_free'])} free"
-    )
-    click.echo(f"out        {config.out}")
-
-
-def _print_result(result: "BuildResult", as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({**vars(result), "out": str(result.out)}))
-        return
-    if result.already_built:
-        click.echo(f"{result.out}: already built: {result.tokens:,} tokens in {result.shards:,} shards")
-        return
-    click.echo(
-        f"{result.out}: {result.tokens:,} tokens of {result.documents:,} documents in {result.shards:,} shards "
-        f"({result.val_tokens:,} for validation); {result.seconds:.1f} s, {result.text_mb_per_second:.1f} MB/s"
-    )
-    for count, what in (
-        (result.documents_empty, "empty: skipped"),
-        (result.documents_replaced, "not UTF-8: repaired"),
-    ):
-        if count:
-            click.echo(f"{count:,} documents {what}", err=True)
-
-
-@contextmanager
-def _progress() -> "Iterator[Progress]":
-    """A bar on a terminal, a line every ten seconds elsewhere; on stderr."""
-    from tqdm import tqdm
-
-    bar: Any = None
-    shown = ""
-    last_line = time.monotonic()
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal bar, shown, last_line
-        if sys.stderr.isatty():
-            if what != shown:
-                if bar is not None:
-                    bar.close()
-                unit = {"writing": " tokens", "comparing": " strings"}.get(what, "B")
-                bar = tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, file=sys.stderr)
-                shown = what
-            bar.update(done - bar.n)
-        elif time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            click.echo(f"{what}: {100 * done / max(total, 1):.0f}% of {total:,}", err=True)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()
+    console.print_result(result, config, as_json)
 
 
 DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
@@ -240,7 +160,7 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **vars(report)}))
     elif report.ok:
-        click.echo(f"{dataset}: {report.files:,} files, {_gb(report.bytes)}: nothing wrong ({level})")
+        click.echo(f"{dataset}: {report.files:,} files, {gb(report.bytes)}: nothing wrong ({level})")
     else:
         for problem in report.problems:
             click.echo(problem)
@@ -266,13 +186,13 @@ def info(dataset: Path, as_json: bool) -> None:
     click.echo(f"order      {options['order']}{seed}")
     if "text_bytes" in source:  # not if it was converted from a dataset of others
         click.echo(
-            f"text       {_gb(source['text_bytes'])} in {source['documents']:,} documents "
+            f"text       {gb(source['text_bytes'])} in {source['documents']:,} documents "
             f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
         )
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
     for item in source["inputs"]:
-        click.echo(f"source     {item['name']}  {_gb(item['bytes'])}  {item['sha256'][:16]}")
+        click.echo(f"source     {item['name']}  {gb(item['bytes'])}  {item['sha256'][:16]}")
     click.echo(f"\n{'split':<6} {'shards':>7} {'documents':>13} {'tokens':>16}")
     for split in SPLITS:
         shards = made.split(split)
@@ -314,11 +234,11 @@ def prove(quick: bool, out: Path | None, as_json: bool) -> None:
     from then on build takes gigatoken, which is many times as fast; text with a character that the two treat
     differently is left to tiktoken. Versions that this package knows already need no proof.
     """
-    from gpt2_data import fast
+    from gpt2_data import console, fast
     from gpt2_data.proof import prove as run
 
     started = time.monotonic()
-    with _progress() as progress:
+    with console.bar() as progress:
         result = run(quick, progress)
     file = None if quick else out or fast.user_proofs()
     if file is not None:
@@ -330,7 +250,7 @@ def prove(quick: bool, out: Path | None, as_json: bool) -> None:
         return
     click.echo(
         f"gigatoken {result.proof.gigatoken} gives the tokens of tiktoken {result.proof.tiktoken} for "
-        f"{result.proof.strings:,} strings, {_gb(result.bytes)}, all but those with one of "
+        f"{result.proof.strings:,} strings, {gb(result.bytes)}, all but those with one of "
         f"{result.code_points_that_differ:,} characters; {seconds:.0f} s"
     )
     click.echo(f"kept in {file}" if file else "nothing kept: that takes the whole comparison, without --quick")
@@ -353,18 +273,12 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     beginning of a Megatron pair's two names. OUT is a folder that is not there or empty. llmc and arrow are
     datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
     """
+    from gpt2_data import console
     from gpt2_data.convert import convert as run
 
-    with _progress() as progress:
+    with console.bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
     if as_json:
         click.echo(json.dumps({**vars(result), "out": str(out)}))
         return
-    click.echo(f"{out}: {result.tokens:,} tokens in {result.files:,} files ({result.format}), {_gb(result.bytes)}")
-
-
-def _gb(size: int) -> str:
-    for unit, factor in ("GB", 1e9), ("MB", 1e6), ("kB", 1e3):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
+    click.echo(f"{out}: {result.tokens:,} tokens in {result.files:,} files ({result.format}), {gb(result.bytes)}")

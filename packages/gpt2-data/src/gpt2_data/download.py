@@ -189,18 +189,18 @@ class Downloader:
 
     No more than `ahead` files are finished and not yet released (None: no limit). With `delete`, release deletes.
 
-        with Downloader(listing.files, folder, ahead=2, delete=True) as downloader:
+        with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
             while not downloader.ready(path): ...      # raises what stopped the thread
             ...
             downloader.release(path)
     """
 
     def __init__(
-        self, files: Sequence[HubFile | WebFile], folder: Path, ahead: int | None = None, delete: bool = False
+        self, files: Sequence[tuple[HubFile | WebFile, Path]], ahead: int | None = None, delete: bool = False
     ) -> None:
-        self.files, self.folder, self.ahead, self.delete = list(files), folder, ahead, delete
-        self.paths = [folder / file.path for file in files]
-        self.bytes_total = sum(file.size for file in files)
+        self.files, self.ahead, self.delete = list(files), ahead, delete
+        self.paths = [folder / file.path for file, folder in files]
+        self.bytes_total = sum(file.size for file, _ in files)
         self._finished: set[Path] = set()
         self._released: set[Path] = set()
         self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
@@ -257,12 +257,12 @@ class Downloader:
 
     def _run(self) -> None:
         try:
-            for file in self.files:
+            for file, folder in self.files:
                 with self._changed:
                     self._changed.wait_for(self._room)
                 if self._stop.is_set():
                     return
-                path = fetch(file, self.folder, self._note, self._stop)
+                path = fetch(file, folder, self._note, self._stop)
                 with self._changed:
                     self._complete, self._current = self._complete + file.size, 0
                     self._finished.add(path)

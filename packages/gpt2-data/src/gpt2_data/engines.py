@@ -1,4 +1,7 @@
-"""Where the work units run: here, in processes that may die without taking the build with them."""
+"""Where the tasks of a build run: here, in processes that may die without taking the build with them.
+
+ray_engine.py has the same function for a cluster.
+"""
 
 import multiprocessing
 import os
@@ -7,61 +10,81 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-TRIES = 3  # how often a task may kill its worker before we give up
+LOOKS_EVERY = 0.2
+"""Seconds between looks at whether a task that had to wait is ready."""
 
 
-def run(
-    function: Callable[[T], R],
-    tasks: Sequence[T],
-    workers: int,
-    name: Callable[[T], str],
-    done: Callable[[T, R], None],
-) -> list[R]:
-    """`function` of each task, the results in the order of the tasks; `done` is told of each as it ends.
+@dataclass(frozen=True)
+class Job(Generic[T, R]):
+    """What to run. Its functions are importable by name, since they go to other processes."""
+
+    function: Callable[[T], R]
+    """Done once for each task, or again where its process died: so doing it twice must do no harm."""
+    again: Callable[[T], R]
+    """The same for a task that may have killed its process: it leaves a trace of what it is at."""
+    blame: Callable[[T], str]
+    """Names what a task that killed a process twice was at."""
+    done: Callable[[T, R], None] = lambda task, result: None
+    """Told, here, of each result."""
+    ready: Callable[[T], bool] = lambda task: True
+    """Whether the task can begin; asked again and again, here. What it raises ends the run."""
+
+
+def run(job: Job[T, R], tasks: Sequence[T], workers: int) -> list[R]:
+    """The results in the order of the tasks.
 
     An exception ends the run at once. A worker that dies is noticed: what it may have been at is done again, each
-    task alone in a fresh process, and a task that kills its worker again and again raises OSError with its name.
-    So a task must be one that can be done twice.
+    task alone in a fresh process; one that kills that process too raises OSError with what it was at.
     """
     results: dict[int, R] = {}
 
     def finish(i: int, result: R) -> None:
         results[i] = result
-        done(tasks[i], result)
+        job.done(tasks[i], result)
 
     if workers == 1 or len(tasks) <= 1:
         for i, task in enumerate(tasks):
-            finish(i, function(task))
+            while not job.ready(task):
+                threading.Event().wait(LOOKS_EVERY)
+            finish(i, job.function(task))
         return [results[i] for i in range(len(tasks))]
-    waiting = list(range(len(tasks)))[::-1]
+    waiting = list(range(len(tasks)))
     while waiting:
-        suspects = _run_pool(function, tasks, waiting, min(workers, len(waiting)), finish)
+        suspects = _run_pool(job, tasks, waiting, min(workers, len(waiting)), finish)
         for i in suspects:  # which of them killed the worker is not known
-            finish(i, _run_alone(function, tasks[i], name))
+            finish(i, _run_alone(job, tasks[i]))
     return [results[i] for i in range(len(tasks))]
 
 
+def take_ready(job: Job[T, R], tasks: Sequence[T], waiting: list[int]) -> int | None:
+    """Take the first task that can begin off `waiting`; None if none can.
+
+    Only as far as the first that cannot: tasks are in the order in which what they wait for is fetched.
+    """
+    return waiting.pop(0) if waiting and job.ready(tasks[waiting[0]]) else None
+
+
 def _run_pool(
-    function: Callable[[T], R],
-    tasks: Sequence[T],
-    waiting: list[int],
-    workers: int,
-    finish: Callable[[int, R], None],
+    job: Job[T, R], tasks: Sequence[T], waiting: list[int], workers: int, finish: Callable[[int, R], None]
 ) -> list[int]:
     """Take tasks off `waiting` until it is empty or a worker dies; returns the tasks that were running then."""
     running: dict[Future[R], int] = {}
     pool = _pool(workers)
     try:
         while waiting or running:
-            while waiting and len(running) < workers:  # no more than run, so that few are suspects
-                running[pool.submit(function, tasks[waiting[-1]])] = waiting[-1]
-                waiting.pop()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            # No more than run at a time, so that few are suspects if a worker dies.
+            while len(running) < workers and (i := take_ready(job, tasks, waiting)) is not None:
+                running[pool.submit(job.function, tasks[i])] = i
+            if not running:
+                threading.Event().wait(LOOKS_EVERY)
+            idle = bool(waiting) and len(running) < workers
+            for future in wait(running, LOOKS_EVERY if idle else None, FIRST_COMPLETED).done:
                 result = future.result()
                 finish(running.pop(future), result)
     except BrokenProcessPool:
@@ -74,19 +97,22 @@ def _run_pool(
     return []
 
 
-def _run_alone(function: Callable[[T], R], task: T, name: Callable[[T], str]) -> R:
-    for _ in range(TRIES - 1):
-        with _pool(1) as pool:
-            try:
-                return pool.submit(function, task).result()
-            except BrokenProcessPool:
-                continue
-            except BaseException:
-                _terminate(pool)
-                raise
-    raise OSError(
-        f"{name(task)}: the process at work on it died {TRIES} times, "
-        "as if killed for its memory or crashed: try --workers 1"
+def _run_alone(job: Job[T, R], task: T) -> R:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(job.again, task).result()
+        except BrokenProcessPool:
+            raise OSError(killed_twice(job, task)) from None
+        except BaseException:
+            _terminate(pool)
+            raise
+
+
+def killed_twice(job: Job[T, R], task: T) -> str:
+    """The message for a task that kills whoever works on it."""
+    return (
+        f"{job.blame(task)}: the process at work on it died twice, as if killed for its memory or crashed: "
+        "mend or remove it, or try --workers 1"
     )
 
 

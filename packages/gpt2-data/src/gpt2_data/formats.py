@@ -10,6 +10,7 @@ that starts in the shard the offset of its first token, u64. Arrow shards have t
 import contextlib
 import hashlib
 import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ def atomic(path: Path, temporary_folder: Path) -> Iterator[BinaryIO]:
 
     `temporary_folder` must be on the same file system; leftovers of a killed process in it match *.tmp-*.
     """
-    temporary = temporary_folder / f"{path.name}.tmp-{os.getpid()}"
+    temporary = temporary_folder / f"{path.name}.tmp-{secrets.token_hex(8)}"  # several machines may be at it
     try:
         with temporary.open("wb") as file:
             yield file

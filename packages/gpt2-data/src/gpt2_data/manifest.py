@@ -124,14 +124,16 @@ def load(folder: Path) -> Manifest:
     return manifest
 
 
+def shard_from_json(item: Any) -> Shard:
+    """What dataclasses.asdict made of a Shard. Raises KeyError or TypeError if it is none."""
+    return Shard(**item | {"docs": None if item["docs"] is None else Sidecar(**item["docs"])})
+
+
 def _parse(content: Any) -> Manifest:
     version = content["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this program reads version {FORMAT_VERSION}")
-    shards = tuple(
-        Shard(**item | {"docs": None if item["docs"] is None else Sidecar(**item["docs"])})
-        for item in content["shards"]
-    )
+    shards = tuple(shard_from_json(item) for item in content["shards"])
     manifest = Manifest(content["tokenizer"], content["source"], content["options"], shards)
     files = [name for shard in shards for name in shard.files]
     if len(set(files)) != len(files):

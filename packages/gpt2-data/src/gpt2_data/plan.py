@@ -9,97 +9,42 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gpt2_data import formats, pydocs, sources, tokenizer
+from gpt2_data import pydocs, readers, sources, tokenizer
+from gpt2_data.config import BuildConfig
 from gpt2_data.sources import Unit
 
-PLAN_VERSION = 1
-UNIT_BYTES = 32_000_000  # text in a work unit: about 3 seconds of one core
+if TYPE_CHECKING:
+    from gpt2_data.hub import HubFile, Listing
+
+PLAN_VERSION = 2
+UNIT_BYTES = 32_000_000  # text in a work unit: half a second of one core with gigatoken, three with tiktoken
 PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
-_BYTES_PER_TOKEN = 4.3  # of English web text; for estimates only
-_BYTES_PER_TOKEN_OF_CODE = 2.2  # GPT-2 spends a token on each space of an indent
-_WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
+WORK = ".build"
+"""The folder in a dataset's folder that a build works in; it goes when the dataset is whole."""
 _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
 
 
 @dataclass(frozen=True)
-class BuildConfig:
-    """The options of `gpt2-data build`. Raises ValueError for values that cannot work."""
-
-    sources: tuple[str, ...]
-    """`pydocs`, and files and globs of .parquet, .jsonl[.gz|.zst] and .txt[.gz], in order."""
-    out: Path
-    """The dataset's folder."""
-    shard_size: int = 100_000_000
-    """Tokens a shard; the last of a split is shorter."""
-    val_tokens: int = 100_000_000
-    """The first documents go to the validation split, as many whole ones as reach this many tokens; 0 for none."""
-    format: str = "uint16"
-    """Format of shards: uint16 (llm.c's) or arrow."""
-    workers: int | None = None
-    """Processes; None: one a core that this process may use, fewer for little text. No influence on the result."""
-    tokenizer: str = "auto"
-    """Tokenizer library: auto or tiktoken. No influence on the result."""
-    order: str = "source"
-    """Order of the documents: source, or shuffled by the seed."""
-    seed: int = 0
-    engine: str = "local"
-    limit_docs: int | None = None
-    """Use only the first documents of the source, this many, empty ones counted."""
-
-    def __post_init__(self) -> None:
-        # Scripts hand in lists and strings; what is stored is always the same type.
-        object.__setattr__(self, "sources", tuple(map(str, self.sources)))
-        object.__setattr__(self, "out", Path(self.out))
-        if not self.sources:
-            raise ValueError(f"no source given: known are {sources.KNOWN}")
-        if not 0 < self.shard_size <= formats.MAX_SHARD_TOKENS:
-            raise ValueError(
-                f"shard_size is {self.shard_size:,} tokens, must be 1 to {formats.MAX_SHARD_TOKENS:,}"
-            )
-        if self.val_tokens < 0:
-            raise ValueError(f"val_tokens is {self.val_tokens}, must be 0 or more")
-        for name, least in ("workers", 1), ("limit_docs", 1):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, must be {least} or more")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {' or '.join(known)}")
-
-    def num_workers(self, text_bytes: int) -> int:
-        """Processes to tokenize that much text with."""
-        if self.workers is not None:
-            return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 1 + text_bytes // _WORTH_A_WORKER)
-
-
-_CHOICES = {
-    "format": ("uint16", "arrow"),
-    "tokenizer": ("auto", "tiktoken"),
-    "order": ("source", "shuffled"),
-    "engine": ("local",),
-}
-
-
-@dataclass(frozen=True)
 class Input:
-    """A file (or pydocs) that documents come from."""
+    """A file (or pydocs, or a stream) that documents come from."""
 
     kind: str
     path: str
+    """Where it is, or for what is on the hub will be; for a stream its Listing as JSON."""
+    name: str
+    """Without its folder: a dataset is the same wherever its sources lay."""
     bytes: int
-    mtime_ns: int
-
-    @property
-    def name(self) -> str:
-        """Without its folder: a dataset is the same wherever its sources lay."""
-        return os.path.basename(self.path)
+    mtime_ns: int = 0
+    sha256: str | None = None
+    """If it is known without reading the file."""
+    remote: "HubFile | None" = None
+    row_groups: tuple[tuple[int, int], ...] = ()
+    """Of Parquet: rows, and bytes of text."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +59,45 @@ class Plan:
         """About how much text there is."""
         return sum(unit.text_bytes for unit in self.units)
 
+    @property
+    def remote(self) -> "list[tuple[Input, HubFile]]":
+        """The inputs that have to be fetched."""
+        return [(item, item.remote) for item in self.inputs if item.remote is not None]
+
+    @property
+    def name(self) -> str:
+        """Names the tokenized units while they are made: files are known by their sizes and times."""
+        known = [[item.kind, item.name, item.bytes, item.sha256 or item.mtime_ns] for item in self.inputs]
+        return _hash({"inputs": known} | _spec(self))
+
+    def content_hash(self, hashes: list[str]) -> str:
+        """Names what the units' tokens are: equal exactly if every one of them is. `hashes` are the inputs'."""
+        known = [[item.kind, sha256] for item, sha256 in zip(self.inputs, hashes, strict=True)]
+        return _hash({"inputs": known} | _spec(self))
+
+
+def _spec(plan: Plan) -> dict[str, object]:
+    return {
+        "plan_version": PLAN_VERSION,
+        "tokenizer": tokenizer.identity(),
+        "units": [[unit.kind, len(unit.files), unit.start, unit.stop, unit.limit] for unit in plan.units],
+        "columns": sorted({unit.column for unit in plan.units}),
+    }
+
+
+def _hash(spec: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
 
 def make_plan(config: BuildConfig) -> Plan:
-    """Cut the source into units. Opens every file, reads none to its end but for --limit-docs."""
-    inputs = tuple(_input(kind, path) for kind, path in sources.expand(config.sources))
-    units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs))]
+    """Cut the source into units. Opens every file, reads none to its end but for --limit-docs.
+
+    What is on the hub is asked for once: the answer is kept in the work folder, if there is one, so that a restart
+    goes on with the same commit whatever was pushed since.
+    """
+    inputs = tuple(item for source in config.sources for item in _inputs(config, source))
+    _check_different(inputs)
+    units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
     if config.limit_docs is not None:
         units = list(_limited(units, config.limit_docs))
         used = {path for unit in units for path in unit.files}
@@ -126,75 +105,162 @@ def make_plan(config: BuildConfig) -> Plan:
     return Plan(inputs, tuple(units))
 
 
-def _input(kind: str, path: str) -> Input:
+def _check_different(inputs: tuple[Input, ...]) -> None:
+    seen: set[str] = set()
+    for item in inputs:
+        real = item.path if item.kind == "stream" else os.path.realpath(item.path)
+        if real in seen:
+            raise ValueError(f"{item.name} is named twice: its documents would stand twice in the dataset")
+        seen.add(real)
+
+
+def _inputs(config: BuildConfig, source: str) -> Iterator[Input]:
+    from gpt2_data import hub
+
+    wanted = hub.parse(source)
+    if wanted is not None:
+        yield from _hub_inputs(config, source, wanted)
+        return
+    for kind, path in sources.expand(source):
+        yield local_input(kind, path)
+
+
+def local_input(kind: str, path: str) -> Input:
+    """An input as it is on the disk now."""
     if kind == "pydocs":
-        return Input(kind, path, sum(len(text.encode()) for _, text in pydocs.documents()), 0)
+        size = sum(len(text.encode()) for _, text in pydocs.documents())
+        return Input(kind, path, path, size, sha256=pydocs.sha256())
+    if kind == "tinyshakespeare" and path == kind:
+        from gpt2_data import download
+
+        path = str(download.tinyshakespeare())
     status = os.stat(path)
-    return Input(kind, path, status.st_size, status.st_mtime_ns)
+    return Input(kind, path, os.path.basename(path), status.st_size, status.st_mtime_ns)
 
 
 def check_unchanged(plan: Plan) -> None:
     """Raise ValueError if a file was touched since the plan was made."""
     for item in plan.inputs:
-        if _input(item.kind, item.path) != item:
+        if item.remote is None and item.kind != "stream" and local_input(item.kind, item.path) != item:
             raise ValueError(f"{item.path} was changed during the build: run the same command again")
 
 
-def _cut(inputs: tuple[Input, ...]) -> Iterator[Unit]:
+# --- what is on the hub
+
+
+def _hub_inputs(config: BuildConfig, source: str, wanted: Any) -> Iterator[Input]:
+    from gpt2_data import hub, remote
+
+    listing, row_groups = _pinned(config, source)
+    if listing is None:
+        listing = hub.list_files(wanted)
+        row_groups = [remote.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
+        _pin(config, source, listing, row_groups)
+    if not listing.parquet:
+        text = json.dumps(listing.to_json(), sort_keys=True)
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        yield Input("stream", text, source, listing.size, sha256=sha256)
+        return
+    folder = downloads(config) / listing.commit[:12]
+    for file, groups in zip(listing.files, row_groups, strict=True):
+        rows = tuple((rows, size) for rows, size in groups)
+        name, local = os.path.basename(file.path), str(folder / file.path)
+        yield Input("parquet", local, name, file.size, sha256=file.sha256, remote=file, row_groups=rows)
+
+
+def folder_of(item: Input, remote: "HubFile") -> Path:
+    """The folder that holds the files of a commit, in which the file lies as in its repository."""
+    return Path(item.path.removesuffix(remote.path))
+
+
+def downloads(config: BuildConfig) -> Path:
+    """Where a build puts what it fetches."""
+    return config.downloads if config.downloads is not None else config.out / "downloads"
+
+
+def _pin_file(config: BuildConfig, source: str) -> Path:
+    name = hashlib.sha256(f"{source} {config.column}".encode()).hexdigest()[:16]
+    return config.out / WORK / f"hub-{name}.json"
+
+
+def _pinned(config: BuildConfig, source: str) -> "tuple[Listing | None, list[Any]]":
+    from gpt2_data import hub
+
+    try:
+        kept = json.loads(_pin_file(config, source).read_bytes())
+        return hub.Listing.from_json(kept["listing"]), kept["row_groups"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, []
+
+
+def _pin(config: BuildConfig, source: str, listing: "Listing", row_groups: list[Any]) -> None:
+    from gpt2_data import formats
+
+    path = _pin_file(config, source)
+    if path.parent.exists():  # else this is a dry run
+        with formats.atomic(path, path.parent) as file:
+            file.write(json.dumps({"listing": listing.to_json(), "row_groups": row_groups}).encode())
+
+
+# --- work units
+
+
+def _cut(inputs: tuple[Input, ...], column: str) -> Iterator[Unit]:
     texts: list[Input] = []
     for item in inputs:
-        if texts and (item.kind != "txt" or _text_bytes(texts) >= UNIT_BYTES or len(texts) >= UNIT_FILES):
+        if texts and (item.kind != "txt" or text_bytes(texts) >= UNIT_BYTES or len(texts) >= UNIT_FILES):
             yield _txt_unit(texts)
             texts = []
         if item.kind == "txt":
             texts.append(item)
         elif item.kind == "parquet":
-            yield from _cut_parquet(item.path)
+            rows, sizes = zip(*(item.row_groups or _row_groups(item.path, column)), strict=True) or ((), ())
+            yield from _cut_range(item, sizes, rows, UNIT_BYTES, column)
         elif item.kind == "jsonl":
-            yield from _cut_jsonl(item)
+            yield from _cut_jsonl(item, column)
+        elif item.kind == "pydocs":
+            lengths = [len(text) for _, text in pydocs.documents()]
+            yield from _cut_range(item, lengths, [1] * len(lengths), PYDOCS_UNIT_BYTES, column)
+        elif item.kind == "stream":
+            yield from _cut_stream(item, column)
         else:
-            yield from _cut_pydocs()
+            yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)
     if texts:
         yield _txt_unit(texts)
 
 
 def _txt_unit(texts: list[Input]) -> Unit:
     paths = tuple(item.path for item in texts)
-    return Unit(0, "txt", paths, documents=len(paths), text_bytes=_text_bytes(texts))
+    return Unit(0, "txt", paths, documents=len(paths), text_bytes=text_bytes(texts))
 
 
-def _text_bytes(items: list[Input]) -> int:
-    return sum(item.bytes * (_COMPRESSION if sources.is_compressed(item.path) else 1) for item in items)
+def text_bytes(items: list[Input]) -> int:
+    """About how much text there is in text files."""
+    return sum(item.bytes * (_COMPRESSION if readers.is_compressed(item.path) else 1) for item in items)
 
 
-def _cut_parquet(path: str) -> Iterator[Unit]:
-    with sources.parquet_file(path) as file:
+def _row_groups(path: str, column: str) -> list[tuple[int, int]]:
+    with readers.parquet_file(path, column) as file:
+        number = file.metadata.schema.names.index(column)
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        column = file.metadata.schema.names.index("text")
-        sizes = [group.column(column).total_uncompressed_size for group in groups]
-        rows = [group.num_rows for group in groups]
-    yield from _cut_range("parquet", path, sizes, rows, UNIT_BYTES)
+        return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
 
 
-def _cut_pydocs() -> Iterator[Unit]:
-    sizes = [len(text) for _, text in pydocs.documents()]
-    yield from _cut_range("pydocs", "pydocs", sizes, [1] * len(sizes), PYDOCS_UNIT_BYTES)
-
-
-def _cut_range(kind: str, path: str, sizes: list[int], documents: list[int], unit_bytes: int) -> Iterator[Unit]:
-    """Units of consecutive items, each of as few as reach `unit_bytes`."""
+def _cut_range(item: Input, sizes: Any, documents: Any, unit_bytes: int, column: str) -> Iterator[Unit]:
+    """Units of consecutive row groups or documents, each of as few as reach `unit_bytes`."""
     start = total = 0
     for i, size in enumerate(sizes, 1):
         total += size
         if total >= unit_bytes or i == len(sizes):
-            yield Unit(0, kind, (path,), start, i, documents=sum(documents[start:i]), text_bytes=total)
+            count = sum(documents[start:i])
+            yield Unit(0, item.kind, (item.path,), start, i, None, count, total, column)
             start, total = i, 0
 
 
-def _cut_jsonl(item: Input) -> Iterator[Unit]:
+def _cut_jsonl(item: Input, column: str) -> Iterator[Unit]:
     """Byte ranges that begin at line starts. A compressed file is one unit: it can only be read from its start."""
-    if sources.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
-        yield Unit(0, "jsonl", (item.path,), text_bytes=_text_bytes([item]))
+    if readers.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
+        yield Unit(0, "jsonl", (item.path,), text_bytes=text_bytes([item]), column=column)
         return
     with open(item.path, "rb") as file:
         start = 0
@@ -202,99 +268,42 @@ def _cut_jsonl(item: Input) -> Iterator[Unit]:
             file.seek(min(start + UNIT_BYTES, item.bytes))
             file.readline()
             stop = file.tell()
-            yield Unit(0, "jsonl", (item.path,), start, stop, text_bytes=stop - start)
+            yield Unit(0, "jsonl", (item.path,), start, stop, text_bytes=stop - start, column=column)
             start = stop
+
+
+def _cut_stream(item: Input, column: str) -> Iterator[Unit]:
+    from gpt2_data import hub, streams
+
+    count = streams.num_shards(hub.Listing.from_json(json.loads(item.path)))
+    for i in range(count):
+        yield Unit(0, "stream", (item.path,), i, text_bytes=item.bytes // count, column=column)
 
 
 def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
     """The units that hold the first `limit` documents, the last of them cut short."""
     for unit in units:
-        # Lines are counted only just past the limit.
-        count = sources.count_lines(unit, limit + 1) if unit.documents is None else unit.documents
+        if unit.documents is not None:
+            count = unit.documents
+        else:  # counted only just past the limit
+            count = _count(unit, limit + 1)
         if count > limit:
             share = int(unit.text_bytes * limit / count)
-            files = unit.files[:limit]
-            unit = dataclasses.replace(unit, files=files, limit=limit, documents=limit, text_bytes=share)
+            if unit.kind == "txt":
+                unit = dataclasses.replace(unit, files=unit.files[:limit])
+            else:
+                unit = dataclasses.replace(unit, limit=limit)
+            unit = dataclasses.replace(unit, documents=limit, text_bytes=share)
         yield unit
         limit -= count
         if limit <= 0:
             return
 
 
-def hash_inputs(plan: Plan, workers: int) -> Iterator[str]:
-    """SHA-256 of each input, in order; reads every byte of them."""
-    with ThreadPoolExecutor(workers) as pool:  # hashlib works outside the interpreter's lock
-        yield from pool.map(lambda item: sources.sha256_of(item.kind, item.path), plan.inputs)
-
-
-def plan_hash(plan: Plan, hashes: list[str]) -> str:
-    """Names the tokenized units: equal exactly if every unit's tokens are."""
-    spec = {
-        "plan_version": PLAN_VERSION,
-        "tokenizer": tokenizer.identity(),
-        "inputs": [[item.kind, sha256] for item, sha256 in zip(plan.inputs, hashes, strict=True)],
-        "units": [[unit.kind, len(unit.files), unit.start, unit.stop, unit.limit] for unit in plan.units],
-    }
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a build will amount to."""
-
-    documents: int
-    tokens: int
-    counted: bool
-    """True if the tokens are counted by the sources themselves; else they follow from the size of the text."""
-
-    def shards(self, config: BuildConfig) -> int:
-        """How many shards, validation's and training's."""
-        val = min(self.tokens, config.val_tokens)
-        return -(-val // config.shard_size) + -(-(self.tokens - val) // config.shard_size)
-
-    def dataset_bytes(self) -> int:
-        """Size of the finished dataset."""
-        return self.tokens * formats.TOKEN.itemsize + self.documents * formats.OFFSET.itemsize
-
-    def peak_bytes(self) -> int:
-        """Disk needed while it is built: tokenized units and shards stand side by side, and where documents go."""
-        return 2 * self.dataset_bytes() + 2 * self.documents * formats.OFFSET.itemsize
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Count what can be counted quickly: rows, and the token_count column where a Parquet file has one."""
-    documents, tokens, counted = 0, 0.0, True
-    for item in plan.inputs:
-        units = [unit for unit in plan.units if item.path in unit.files]
-        text_bytes = sum(unit.text_bytes for unit in units)
-        if item.kind == "txt":  # shares its unit with other files
-            count, text_bytes = 1, _text_bytes([item])
-        elif any(unit.documents is None for unit in units):
-            count = round(text_bytes / max(_mean_line(item.path), 1))
-        else:
-            count = sum(unit.documents or 0 for unit in units)
-        column = _token_counts(item.path, count) if item.kind == "parquet" else None
-        per_token = _BYTES_PER_TOKEN_OF_CODE if item.kind == "pydocs" else _BYTES_PER_TOKEN
-        documents += count
-        counted = counted and column is not None
-        tokens += count + (text_bytes / per_token if column is None else column)  # and an EOT each
-    return Estimate(documents, round(tokens), counted)
-
-
-def _mean_line(path: str) -> float:
-    with sources.open_bytes(path) as file:
-        sample = file.read(1_000_000)
-    return len(sample) / max(sample.count(b"\n"), 1)
-
-
-def _token_counts(path: str, rows: int) -> int | None:
-    """FineWeb's column of GPT-2 token counts, summed over the first `rows`."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    with sources.parquet_file(path) as file:
-        schema = file.schema_arrow
-        if "token_count" not in schema.names or not pa.types.is_integer(schema.field("token_count").type):
-            return None
-        column = file.read(["token_count"]).column(0)
-    return int(pc.sum(column.slice(0, rows)).as_py() or 0)
+def _count(unit: Unit, limit: int) -> int:
+    if unit.kind == "jsonl":
+        return readers.count_lines(unit.files[0], unit.start, unit.stop, limit)
+    count = 0
+    for batch in sources.read(dataclasses.replace(unit, limit=limit)):
+        count += batch.documents
+    return count

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gpt2_data import arrow, formats, order
 from gpt2_data.manifest import Shard, Sidecar
 
+DEFAULT_VAL_TOKENS = 100_000_000
 _CHUNK_DOCUMENTS = 1_000_000
 _CHUNK_TOKENS = 4_000_000
 
@@ -34,14 +35,13 @@ class UnitFiles:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stream of all documents in order; the first `val_documents` of them are validation's."""
+    """The stream of all documents in order; the first `val_tokens` of it are validation's."""
 
     units: tuple[UnitFiles, ...]
     positions: Path
     starts: Path
     num_documents: int
     num_tokens: int
-    val_documents: int
     val_tokens: int
     seed: int | None  # of the documents' order; None: the source's
 
@@ -60,15 +60,19 @@ class ShardTask:
     format: str = "uint16"
 
 
-def lay_out(units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int) -> Layout:
-    """Put the documents in order: the source's, or for a seed the one it stands for. Validation takes the first.
+def lay_out(
+    units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int | None, exact: int | None = None
+) -> Layout:
+    """Put the documents in order: the source's, or for a seed the one it stands for.
 
-    Raises ValueError, saying what would do, if that leaves nothing for training.
+    Validation takes the first, as many whole ones as reach `val_tokens`; None: DEFAULT_VAL_TOKENS, or a tenth of
+    all tokens where that is less. `exact`: it takes so many tokens and shares a document with training. Raises
+    ValueError, saying what would do, if that leaves nothing for training.
     """
     source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
     with source.open("wb") as file:
         num_documents = _write_sums(file, (np.fromfile(unit.lengths, formats.OFFSET) for unit in units))
-    if num_documents == 0:
+    if num_documents == sum(unit.num_tokens for unit in units):  # an <|endoftext|> each
         raise ValueError("there is no text in the source")
     begins = _map(source)
     if seed is None:
@@ -81,11 +85,15 @@ def lay_out(units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens
             chunks = (begins[chosen + 1] - begins[chosen] for chosen in _permuted(num_documents, seed))
             _write_sums(file, chunks)
     sums = _map(positions)
-    val_documents = int(np.searchsorted(sums, val_tokens))
-    if val_documents >= num_documents:
-        raise ValueError(_nothing_left(sums, val_tokens))
-    total, val = int(sums[-1]), int(sums[val_documents])
-    return Layout(tuple(units), positions, starts, num_documents, total, val_documents, val, seed)
+    total = int(sums[-1])
+    if exact is not None:
+        val = exact
+    else:
+        val_tokens = min(DEFAULT_VAL_TOKENS, total // 10) if val_tokens is None else val_tokens
+        val = int(sums[min(int(np.searchsorted(sums, val_tokens)), num_documents)])
+    if val >= total:
+        raise ValueError(_nothing_left(sums, exact or val_tokens or 0))
+    return Layout(tuple(units), positions, starts, num_documents, total, val, seed)
 
 
 def _write_sums(file: BinaryIO, chunks: Iterator[NDArray[np.uint64]]) -> int:

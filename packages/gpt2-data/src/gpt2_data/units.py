@@ -3,10 +3,10 @@
 A unit's receipt is written last and is the only sign that it is done. Tokenizing one twice does no harm.
 """
 
-import array
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_data import formats, sources, tokenizer
+from gpt2_data.readers import Batch
 from gpt2_data.sources import Unit
-
-_BATCH_CHARACTERS = 2_000_000
-_BATCH_PARTS = 1024
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a tokenized unit amounts to. `documents` and `documents_replaced` do not count empty ones."""
+    """What a tokenized unit amounts to. `documents_replaced` had bytes that are not UTF-8."""
 
     plan: str
     unit: int
@@ -42,6 +40,12 @@ class UnitTask:
     plan: str
     unit: Unit
     work: Path
+    backend: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.unit.name
 
     @property
     def tokens_file(self) -> Path:
@@ -58,82 +62,140 @@ class UnitTask:
         """Written when both are whole."""
         return self.work / f"unit-{self.unit.index:05d}.json"
 
+    @property
+    def position_file(self) -> Path:
+        """While the unit is done with care: which document is at work."""
+        return self.work / f"unit-{self.unit.index:05d}.at"
 
-def tokenize_unit(task: UnitTask) -> tuple[Receipt, bool]:
-    """Tokenize a unit, unless it has a receipt that fits its files. Returns the receipt, and if it is new."""
-    if (receipt := _valid_receipt(task)) is not None:
+
+def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
+    """Tokenize a unit, unless it has a receipt that fits its files. Returns the receipt, and if it is new.
+
+    `careful`: one document at a time, each noted in the position file before, so that if it kills this process one
+    can say which it was.
+    """
+    if (receipt := valid_receipt(task)) is not None:
         return receipt, False
     digest = hashlib.sha256()
-    lengths = array.array("q")
-    counts = {"documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
+    lengths: list[np.ndarray] = []
+    counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
     with formats.atomic(task.tokens_file, task.work) as file:
-        for parts in _batches(task.unit, counts):
-            tokens = _encode(parts, lengths)
-            file.write(tokens)
-            digest.update(tokens)
+        for batch in _noted(task) if careful else sources.read(task.unit):
+            tokens, batch_lengths = _encode(task, batch, counts["documents"])
+            if batch.continues:  # it has no EOT of its own
+                tokens = tokens[1:]
+                lengths[-1][-1] += len(tokens)
+            else:
+                lengths.append(batch_lengths)
+            data = tokens.astype(formats.TOKEN, copy=False).data
+            file.write(data)
+            digest.update(data)
+            counts["documents"] += batch.documents
+            counts["documents_empty"] += batch.empty
+            counts["documents_replaced"] += len(batch.replaced)
+            counts["text_bytes"] += batch.text_bytes
+    all_lengths = np.concatenate(lengths) if lengths else np.empty(0, formats.OFFSET)
     with formats.atomic(task.lengths_file, task.work) as file:
-        file.write(data := np.array(lengths, formats.OFFSET).tobytes())
+        file.write(data := all_lengths.astype(formats.OFFSET).data)
     receipt = Receipt(
         plan=task.plan,
         unit=task.unit.index,
-        tokens=sum(lengths),
+        tokens=int(all_lengths.sum()),
         tokens_sha256=digest.hexdigest(),
         lengths_sha256=hashlib.sha256(data).hexdigest(),
-        documents=len(lengths),
         **counts,
     )
     with formats.atomic(task.receipt_file, task.work) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
+    task.position_file.unlink(missing_ok=True)
     return receipt, True
 
 
-def _valid_receipt(task: UnitTask) -> Receipt | None:
+def _encode(task: UnitTask, batch: Batch, first: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return tokenizer.encode_texts(batch.texts, task.backend, first)
+    except tokenizer.TokensDiffer as error:
+        where = sources.document_name(task.unit, first + error.index)
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _noted(task: UnitTask) -> Iterator[Batch]:
+    """The unit's documents one by one; their numbers stand in the position file before they are given out."""
+    number = 0
+    with task.position_file.open("wb", buffering=0) as file:
+        for batch in sources.read(task.unit):
+            if batch.continues:
+                yield batch
+                continue
+            for i in range(batch.documents):
+                os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
+                yield batch.row(i)
+                number += 1
+
+
+def document_at_work(task: UnitTask) -> str:
+    """Which document a process that died was at, for a message; the unit's name if nothing is known."""
+    try:
+        number = int(task.position_file.read_bytes())
+    except (OSError, ValueError):
+        return task.name
+    return sources.document_name(task.unit, number)
+
+
+def read_receipt(task: UnitTask) -> Receipt | None:
+    """The receipt of this very unit, if there is one; its files are not looked at."""
     try:
         receipt = Receipt(**json.loads(task.receipt_file.read_bytes()))
-        hashes = [_sha256(task.tokens_file), _sha256(task.lengths_file)]
     except (OSError, ValueError, TypeError):
         return None
-    expected = (task.plan, task.unit.index, [receipt.tokens_sha256, receipt.lengths_sha256])
-    return receipt if (receipt.plan, receipt.unit, hashes) == expected else None
+    return receipt if (receipt.plan, receipt.unit) == (task.plan, task.unit.index) else None
 
 
-def _sha256(path: Path) -> str:
+def valid_receipt(task: UnitTask) -> Receipt | None:
+    """The receipt of this very unit, if its files are whole by their hashes."""
+    receipt = read_receipt(task)
+    try:
+        if receipt is not None and sha256_of(task.tokens_file) == receipt.tokens_sha256:
+            return receipt if sha256_of(task.lengths_file) == receipt.lengths_sha256 else None
+    except OSError:
+        pass
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _batches(unit: Unit, counts: dict[str, int]) -> Iterator[list[tuple[str, bool]]]:
-    """(text, whether it goes on with the document before) in batches small enough to hold; counts as it goes."""
-    batch: list[tuple[str, bool]] = []
-    characters = 0
-    counted = False  # this document's replaced bytes
-    for part in sources.read(unit):
-        if not part.text:
-            counts["documents_empty"] += 1
-            continue
-        counted = counted and part.continues
-        if part.replaced and not counted:
-            counts["documents_replaced"] += 1
-            counted = True
-        counts["text_bytes"] += len(part.text.encode("utf-8", "surrogatepass"))
-        batch.append((part.text, part.continues))
-        characters += len(part.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PARTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class HashTask:
+    """Hash local files of the source; `files` are (kind, path, bytes, mtime_ns)."""
+
+    index: int
+    files: tuple[tuple[str, str, int, int], ...]
+    work: Path
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"hashing {self.files[0][1]}"
+
+    @property
+    def receipt_file(self) -> Path:
+        """Keeps the hashes, so that a restart need not read the files again."""
+        return self.work / f"hashes-{self.index:05d}.json"
 
 
-def _encode(parts: list[tuple[str, bool]], lengths: "array.array[int]") -> bytes:
-    """The parts' tokens as they are stored; appends to `lengths`, or makes its last one longer."""
-    tokens, counts = tokenizer.encode_documents([text for text, _ in parts])
-    if any(continues for _, continues in parts):  # those have no EOT of their own
-        firsts = np.cumsum(counts) - counts
-        tokens = np.delete(tokens, firsts[[continues for _, continues in parts]])
-    for count, (_, continues) in zip(counts.tolist(), parts, strict=True):
-        if continues:
-            lengths[-1] += count - 1
-        else:
-            lengths.append(count)
-    return tokens.astype(formats.TOKEN).tobytes()
+def hash_files(task: HashTask) -> list[str]:
+    """SHA-256 of each file, in order."""
+    try:
+        kept = json.loads(task.receipt_file.read_bytes())
+        if kept["files"] == [list(file) for file in task.files]:
+            return list(kept["sha256"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    hashes = [sources.sha256_of(kind, path) for kind, path, _, _ in task.files]
+    with formats.atomic(task.receipt_file, task.work) as file:
+        file.write(json.dumps({"files": task.files, "sha256": hashes}).encode())
+    return hashes

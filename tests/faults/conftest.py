@@ -1,0 +1,37 @@
+"""A source of more than 50,000 documents, and what a dataset of it must be."""
+
+import fineweb_like
+import pytest
+
+from gpt2_data import BuildConfig, build
+
+FILES = 12
+
+
+@pytest.fixture(scope="session")
+def documents():
+    found = fineweb_like.paragraphs()
+    assert len(found) >= 50_000
+    return found
+
+
+@pytest.fixture(scope="session")
+def corpus(documents, tmp_path_factory):
+    """A folder of Parquet files in FineWeb-Edu's schema."""
+    folder = tmp_path_factory.mktemp("corpus")
+    size = -(-len(documents) // FILES)
+    for i in range(FILES):
+        texts = documents[i * size : (i + 1) * size]
+        fineweb_like.write_fineweb(folder / f"{i:03d}_00000.parquet", texts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(corpus, tmp_path_factory):
+    """name -> SHA-256 of the undisturbed build's files."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    result = build(
+        BuildConfig([corpus / "*.parquet"], out, workers=1, tokenizer="tiktoken", **fineweb_like.OPTIONS)
+    )
+    assert result.documents >= 50_000
+    return fineweb_like.hashes(out)

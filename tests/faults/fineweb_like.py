@@ -1,0 +1,58 @@
+"""Real documents in FineWeb-Edu's schema at size, and a build of them."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpt2_data import get_tokenizer, pydocs
+
+ROWS = 500  # a row group
+
+OPTIONS = {"val_tokens": 100_000, "shard_size": 500_000, "order": "shuffled", "seed": 3}
+
+
+def paragraphs():
+    """Paragraphs and functions of Python's documentation and sources: more than 50,000 documents, some empty."""
+    found = []
+    for _, text in pydocs.documents():
+        found += re.split(r"\n\s*\n|\n(?=\s*(?:def|class|return|if) )", text)
+    return found
+
+
+def write_fineweb(path, texts):
+    """A file of FineWeb-Edu's columns; token_count is right."""
+    encode = get_tokenizer().encode_ordinary
+    count = len(texts)
+    table = {
+        "text": texts,
+        "id": [f"<urn:uuid:{hashlib.md5(text.encode()).hexdigest()}>" for text in texts],
+        "dump": ["CC-MAIN-2024-10"] * count,
+        "url": ["https://docs.python.org"] * count,
+        "file_path": ["s3://x"] * count,
+        "language": ["en"] * count,
+        "language_score": [0.9] * count,
+        "token_count": pa.array([len(encode(text)) for text in texts], pa.int64()),
+        "score": [3.0] * count,
+        "int_score": pa.array([3] * count, pa.int64()),
+    }
+    pq.write_table(pa.table(table), path, row_group_size=ROWS)
+
+
+def hashes(folder: Path):
+    """name -> SHA-256 of all of a dataset's files but the history of who built it."""
+    assert not (folder / ".build").exists()
+    names = {path.name for path in folder.iterdir()} - {"build.jsonl", "downloads"}
+    listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
+    assert len(names) == 1 + 2 * len(listed)
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def arguments(corpus, out, *more):
+    """The command line of that build."""
+    options = {key.replace("_", "-"): value for key, value in OPTIONS.items()}
+    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return ["build", f"{corpus}/*.parquet", "--out", str(out), *flags, *more]

@@ -1,0 +1,118 @@
+"""A disk that fills up or cannot be written, a folder that another build works in."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fineweb_like import arguments, hashes
+
+# In a mount namespace of its own: a small disk, filled by somebody else in the middle of the build; then room is
+# made; then it is mounted for reading only.
+SCRIPT = """
+import json, os, pathlib, subprocess, sys, time
+disk, saved = map(pathlib.Path, sys.argv[1:3])
+command = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
+build = command + sys.argv[3:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], check=True)
+told = {}
+
+def run(name, arguments, meanwhile=lambda: None):
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    meanwhile()
+    out, err = process.communicate(timeout=120)
+    told[name] = [process.returncode, out, err]
+
+def fill():
+    while not (disk / "out" / ".build" / "unit-00003.json").exists():
+        time.sleep(0.005)
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+run("full", build, fill)
+told["left"] = sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
+run("still full", build)
+(disk / "filler").unlink()
+run("room", build)
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+run("verify", command + ["verify", str(disk / "out"), "--level", "full"])
+run("read-only", [text.replace(str(disk / "out"), str(disk / "other")) for text in build])
+subprocess.run(["cp", "-r", disk / "out", saved], check=True)
+print(json.dumps(told))
+"""
+
+
+def own_mounts():
+    """Whether this user may mount a disk of its own."""
+    return (
+        shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not own_mounts(), reason="no mount namespace for this user, so no small disk to fill")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_disk_that_fills_up(corpus, expected, tmp_path, workers):
+    disk, saved = tmp_path / "disk", tmp_path / "saved"
+    disk.mkdir()
+    command = [sys.executable, "-c", SCRIPT, str(disk), str(saved)]
+    options = ["--workers", workers, "--tokenizer", "tiktoken"]
+    done = subprocess.run(
+        ["unshare", "-rm", *command, *arguments(corpus, disk / "out", *options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    code, _, error = told["full"]
+    assert code == 1
+    assert error.startswith(f"Error: {disk}/out/")
+    assert error.endswith("No space left on device: make room and run the same command again\n")
+    assert error.count("\n") == 1
+    assert not [
+        name for name in told["left"] if ".tmp-" in name or name.endswith((".bin", ".docs", "dataset.json"))
+    ]
+    assert [name for name in told["left"] if name.endswith("unit-00003.json")]
+    code, _, error = told["still full"]
+    assert code == 1
+    assert error.count("\n") == 1
+    assert "make room" in error
+    assert told["room"][0] == 0, told["room"]
+    assert hashes(saved) == expected
+    assert told["verify"] == [
+        0,
+        f"{disk}/out: {len(expected) - 1} files, {size_of(saved)}: nothing wrong (full)\n",
+        "",
+    ]
+    code, _, error = told["read-only"]
+    assert (code, error) == (1, f"Error: {disk}/other: Read-only file system\n")
+
+
+def size_of(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".docs"))
+    return f"{size / 1e6:.1f} MB"
+
+
+def test_two_builds_in_one_folder(corpus, tmp_path):
+    """The second is refused by name; after the first is killed the folder is free."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from gpt2_data.cli import main; main()", *arguments(corpus, out)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (out / ".build" / "unit-00000.json").exists():
+        assert first.poll() is None
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    first.kill()
+    first.wait()
+    assert second.returncode == 1
+    start = f"Error: another build is at work in {out} (process {first.pid} on "
+    assert second.stderr.startswith(start)
+    assert second.stderr.endswith("): wait for it or choose another --out\n")
+    third = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert third.returncode == 0, third.stderr

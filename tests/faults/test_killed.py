@@ -1,0 +1,284 @@
+"""Builds that are killed with SIGKILL, anywhere, any number of times, end with the same bytes."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fineweb_like import OPTIONS, arguments, hashes
+
+from gpt2_data import BuildConfig, build, engines, formats, plan, units
+
+CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
+
+# Builds in a forked process each, since starting Python takes longer than most of what is to be interrupted.
+SOAK = """
+import json, os, random, signal, sys, time
+from gpt2_data import BuildConfig, build, tokenizer
+from gpt2_data import dataset, history, shards, workfolder
+
+sources, out, options, kills = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+config = BuildConfig([sources], out, workers=1, tokenizer="tiktoken", **options)
+tokenizer.get_tokenizer()
+rng = random.Random(11)
+killed = finished = 0
+while killed < kills:
+    child = os.fork()
+    if child == 0:
+        try:
+            build(config)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+    # Most builds go on where one was; about one in twenty ends, and the next begins anew.
+    end = time.monotonic() + rng.uniform(0, 0.35)
+    while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    try:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        status = 0
+    if os.WIFSIGNALED(status):
+        killed += 1
+    elif os.waitstatus_to_exitcode(status):
+        sys.exit("a build failed")
+    else:
+        finished += 1
+        os.rename(out, f"{out}-{finished}")
+print(json.dumps({"killed": killed, "finished": finished}))
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_instants(corpus, expected, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SOAK, f"{corpus}/*.parquet", str(out), json.dumps(OPTIONS), "100"]
+    soak = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert soak.returncode == 0, soak.stdout + soak.stderr
+    counts = json.loads(soak.stdout.splitlines()[-1])
+    assert counts["killed"] == 100
+    build(BuildConfig([corpus / "*.parquet"], out, workers=1, **OPTIONS))
+    for folder in [out, *(tmp_path / f"out-{i + 1}" for i in range(counts["finished"]))]:
+        assert hashes(folder) == expected
+
+
+def test_the_command_and_all_its_workers_killed(corpus, expected, tmp_path):
+    rng = random.Random(2)
+    out = tmp_path / "out"
+    for _ in range(4):
+        process = subprocess.Popen([*CLI, *arguments(corpus, out, "--workers", "2")], stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1, 4))
+        workers = children(process.pid)
+        process.kill()
+        process.wait()
+        wait_until(lambda pids=workers: not any(is_running(pid) for pid in pids))  # they do not stay behind
+    done = subprocess.run([*CLI, *arguments(corpus, out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hashes(out) == expected
+
+
+def test_workers_killed_at_random_instants(corpus, expected, tmp_path):
+    """Not so often that one unit is hit twice: that is taken for the unit's fault."""
+    rng = random.Random(4)
+    out = tmp_path / "out"
+    command = [*CLI, *arguments(corpus, out, "--workers", "2", "--tokenizer", "tiktoken")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = 0
+    wait_until(lambda: len(children(process.pid)) == 2 or process.poll() is not None)
+    time.sleep(rng.uniform(0.5, 1.5))
+    for pid in children(process.pid)[:2]:
+        os.kill(pid, signal.SIGKILL)
+        killed += 1
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert killed == 2
+    assert hashes(out) == expected
+
+
+def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, monkeypatch):
+    """A worker that meets a certain document dies, as a bug in a library or a lack of memory would make it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from gpt2_data import tokenizer\n"
+        "real = tokenizer.encode_texts\n"
+        "def encode_texts(texts, backend, first=0):\n"
+        "    if any('Two of the most useful' in text for text in texts.to_pylist()):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(texts, backend, first)\n"
+        "tokenizer.encode_texts = encode_texts\n"
+    )
+    bad = tmp_path / "bad.jsonl"
+    lines = [f"document {i}" for i in range(300)]
+    lines[217] = "Two of the most useful things"
+    bad.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    command = ["build", str(bad), f"{corpus}/000*.parquet", "--out", str(tmp_path / "out"), "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*CLI, *command], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert re.search(
+        rf"unit 0 \({bad}\): document 217 of it, counted from 0: the process at work on it died twice", done.stderr
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def job(function, again=None, **more):
+    return engines.Job(function, again or function, lambda task: "unit 7", **more)
+
+
+def test_a_task_may_kill_its_worker_once_but_not_twice(tmp_path):
+    once = f"test -e {tmp_path}/flag || {{ touch {tmp_path}/flag; kill -9 $PPID; }}"
+    assert engines.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
+    started = tmp_path / "started"
+    with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
+        engines.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
+    assert len(started.read_text().splitlines()) == 2
+
+
+def test_tasks_wait_until_they_are_ready(tmp_path):
+    flag = tmp_path / "flag"
+    order = []
+
+    def ready(task):
+        return task == "touch" or flag.exists()
+
+    tasks = ["touch", f"test -e {flag}"]
+    for workers in 1, 2:
+        flag.unlink(missing_ok=True)
+        tasks[0] = f"sleep 0.3; touch {flag}"
+        run_job = job(
+            os.system,
+            done=lambda task, result: order.append(task),
+            ready=lambda task: task == tasks[0] or flag.exists(),
+        )
+        assert engines.run(run_job, tasks, workers) == [0, 0]
+        assert order[-2:] == tasks
+
+
+class Stopped(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_stopped_before_and_after_every_file(corpus, tmp_path, monkeypatch):
+    """Every file is published by one rename and one fsync of its folder; stop at each of them in turn."""
+    out = tmp_path / "out"
+    config = BuildConfig([corpus / "00[0-2]*.parquet"], out, 500_000, 10_000, workers=1, order="shuffled")
+    build(dataclasses.replace(config, out=tmp_path / "expected"))
+    real_sync, real_replace = formats.fsync_folder, Path.replace
+    step = stops = 0
+    while True:
+        left = step = step + 1
+
+        def stop():
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Stopped
+
+        def replace(path, target):
+            stop()
+            return real_replace(path, target)
+
+        def sync(folder):
+            stop()
+            real_sync(folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            patch.setattr(formats, "fsync_folder", sync)
+            try:
+                build(config)
+                break
+            except Stopped:
+                stops += 1
+                finished = (out / "dataset.json").exists()
+        if finished:  # stopped after the last rename: nothing is left to do but to say so
+            assert build(config).already_built
+            break
+    assert stops > 10
+    assert hashes(out) == hashes(tmp_path / "expected")
+
+
+def test_units_of_another_plan_are_not_used(corpus, tmp_path, monkeypatch):
+    sources, out = [corpus / "00[01]*.parquet"], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "PLAN_VERSION", 0)
+        interrupt(BuildConfig(sources, out, workers=1))
+    for receipt in (out / ".build").glob("unit-*.json"):
+        receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"tokens": 5}))
+    result = build(BuildConfig(sources, out, workers=1))
+    assert result.text_mb_per_second > 0
+    build(BuildConfig(sources, tmp_path / "expected", workers=1))
+    assert hashes(out) == hashes(tmp_path / "expected")
+
+
+def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp_path, monkeypatch):
+    sources, out = [corpus / "00[0-2]*.parquet"], tmp_path / "out"
+    config = BuildConfig(sources, out, 200_000, 10_000, workers=1)
+    interrupt(config, "writing", shards=3)
+    for path in out / ".build" / "unit-00001.u16", out / "train_000001.bin":
+        data = bytearray(path.read_bytes())
+        data[5000] ^= 1
+        path.write_bytes(data)
+    (out / "train_000099.bin").write_bytes(b"of an interrupted build with smaller shards")
+    made, real = [], units._encode
+    monkeypatch.setattr(
+        units, "_encode", lambda task, batch, first: made.append(task.unit.index) or real(task, batch, first)
+    )
+    before = (out / "train_000002.bin").stat().st_ino
+    build(config)
+    assert set(made) == {1}
+    assert (out / "train_000002.bin").stat().st_ino == before
+    build(dataclasses.replace(config, out=tmp_path / "expected"))
+    assert hashes(out) == hashes(tmp_path / "expected")
+
+
+def interrupt(config, phase="tokenizing", shards=0):
+    """Build, and stop in the phase once something is done in it."""
+
+    def stop(status):
+        if (
+            status.phase == phase
+            and status.done == (status.total if not shards else status.done)
+            and status.shards >= shards
+        ):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        build(config, stop)
+
+
+def children(pid):
+    """The worker processes of a build."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # it ended
+    return found
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
