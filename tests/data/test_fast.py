@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib.metadata
 import json
 import multiprocessing
+import pickle
 import random
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_the_sampled_check_finds_a_planted_difference(monkeypatch):
         with pytest.raises(ValueError, match="--tokenizer tiktoken") as error:
             tokenizer.encode_texts(pa.array(texts), "gigatoken", first=first)
         assert error.value.index == 10 - first % 10
+        assert pickle.loads(pickle.dumps(error.value)).index == error.value.index  # as from a worker
     tokenizer.encode_texts(pa.array(texts), "gigatoken", first=5)  # its sample is fine
 
 
