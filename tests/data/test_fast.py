@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib.metadata
 import json
 import multiprocessing
+import pickle
 import random
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_the_sampled_check_finds_a_planted_difference(monkeypatch):
         with pytest.raises(ValueError, match="--tokenizer tiktoken") as error:
             tokenizer.encode_texts(pa.array(texts), "gigatoken", first=first)
         assert error.value.index == 10 - first % 10
+        assert pickle.loads(pickle.dumps(error.value)).index == error.value.index  # as from a worker
     tokenizer.encode_texts(pa.array(texts), "gigatoken", first=5)  # its sample is fine
 
 
@@ -130,17 +132,17 @@ def random_words(seed, size=1_000_000):
 
 @pytest.mark.skipif(fast._memory() is None, reason="only Linux says how much memory a process has")
 def test_memory_is_bounded():
-    """25 MB of words that were never seen make a cache without bound grow by 150 MB."""
-    bound = 25_000_000
+    """30 MB of words that were never seen make a cache without bound grow by 350 MB."""
+    bound = 40_000_000
     encoder = fast.Encoder(tokenizer.token_ranks(), max_growth=bound)
     encoder.encode(*random_words(0))
     before = fast._memory()
     most = 0
-    for seed in range(1, 25):
+    for seed in range(1, 30):
         encoder.encode(*random_words(seed))
         most = max(most, fast._memory() - before)
-    assert 3 <= encoder.renewals <= 10
-    assert most < bound + 40_000_000  # a text more, and what the allocator keeps
+    assert 2 <= encoder.renewals <= 20
+    assert most < 3 * bound  # its table doubles at times, and the allocator keeps some
 
 
 def test_without_proc_the_cache_is_bounded_by_text(monkeypatch):

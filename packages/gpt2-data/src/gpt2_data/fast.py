@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from gpt2_data import formats
 
-MAX_GROWTH = 400_000_000
-"""Bytes by which the process may grow before gigatoken's cache is dropped. The cache remembers every word that it
-has seen: text of nothing but new words makes it grow by 7 bytes a byte. Making it anew costs about 0.2 s."""
+MAX_GROWTH = 250_000_000
+"""Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.
+
+The cache remembers every word: 7 bytes for a byte of text that it has not seen. Its table doubles at times, so the
+process grows by up to twice this. Books make it grow by 100 MB in all, random letters reach the bound in 35 MB."""
 
 MAX_TEXT = 64_000_000
 """Bytes of text before the cache is dropped where a process cannot tell its memory: 450 MB of new words."""
@@ -151,7 +153,8 @@ class Encoder:
     def __init__(self, ranks: Mapping[bytes, int], max_growth: int = MAX_GROWTH, max_text: int = MAX_TEXT) -> None:
         self.renewals = -1
         self._tokenizer: Any = None
-        self._memory = self._text = 0  # at the last renewal; encoded since
+        self._base: int | None = None  # memory from which growth counts
+        self._text = 0  # bytes encoded since the last renewal
         self._max_growth, self._max_text = max_growth, max_text
         self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
         self._renew()
@@ -177,8 +180,8 @@ class Encoder:
         memory = _memory()
         if memory is None:
             return self._text >= self._max_text
-        self._memory = min(self._memory, memory)  # what the caller gives back must not count as room
-        return memory - self._memory > self._max_growth
+        self._base = min(self._base or memory, memory)  # what the caller gives back must not count as room
+        return memory - self._base > self._max_growth
 
     def _renew(self) -> None:
         import gigatoken
@@ -189,7 +192,9 @@ class Encoder:
             file.write_bytes(self._ranks)
             # Special tokens are left out: the literal "<|endoftext|>" is text.
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file, "gpt2", {})
-        self._memory = _memory() or 0
+        if (memory := _memory()) is not None:
+            # The allocator keeps some, and the caller may hold more by now: half the bound is for the new cache.
+            self._base = max(self._base or memory, memory - self._max_growth // 2)
         self._text = 0
         self.renewals += 1
 
