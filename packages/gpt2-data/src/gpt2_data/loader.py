@@ -21,9 +21,8 @@ from gpt2_data.prefetch import Allocate, Pair, Prefetch
 STATE_VERSION = 2  # 1 left out the tail of a split
 Order = Literal["shuffled", "sequential", "build-nanogpt"]
 Datasets = str | Path | Mapping[str, float] | Mapping[Path, float]
-_PLANNED = (
-    4096  # samples whose places are computed at once: alone, a batch of 64 takes longer to compute than to read
-)
+# Global samples whose places are computed at once: for 64 alone that takes longer than to read them.
+_PLANNED = 16384
 
 
 class TokenLoader:
