@@ -77,6 +77,7 @@ def convert(
     with _work_folder(work, 2 * total + 28 * documents + 1_000_000):  # Megatron's: 20 in the .idx, 8 meanwhile
         job = _Job(opened, work, to, lambda done: progress("writing", done, total))
         {"npy": _to_npy, "nanogpt": _to_nanogpt, "megatron": _to_megatron}.get(to, _to_ours)(job)
+        job.check_unchanged()
         files = list(work.glob("[!.]*"))
         size = sum(path.stat().st_size for path in files)
         work.rename(target)  # takes the place of an empty folder
@@ -97,8 +98,9 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another conversion is at work in {work}") from None
         try:
-            for left in work.glob("[!.]*"):  # by one that was killed
-                left.unlink()
+            for left in work.iterdir():  # by one that was killed
+                if left.name != ".lock":
+                    left.unlink()
             free = shutil.disk_usage(work).free
             if needed > free:
                 raise OSError(f"{work.parent}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
@@ -220,7 +222,6 @@ def _to_ours(job: _Job) -> None:
             else:
                 shard = shards.write_uint16(path, job.work, split, piece.tokens, chunks, starts)
             written.append(shard)
-    job.check_unchanged()
     source: dict[str, Any]
     if isinstance(job.made, manifest.Manifest):
         source, options = job.made.source, job.made.options | {"format": form}
