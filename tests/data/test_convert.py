@@ -228,14 +228,16 @@ def test_an_id_outside_the_vocabulary_is_not_converted(tmp_path):
         convert(tmp_path / "nano", tmp_path / "out", "npy")
 
 
-def test_a_source_that_changes_meanwhile(built, tmp_path):
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_source_that_changes_meanwhile(built, tmp_path, to):
     source = Path(shutil.copytree(built / "from-uint16-npy", tmp_path / "source"))
 
     def change(what, done, total):
-        (source / "val_000000.npy").write_bytes((built / "from-uint16-npy" / "val_000001.npy").read_bytes())
+        data = (built / "from-uint16-npy" / "val_000000.npy").read_bytes()
+        (source / "val_000000.npy").write_bytes(data[:-2] + b"\x07\x00")
 
     with pytest.raises(ValueError, match="was changed while it was read"):
-        convert(source, tmp_path / "out", "arrow", change)
+        convert(source, tmp_path / "out", to, change)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -278,8 +280,10 @@ def test_killed_it_leaves_no_dataset_and_can_be_run_again(built, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.converting"]
+    (tmp_path / "out.converting" / ".begins").touch()
     convert(built / "uint16", tmp_path / "out", "nanogpt")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.bin", "val.bin"]
     assert stream(tmp_path / "out", "train") == stream(built / "uint16", "train")
 
 

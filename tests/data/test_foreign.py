@@ -232,6 +232,7 @@ def test_links_are_followed(folder, tmp_path):
         ({"a_train_1.npy": npy([1]), "a_train_01.npy": npy([1])}, "does not follow"),
         ({"a_train_1.bin": u16([1])}, "not their header"),
         ({"a_train_1.bin": llmc([1, 0], magic=20240801, version=7)}, "not their header"),
+        ({"x_test.bin": u16([1]), "x_test.idx": idx([1])}, "holds test data only: x_test.bin"),
         ({"train.bin": b""}, "0 bytes are not a file of uint16 tokens"),
         ({"train.bin": b"abc"}, "3 bytes are not a file of uint16 tokens"),
     ],

@@ -71,19 +71,23 @@ def convert(
         raise ValueError(f"{opened.path} holds no tokens")
     target = out.resolve()  # not a link, which cannot be renamed over
     work = target.with_name(target.name + ".converting")
-    with _work_folder(work, total):
+    documents = total // 50  # a guess: others' are not counted before they are read
+    if isinstance(opened.manifest, manifest.Manifest):
+        documents = sum(opened.num_documents(split) for split in manifest.SPLITS)
+    with _work_folder(work, 2 * total + 28 * documents + 1_000_000):  # Megatron's: 20 in the .idx, 8 meanwhile
         job = _Job(opened, work, to, lambda done: progress("writing", done, total))
         {"npy": _to_npy, "nanogpt": _to_nanogpt, "megatron": _to_megatron}.get(to, _to_ours)(job)
+        job.check_unchanged()
         files = list(work.glob("[!.]*"))
         size = sum(path.stat().st_size for path in files)
-        (work / ".lock").unlink()
         work.rename(target)  # takes the place of an empty folder
+        (target / ".lock").unlink()
     formats.fsync_folder(target.parent)
     return ConvertResult(out, to, total, len(files), size)
 
 
 @contextlib.contextmanager
-def _work_folder(work: Path, num_tokens: int) -> Iterator[None]:
+def _work_folder(work: Path, needed: int) -> Iterator[None]:
     """A fresh folder of ours alone, gone if what is done in it fails."""
     if work.is_dir() and any(work.iterdir()) and not (work / ".lock").exists():
         raise ValueError(f"{work} was not made by gpt2-data: choose another OUT")
@@ -94,9 +98,10 @@ def _work_folder(work: Path, num_tokens: int) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another conversion is at work in {work}") from None
         try:
-            for left in work.glob("[!.]*"):  # by one that was killed
-                left.unlink()
-            needed, free = int(num_tokens * 2.1), shutil.disk_usage(work).free
+            for left in work.iterdir():  # by one that was killed
+                if left.name != ".lock":
+                    left.unlink()
+            free = shutil.disk_usage(work).free
             if needed > free:
                 raise OSError(f"{work.parent}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
             yield
@@ -217,7 +222,6 @@ def _to_ours(job: _Job) -> None:
             else:
                 shard = shards.write_uint16(path, job.work, split, piece.tokens, chunks, starts)
             written.append(shard)
-    job.check_unchanged()
     source: dict[str, Any]
     if isinstance(job.made, manifest.Manifest):
         source, options = job.made.source, job.made.options | {"format": form}

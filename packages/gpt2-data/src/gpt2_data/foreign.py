@@ -229,6 +229,8 @@ def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
         split = "val" if words & {"val", "valid", "validation"} else "test" if "test" in words else "train"
         found[split].append(pair)
     chosen = [(split, pair) for split in SPLITS for pair in found[split]]
+    if not chosen:
+        raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
     files = tuple((split, check_megatron(*pair)) for split, pair in chosen)
     return ForeignManifest("megatron", files, tuple(index for _, (_, index) in chosen))
 
