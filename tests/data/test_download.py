@@ -206,8 +206,10 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
                 server.pages["page"] = CONTENT
             return super().__getattribute__(name)
 
-    server.faults = [Refuse(store=False, path="page", status=503), Change(store=False, path="page", at=100_000)]
+    # The first request only asks where the file is.
+    server.faults = [Drop(store=False, path="page", at=1), Change(store=False, path="page", at=100_000)]
     assert fetch(small, tmp_path).read_bytes() == CONTENT
+    assert [request.range for request in server.asked("page")] == ["bytes=0-0", None, "bytes=100000-", None]
 
 
 def test_a_server_without_ranges_starts_over(server, file, tmp_path):
