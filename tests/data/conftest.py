@@ -5,8 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer, use
 
-from gpt2_data import BuildConfig, build
+from gpt2_data import BuildConfig, build, web
 
 
 @pytest.fixture
@@ -68,3 +69,12 @@ def files_of():
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "build.jsonl"}
 
     return files_of
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A hub that this process talks to, with short waits between tries."""
+    with HubServer() as server:
+        use(server, monkeypatch)
+        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+        yield server

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import FIRST, Drop, HubServer, NoRanges, Refuse, Short, Spoil, Stall, use
+from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
 from huggingface_hub import constants
 
 from gpt2_data import download, web
-from gpt2_data.download import Downloader, fetch, tinyshakespeare
+from gpt2_data.download import Downloader, fetch
 from gpt2_data.hub import HubFile, HubSource, list_files
 from gpt2_data.web import WebFile
 
@@ -25,14 +25,6 @@ SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 OTHER = random.Random(1).randbytes(SIZE)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with HubServer() as server:
-        use(server, monkeypatch)
-        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
-        yield server
 
 
 @pytest.fixture
@@ -206,8 +198,10 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
                 server.pages["page"] = CONTENT
             return super().__getattribute__(name)
 
-    server.faults = [Refuse(store=False, path="page", status=503), Change(store=False, path="page", at=100_000)]
+    # The first request only asks where the file is.
+    server.faults = [Drop(store=False, path="page", at=1), Change(store=False, path="page", at=100_000)]
     assert fetch(small, tmp_path).read_bytes() == CONTENT
+    assert [request.range for request in server.asked("page")] == ["bytes=0-0", None, "bytes=100000-", None]
 
 
 def test_a_server_without_ranges_starts_over(server, file, tmp_path):
@@ -312,9 +306,6 @@ def test_offline(server, file, tmp_path, monkeypatch):
         fetch(file, tmp_path / "empty")
 
 
-# --- one after the other, in the background
-
-
 @pytest.fixture
 def files(server, tmp_path):
     server.add("c/d", {f"{i}.parquet": bytes([i]) * 100_000 for i in range(5)})
@@ -345,7 +336,6 @@ def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
         downloader.release(downloader.paths[0])
         assert downloader.bytes_done == downloader.bytes_total
     assert len(server.asked("cdn")) == 4
-    assert all(path.exists() for path in downloader.paths)
 
 
 def test_its_error_comes_to_the_caller(server, files, tmp_path):
@@ -400,58 +390,6 @@ def test_closing_in_the_middle(server, file, tmp_path):
     assert not downloader._thread.is_alive()
     assert fetch(file, tmp_path).read_bytes() == CONTENT
     assert server.sent("big.parquet") == SIZE - kept
-
-
-# --- TinyShakespeare
-
-
-@pytest.fixture
-def shakespeare(server, tmp_path, monkeypatch):
-    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
-    server.pages["input.txt"] = text
-    meant = WebFile(f"{server.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(download, "TINYSHAKESPEARE", meant)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return text
-
-
-def test_tinyshakespeare_is_fetched_once(server, shakespeare, tmp_path, monkeypatch):
-    assert download.TINYSHAKESPEARE.path.endswith(".txt")
-    path = tinyshakespeare()
-    assert path == tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
-    assert path.read_bytes() == shakespeare
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    server.requests.clear()
-    assert tinyshakespeare() == path
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    found = path.stat()
-    path.write_bytes(bytes(len(shakespeare)))
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # its receipt would not tell
-    assert server.requests == []
-    assert tinyshakespeare().read_bytes() == shakespeare
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tinyshakespeare() == tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
-
-
-def test_tinyshakespeare_put_there_by_hand(server, shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
-    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
-        tinyshakespeare()
-    path.write_bytes(shakespeare)
-    assert tinyshakespeare() == path
-    assert server.requests == []
-
-
-def test_which_file_tinyshakespeare_is():
-    """As nanoGPT and llm.c fetch it."""
-    file = download.TINYSHAKESPEARE
-    assert file.url == (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    )
-    assert file.size == 1_115_394
-    assert file.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def test_a_stop_before_the_first_byte(server, file, tmp_path):

@@ -9,7 +9,7 @@ import sys
 
 import pyarrow as pa
 import pytest
-from hub_server import SECOND, Drop, HubServer, Refuse, use
+from hub_server import SECOND, Drop, Refuse
 
 from gpt2_data import streams
 from gpt2_data.hub import HubFile, HubSource, Listing, list_files
@@ -18,12 +18,6 @@ TEXTS = [
     [f"document {i} of {shard}, naïve 日本語" if i % 5 else (None if i % 2 else "") for i in range(700)]
     for shard in range(3)
 ]
-
-
-@pytest.fixture
-def server():
-    with HubServer() as server:
-        yield server
 
 
 def jsonl(texts, **row):
@@ -88,8 +82,7 @@ def test_every_kind_of_file(server, tmp_path):
     assert result(started(server, tmp_path, ALL, *expected)) == list(expected.values())
 
 
-def test_a_shard_is_the_same_in_another_process_and_after_main_moved(server, tmp_path, monkeypatch):
-    use(server, monkeypatch)
+def test_a_shard_is_the_same_in_another_process_and_after_main_moved(server, tmp_path):
     server.add("a/lines", {f"{i}.jsonl": jsonl(texts) for i, texts in enumerate(TEXTS)})
     listing = list_files(HubSource("a/lines"))
     server.add("a/lines", {f"{i}.jsonl": jsonl(["other"]) for i in range(2)}, SECOND)
