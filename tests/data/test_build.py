@@ -11,7 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt2_data import BuildConfig, build, estimate, get_tokenizer, open_dataset, plan, readers, verify
+from gpt2_data import (
+    BuildConfig,
+    build,
+    estimate,
+    fast,
+    get_tokenizer,
+    open_dataset,
+    plan,
+    readers,
+    tokenizer,
+    verify,
+)
 from gpt2_data.order import permute
 
 
@@ -264,3 +275,67 @@ def test_many_random_layouts(make, tmp_path):
         folder = make(documents, val_tokens=val, shard_size=size, order=order)
         for split, tokens in expected_splits(documents, val, 0 if order == "shuffled" else None).items():
             assert stored(folder, split)[0] == tokens
+
+
+def build_nanogpt_shards(documents, shard_size):
+    """The shards that build-nanogpt's fineweb.py would write, in its own steps: the first is validation.
+
+    It ends with an error where a document is longer than a shard.
+    """
+    encode = get_tokenizer().encode_ordinary
+    shards, buffer = [], []
+    for document in documents:
+        tokens = [50256, *encode(document)]
+        if len(buffer) + len(tokens) < shard_size:
+            buffer += tokens
+        else:
+            remainder = shard_size - len(buffer)
+            shards.append(buffer + tokens[:remainder])
+            buffer = tokens[remainder:]
+    return [*shards, buffer] if buffer else shards
+
+
+@pytest.mark.parametrize("shard_size", [1500, 2222, 5000])
+def test_compat_gives_build_nanogpt_s_split_and_cut(make, texts, shard_size):
+    folder = make(texts, shard_size=shard_size, compat="build-nanogpt", val_tokens=None)
+    wanted = build_nanogpt_shards(texts, shard_size)
+    listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
+    assert [shard["split"] for shard in listed] == ["val"] + ["train"] * (len(wanted) - 1)
+    for shard, tokens in zip(listed, wanted, strict=True):
+        data = (folder / shard["file"]).read_bytes()
+        assert list(struct.unpack(f"<{len(tokens)}H", data[1024:])) == tokens
+    assert verify(folder, "full").ok
+
+
+def test_compat_at_its_edges(make):
+    """A document that fills a shard to the token ends it; nothing follows."""
+    hello = "Hello world"  # three tokens with its EOT
+    for documents, size in ([hello] * 4, 6), ([hello] * 2, 3), ([hello] * 5, 4):
+        folder = make(documents, shard_size=size, compat="build-nanogpt", val_tokens=None)
+        wanted = build_nanogpt_shards(documents, size)
+        listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
+        assert [shard["tokens"] for shard in listed] == [len(tokens) for tokens in wanted]
+    with pytest.raises(ValueError, match="nothing is left for training"):
+        make([hello] * 2, shard_size=6, compat="build-nanogpt", val_tokens=None)
+
+
+def test_a_difference_of_the_tokenizers_ends_the_build_and_names_the_document(
+    write_jsonl, texts, tmp_path, monkeypatch
+):
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    source = write_jsonl(texts)
+
+    def encode(self, data, offsets):
+        tokens, places = real(self, data, offsets)
+        tokens = tokens.copy()
+        tokens[places[4]] += 1
+        return tokens, places
+
+    real = fast.Encoder.encode
+    monkeypatch.setattr(fast.Encoder, "encode", encode)
+    monkeypatch.setattr(tokenizer, "CHECK_EVERY", 4)
+    config = BuildConfig([source / "*.jsonl"], tmp_path / "out", tokenizer="gigatoken", workers=1)
+    message = r"unit 0 .*000\.jsonl\): document 4 of it, counted from 0: .*--tokenizer tiktoken"
+    with pytest.raises(ValueError, match=message):
+        build(config)
+    assert not (tmp_path / "out" / "dataset.json").exists()

@@ -41,7 +41,7 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
         "bytes_to_download": guess.download_bytes,
         "bytes_while_building": guess.peak_bytes(),
         "bytes_free": shutil.disk_usage(folder).free,
-        "minutes": round(guess.minutes(config, plan, backend), 2),
+        "minutes": round(guess.minutes(config, plan, backend), 4),
         "workers": config.num_workers(plan.text_bytes),
         "tokenizer": backend,
         "out": str(config.out),

@@ -174,8 +174,11 @@ def folder_of(item: Input, remote: "HubFile") -> Path:
 
 
 def downloads(config: BuildConfig) -> Path:
-    """Where a build puts what it fetches."""
-    return config.downloads if config.downloads is not None else config.out / "downloads"
+    """Where a build puts what it fetches. A part that deletes does so in a folder of its own."""
+    folder = config.downloads if config.downloads is not None else config.out / "downloads"
+    if config.part is not None and config.delete_downloads:
+        return folder / f"part-{config.part[0]}-of-{config.part[1]}"
+    return folder
 
 
 def _pin_file(config: BuildConfig, source: str) -> Path:

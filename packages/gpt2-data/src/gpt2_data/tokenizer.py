@@ -71,14 +71,15 @@ def get_tokenizer() -> tiktoken.Encoding:
     )
 
 
+@functools.cache
 def token_ranks() -> dict[bytes, int]:
     """The bytes of each token but EOT -> its id. Raises ValueError if the vocabulary is missing or altered."""
     symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
     end = symbols.pop("<|endoftext|>")
     assert end == EOT
-    byte_of = _byte_of_symbol()
+    byte_of = str.maketrans(_byte_of_symbol())
     # GPT-2 numbers its merges in the order in which they were learned, so ids are ranks.
-    return {bytes(byte_of[c] for c in symbol): rank for symbol, rank in symbols.items()}
+    return {symbol.translate(byte_of).encode("latin-1"): rank for symbol, rank in symbols.items()}
 
 
 def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:

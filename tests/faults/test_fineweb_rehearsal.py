@@ -1,0 +1,212 @@
+"""The whole way of FineWeb-Edu, from a hub on this machine with its troubles to verified shards."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fineweb_like
+import pyarrow.parquet as pq
+import pytest
+from hub_server import SECOND, Drop, HubServer, Refuse, Spoil, use
+
+from gpt2_data import BuildConfig, build, download, get_tokenizer, open_dataset, verify, web
+
+REPO = "HuggingFaceFW/fineweb-edu"
+CARD = b"""---
+configs:
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+---
+"""
+CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
+
+
+@pytest.fixture
+def hub(corpus):
+    with HubServer() as hub:
+        files = {f"sample/10BT/{path.name}": path for path in sorted(corpus.iterdir())}
+        hub.add(REPO, {"README.md": CARD} | files)
+        yield hub
+
+
+def command(out, *more):
+    """The build of fineweb_like.arguments, from the hub: fineweb-edu is the default source."""
+    source, *options = fineweb_like.arguments("", out, *more)[1:]
+    assert source == "/*.parquet"
+    return [*CLI, "build", *options]
+
+
+def run(hub, arguments, **options):
+    environment = os.environ | hub.environment
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, **options)
+
+
+def test_dry_run_counts_without_a_download(hub, corpus, tmp_path):
+    done = run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"])
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    tables = [pq.read_table(path, columns=["token_count"]) for path in sorted(corpus.iterdir())]
+    rows = sum(len(table) for table in tables)
+    assert facts["documents"] == rows
+    assert facts["tokens"] == rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
+    assert facts["tokens_estimated"] is False
+    size = sum(path.stat().st_size for path in corpus.iterdir())
+    assert facts["bytes_to_download"] == size
+    assert facts["bytes_while_building"] > facts["bytes"] + size
+    assert facts["shards"] == 8
+    assert facts["minutes"] > 0
+    assert hub.sent(".parquet") < size / 4  # footers and one column
+    assert not (tmp_path / "out").exists()
+    less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]).stdout)
+    assert less["bytes_while_building"] < facts["bytes_while_building"]
+
+
+@pytest.mark.slow
+def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_path):
+    """429, a connection that drops, a file that comes wrong once, kill -9 in mid-download, a push to main."""
+    out = tmp_path / "out"
+    sizes = {path.name: path.stat().st_size for path in corpus.iterdir()}
+    hub.faults = [
+        Refuse(store=False, path="api", status=429, headers={"Retry-After": "1"}),
+        Refuse(path="001_", status=429, headers={"Retry-After": "1"}, method="GET"),
+    ]
+    hub.bytes_a_second = 1e6
+    killed = subprocess.Popen(
+        [*command(out), "--delete-downloads"], env=os.environ | hub.environment, stderr=subprocess.DEVNULL
+    )
+    parts = out / "downloads"
+    wait_until(lambda: is_planned(out), killed)  # the footers are read: what follows meets the files themselves
+    hub.faults = [Drop(path="002_", at=sizes["002_00000.parquet"] // 2), Spoil(path="004_")]
+    wait_until(lambda: list(parts.rglob("003_*.part")), killed)
+    killed.kill()
+    killed.wait()
+    hub.add(REPO, {"README.md": CARD, "sample/10BT/000_00000.parquet": b"something else"}, SECOND)
+    hub.bytes_a_second = None
+    most = []
+    watching = threading.Event()
+    watcher = threading.Thread(target=watch, args=(parts, most, watching))
+    watcher.start()
+    done = run(hub, [*command(out), "--delete-downloads"])
+    watching.set()
+    watcher.join()
+    assert done.returncode == 0, done.stderr
+    assert fineweb_like.hashes(out) == expected  # those of a build from local files
+    assert verify(out, "full").ok
+    assert max(most) <= 3  # fetched files at a time
+    assert not list(parts.rglob("*.parquet"))
+    # Nothing came twice: what was dropped or killed went on, and only the spoiled file was fetched again.
+    for name, size in sizes.items():
+        times = hub.sent(name) / size
+        assert times < (2.3 if name.startswith("004_") else 1.35), (name, times)
+
+
+def test_downloads_are_kept_for_the_next_build(hub, expected, tmp_path):
+    out = tmp_path / "out"
+    assert run(hub, command(out)).returncode == 0
+    assert fineweb_like.hashes(out) == expected
+    asked = len(hub.requests)
+    assert "already built" in run(hub, command(out)).stdout
+    assert len(hub.requests) == asked
+    more = ["--seed", "4", "--downloads", str(out / "downloads")]
+    sent = hub.sent(".parquet")
+    done = run(hub, [*command(tmp_path / "other"), *more])
+    assert done.returncode == 0, done.stderr
+    assert hub.sent(".parquet") - sent < sent / 4  # footers
+    assert fineweb_like.hashes(tmp_path / "other") != expected
+
+
+def test_what_stays_wrong_ends_the_build_in_a_line(hub, tmp_path):
+    hub.bytes_a_second = 1e6
+    environment = os.environ | hub.environment
+    process = subprocess.Popen(
+        [*command(tmp_path / "out"), "--workers", "2"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: is_planned(tmp_path / "out"), process)
+    hub.faults = [Spoil(path="003_", times=100)]
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1
+    assert "003_00000.parquet" in errors
+    assert "SHA-256" in errors
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    hub.faults, hub.bytes_a_second = [], None
+    assert run(hub, command(tmp_path / "out")).returncode == 0
+
+
+def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
+    out = tmp_path / "out"
+    for part in "2/2", "1/2":
+        done = run(hub, [*command(out), "--part", part, "--delete-downloads"])
+        assert done.returncode == 0, done.stderr
+    assert fineweb_like.hashes(out) == expected
+    assert hub.sent("011_") < 1.2 * hub.sent("000_") * 1.5
+    assert not list(out.rglob("*.parquet"))
+
+
+def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
+    texts = documents[:2000]
+    lines = [json.dumps({"body": text}).encode() + b"\n" for text in texts]
+    hub.add("some/lines", {"a.jsonl": b"".join(lines[:900]), "b.jsonl": b"".join(lines[900:])})
+    build_lines = [*CLI, "build", "hf:some/lines", "--column", "body", "--out", str(tmp_path / "out")]
+    done = run(hub, [*build_lines, "--val-tokens", "0", "--workers", "2"])
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
+    local = BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1)
+    build(local)
+    made, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
+    assert [shard.tokens_sha256 for shard in made.manifest.shards] == [
+        shard.tokens_sha256 for shard in same.manifest.shards
+    ]
+    done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "body" in done.stderr
+
+
+def test_tinyshakespeare(hub, tmp_path, monkeypatch):
+    """In documents as llm.c has them; the file here stands for the real one."""
+    use(hub, monkeypatch)
+    text = "First Citizen:\nBefore we proceed.\n\nAll:\nSpeak, speak.\n\n" * 50 + "The end."
+    hub.pages["input.txt"] = text.encode()
+    file = web.WebFile(
+        f"{hub.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text.encode()).hexdigest()
+    )
+    monkeypatch.setattr(download, "TINYSHAKESPEARE", file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1))
+    assert result.documents == 101
+    assert 0 < result.val_tokens < result.tokens / 5
+    data = open_dataset(tmp_path / "out")
+    tokens = [*data.read("val", 0, result.val_tokens), *data.read("train", 0, result.tokens - result.val_tokens)]
+    assert "".join(get_tokenizer().decode([t for t in map(int, tokens) if t != 50256])) == text
+    asked = len(hub.requests)
+    assert build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1)).already_built
+    build(BuildConfig(["tinyshakespeare"], tmp_path / "again", workers=1))
+    assert len(hub.requests) == asked
+
+
+def is_planned(out):
+    return list((out / ".build").glob("hub-*.json"))
+
+
+def watch(folder: Path, most: list[int], stop: threading.Event):
+    """Note how many fetched files there are, again and again."""
+    while not stop.wait(0.005):
+        try:
+            most.append(sum(path.name.endswith((".parquet", ".part")) for path in folder.rglob("*")))
+        except OSError:
+            continue  # one was deleted under it
+
+
+def wait_until(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)
