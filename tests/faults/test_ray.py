@@ -1,14 +1,13 @@
 """A build on a real Ray cluster of several nodes, one of which is killed in the middle of it."""
 
-import sys
+import os
 
 import pytest
 from fineweb_like import OPTIONS, hashes
 
-from gpt2_data import BuildConfig, build
+from gpt2_data import BuildConfig, build, engines, ray_engine
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
 
 @pytest.fixture
@@ -39,3 +38,26 @@ def test_a_node_is_killed_in_mid_build(corpus, expected, tmp_path, cluster):
     assert killed
     assert killed[0] < result.documents * 100
     assert hashes(out) == expected
+
+
+@pytest.mark.slow
+def test_errors_and_killers_come_through(cluster):
+    cluster, _ = cluster
+
+    def run(function, tasks):
+        return ray_engine.run(engines.Job(function, function, lambda task: "unit 7"), tasks, None)
+
+    def shell(command):
+        return os.system(command)
+
+    assert run(shell, ["true", "exit 3", "true"]) == [0, 3 << 8, 0]
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(lambda text: int(text), ["1", "x"])
+    with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
+        run(shell, ["true", "kill -9 $PPID"])
+
+
+def test_without_a_cluster_that_answers(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(OSError, match="no Ray cluster answers at 127.0.0.1:1"):
+        ray_engine.run(engines.Job(int, int, str), ["1"], None)

@@ -7,6 +7,8 @@ machine must see under the same path.
 import contextlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -66,9 +68,16 @@ def _connect() -> Any:
     except ImportError:
         raise ValueError("--engine ray needs Ray: pip install 'gpt2-data[ray]'") from None
     if not ray.is_initialized():
-        try:
-            ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            address = os.environ.get("RAY_ADDRESS", "this machine")
-            raise OSError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+        _check_that_it_answers(os.environ.get("RAY_ADDRESS", ""))
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     return ray
+
+
+def _check_that_it_answers(address: str) -> None:
+    """Ray itself tries for minutes."""
+    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+    if match is not None:
+        try:
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise OSError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from None
