@@ -269,12 +269,12 @@ def _dataset(
     """Ours for the loader and verify, of as many copies of the source as make it large enough."""
     copies = -(-settings.dataset_megabytes * 1_000_000 // (2 * tokens))
     say(f"a dataset of {copies * 2 * tokens / 1e6:.0f} MB for the loader and verify")
-    links, dataset = work / "copies", work / "dataset"
-    links.mkdir()
+    folder, dataset = work / "copies", work / "dataset"
+    folder.mkdir()
     for copy in range(copies):
         for i, file in enumerate(_files(source)):
-            (links / f"{copy:04d}-{i:05d}.parquet").symlink_to(Path(file).resolve())
-    _run(_build(str(links / "*.parquet"), dataset, library, cores))
+            shutil.copyfile(file, folder / f"{copy:04d}-{i:05d}.parquet")  # a link would be named twice
+    _run(_build(str(folder / "*.parquet"), dataset, library, cores))
     files = _shards(dataset)
     size = sum(file.stat().st_size for file in files)
     return dataset, {"tokens": copies * tokens, "bytes": size, "files": len(files), "copies_of_source": copies}

@@ -113,7 +113,7 @@ def test_sources_without_text_are_refused(bench, tmp_path, column) -> None:
 
 @pytest.mark.slow
 def test_all_contenders_are_measured_and_write_the_same_tokens(tmp_path) -> None:
-    options = ["--megabytes", "4", "--dataset-megabytes", "1", "--rounds", "1", "--work", tmp_path / "work"]
+    options = ["--megabytes", "4", "--dataset-megabytes", "4", "--rounds", "1", "--work", tmp_path / "work"]
     command = [*COMMAND, *options, "--json", "--out", tmp_path / "out.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,10 @@ def test_all_contenders_are_measured_and_write_the_same_tokens(tmp_path) -> None
     tiktoken = document["build"][TIKTOKEN]["mb_per_second"]["median"]
     assert document["ratios"][TIKTOKEN]["build-nanogpt, the better"]["median"] == pytest.approx(tiktoken / best)
     assert set(document["loader"]) == {"copies", "plain", "prefetch"}
-    assert document["dataset"]["bytes"] > 2 * document["dataset"]["tokens"] >= 1_000_000
+    made = document["dataset"]
+    assert made["copies_of_source"] >= 2  # 4 MB of text are fewer than 2 million tokens
+    assert made["tokens"] == made["copies_of_source"] * document["source"]["tokens"] >= 2_000_000
+    assert made["bytes"] > 2 * made["tokens"]
     if shutil.which("sha256sum"):
         assert document["verify_ratios"]["sha256sum"]["median"] > 0
     assert {"date", "command", "machine", "versions", "definitions", "bars"} <= document.keys()
