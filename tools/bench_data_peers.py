@@ -103,23 +103,28 @@ def alone(library: str, files: list[str], workers: int) -> dict[str, float]:
     """A tokenizer library on text in memory, in as many processes at once, and nothing done with the tokens.
 
     Returns:
-        "mb_per_second" of all of them, from the first one's start to the last one's end; of gigatoken in a second
-        pass, when its cache is warm.
+        MB/s of all of them, from the first one's start to the last one's end: "LIBRARY alone"; of gigatoken that
+        is a second pass, when its cache is warm, beside "gigatoken alone, first pass".
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(workers)
     with ProcessPoolExecutor(workers, context, _keep, (barrier,)) as pool:
         shares = [pool.submit(_alone, library, files, number, workers) for number in range(workers)]
-        starts, ends, sizes = zip(*(share.result() for share in shares), strict=True)
-    return {"mb_per_second": sum(sizes) / (max(ends) - min(starts)) / 1e6}
+        sizes, spans = zip(*(share.result() for share in shares), strict=True)
+    passes = []
+    for of_processes in zip(*spans, strict=True):
+        starts, ends = zip(*of_processes, strict=True)
+        passes.append(sum(sizes) / (max(ends) - min(starts)) / 1e6)
+    names = [f"{library} alone, first pass", f"{library} alone"]
+    return dict(zip(names[-len(passes) :], passes, strict=True))
 
 
 def _keep(barrier: Barrier) -> None:
     _barriers.append(barrier)
 
 
-def _alone(library: str, files: list[str], number: int, workers: int) -> tuple[float, float, int]:
-    """When one process started and ended, and the bytes it encoded."""
+def _alone(library: str, files: list[str], number: int, workers: int) -> tuple[int, list[tuple[float, float]]]:
+    """The bytes that one process encoded in a pass, and when each pass started and ended."""
     from gpt2_data.fast import Encoder
     from gpt2_data.tokenizer import text_buffers, token_ranks
 
@@ -132,21 +137,20 @@ def _alone(library: str, files: list[str], number: int, workers: int) -> tuple[f
         started = time.perf_counter()
         for text in strings:
             encode(text, disallowed_special=())
-        return started, time.perf_counter(), len(data)
-    encoder = Encoder(token_ranks())
+        return len(data), [(started, time.perf_counter())]
+    encoder, spans = Encoder(token_ranks()), []
     borders = [0]  # of pieces: whole documents
     while borders[-1] < len(texts):
         fits = int(np.searchsorted(offsets, offsets[borders[-1]] + _PIECE, "right")) - 1
         borders.append(max(fits, borders[-1] + 1))
-    started = 0.0
-    for turn in range(2):
-        if turn:
-            _barriers[0].wait()
+    for _ in range(2):
+        _barriers[0].wait()
         started = time.perf_counter()
         for start, stop in itertools.pairwise(borders):
             piece = offsets[start : stop + 1]
             encoder.encode(data[piece[0] : piece[-1]], piece - piece[0])
-    return started, time.perf_counter(), len(data)
+        spans.append((started, time.perf_counter()))
+    return len(data), spans
 
 
 def _share(files: list[str], number: int, workers: int) -> Any:
