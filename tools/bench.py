@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,10 +15,25 @@ from typing import Any
 
 import click
 
+import bench_data
 import bench_decode
 
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm", "bf16")
-LIBRARIES = ("gpt2-model", "torch", "transformers", "ctranslate2", "numpy")
+FEATURES = (
+    "avx2",
+    "sha_ni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "i8mm",
+    "bf16",
+)
+LIBRARIES = {
+    "decode": ("gpt2-model", "torch", "transformers", "ctranslate2", "numpy"),
+    "data": ("gpt2-data", "tiktoken", "gigatoken", "pyarrow", "datasets", "transformers", "tokenizers", "numpy"),
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,20 +69,60 @@ def decode(
     if check and options["device"] != "cpu":
         raise click.UsageError("--check holds the bars of the CPU: leave -d out")
     settings = bench_decode.Settings(model=_sizes(fields), **options)
+    measured = _measured(lambda folder: bench_decode.measure(settings, folder), work)
+    document = {"benchmark": "decode", **provenance("decode"), **measured}
+    _report(document, bench_decode.table, out, as_json, check)
+
+
+@main.command()
+@click.option("--source", metavar="GLOB", help="Parquet files with a column `text`.  [default: one is made]")
+@click.option("--megabytes", type=click.IntRange(min=4), default=100, show_default=True,
+              help="Text of the source that is made, of Python's own, again and again.")  # fmt: skip
+@click.option("--dataset-megabytes", type=click.IntRange(min=1), default=100, show_default=True,
+              help="Tokens, at least, for the loader and verify; of copies of the source.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path),
+              help="On the disk to measure; nothing is left there.  [default: a temporary folder]")  # fmt: skip
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file, too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
+@click.option("--check", is_flag=True, help="Exit 1, a line each, if a bar does not hold.")
+def data(work: Path | None, out: Path | None, as_json: bool, check: bool, **options: Any) -> None:
+    """Time the way from Parquet to verified shards, the loader, and verify.
+
+    Beside build-nanogpt's method, datasets.map with transformers, the tokenizer libraries alone, and sha256sum.
+    Contenders take turns, each in a process of its own, with a process a core; they must write the same tokens.
+    """
+
+    def measure(folder: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="gpt2-bench-", dir=folder) as fresh:
+            return bench_data.measure(bench_data.Settings(**options), Path(fresh))
+
+    measured = _measured(measure, work)
+    document = {"benchmark": "data", **provenance("data"), **measured}
+    _report(document, bench_data.table, out, as_json, check)
+
+
+def _measured(measure: Callable[[Path], dict[str, Any]], work: Path | None) -> dict[str, Any]:
+    """What a benchmark finds, in the folder given or a temporary one."""
     with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            measured = bench_decode.measure(settings, folder)
+            return measure(folder)
         except BrokenProcessPool:
             raise click.ClickException("a contender's process died, of too little memory perhaps") from None
         except (ValueError, OSError) as error:
             raise click.ClickException(" ".join(str(error).split())) from None
-    document = {"benchmark": "decode", **provenance(), **measured}
+
+
+def _report(
+    document: dict[str, Any], table: Callable[[dict[str, Any]], str], out: Path | None, as_json: bool, check: bool
+) -> None:
+    """Show it, keep it, and exit 1 if it is to be checked and a bar does not hold."""
     text = json.dumps(document, indent=2) + "\n"
     if out:
         write(out, text)
-    click.echo(text if as_json else bench_decode.table(document), nl=not as_json)
+    click.echo(text if as_json else table(document), nl=not as_json)
     if check:
         for name, why in document["absent"].items():
             click.echo(f"not checked: {name}: {why}", err=True)
@@ -87,10 +143,10 @@ def _sizes(fields: tuple[str, ...]) -> dict[str, int]:
     return sizes
 
 
-def provenance() -> dict[str, Any]:
+def provenance(command: str) -> dict[str, Any]:
     """What was run, when, and on what."""
     versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in LIBRARIES[command]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -230,15 +230,15 @@ def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
         case, batch = f"{row['precision']} batch {row['batch']}", row["batch"]
         for peer, ratios in row["ratios"].items():
             least = 2.5 if (peer, row["precision"], batch) == ("transformers", "bf16", 1) else 1.0
-            found.append(_bar(f"{case}, tokens/s over those of {peer}, at least {least}", ratios["median"], least))
+            found.append(bar(f"{case}, tokens/s over those of {peer}, at least {least}", ratios["median"], least))
         if first := row["first_token_ratios"].get("transformers"):
             text = f"{case}, time to first token over that of transformers, at most 1.1"
-            found.append(_bar(text, first["median"], most=1.1))
+            found.append(bar(text, first["median"], most=1.1))
     start = document["start"]["seconds_to_first_token"]["median"]
-    return [*found, _bar("seconds from start to first token, at most 3", start, most=3.0)]
+    return [*found, bar("seconds from start to first token, at most 3", start, most=3.0)]
 
 
-def _bar(text: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:
+def bar(text: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:
     return {"bar": text, "value": value, "holds": least <= value <= most}
 
 
@@ -260,14 +260,14 @@ def table(document: dict[str, Any]) -> str:
     if settings["device"] != "cpu":
         lines += [*_block(rows, names, "ms a token", "ms_per_token"), ""]
     lines += [*_block(rows, names, "ms to first", "seconds_to_first_token", 1e3), ""]
-    start = {name: _range(values) for name, values in document["start"].items()}
+    start = {name: in_short(values) for name, values in document["start"].items()}
     lines += [
         f"gpt2-model generate, start to first token: {start['seconds_to_first_token']} s",
         f"python -c 'import torch', for scale: {start['seconds_import_torch']} s",
     ]
     if document["memory_reader"]:
         reads = [value for row in rows for value in row["memory"]["gb_per_second"]["rounds"]]
-        lines.append(f"memory read: {_range(spread(reads))} GB/s ({document['memory_reader']})")
+        lines.append(f"memory read: {in_short(spread(reads))} GB/s ({document['memory_reader']})")
     lines += [f"absent: {name}: {why}" for name, why in document["absent"].items()]
     return "\n".join(lines)
 
@@ -291,13 +291,13 @@ def _block(
     """A line of names, and one a row."""
     lines = [f"{title:15}" + "".join(f"{name:>18}" for name in names)]
     for row in rows:
-        cells = (_range(row[name][field], scale) if name in row else "-" for name in names)
+        cells = (in_short(row[name][field], scale) if name in row else "-" for name in names)
         case = f"{row['precision']} batch {row['batch']}"
         lines.append(f"{case:15}" + "".join(f"{cell:>18}" for cell in cells))
     return lines
 
 
-def _range(values: dict[str, Any], scale: float = 1.0) -> str:
+def in_short(values: dict[str, Any], scale: float = 1.0) -> str:
     """Its median and ends, to three digits or so."""
     median, least, most = (_short(values[name] * scale) for name in ("median", "min", "max"))
     return f"{median} ({least}..{most})"

@@ -51,7 +51,7 @@ def made_document(bench, ours=(200, 300, 100), start=2.0, device="cpu"):
         }
     decode = bench.bench_decode
     document = {
-        **bench.provenance(),
+        **bench.provenance("decode"),
         "settings": {
             "device": device,
             "prompt_tokens": 16,

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_data import TokenLoader, formats
+from gpt2_data import TokenLoader, formats, tokenizer
 from gpt2_data.manifest import Manifest, Shard, Sidecar
 
 TOKENS, SHARDS = 1_000_000, 3
@@ -28,8 +28,7 @@ def folder(tmp_path_factory):
         sums = written.payload_sha256, written.sha256
         beside = Sidecar(docs, sidecar.bytes, sidecar.sha256)
         shards.append(Shard("train", shard, TOKENS, 1, written.bytes, int(tokens.max()), *sums, beside))
-    tokenizer = {"name": "gpt2", "vocab_size": 50257, "sha256": "0" * 64}
-    (folder / "dataset.json").write_bytes(Manifest(tokenizer, {}, {}, tuple(shards)).to_bytes())
+    (folder / "dataset.json").write_bytes(Manifest(tokenizer.identity(), {}, {}, tuple(shards)).to_bytes())
     return folder
 
 
