@@ -170,7 +170,7 @@ class Stopped(BaseException):
 def test_stopped_before_and_after_every_file(corpus, tmp_path, monkeypatch):
     """Every file is published by one rename and one fsync of its folder; stop at each of them in turn."""
     out = tmp_path / "out"
-    config = BuildConfig([corpus / "00[0-2]*.parquet"], out, 500_000, 10_000, workers=1, order="shuffled")
+    config = BuildConfig([corpus / "00[0-2]*.parquet"], out, 100_000, 10_000, workers=1, order="shuffled")
     build(dataclasses.replace(config, out=tmp_path / "expected"))
     real_sync, real_replace = formats.fsync_folder, Path.replace
     step = stops = 0

@@ -13,22 +13,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import engines, fetching, formats, history, manifest, shards, tokenizer, workfolder
+from gpt2_data import engines, fetching, formats, history, manifest, shards, tokenizer, units, workfolder
 from gpt2_data.config import BuildConfig
 from gpt2_data.manifest import Manifest
 from gpt2_data.plan import WORK, Plan, check_unchanged, make_plan
-from gpt2_data.units import (
-    HashTask,
-    Receipt,
-    UnitTask,
-    document_at_work,
-    hash_files,
-    read_receipt,
-    tokenize_unit,
-)
-
-Task = UnitTask | HashTask
-Result = tuple[Receipt, bool] | list[str]
+from gpt2_data.units import HashTask, Receipt, Result, Task, UnitTask, read_receipt
 
 _HASHED_AT_ONCE = 64_000_000  # bytes of small local files that one task hashes
 
@@ -153,8 +142,8 @@ def _build_part(config: BuildConfig, backend: str, started: float, progress: Pro
 def _tasks(plan: Plan, work: Path, backend: str) -> list[Task]:
     """The units in order, and in front of a file's units the task to hash it."""
     tasks: list[Task] = []
-    units = iter(plan.units)
-    unit = next(units, None)
+    left = iter(plan.units)
+    unit = next(left, None)
     waiting: list[tuple[str, str, int, int]] = []
     for i, item in enumerate(plan.inputs):
         if item.sha256 is None:
@@ -165,24 +154,10 @@ def _tasks(plan: Plan, work: Path, backend: str) -> list[Task]:
             waiting = []
         while unit is not None and item.path == unit.files[-1]:
             tasks.append(UnitTask(plan.name, unit, work, backend))
-            unit = next(units, None)
+            unit = next(left, None)
     assert unit is None
     assert not waiting
     return tasks
-
-
-def do_task(task: Task) -> Result:
-    """What a worker does."""
-    return hash_files(task) if isinstance(task, HashTask) else tokenize_unit(task)
-
-
-def do_task_again(task: Task) -> Result:
-    """What a worker does with a task that may have killed another."""
-    return hash_files(task) if isinstance(task, HashTask) else tokenize_unit(task, careful=True)
-
-
-def _blame(task: Task) -> str:
-    return task.name if isinstance(task, HashTask) else document_at_work(task)
 
 
 def _run(config: BuildConfig, plan: Plan, tasks: list[Task], progress: Progress) -> list[Result]:
@@ -208,7 +183,7 @@ def _run(config: BuildConfig, plan: Plan, tasks: list[Task], progress: Progress)
             progress(Status("fetching", fetcher.done_bytes, fetcher.total_bytes, documents, tokens))
             return False
 
-        job = engines.Job(do_task, do_task_again, _blame, tell, ready)
+        job = engines.Job(units.do_task, units.do_task_again, units.blame, tell, ready)
         try:
             if config.engine == "ray":
                 from gpt2_data import ray_engine
@@ -226,13 +201,13 @@ def _write_shards(
     config: BuildConfig, tasks: list[UnitTask], receipts: list[Receipt], content: str, progress: Progress
 ) -> tuple[manifest.Shard, ...]:
     work = config.out / WORK
-    units = [
+    files = [
         shards.UnitFiles(task.tokens_file, task.lengths_file, receipt.tokens, receipt.documents)
         for task, receipt in zip(tasks, receipts, strict=True)
     ]
     seed = config.seed if config.order == "shuffled" else None
     exact = config.shard_size if config.compat is not None else None
-    layout = shards.lay_out(units, work, seed, config.val_tokens, exact)
+    layout = shards.lay_out(files, work, seed, config.val_tokens, exact)
     cuts = shards.shard_tasks(layout, config.shard_size, config.out, work, config.format)
     workfolder.remove_other_shards(config.out, [cut.file for cut in cuts])
     key = history.shards_key(config, content)
@@ -246,8 +221,8 @@ def _write_shards(
         return shard
 
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
-    # to write.
-    with ThreadPoolExecutor(config.num_workers(2 * layout.num_tokens)) as pool:
+    # to write. Twice as many as cores, since half of them wait for the disk.
+    with ThreadPoolExecutor(2 * config.num_workers(2 * layout.num_tokens)) as pool:
         futures = [pool.submit(write, cut) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):

@@ -49,17 +49,19 @@ class Written:
 
 
 @contextlib.contextmanager
-def atomic(path: Path, temporary_folder: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path, temporary_folder: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` whole, and on the disk, or not at all.
 
-    `temporary_folder` must be on the same file system; leftovers of a killed process in it match *.tmp-*.
+    `temporary_folder` must be on the same file system; leftovers of a killed process in it match *.tmp-*. Not
+    `durable`: a power loss may leave anything under that name, so whoever reads it must have its hash.
     """
     temporary = temporary_folder / f"{path.name}.tmp-{secrets.token_hex(8)}"  # several machines may be at it
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -67,7 +69,8 @@ def atomic(path: Path, temporary_folder: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failing write does not say where
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gpt2_data.hub import HubFile, Listing
 
 PLAN_VERSION = 2
-UNIT_BYTES = 32_000_000  # text in a work unit: half a second of one core with gigatoken, three with tiktoken
+UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
 PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
 WORK = ".build"

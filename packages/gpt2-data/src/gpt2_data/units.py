@@ -1,6 +1,8 @@
 """Phase A of a build: a work unit of the source -> its tokens and its documents' lengths, in files.
 
-A unit's receipt is written last and is the only sign that it is done. Tokenizing one twice does no harm.
+A unit's receipt is written last and is the only sign that it is done. Tokenizing one twice does no harm. The files
+are not forced to the disk: their hashes are checked when a build goes on, and most are gone before the disk has to
+have them (a sixth of a build's time).
 """
 
 import dataclasses
@@ -79,7 +81,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     digest = hashlib.sha256()
     lengths: list[np.ndarray] = []
     counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
-    with formats.atomic(task.tokens_file, task.work) as file:
+    with formats.atomic(task.tokens_file, task.work, durable=False) as file:
         for batch in _noted(task) if careful else sources.read(task.unit):
             tokens, batch_lengths = _encode(task, batch, counts["documents"])
             if batch.continues:  # it has no EOT of its own
@@ -95,7 +97,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
             counts["documents_replaced"] += len(batch.replaced)
             counts["text_bytes"] += batch.text_bytes
     all_lengths = np.concatenate(lengths) if lengths else np.empty(0, formats.OFFSET)
-    with formats.atomic(task.lengths_file, task.work) as file:
+    with formats.atomic(task.lengths_file, task.work, durable=False) as file:
         file.write(data := all_lengths.astype(formats.OFFSET).data)
     receipt = Receipt(
         plan=task.plan,
@@ -105,7 +107,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         lengths_sha256=hashlib.sha256(data).hexdigest(),
         **counts,
     )
-    with formats.atomic(task.receipt_file, task.work) as file:
+    with formats.atomic(task.receipt_file, task.work, durable=False) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
     task.position_file.unlink(missing_ok=True)
     return receipt, True
@@ -199,3 +201,24 @@ def hash_files(task: HashTask) -> list[str]:
     with formats.atomic(task.receipt_file, task.work) as file:
         file.write(json.dumps({"files": task.files, "sha256": hashes}).encode())
     return hashes
+
+
+Task = UnitTask | HashTask
+Result = tuple[Receipt, bool] | list[str]
+
+# What workers do stands here, since they import this module: what build.py needs takes them longer to start with.
+
+
+def do_task(task: Task) -> Result:
+    """What a worker does."""
+    return hash_files(task) if isinstance(task, HashTask) else tokenize_unit(task)
+
+
+def do_task_again(task: Task) -> Result:
+    """What a worker does with a task that may have killed another."""
+    return hash_files(task) if isinstance(task, HashTask) else tokenize_unit(task, careful=True)
+
+
+def blame(task: Task) -> str:
+    """What a worker that died was at."""
+    return task.name if isinstance(task, HashTask) else document_at_work(task)
