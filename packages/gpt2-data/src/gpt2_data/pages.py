@@ -35,6 +35,8 @@ def check_claims(group: Any, column: int, file_bytes: int) -> None:
     start, size = chunk_range(chunk)
     if not 0 <= group.num_rows <= _MAX_ROWS or chunk.num_values != group.num_rows:
         raise ValueError(f"{group.num_rows:,} rows with {chunk.num_values:,} values cannot be")
+    if group.num_rows == 0:
+        return
     if start < 4 or size < 0 or start + size > file_bytes:
         raise ValueError(f"its text is at bytes {start:,} to {start + size:,}, the file has {file_bytes:,}")
     if chunk.total_uncompressed_size < 0:
@@ -73,15 +75,15 @@ def read_pages(file: BinaryIO, chunk: Any) -> list[Page]:
 def rows_at_once(pages: list[Page], most: int, wanted_bytes: int, expanding: bool) -> int:
     """How many rows make about `wanted_bytes`, `most` at most; fewer if somewhere so many might need much memory.
 
-    expanding: the encoding (DELTA_BYTE_ARRAY) can make each row as long as its page.
+    expanding: the encoding (a dictionary, DELTA_BYTE_ARRAY) can make each row as long as a page.
     """
     data = [page for page in pages if not page.dictionary]
     sizes = np.array([page.bytes for page in data], np.int64)
     ends = np.cumsum([page.rows for page in data])
     total = sum(page.bytes for page in pages)
     rows = max(1, min(most, wanted_bytes * int(ends[-1]) // max(total, 1))) if data else 1
-    if expanding:
-        return max(1, min(rows, MAX_PAGE // max(int(sizes.max()), 1)))
+    if expanding and total:
+        return max(1, min(rows, MAX_PAGE // 4 // max(page.bytes for page in pages)))
     starts, sums = np.append(0, ends[:-1]), np.append(0, np.cumsum(sizes))
     while rows > 1:
         last = np.searchsorted(starts, ends - 1 + rows)  # what begins in page i may need those before last[i]

@@ -123,27 +123,29 @@ def parquet_file(path: str, column: str) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(path)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+        with pq.ParquetFile(path) as plain:
+            metadata, schema = plain.metadata, plain.schema_arrow
+        if column not in schema.names:
+            hint = "" if column != "text" else ": name the column of the text with --column"
+            raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
+        kind = schema.field(column).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f"column {column!r} holds {kind}, not strings")
+        # A dictionary stays one, else few bytes can stand for any number of copies (Arrow cannot do that where
+        # another encoding is used, too); and the column of a row group is read in pieces: it may be gigabytes.
+        return pq.ParquetFile(
+            path,
+            metadata=metadata,
+            read_dictionary=[] if _has_delta(metadata, column) else [column],
+            buffer_size=_READ,
+            page_checksum_verification=True,
+        )
+    except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    schema = opened.schema_arrow
-    if column not in schema.names:
-        hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"{path}: no column {column!r}; the columns are {listed(schema.names)}{hint}")
-    kind = schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not strings")
-    # A dictionary stays one, else few bytes can stand for any number of copies; and the column of a row group is
-    # read in pieces, for it may be gigabytes.
-    return pq.ParquetFile(
-        path,
-        metadata=opened.metadata,
-        read_dictionary=[column],
-        buffer_size=_READ,
-        page_checksum_verification=True,
-    )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
@@ -156,13 +158,19 @@ def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batc
             try:
                 chunk = file.metadata.row_group(group).column(number)
                 found = pages.read_pages(raw, chunk)
-                expanding = "DELTA_BYTE_ARRAY" in chunk.encodings
+                expanding = not pa.types.is_dictionary(file.schema_arrow.field(column).type)
                 # Many, for what is read of the dictionary is copied for each time.
                 rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, expanding)
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
                     yield from map(_from_column, _plain(batch.column(0)))
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise ValueError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
+
+
+def _has_delta(metadata: Any, column: str) -> bool:
+    number = column_number(metadata, column)
+    chunks = (metadata.row_group(i).column(number) for i in range(metadata.num_row_groups))
+    return any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)
 
 
 def row_groups(path: str, column: str) -> list[tuple[int, int]]:
@@ -191,7 +199,9 @@ def _plain(column: Any) -> Iterator[Any]:
     if not pa.types.is_dictionary(column.type):
         yield column
         return
-    lengths = pc.binary_length(column.dictionary).take(column.indices).fill_null(0)
+    lengths = pc.binary_length(column.dictionary).take(column.indices)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
     sums = pc.cumulative_sum(lengths.cast(pa.int64()))
     ends = np.frombuffer(sums.buffers()[1], np.int64)  # to_numpy would import pandas
     start = 0
