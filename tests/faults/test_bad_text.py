@@ -273,7 +273,7 @@ def test_parquet_with_any_byte_changed(tmp_path, parquet):
     path = tmp_path / "flip.parquet"
     footer = len(parquet) - 8 - int.from_bytes(parquet[-8:-4], "little")
     built = 0
-    for i in range(300):
+    for i in range(120):
         data = bytearray(parquet)
         for _ in range(rng.choice([1, 1, 3])):
             at = rng.randrange(len(data)) if i % 2 else rng.randrange(footer, len(data))
@@ -281,7 +281,7 @@ def test_parquet_with_any_byte_changed(tmp_path, parquet):
         path.write_bytes(data)
         result, _ = attempt(path, tmp_path / f"out{i}")
         built += result is not None
-    assert 10 < built < 290
+    assert 10 < built < 110
 
 
 def varint(number):

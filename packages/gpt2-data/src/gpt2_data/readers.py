@@ -142,7 +142,9 @@ def parquet_file(path: str, column: str) -> Any:
             buffer_size=_READ,
             page_checksum_verification=True,
         )
-    except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
+            raise
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
