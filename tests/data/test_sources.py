@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_data import BuildConfig, encode_documents, plan, pydocs, readers, sources
+from gpt2_data import BuildConfig, encode_documents, plan, pydocs, readers, sources, tokenizer
 
 
 def read(source, tmp_path, **options):
@@ -228,7 +228,8 @@ def test_python_s_own_text():
 
 
 def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_MOST", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(tokenizer, "MAX_UNCUT", 1000)
     monkeypatch.setattr(readers, "BLOCK", 300)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' + b" " * 10**6))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))

@@ -49,8 +49,13 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         full = ": make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        return f"{where}{error.strerror}{full}"
-    return " ".join(str(error).split())
+        return _printable(f"{where}{error.strerror}{full}")
+    return _printable(" ".join(str(error).split()))
+
+
+def _printable(text: str) -> str:
+    """Escape what a file's name or content might do to a terminal, or to the one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @click.group(cls=_Group, context_settings=SETTINGS)
@@ -192,7 +197,7 @@ def info(dataset: Path, as_json: bool) -> None:
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
     for item in source["inputs"]:
-        click.echo(f"source     {item['name']}  {gb(item['bytes'])}  {item['sha256'][:16]}")
+        click.echo(f"source     {_printable(item['name'])}  {gb(item['bytes'])}  {item['sha256'][:16]}")
     click.echo(f"\n{'split':<6} {'shards':>7} {'documents':>13} {'tokens':>16}")
     for split in SPLITS:
         shards = made.split(split)

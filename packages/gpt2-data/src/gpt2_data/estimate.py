@@ -98,12 +98,20 @@ def _token_counts(path: str, rows: int) -> int | None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if "token_count" not in schema.names or not pa.types.is_integer(schema.field("token_count").type):
-            return None
-        column = file.read(["token_count"]).column(0)
-    return int(pc.sum(column.slice(0, rows)).as_py() or 0)
+    total, left = 0, rows
+    try:
+        with pq.ParquetFile(path, buffer_size=readers.BLOCK) as file:
+            schema = file.schema_arrow
+            if "token_count" not in schema.names or not pa.types.is_integer(schema.field("token_count").type):
+                return None
+            for batch in file.iter_batches(columns=["token_count"], use_threads=False):
+                total += int(pc.sum(batch.column(0).slice(0, left)).as_py() or 0)
+                left -= len(batch)
+                if left <= 0:
+                    break
+    except (pa.ArrowException, OSError, ValueError):  # damaged: who reads the text will say so, if it matters
+        return None
+    return total
 
 
 def _remote_tokens(plan: Plan, progress: Callable[[int], object] | None) -> dict[str, int]:

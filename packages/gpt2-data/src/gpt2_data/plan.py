@@ -217,7 +217,7 @@ def _cut(inputs: tuple[Input, ...], column: str) -> Iterator[Unit]:
         if item.kind == "txt":
             texts.append(item)
         elif item.kind == "parquet":
-            rows, sizes = zip(*(item.row_groups or _row_groups(item.path, column)), strict=True) or ((), ())
+            rows, sizes = zip(*(item.row_groups or readers.row_groups(item.path, column)), strict=True) or ((), ())
             yield from _cut_range(item, sizes, rows, UNIT_BYTES, column)
         elif item.kind == "jsonl":
             yield from _cut_jsonl(item, column)
@@ -242,13 +242,6 @@ def text_bytes(items: list[Input]) -> int:
     return sum(item.bytes * (_COMPRESSION if readers.is_compressed(item.path) else 1) for item in items)
 
 
-def _row_groups(path: str, column: str) -> list[tuple[int, int]]:
-    with readers.parquet_file(path, column) as file:
-        number = file.metadata.schema.names.index(column)
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
-
-
 def _cut_range(item: Input, sizes: Any, documents: Any, unit_bytes: int, column: str) -> Iterator[Unit]:
     """Units of consecutive row groups or documents, each of as few as reach `unit_bytes`."""
     start = total = 0
@@ -269,8 +262,7 @@ def _cut_jsonl(item: Input, column: str) -> Iterator[Unit]:
         start = 0
         while start < item.bytes:
             file.seek(min(start + UNIT_BYTES, item.bytes))
-            file.readline()
-            stop = file.tell()
+            stop = readers.next_line(file)
             yield Unit(0, "jsonl", (item.path,), start, stop, text_bytes=stop - start, column=column)
             start = stop
 

@@ -17,12 +17,17 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gpt2_data import tokenizer
+from gpt2_data import pages, tokenizer
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
-_MOST = 2**28  # bytes of a line: a small compressed file may stand for more than any memory holds
-_CUT = re.compile(rb"[!-~][ \n]")  # no token spans the place in the middle: see tokenizer.find_cut
+MAX_LINE = 1 << 27
+"""Bytes of a line: a small compressed file may stand for more than any memory holds."""
+_LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NEAR_END = 1000  # bytes of a block in which a place to cut at is most often found
+_READ = 1 << 20  # bytes of a compressed column read at once
+_SHOWN = 300  # characters of a list in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,43 +115,101 @@ def _count_empty(texts: Any) -> int:
 # --- Parquet
 
 
-def parquet_file(path: str, column: str, file: Any = None) -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings, or say why not.
-
-    `file` is what to read it from, if not from `path`.
-    """
+def parquet_file(path: str, column: str) -> Any:
+    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings, or say why not."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(path if file is None else file, pre_buffer=False)  # a copy less
-    except pa.ArrowException as error:
+        with pq.ParquetFile(path) as plain:
+            metadata, schema = plain.metadata, plain.schema_arrow
+        if column not in schema.names:
+            hint = "" if column != "text" else ": name the column of the text with --column"
+            raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
+        kind = schema.field(column).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f"column {column!r} holds {kind}, not strings")
+        # A dictionary stays one, else few bytes can stand for any number of copies (Arrow cannot do that where
+        # another encoding is used, too); and the column of a row group is read in pieces: it may be gigabytes.
+        return pq.ParquetFile(
+            path,
+            metadata=metadata,
+            read_dictionary=[] if _has_delta(metadata, column) else [column],
+            buffer_size=_READ,
+            page_checksum_verification=True,
+        )
+    except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
+            raise
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    schema = opened.schema_arrow
-    if column not in schema.names:
-        hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"{path}: no column {column!r}; the columns are {', '.join(schema.names)}{hint}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, not strings")
-    return opened
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
     """Row groups [start, stop)."""
     import pyarrow as pa
 
-    with parquet_file(path, column) as file:
-        number = file.metadata.schema.names.index(column)
+    with parquet_file(path, column) as file, open(path, "rb") as raw:
+        number = column_number(file.metadata, column)
         for group in range(start, stop):
-            description = file.metadata.row_group(group)
-            size = max(description.column(number).total_uncompressed_size, 1)
-            rows = max(1, min(_BATCH_PARTS, BLOCK * description.num_rows // size))
             try:
+                chunk = file.metadata.row_group(group).column(number)
+                found = pages.read_pages(raw, chunk)
+                expanding = not pa.types.is_dictionary(file.schema_arrow.field(column).type)
+                # Many, for what is read of the dictionary is copied for each time.
+                rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, expanding)
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-                    yield _from_column(batch.column(0))
-            except (pa.ArrowException, OSError) as error:
+                    yield from map(_from_column, _plain(batch.column(0)))
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise ValueError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
+
+
+def _has_delta(metadata: Any, column: str) -> bool:
+    number = column_number(metadata, column)
+    chunks = (metadata.row_group(i).column(number) for i in range(metadata.num_row_groups))
+    return any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)
+
+
+def row_groups(path: str, column: str) -> list[tuple[int, int]]:
+    """(rows, bytes of text uncompressed) of each row group by the footer. Raises ValueError if it cannot be."""
+    with parquet_file(path, column) as file:
+        number = column_number(file.metadata, column)
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        for i, group in enumerate(groups):
+            try:
+                pages.check_claims(group, number, Path(path).stat().st_size)
+            except ValueError as error:
+                raise ValueError(f"{path}: row group {i} is damaged: {error}") from error
+        return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
+
+
+def column_number(metadata: Any, column: str) -> int:
+    """Which of the leaf columns it is: nested ones before it count for several."""
+    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+
+
+def _plain(column: Any) -> Iterator[Any]:
+    """A dictionary array as arrays of strings, of BLOCK bytes or a row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type):
+        yield column
+        return
+    lengths = pc.binary_length(column.dictionary).take(column.indices)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
+    sums = pc.cumulative_sum(lengths.cast(pa.int64()))
+    ends = np.frombuffer(sums.buffers()[1], np.int64)  # to_numpy would import pandas
+    start = 0
+    while start < len(column):
+        done = int(ends[start - 1]) if start else 0
+        stop = max(int(np.searchsorted(ends, done + BLOCK, "right")), start + 1)
+        yield column.dictionary.take(column.indices.slice(start, stop - start))
+        start = stop
 
 
 def _from_column(column: Any) -> Batch:
@@ -204,14 +267,25 @@ def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    while line := file.readline(_MOST):
-        if len(line) == _MOST:
-            raise OSError(f"a line of {_MOST:,} bytes or more")
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise OSError(f"a line of {MAX_LINE:,} bytes or more")
         yield line
+
+
+def next_line(file: BinaryIO) -> int:
+    """Where the next line begins, or the file ends; nothing is held. A line that is refused is not read on."""
+    read = 0
+    while (some := file.readline(BLOCK)) and not some.endswith(b"\n") and read < MAX_LINE:
+        read += len(some)
+    return file.tell()
 
 
 def _json_part(line: bytes, key: str) -> Part | str:
     """The document, or what is wrong."""
+    # A number or bracket becomes 20 times its size in memory, a string of a text no more than 10 times.
+    if len(line) > _LONG_LINE and len(_STRINGS.sub(b"", line)) > _LONG_LINE:
+        return f"more than {_LONG_LINE:,} bytes of JSON that are not in strings"
     text, replaced = _decode(line)
     try:
         row = json.loads(text)
@@ -223,10 +297,20 @@ def _json_part(line: bytes, key: str) -> Part | str:
         return f"a JSON object is wanted, this is {type(row).__name__}"
     if key not in row:
         hint = "" if key != "text" else ": name the key of the text with --column"
-        return f"no key {key!r}; the keys are {', '.join(row) or '(none)'}{hint}"
+        return f"no key {key!r}; the keys are {listed(row)}{hint}"
     if not isinstance(row[key], str | None):
         return f"{key!r} holds {type(row[key]).__name__}, not a string"
     return Part(row[key], replaced)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, of which a file may have any number."""
+    text = ""
+    for name in names:
+        if len(text) + len(name) > _SHOWN:
+            return f"{text or name[:_SHOWN]} ..."
+        text += f", {name}" if text else name
+    return text or "(none)"
 
 
 def _lines_before(path: str, position: int) -> int:
@@ -257,20 +341,22 @@ def count_lines(path: str, start: int, stop: int, limit: int) -> int:
 
 
 def read_text(path: str) -> Iterator[Part]:
-    """The file as one document. A long one is cut between a printable ASCII character and the space or newline
-    after it: no character and no token spans such a place, so the cut changes nothing."""
+    """The file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
     with naming(path), open_bytes(path) as file:
         continues = False
         rest = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
         while block := file.read(BLOCK):
-            searched = max(len(rest) - 1, 0)
-            if searched >= _MOST:
-                raise OSError(f"no white space in {_MOST:,} bytes")
+            if len(rest) >= tokenizer.MAX_UNCUT:
+                raise OSError(f"no white space in {tokenizer.MAX_UNCUT:,} bytes")
+            searched = len(rest)
             rest += block
-            cuts = [match.start() + 1 for match in _CUT.finditer(rest, searched)]
-            if cuts:
-                yield Part(*_decode(rest[: cuts[-1]]), continues=continues)
-                continues, rest = True, rest[cuts[-1] :]
+            view = memoryview(rest)
+            cut = tokenizer.find_cut(view, max(searched, len(rest) - _NEAR_END), len(rest))
+            if cut < 0:
+                cut = tokenizer.find_cut(view, searched, len(rest))
+            if cut > 0:
+                yield Part(*_decode(rest[:cut]), continues=continues)
+                continues, rest = True, rest[cut:]
         yield Part(*_decode(rest), continues=continues)
 
 

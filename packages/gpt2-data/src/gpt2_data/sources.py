@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ def expand(source: str) -> list[tuple[str, str]]:
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise ValueError(f"no file matches {source!r}")
+    for path in paths:  # a pipe would be waited for, a device such as /dev/zero never ends
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path} is not a regular file")
     return [(kind, path) for path in paths]
 
 

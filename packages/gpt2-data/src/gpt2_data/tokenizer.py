@@ -41,6 +41,9 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 _PIECE = 1_000_000
 """Bytes: a longer text is encoded piece by piece, if it can be cut."""
 
+MAX_UNCUT = 1 << 24
+"""Bytes without a place to cut at (find_cut) that are refused: of one letter, each takes 45 bytes of memory."""
+
 _BATCH = 4_000_000
 """Bytes for one call of gigatoken: what its cache may grow by before its size is looked at again, 7-fold."""
 
@@ -54,6 +57,8 @@ _SAFE_CUT = re.compile(
     rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",
     re.DOTALL,
 )
+
+_WHITE = re.compile("[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+")  # Rust's \\s
 
 
 @functools.cache
@@ -118,12 +123,23 @@ def choose_backend(name: str) -> str:
     return "gigatoken"
 
 
-class TokensDiffer(ValueError):
-    """gigatoken's tokens of a text are not tiktoken's. `index` is the text's place in the array, from 0."""
+class BadText(ValueError):
+    """A text that is not encoded. `index` is its place in the array, from 0."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)  # and no more, so that it passes from process to process
         self.index = index
+
+
+class NoWhiteSpace(BadText):
+    """A text of MAX_UNCUT bytes without a place to cut at."""
+
+    def __str__(self) -> str:
+        return f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
+
+
+class TokensDiffer(BadText):
+    """gigatoken's tokens of a text are not tiktoken's."""
 
     def __str__(self) -> str:
         return (
@@ -140,7 +156,7 @@ def encode_texts(
     texts: Arrow strings or large strings, valid UTF-8 (Parquet does not promise that: `validate(full=True)`
     does), no nulls. backend: "tiktoken" or "gigatoken"; see choose_backend. With gigatoken, texts whose number is
     a multiple of CHECK_EVERY, counted on from `first`, are encoded by tiktoken too, up to a megabyte of each;
-    raises TokensDiffer if the tokens are not the same.
+    raises TokensDiffer if the tokens are not the same. Raises NoWhiteSpace rather than need much memory.
     """
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
@@ -200,8 +216,14 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
     view = data.data
     for i in np.flatnonzero(np.diff(offsets) > _PIECE).tolist():
         start, stop = int(offsets[i]), int(offsets[i + 1])
-        while stop - start > _PIECE and (start := find_cut(view, start + _PIECE, stop)) >= 0:
-            inner.append(start)
+        while stop - start > _PIECE:
+            cut = find_cut(view, start + _PIECE, stop)
+            if (cut if cut >= 0 else stop) - start >= MAX_UNCUT:
+                raise NoWhiteSpace(i)
+            if cut < 0:
+                break
+            inner.append(cut)
+            start = cut
     more = np.array(inner, np.int64)
     cuts = np.insert(offsets, np.searchsorted(offsets, more), more)
     return cuts, np.arange(len(offsets) - 1) + np.searchsorted(more, offsets[:-1])
@@ -219,13 +241,25 @@ def _batches(cuts: NDArray[np.int64], slow: NDArray[np.bool_]) -> Iterator[tuple
 
 def _encode(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """tiktoken's counterpart of fast.Encoder.encode."""
-    encoding, view = get_tokenizer(), data.data
-    # `disallowed_special=()` alone still encodes every special token's text as plain text.
-    pieces = [
-        encoding.encode_to_numpy(str(view[start:stop], "utf-8"), disallowed_special=())
-        for start, stop in itertools.pairwise(offsets.tolist())
-    ]
+    view = data.data
+    pieces = [_encode_one(str(view[start:stop], "utf-8")) for start, stop in itertools.pairwise(offsets.tolist())]
     return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
+
+
+def _encode_one(text: str) -> NDArray[np.uint32]:
+    encode = get_tokenizer().encode_to_numpy
+    try:
+        # `disallowed_special=()` alone still encodes every special token's text as plain text.
+        return encode(text, disallowed_special=())
+    except ValueError:
+        # tiktoken's regex engine gives up at a million of white space with something behind it. The pattern takes
+        # all of it but the last as one match, so there the text can be cut.
+        cuts = [match.end() - 1 for match in _WHITE.finditer(text) if len(match[0]) > 500_000]
+        cuts = [0, *(cut for cut in cuts if cut < len(text) - 1), len(text)]
+        if len(cuts) == 2:
+            raise
+        parts = [encode(text[i:j], disallowed_special=()) for i, j in itertools.pairwise(cuts)]
+        return np.concatenate(parts)
 
 
 def _with_eot(tokens: NDArray[np.uint32], before: NDArray[np.int64]) -> NDArray[np.uint16]:

@@ -78,33 +78,43 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     """
     if (receipt := valid_receipt(task)) is not None:
         return receipt, False
-    digest = hashlib.sha256()
-    lengths: list[np.ndarray] = []
+    digest, lengths_digest = hashlib.sha256(), hashlib.sha256()
+    num_tokens = 0
+    waiting = np.empty(0, np.int64)  # lengths of the documents before, the last of which may go on
     counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
-    with formats.atomic(task.tokens_file, task.work, durable=False) as file:
+
+    def write_lengths() -> None:
+        data = waiting.astype(formats.OFFSET, copy=False).data
+        lengths_file.write(data)
+        lengths_digest.update(data)
+
+    with (
+        formats.atomic(task.tokens_file, task.work, durable=False) as file,
+        formats.atomic(task.lengths_file, task.work, durable=False) as lengths_file,
+    ):
         for batch in _noted(task) if careful else sources.read(task.unit):
             tokens, batch_lengths = _encode(task, batch, counts["documents"])
             if batch.continues:  # it has no EOT of its own
                 tokens = tokens[1:]
-                lengths[-1][-1] += len(tokens)
+                waiting[-1] += len(tokens)
             else:
-                lengths.append(batch_lengths)
+                write_lengths()
+                waiting = batch_lengths
             data = tokens.astype(formats.TOKEN, copy=False).data
             file.write(data)
             digest.update(data)
+            num_tokens += len(tokens)
             counts["documents"] += batch.documents
             counts["documents_empty"] += batch.empty
             counts["documents_replaced"] += len(batch.replaced)
             counts["text_bytes"] += batch.text_bytes
-    all_lengths = np.concatenate(lengths) if lengths else np.empty(0, formats.OFFSET)
-    with formats.atomic(task.lengths_file, task.work, durable=False) as file:
-        file.write(data := all_lengths.astype(formats.OFFSET).data)
+        write_lengths()
     receipt = Receipt(
         plan=task.plan,
         unit=task.unit.index,
-        tokens=int(all_lengths.sum()),
+        tokens=num_tokens,
         tokens_sha256=digest.hexdigest(),
-        lengths_sha256=hashlib.sha256(data).hexdigest(),
+        lengths_sha256=lengths_digest.hexdigest(),
         **counts,
     )
     with formats.atomic(task.receipt_file, task.work, durable=False) as file:
@@ -116,8 +126,8 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
 def _encode(task: UnitTask, batch: Batch, first: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         return tokenizer.encode_texts(batch.texts, task.backend, first)
-    except tokenizer.TokensDiffer as error:
-        where = sources.document_name(task.unit, first + error.index)
+    except tokenizer.BadText as error:
+        where = sources.document_name(task.unit, first + error.index - batch.continues)
         raise ValueError(f"{where}: {error}") from None
 
 
