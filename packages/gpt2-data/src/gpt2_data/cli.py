@@ -4,7 +4,9 @@ Nothing heavy is imported here at the top: help must answer at once. Results go 
 """
 
 import errno
+import glob
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ import click
 
 from gpt2_data.console import gb
 
+WORTH_WORKERS = 64_000_000
+"""Bytes of files from which on several processes are used for sure."""
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_DATA"}
 
 
@@ -125,23 +129,39 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     An interrupted build goes on when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
     """
-    from gpt2_data import console
-    from gpt2_data.config import BuildConfig
+    from gpt2_data import console, engines
 
     source = source or ("fineweb-edu",)
     if out is None:
         if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    config = BuildConfig(sources=source, out=out, **options)
-    if dry_run:
-        console.print_plan(config, as_json)
-        return
-    from gpt2_data.build import build as run
+    workers = 1 if dry_run or options["engine"] != "local" else _workers(source, options["workers"])
+    if workers > 1:  # before anything heavy is imported here
+        engines.start_early(workers, options["tokenizer"])
+    try:
+        from gpt2_data.config import BuildConfig
 
-    with console.progress() as progress:
-        result = run(config, progress)
-    console.print_result(result, config, as_json)
+        config = BuildConfig(sources=source, out=out, **options)
+        if dry_run:
+            console.print_plan(config, as_json)
+            return
+        from gpt2_data.build import build as run
+
+        with console.progress() as progress:
+            result = run(config, progress)
+        console.print_result(result, config, as_json)
+    finally:
+        engines.discard_early()
+
+
+def _workers(source: tuple[str, ...], wanted: int | None) -> int:
+    """How many workers a build of these files will have at most; 1 for little, which may be done without any."""
+    size = sum(os.path.getsize(path) for name in source for path in glob.glob(name) if os.path.isfile(path))
+    if size < WORTH_WORKERS:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or min(cores, size // 4_000_000)
 
 
 DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
