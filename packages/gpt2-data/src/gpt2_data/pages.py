@@ -17,6 +17,8 @@ _MAX_ROWS = 2**31 - 1
 _HEADER = 1 << 14  # bytes that are read for a header, and more if it is longer
 _MAX_HEADER = 1 << 20
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
+_ENCODING_IN = {_DATA_PAGE: 2, _DATA_PAGE_V2: 4}  # the field of that header
+_BY_NUMBER = (2, 8)  # PLAIN_DICTIONARY, RLE_DICTIONARY
 _VALUES_IN = {_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}  # the field with the header of that kind
 
 
@@ -27,6 +29,7 @@ class Page:
     rows: int
     bytes: int  # uncompressed
     dictionary: bool
+    numbers: bool = False  # its rows are numbers of the dictionary's values
 
 
 def check_claims(group: Any, column: int, file_bytes: int) -> None:
@@ -70,6 +73,12 @@ def read_pages(file: BinaryIO, chunk: Any) -> list[Page]:
     if rows != chunk.num_values:
         raise ValueError(f"damaged: pages of {rows:,} rows, not {chunk.num_values:,}")
     return pages
+
+
+def copies_are_few(pages: list[Page]) -> bool:
+    """Whether the dictionary's values, written out for each row that names one, cannot take much memory."""
+    dictionary = sum(page.bytes for page in pages if page.dictionary)
+    return dictionary * sum(page.rows for page in pages if page.numbers) <= 2 * MAX_PAGE
 
 
 def rows_at_once(pages: list[Page], most: int, wanted_bytes: int, expanding: bool) -> int:
@@ -116,7 +125,8 @@ def _read_header(file: BinaryIO, at: int, stop: int) -> tuple[int, Page | None, 
     rows = inner.get(1) if isinstance(inner, dict) else None
     if not isinstance(rows, int) or rows < 0 or uncompressed < 0:
         return kind, None, length
-    return kind, Page(rows, uncompressed, kind == _DICTIONARY_PAGE), length
+    numbers = inner.get(_ENCODING_IN.get(kind, -1)) in _BY_NUMBER if isinstance(inner, dict) else False
+    return kind, Page(rows, uncompressed, kind == _DICTIONARY_PAGE, numbers), length
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:

@@ -131,15 +131,7 @@ def parquet_file(path: str, column: str) -> Any:
             kind = kind.value_type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"column {column!r} holds {kind}, not strings")
-        # A dictionary stays one, else few bytes can stand for any number of copies (Arrow cannot do that where
-        # another encoding is used, too); and the column of a row group is read in pieces: it may be gigabytes.
-        return pq.ParquetFile(
-            path,
-            metadata=metadata,
-            read_dictionary=[] if _has_delta(metadata, column) else [column],
-            buffer_size=_READ,
-            page_checksum_verification=True,
-        )
+        return _open(path, metadata, [])
     except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
             raise
@@ -148,19 +140,33 @@ def parquet_file(path: str, column: str) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _open(path: str, metadata: Any, dictionaries: list[str]) -> Any:
+    import pyarrow.parquet as pq
+
+    # The column of a row group is read in pieces: it may be gigabytes.
+    return pq.ParquetFile(
+        path, metadata=metadata, read_dictionary=dictionaries, buffer_size=_READ, page_checksum_verification=True
+    )
+
+
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
     """Row groups [start, stop)."""
     import pyarrow as pa
 
-    with parquet_file(path, column) as file, open(path, "rb") as raw:
-        number = column_number(file.metadata, column)
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(parquet_file(path, column))
+        raw = stack.enter_context(open(path, "rb"))
+        number = column_number(plain.metadata, column)
+        # Where few bytes can stand for many copies a dictionary stays one: that takes a seventh more time. Arrow
+        # cannot do it where DELTA encodings are used, too.
+        has_delta = _has_delta(plain.metadata, column)
         for group in range(start, stop):
             try:
-                chunk = file.metadata.row_group(group).column(number)
-                found = pages.read_pages(raw, chunk)
-                expanding = not pa.types.is_dictionary(file.schema_arrow.field(column).type)
+                found = pages.read_pages(raw, plain.metadata.row_group(group).column(number))
+                few = pages.copies_are_few(found)
+                file = plain if few or has_delta else stack.enter_context(_open(path, plain.metadata, [column]))
                 # Many, for what is read of the dictionary is copied for each time.
-                rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, expanding)
+                rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, has_delta)
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
                     yield from map(_from_column, _plain(batch.column(0)))
             except (pa.ArrowException, OSError, ValueError) as error:
@@ -194,11 +200,12 @@ def column_number(metadata: Any, column: str) -> int:
 def _plain(column: Any) -> Iterator[Any]:
     """A dictionary array as arrays of strings, of BLOCK bytes or a row."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     if not pa.types.is_dictionary(column.type):
         yield column
         return
+    import pyarrow.compute as pc  # takes 0.2 s, once
+
     lengths = pc.binary_length(column.dictionary).take(column.indices)
     if lengths.null_count:
         lengths = lengths.fill_null(0)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,17 @@ from gpt2_data.sources import Unit
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a tokenized unit amounts to. `documents_replaced` had bytes that are not UTF-8."""
+    """What a tokenized unit amounts to. `documents_replaced` had bytes that are not UTF-8.
+
+    CRC-32, at 3 GB/s, against what a kill, a power loss or a bad disk leaves: SHA-256 took 7 % of a build on a
+    processor without instructions for it. The shards that are made of the units have SHA-256.
+    """
 
     plan: str
     unit: int
     tokens: int
-    tokens_sha256: str
-    lengths_sha256: str
+    tokens_crc32: int
+    lengths_crc32: int
     documents: int
     documents_empty: int
     documents_replaced: int
@@ -78,15 +83,15 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     """
     if (receipt := valid_receipt(task)) is not None:
         return receipt, False
-    digest, lengths_digest = hashlib.sha256(), hashlib.sha256()
-    num_tokens = 0
+    tokens_crc = lengths_crc = num_tokens = 0
     waiting = np.empty(0, np.int64)  # lengths of the documents before, the last of which may go on
     counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
 
     def write_lengths() -> None:
+        nonlocal lengths_crc
         data = waiting.astype(formats.OFFSET, copy=False).data
         lengths_file.write(data)
-        lengths_digest.update(data)
+        lengths_crc = zlib.crc32(data, lengths_crc)
 
     with (
         formats.atomic(task.tokens_file, task.work, durable=False) as file,
@@ -102,7 +107,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 waiting = batch_lengths
             data = tokens.astype(formats.TOKEN, copy=False).data
             file.write(data)
-            digest.update(data)
+            tokens_crc = zlib.crc32(data, tokens_crc)
             num_tokens += len(tokens)
             counts["documents"] += batch.documents
             counts["documents_empty"] += batch.empty
@@ -113,8 +118,8 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         plan=task.plan,
         unit=task.unit.index,
         tokens=num_tokens,
-        tokens_sha256=digest.hexdigest(),
-        lengths_sha256=lengths_digest.hexdigest(),
+        tokens_crc32=tokens_crc,
+        lengths_crc32=lengths_crc,
         **counts,
     )
     with formats.atomic(task.receipt_file, task.work, durable=False) as file:
@@ -167,11 +172,20 @@ def valid_receipt(task: UnitTask) -> Receipt | None:
     """The receipt of this very unit, if its files are whole by their hashes."""
     receipt = read_receipt(task)
     try:
-        if receipt is not None and sha256_of(task.tokens_file) == receipt.tokens_sha256:
-            return receipt if sha256_of(task.lengths_file) == receipt.lengths_sha256 else None
+        if receipt is not None and crc32_of(task.tokens_file) == receipt.tokens_crc32:
+            return receipt if crc32_of(task.lengths_file) == receipt.lengths_crc32 else None
     except OSError:
         pass
     return None
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(1 << 20):
+            crc = zlib.crc32(data, crc)
+    return crc
 
 
 def sha256_of(path: Path) -> str:
