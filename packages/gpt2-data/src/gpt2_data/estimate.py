@@ -11,8 +11,8 @@ _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.2  # GPT-2 spends a token on each space of an indent
 _MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}
 """Text a second and core from Parquet to verified shards: measured on a Cascade Lake of 2.5 GHz."""
-DOWNLOADS_AT_ONCE = 3
-"""Fetched files on the disk at a time if they are deleted: one at work, one ready, one on its way."""
+DOWNLOADS_AT_ONCE = 2
+"""Fetched files on the disk at a time if they are deleted: one at work, and one that is ready or on its way."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ class Fetcher:
         self._wanted = {task.unit.index for task in wanted}
         self._downloader = None
         if files:
-            # One at work, one on its way, and the rest ready.
-            ahead = DOWNLOADS_AT_ONCE - 1 if config.delete_downloads else None
+            ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
             self._downloader = download.Downloader(
                 [(remote, folder_of(item, remote)) for item, remote in files], ahead, config.delete_downloads
             )
