@@ -175,6 +175,10 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     one = write_jsonl(["only one"], folder="one")
     with pytest.raises(ValueError, match="try --val-tokens 0"):
         build(BuildConfig([one / "*.jsonl"], tmp_path / "two", val_tokens=1, workers=1))
+    text = "a document of more than ten tokens, alone in its source: none is left for validation"
+    alone = write_jsonl([text], folder="alone")
+    result = build(BuildConfig([alone / "*.jsonl"], tmp_path / "four", workers=1))
+    assert (result.val_tokens, result.documents) == (0, 1)
     none = write_jsonl(["", ""], folder="none")
     with pytest.raises(ValueError, match="there is no text in the source"):
         build(BuildConfig([none / "*.jsonl"], tmp_path / "three", workers=1))

@@ -101,8 +101,9 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
 
 
 def test_wrong_usage_is_2(run, tmp_path):
+    (tmp_path / "a.txt").touch()
     for arguments, message in [
-        (["build", "a.txt"], "Missing option '--out'"),
+        (["build", tmp_path / "a.txt"], "Missing option '--out'"),
         (["build", "pydocs", "--shard-size", "many"], "'many' is no count: write 100M, 1.5B, 64k"),
         (["build", "pydocs", "--order", "random"], "--order"),
         (["build", "pydocs", "--engine", "dask"], "--engine"),

@@ -121,7 +121,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     SOURCE is one or several of
       fineweb-edu                 its sample-10BT: 10 billion tokens (the default)
       fineweb-edu:sample-100BT    another of its configs; fineweb likewise
-      hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub
+      hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; REPO@REVISION, too
       tinyshakespeare             a megabyte, to try things
       pydocs                      the text that comes with Python: no download
       FILES                       or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
@@ -134,6 +134,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     source = source or ("fineweb-edu",)
     if out is None:
         if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
+            _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
     workers = 1 if dry_run or options["engine"] != "local" else _workers(source, options["workers"])
@@ -153,6 +154,15 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         console.print_result(result, config, as_json)
     finally:
         engines.discard_early()
+
+
+def _check_names(source: tuple[str, ...]) -> None:
+    """Raise ValueError for one that is none: more to the point than what else is missing."""
+    from gpt2_data import hub, sources
+
+    for name in source:
+        if hub.parse(name) is None:
+            sources.expand(name)
 
 
 def _workers(source: tuple[str, ...], wanted: int | None) -> int:
@@ -249,7 +259,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Compare less, in a quarter of a minute, and keep nothing.")
+@click.option("--quick", is_flag=True, help="Compare less, in half a minute, and keep nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="File of proofs to add to.  [default: in ~/.cache]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def prove(quick: bool, out: Path | None, as_json: bool) -> None:

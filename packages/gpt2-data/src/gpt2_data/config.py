@@ -28,7 +28,7 @@ class BuildConfig:
     """Tokens a shard; the last of a split is shorter."""
     val_tokens: int | None = None
     """The first documents go to the validation split, as many whole ones as reach this many tokens; 0 for none.
-    None: 100M, or a tenth of all tokens where that is less."""
+    None: 100M, or a tenth of all tokens where that is less, or none where one document is most of the source."""
     format: str = "uint16"
     workers: int | None = None
     """Processes; None: one a core that this process may use, fewer for little text. No influence on the result."""

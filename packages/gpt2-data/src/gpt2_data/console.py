@@ -86,7 +86,9 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
     if result.already_built:
         click.echo(f"{result.out}: already built: {what} in {result.shards:,} shards")
         return
-    how = f"{result.seconds:.1f} s, {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
+    how = f"{result.seconds:.1f} s"
+    if result.text_mb_per_second:  # 0 where all had been tokenized before
+        how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
     if not result.finished:
         assert config.part is not None
         number, count = config.part

@@ -24,7 +24,7 @@ def options(config: BuildConfig) -> dict[str, object]:
     """What else than the source the bytes depend on."""
     seed = config.seed if config.order == "shuffled" else None
     names = ("format", "order", "shard_size", "val_tokens", "limit_docs", "column", "compat")
-    return {"seed": seed} | {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | {"seed": seed}
 
 
 def shards_key(config: BuildConfig, content: str) -> str:

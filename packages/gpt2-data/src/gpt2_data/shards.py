@@ -66,8 +66,9 @@ def lay_out(
     """Put the documents in order: the source's, or for a seed the one it stands for.
 
     Validation takes the first, as many whole ones as reach `val_tokens`; None: DEFAULT_VAL_TOKENS, or a tenth of
-    all tokens where that is less. `exact`: it takes so many tokens and shares a document with training. Raises
-    ValueError, saying what would do, if that leaves nothing for training.
+    all tokens where that is less, and nothing where that would take more than half. `exact`: it takes so many
+    tokens and shares a document with training. Raises ValueError, saying what would do, if that leaves nothing for
+    training.
     """
     source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
     with source.open("wb") as file:
@@ -89,8 +90,10 @@ def lay_out(
     if exact is not None:
         val = exact
     else:
-        val_tokens = min(DEFAULT_VAL_TOKENS, total // 10) if val_tokens is None else val_tokens
-        val = int(sums[min(int(np.searchsorted(sums, val_tokens)), num_documents)])
+        wanted = min(DEFAULT_VAL_TOKENS, total // 10) if val_tokens is None else val_tokens
+        val = int(sums[min(int(np.searchsorted(sums, wanted)), num_documents)])
+        if val_tokens is None and val > total // 2:  # a first document that is most of the source, or all of it
+            val = 0
     if val >= total:
         raise ValueError(_nothing_left(sums, exact or val_tokens or 0))
     return Layout(tuple(units), positions, starts, num_documents, total, val, seed)

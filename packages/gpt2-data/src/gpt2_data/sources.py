@@ -25,7 +25,7 @@ FILE_KINDS = {
     ".txt.gz": "txt",
 }
 KNOWN = (
-    "fineweb-edu, fineweb, hf:REPO[:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
+    "fineweb-edu, fineweb, hf:REPO[@REVISION][:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
     f"and files or globs ending in {' '.join(FILE_KINDS)}"
 )
 BUILT_IN = ("pydocs", "tinyshakespeare")
