@@ -68,7 +68,8 @@ def _sources() -> list[tuple[str, str]]:
             text = path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        found.append((f"source:{name.as_posix()}", _INDENTATION.sub(_as_tabs, text)))
+        if text:  # some __init__.py are empty
+            found.append((f"source:{name.as_posix()}", _INDENTATION.sub(_as_tabs, text)))
     return found
 
 
