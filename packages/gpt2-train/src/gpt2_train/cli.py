@@ -41,23 +41,34 @@ class Count(click.ParamType[int]):
 
 
 def config_options(command: Callable[P, R]) -> Callable[P, R]:
-    """A flag for each field of TrainConfig, in its order; --model takes FIELD=VALUE."""
+    """A flag for each field of TrainConfig, in its order; --model takes FIELD=VALUE. Rare ones: see --help-all."""
     for item in reversed(fields(TrainConfig)):
         if item.name == "model":
             option = click.option(
                 "--model", "model", multiple=True, metavar="FIELD=VALUE", help="Of the model's shape; repeatable."
             )  # fmt: skip
         else:
-            flags = [f"--{item.name.replace('_', '-')}"]
+            name = item.name.replace("_", "-")
+            flags = [f"--{name}/--no-{name}"] if isinstance(item.default, bool) else [f"--{name}"]
             flags = ["-d", *flags] if item.name == "device" else flags
-            kind: Any = {int: Count(), float: float, str: str}[type(item.default)]
+            kind: Any = {int: Count(), float: float, str: str, bool: bool}[type(item.default)]
             kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
-            shown = item.default not in ("", None)
             option = click.option(
-                *flags, item.name, type=kind, default=item.default, show_default=shown, help=item.metadata["help"]
+                *flags, item.name, type=kind, default=item.default, help=item.metadata["help"],
+                show_default=item.default not in ("", False), hidden=item.metadata["rare"],
             )  # fmt: skip
         command = option(command)
     return command
+
+
+def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    for option in ctx.command.params:
+        if isinstance(option, click.Option) and option.name in {item.name for item in fields(TrainConfig)}:
+            option.hidden = False
+    click.echo(ctx.get_help())
+    ctx.exit()
 
 
 def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
@@ -80,6 +91,14 @@ def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
 @config_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and check what can be checked; train nothing.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_help_all,
+    help="Show the flags that few need, too.",
+)
 @click.pass_context
 def main(
     ctx: click.Context, /, recipe: str | None, config: str | None, model: tuple[str, ...], dry_run: bool,

@@ -257,7 +257,7 @@ def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     trainer = checkpoint.read_trainer_state(start)
     if trainer["dataset"] != dataset.manifest.hash:
         raise ValueError(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
-    changed = changed_fields(trainer["config"], config)
+    changed, _ = changed_fields(trainer["config"], config)
     if changed:
         raise ValueError(f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out")
     return start
