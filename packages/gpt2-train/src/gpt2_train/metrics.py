@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .config import TrainConfig
+
 # Dense bf16 peak in FLOP/s, as the makers' data sheets have it. MFU on anything else is not reported.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
@@ -24,14 +26,30 @@ class RunLog:
         enabled: False on every rank but 0; all methods do nothing then.
     """
 
-    def __init__(self, run: Path, first_step: int, steps: int, enabled: bool) -> None:
-        self.run, self.steps, self.enabled = run, steps, enabled
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        first_step: int,
+        world_size: int,
+        device: torch.device,
+        flops_per_token: int,
+        enabled: bool,
+    ) -> None:
+        self.run, self.steps, self.enabled = run, config.steps, enabled
+        steps = config.steps
+        self.config, self.world_size, self.device, self.flops = config, world_size, device, flops_per_token
+        self.last_evaluation: int | None = None
         self.step_seconds = 0.0
         self.last_line = 0.0
         if not enabled:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_rows_up_to(run / name, first_step)
+        if (run / "metrics.jsonl").exists():
+            for line in (run / "metrics.jsonl").read_text().splitlines():
+                if "val_loss" in line:
+                    self.last_evaluation = json.loads(line)["step"]
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps,
@@ -46,6 +64,8 @@ class RunLog:
         """Record a step."""
         if not self.enabled:
             return
+        speed = self.config.batch_tokens / row["seconds"]
+        row["tokens_per_second"], row["mfu"] = speed, mfu(speed, self.flops, self.world_size, self.device)
         # Over the last twenty steps or so; validation, samples and checkpoints are not in it.
         weight = 0.05 if self.step_seconds else 1.0
         self.step_seconds += weight * (row["seconds"] - self.step_seconds)
@@ -80,6 +100,9 @@ class RunLog:
         """One line on stderr, above the bar."""
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         """Take the bar away."""
