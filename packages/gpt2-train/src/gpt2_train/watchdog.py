@@ -44,7 +44,7 @@ class Watchdog:
         times = self._times.setdefault(what, deque(maxlen=64))
         limit = max(self.seconds, 10 * median(times)) if times else max(self.seconds, first_seconds)
         started = time.monotonic()
-        self._what = f"no progress for {limit:.0f} s in step {step} ({what})"
+        self._what = f"no progress for {limit:.3g} s in step {step} ({what})"
         self._deadline = started + limit
         if limit < 3e6:  # more does not fit into faulthandler's clock
             faulthandler.dump_traceback_later(limit + 2, exit=True, file=STDERR)
