@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ def train(config: TrainConfig) -> int:
     with StopSignal().listening() as stop:
         world = distributed.start(config.device, deterministic=config.deterministic)
         try:
-            # Rank 0 holds the folder, until its block ends.
-            with checkpoint.locked(Path(config.out)) if world.is_main else nullcontext():
+            with ExitStack() as held:  # rank 0 holds the folder; all ranks learn if it cannot
+                world.on_main(lambda: held.enter_context(checkpoint.locked(Path(config.out))))
                 return _train(config, world, stop)
         finally:
             distributed.stop(world)
@@ -173,9 +173,9 @@ def _evaluate(run: Run) -> None:
                     run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
                     autocast_dtype=dtype, stop=stop,
                 ).loss  # fmt: skip
-            if config.hellaswag:
+            if run.hellaswag is not None:
                 scores = evaluate_hellaswag(
-                    run.model, config.hellaswag, protocol="karpathy", autocast_dtype=dtype, stop=stop
+                    run.model, run.hellaswag, protocol="karpathy", autocast_dtype=dtype, stop=stop
                 )
                 row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
             samples = _samples(run)

@@ -10,6 +10,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
+from gpt2_eval import load_hellaswag
+from gpt2_eval.tasks import HellaSwag
 from gpt2_model import GPT, flops_per_token
 
 from . import checkpoint, distributed
@@ -41,6 +43,7 @@ class Run:
     guard: Guard
     watchdog: Watchdog
     stop: StopSignal  # what came to this process
+    hellaswag: HellaSwag | None  # the items of config.hellaswag
     batches: Prefetch = field(init=False)  # of the loader, which moves with it
     step: int = 0  # batches trained on: updates, and those left out
     updates: int = 0
@@ -78,6 +81,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
         world_size=world.size, order=config.order,  # type: ignore[arg-type]
     )  # fmt: skip
+    hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
     step = state.get("step", 0)
     log = RunLog(
         config, folder, step if state else -1, world.size, world.device,
@@ -86,7 +90,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     run = Run(
         config, world, folder, dataset, model, parallel, optimizers, loader, accumulation, log,
         Saver(folder, config.keep, world), Guard(**state.get("guard", {"sigma": config.spike_sigma})),
-        Watchdog(world.rank, config.hang_seconds), stop,
+        Watchdog(world.rank, config.hang_seconds), stop, hellaswag,
         step=step, updates=state.get("updates", 0), saved=step, evaluated=world.from_main(log.last_evaluation),
     )  # fmt: skip
     if state:
