@@ -112,6 +112,7 @@ def main(
 
     A flag goes before its environment variable (GPT2_TRAIN_LR), that before --config, that before --recipe.
     """
+    _fill_standard_streams()
     try:
         run = _config(model, ctx.obj, settings)
         if dry_run:
@@ -126,6 +127,16 @@ def main(
         if os.environ.get("RANK", "0") != "0":
             sys.exit(1)  # rank 0 says it
         raise click.ClickException(" ".join(str(error).split())) from None
+
+
+def _fill_standard_streams() -> None:
+    """Give a stream that the shell closed (2>&-) a place to go: else the next file that is opened, perhaps a
+    checkpoint, gets its number, and what C++ code prints is written into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
 
 
 def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:
