@@ -112,6 +112,7 @@ def main(
 
     A flag goes before its environment variable (GPT2_TRAIN_LR), that before --config, that before --recipe.
     """
+    _fill_standard_streams()
     try:
         run = _config(model, ctx.obj, settings)
         if dry_run:
@@ -149,6 +150,16 @@ def _lost_contact(error: RuntimeError) -> bool:
     """Whether an exchange failed since another process is gone: gloo has no type of error of its own."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or any(word in str(error) for word in ("gloo", "Connection closed by peer"))
+
+
+def _fill_standard_streams() -> None:
+    """Give a stream that the shell closed (2>&-) a place to go: else the next file that is opened, perhaps a
+    checkpoint, gets its number, and what C++ code prints is written into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
 
 
 def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:

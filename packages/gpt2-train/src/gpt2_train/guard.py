@@ -42,7 +42,7 @@ class Guard:
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"loss {loss}, gradient norm {norm}"
+            return "not finite"
         for name, value, usual in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
             if self.sigma and len(usual) >= FEWEST and (score := deviations(value, usual)) > self.sigma:
                 return f"{name} {value:.4g} is {score:.1f} deviations above the last {len(usual)}"

@@ -17,6 +17,7 @@ from . import checkpoint, distributed
 from .config import TrainConfig
 from .distributed import World
 from .optimizer import lr_at
+from .profiling import Profiler
 from .setup import Run, loss_of, set_up
 from .stopping import StopSignal
 
@@ -49,7 +50,10 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
     run = set_up(config, world, stop)
     try:
-        with run.batches:
+        tracing = Profiler(
+            run.folder, config.profile, left=config.steps - run.step, enabled=world.is_main, say=run.log.say
+        )
+        with run.batches, tracing as profiler:
             _agree_to_stop(run)  # a signal may have come before there was a step
             while True:
                 if _evaluation_is_due(run):
@@ -58,7 +62,8 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
                     _save(run)
                 if run.step == config.steps or run.stopped_by:
                     break
-                _update(run)
+                with profiler.step(run.step + 1):
+                    _update(run)
         with run.watchdog.watching("checkpoint", run.step):
             run.saver.wait()
             # Without its last checkpoint a run is not done, whatever on_save_error says.

@@ -1,147 +1,315 @@
-"""What a run tells: metrics.jsonl and samples.jsonl in its folder, a progress bar or lines on stderr."""
+"""What a run records: metrics.jsonl and samples.jsonl in its folder, the terminal, TensorBoard, W&B.
+
+A row is one write of one line, so that a kill leaves at most the last one in pieces. Rows reach the disk before a
+checkpoint does (flush), and a run that goes on from it drops the later ones, which are about to be written again.
+"""
 
 import json
-import sys
-import time
+import math
+import os
+import re
+import weakref
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 from .config import TrainConfig
+from .console import Console
+from .trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers, in_one_line
 
-# Dense bf16 peak in FLOP/s, as the makers' data sheets have it. MFU on anything else is not reported.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+# Dense bf16 with sums in fp32, TFLOP/s, of the makers' data sheets; the first that fits. Other GPUs, parts of one
+# (MIG) and the slower ones of the same name are not guessed at.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0,
+    "H800": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0,
+    "L40": 181.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0, "MI300X": 1307.0,
+}  # fmt: skip
+_OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
 class RunLog:
-    """The JSON-lines files of a run, and its line on the terminal.
+    """All that a run tells. Made on every rank; it does nothing on those where it is not enabled.
 
     Args:
-        run: the run's folder.
-        first_step: rows of later steps are dropped: the run that wrote them was killed before its next
-            checkpoint, and they are about to be written again.
-        steps: of the whole run, for the time left.
-        enabled: False on every rank but 0; all methods do nothing then.
+        config: the run, its precision resolved.
+        folder: of the run.
+        first_step: the step that training goes on from; rows of later steps are dropped. -1: a fresh start, no
+            row is kept.
+        world_size: processes of the run.
+        device: this process's.
+        flops_per_token: llm.c's count, forward and backward.
+        enabled: on rank 0.
+
+    Attributes:
+        last_evaluation: step of the newest evaluation that was kept, None if there is none. Of rank 0 alone:
+            share it before deciding by it.
+
+    Raises:
+        ValueError: a tracker was asked for that is not installed, or, in a fresh run, does not start.
+        OSError: the files cannot be read or written; also from the methods that write them.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        run: Path,
+        folder: Path,
         first_step: int,
         world_size: int,
         device: torch.device,
         flops_per_token: int,
         enabled: bool,
     ) -> None:
-        self.run, self.steps, self.enabled = run, config.steps, enabled
-        steps = config.steps
-        self.config, self.world_size, self.device, self.flops = config, world_size, device, flops_per_token
+        self.config, self.enabled, self.flops_per_token = config, enabled, flops_per_token
         self.last_evaluation: int | None = None
-        self.step_seconds = 0.0
-        self.last_line = 0.0
+        self.trackers: list[Tracker] = []
         if not enabled:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _keep_rows_up_to(run / name, first_step)
-        if (run / "metrics.jsonl").exists():
-            for line in (run / "metrics.jsonl").read_text().splitlines():
-                if "val_loss" in line:
-                    self.last_evaluation = json.loads(line)["step"]
-        self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps,
-            initial=max(0, first_step),
-            disable=not self.on_terminal,
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
-        )
+        check_trackers(config)
+        evaluated, broken = _repair(folder, first_step)
+        self.last_evaluation = max(evaluated, default=None)
+        self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
+        _sync_folder(folder)
+        self.console = Console(config, first_step)
+        if broken:
+            self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
+        peak = peak_tflops(config, device)
+        self.peak = peak[1] * 1e12 * world_size if peak else None
+        self.say(_about_mfu(config, device, world_size, flops_per_token, peak))
+        if config.tensorboard:
+            self.trackers.append(TensorBoard(folder, first_step))
+        if config.wandb:
+            self._start_wandb(folder, first_step)
+
+    def _start_wandb(self, folder: Path, first_step: int) -> None:
+        try:
+            self.trackers.append(WeightsAndBiases(self.config, folder, first_step))
+        except RuntimeError as error:
+            # Whoever starts a run wants to know. One that goes on, at night after a restart, goes on without.
+            if first_step < 0:
+                raise ValueError(f"{error}; leave --wandb away, or set WANDB_MODE=offline") from None
+            self.say(f"warning: {error}; the run goes on without it")
 
     def train(self, row: dict[str, Any]) -> None:
-        """Record a step."""
+        """Record a step.
+
+        Args:
+            row: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory; where it applies
+                skipped (why the update was left out) and compiling (True: the time is not a step's).
+        """
         if not self.enabled:
             return
-        speed = self.config.batch_tokens / row["seconds"]
-        row["tokens_per_second"], row["mfu"] = speed, mfu(speed, self.flops, self.world_size, self.device)
-        # Over the last twenty steps or so; validation, samples and checkpoints are not in it.
-        weight = 0.05 if self.step_seconds else 1.0
-        self.step_seconds += weight * (row["seconds"] - self.step_seconds)
-        _append(self.run / "metrics.jsonl", row)
-        step = row["step"]
-        left = _clock((self.steps - step) * self.step_seconds)
-        text = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {left} left"
-        self.bar.set_description_str("training", refresh=False)
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(1)
-        if not self.on_terminal and (time.monotonic() - self.last_line > 10 or step == self.steps):
-            self.last_line = time.monotonic()
-            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+        speed = None
+        if row["seconds"] > 0 and not row.get("compiling"):
+            speed = self.config.batch_tokens / row["seconds"]
+        used = None if speed is None or self.peak is None else speed * self.flops_per_token / self.peak
+        row = finite({**row, "tokens_per_second": speed, "mfu": used})
+        self.metrics.append(row)
+        names = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds", "peak_memory")
+        self._track("scalars", row["step"], {f"train/{name}": row[name] for name in names if name in row})
+        self.console.step(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Record a validation."""
+        """Record an evaluation: step, tokens, val_loss and hellaswag_acc_norm where they were measured, seconds.
+
+        Its samples come before it: without this row, they are dropped when the run goes on.
+        """
         if not self.enabled:
             return
-        _append(self.run / "metrics.jsonl", row)
-        parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name != "step"]
-        self.say(f"step {row['step']}: {', '.join(parts)}")
+        row = finite(row)
+        self.metrics.append(row)
+        self.last_evaluation = row["step"]
+        self.console.left.evaluated(row.get("seconds", 0.0))
+        parts = []
+        for name, title, form in (
+            ("val_loss", "validation loss", ".4f"),
+            ("hellaswag_acc_norm", "HellaSwag", ".2%"),
+            ("seconds", "in", ".1f"),
+        ):
+            if name in row:
+                value = "not finite" if row[name] is None else format(row[name], form)
+                parts.append(f"{title} {value}" + " s" * (name == "seconds"))
+            if name in row and name != "seconds":
+                self._track("scalars", row["step"], {f"val/{name.removeprefix('val_')}": row[name]})
+        self.say(f"step {row['step']:,}: {'   '.join(parts)}")
 
     def sample(self, row: dict[str, Any]) -> None:
-        """Record a generated text, and show the first of them on one line."""
+        """Record a text (step, row, prompt, text), and show the first of an evaluation on one line."""
         if not self.enabled:
             return
-        _append(self.run / "samples.jsonl", row)
+        self.samples.append(row)
         if row["row"] == 0:
-            self.say(f"  {row['prompt']}|{row['text']}".replace("\n", "\\n")[:160])
+            # A model may write anything, also what moves the cursor or renames the window.
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{row['prompt']}|{row['text']}")
+            self.say(f"  {text}"[:160])
 
     def say(self, text: str) -> None:
-        """One line on stderr, above the bar."""
+        """One line on stderr. Never fails."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            self.console.say(text)
 
     def flush(self) -> None:
-        pass
+        """Have all rows on the disk: a checkpoint must not be older than they are."""
+        if self.enabled:
+            self.metrics.sync()
+            self.samples.sync()
+            self._track("flush")
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self.enabled:
-            self.bar.close()
+        """End it; once is enough. Lines may still be said."""
+        if not self.enabled:
+            return
+        self.console.close()
+        self._track("close")
+        self.trackers = []
+        self.metrics.close()
+        self.samples.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _track(self, method: str, *arguments: Any) -> None:
+        """Tell the trackers; one that fails is told no more, and the run goes on."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.say(
+                    f"warning: {tracker.name} failed ({in_one_line(error)}): the run goes on without it; "
+                    "metrics.jsonl has all rows"
+                )
 
 
-def mfu(tokens_per_second: float, flops_per_token: int, world_size: int, device: torch.device) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, by llm.c's count of operations; None where the peak is not known."""
-    if device.type != "cuda":
+def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
+    """The device's name and its peak in TFLOP/s, by --peak-tflops or, in bf16, by the table; None if not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if config.peak_tflops:
+        return name, config.peak_tflops
+    if device.type != "cuda" or config.precision != "bf16" or _OTHER_THAN_NAMED.search(name):
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    return tokens_per_second * flops_per_token / (peak * world_size) if peak else None
+    return next(
+        ((part, peak) for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name)), None
+    )
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _about_mfu(
+    config: TrainConfig, device: torch.device, world_size: int, flops: int, peak: tuple[str, float] | None
+) -> str:
+    formula = f"MFU: 6N + 6LCT = {flops / 1e6:,.0f} MFLOP a token"
+    if peak is None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        return f"{formula}; no peak known of {name} in {config.precision}: --peak-tflops gives one"
+    source = "as --peak-tflops says" if config.peak_tflops else "bf16 dense"
+    times = f"{world_size} x " if world_size > 1 else ""
+    return f"{formula} of {times}{peak[0]}'s {peak[1]:,.4g} TFLOP/s ({source})"
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop rows after `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it: a number that is not finite is null, and `skipped` tells what it was.
+
+    In a row that was not skipped, `not_finite` tells.
+    """
+    odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if not odd:
+        return row
+    told = ", ".join(f"{name} {row[name]}" for name in odd)
+    nulls: dict[str, Any] = {**row, **dict.fromkeys(odd)}
+    if "skipped" not in row:
+        return {**nulls, "not_finite": told}
+    return {**nulls, "skipped": f"{row['skipped']} ({told})"}
+
+
+class _Lines:
+    """A file that rows are appended to. It stays open: a process that is short of descriptors loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise self._cannot(error) from None
+        self.close = weakref.finalize(self, os.close, self.descriptor)  # also when a run fails while it begins
+
+    def append(self, row: dict[str, Any]) -> None:
+        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
+        end = os.lseek(self.descriptor, 0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):  # a disk that fills up takes a part first, and fails then
+                written += os.write(self.descriptor, line[written:])
+        except OSError as error:
+            os.ftruncate(self.descriptor, end)
+            raise self._cannot(error) from None
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def _cannot(self, error: OSError) -> OSError:
+        text = f"{self.path} cannot be written ({error.strerror}): mend that, and the same command goes on"
+        return OSError(error.errno, text)
+
+
+def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
+    """Drop rows after first_step, samples without an evaluation, and lines that a kill cut short.
+
+    Returns:
+        The steps whose evaluation was kept, and the number of lines that were broken.
+    """
+    rows, broken = _read(folder / "metrics.jsonl")
+    kept = [(line, row) for line, row in rows if row["step"] <= first_step]
+    evaluated = {row["step"] for _, row in kept if "loss" not in row}
+    samples, broken_samples = _read(folder / "samples.jsonl")
+    texts = [line for line, row in samples if row["step"] in evaluated]
+    _replace(folder / "metrics.jsonl", [line for line, _ in kept])
+    _replace(folder / "samples.jsonl", texts)
+    return evaluated, broken + broken_samples
+
+
+def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """The lines that are rows, and how many are not. By bytes: a text may hold what str.splitlines cuts at."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    rows, broken = [], 0
+    for line in filter(None, lines):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append((line + b"\n", row))
+        else:
+            broken += 1
+    return rows, broken
+
+
+def _replace(path: Path, lines: list[bytes]) -> None:
+    content = b"".join(lines)
+    if not path.exists() or path.read_bytes() == content:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+    _sync_folder(path.parent)
 
 
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, seconds_left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""What a run says on stderr: lines above a bar on a terminal, plain lines anywhere else.
+
+Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
+Intervals are of the monotonic clock, since the other one is set back now and then. That is also why tqdm is told
+when to draw: its own pace follows the clock of the day.
+"""
+
+import os
+import select
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from statistics import median
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from .config import TrainConfig
+
+FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it runs
+LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
+BAR_SECONDS = 0.1
+
+
+class Console:
+    """The terminal of rank 0.
+
+    Args:
+        config: for the number of steps and the time left.
+        first_step: the step that this process begins after.
+    """
+
+    def __init__(self, config: TrainConfig, first_step: int) -> None:
+        self.steps, self.left = config.steps, TimeLeft(config)
+        self.stream: TextIO | None = sys.stderr  # None where a shell closed it
+        self.shown, self.last_line, self.last_bar = 0, -float("inf"), -float("inf")
+        self.bar: tqdm[Any] | None = None
+        self._quietly(lambda: self._open_bar(max(0, first_step)))
+
+    def _open_bar(self, step: int) -> None:
+        if self.stream is None or not self.stream.isatty():
+            return
+        self.bar = tqdm(
+            total=self.steps,
+            initial=step,
+            file=self.stream,
+            dynamic_ncols=True,
+            leave=False,
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A training row: a line of it if one is due, and the bar."""
+        now, compiling = time.monotonic(), row.get("compiling", False)
+        seconds = self.left.after(row["step"], None if compiling else row["seconds"], now)
+        self.shown += 1
+        due = now - self.last_line >= LINE_SECONDS[self.bar is not None]
+        if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row or compiling:
+            self.last_line = now
+            left = "" if self.bar is not None or seconds is None else f"   {clock(seconds)} left"
+            self.say(step_line(row, self.steps) + left)
+        if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or row["step"] == self.steps):
+            self.last_bar, self.bar.n = now, row["step"]
+            self.bar.set_postfix_str("" if seconds is None else f"{clock(seconds)} left", refresh=False)
+            self._quietly(self.bar.refresh)
+
+    def say(self, text: str) -> None:
+        """One line, above the bar."""
+        self._quietly(lambda: tqdm.write(text, file=self.stream))
+
+    def close(self) -> None:
+        """Take the bar away. Lines may still be said."""
+        if self.bar is not None:
+            self._quietly(self.bar.close)
+            self.bar.disable = True
+            self.bar = None
+
+    def _quietly(self, write: Callable[[], object]) -> None:
+        """Write if that neither waits nor fails; after a failure nothing is written any more."""
+        if self.stream is None:
+            return
+        try:
+            if _takes_more(self.stream):
+                write()
+        except (
+            OSError,
+            ValueError,
+        ):  # nobody reads, the disk is full, the terminal has gone; or Python's is closed
+            _discard(self.stream)
+            self.stream = None
+            if self.bar is not None:
+                self.bar.disable = True  # else it writes once more, when it is collected
+
+
+def _takes_more(stream: TextIO) -> bool:
+    """Whether a line can be written without waiting for a reader. A line is lost rather than a step's time."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, AttributeError):  # not a file: a notebook's, or a test's
+        return True
+    return bool(select.select([], [descriptor], [], 0.0)[1])
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is written to a dead stream from here on, by whomever, go nowhere.
+
+    What is left in its buffer would fail once more at exit and make a good run's exit status 120.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+class TimeLeft:
+    """Seconds to the end of a run: its steps, and evaluations and checkpoints as long as those seen so far.
+
+    Medians of the last ones: a stall of an hour is not the pace.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.checkpoint_every
+        self.recent: deque[float] = deque(maxlen=21)
+        self.evaluations: deque[float] = deque(maxlen=3)
+        self.checkpoints: deque[float] = deque(maxlen=3)
+        self.evaluating = 0.0  # since the step before
+        self.before: tuple[int, float] | None = None
+
+    def evaluated(self, seconds: float) -> None:
+        """Take an evaluation in."""
+        self.evaluations.append(seconds)
+        self.evaluating += seconds
+
+    def after(self, step: int, seconds: float | None, now: float) -> float | None:
+        """Take a step in.
+
+        Args:
+            step: the one just done.
+            seconds: it took; None for one that is not like the others.
+            now: the monotonic clock, before the step's evaluation and checkpoint.
+
+        Returns:
+            Seconds left; None as long as no step has told.
+        """
+        if seconds is not None:
+            rest = 0.0  # spent between this step and the one before
+            if self.before is not None:
+                rest = max(0.0, now - self.before[1] - seconds - self.evaluating)
+            if self.before is not None and self.save_every and self.before[0] % self.save_every == 0:
+                self.checkpoints.append(rest)
+                rest = 0.0
+            self.recent.append(seconds + rest)
+        self.before, self.evaluating = (step, now), 0.0
+        if not self.recent:
+            return None
+        left = (self.steps - step) * median(self.recent)
+        left += _times(step, self.steps, self.eval_every) * median(self.evaluations or [0.0])
+        return left + _times(step, self.steps, self.save_every) * median(self.checkpoints or [0.0])
+
+
+def _times(step: int, last: int, every: int) -> int:
+    """How often something is still to be done that falls on each `every`-th step and on the last."""
+    return last // every - (step - 1) // every + (last % every > 0) if every else 0
+
+
+def step_line(row: dict[str, Any], steps: int) -> str:
+    """A training row as one line: what is not known is left out."""
+    parts = [f"step {row['step']:>{len(f'{steps:,}')},}/{steps:,}"]
+    for name, form in (("loss", "loss {:.4f}"), ("grad_norm", "norm {:.3f}"), ("lr", "lr {:.2e}")):
+        if row.get(name) is not None:
+            parts.append(form.format(row[name]))
+    seconds = row["seconds"]
+    parts.append(f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if row.get("compiling"):
+        parts.append("compiling")
+    if "skipped" in row:
+        parts.append(f"update left out: {row['skipped']}")
+    return "   ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
