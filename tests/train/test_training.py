@@ -198,7 +198,8 @@ def start_and_wait(data, out, **changes) -> int:
 def test_a_signal_saves_and_says_so(dataset, tmp_path, number, reference) -> None:
     process = start_elsewhere(dataset, tmp_path, checkpoint_every=0, steps=100_000)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    rows = tmp_path / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
