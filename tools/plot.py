@@ -1,92 +1,357 @@
-"""Draw the loss curves of runs: python tools/plot.py runs/a runs/b --out loss.png"""
+"""Draw the curves of runs: python tools/plot.py runs/a runs/b --out loss.png
+
+Loss of each step, faint, under its running mean; validation losses; HellaSwag accuracy. Beside runs of a size that
+OpenAI published, where GPT-2 and GPT-3 of that size stand. What is not there to be drawn is said on stderr.
+"""
 
 import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import click
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-INK, FAINT = "#222222", 0.25
+INK, GREY, FAINT = "#222222", "#777777", 0.22
+LINE = 0.045  # height of a label, of its axis'
+# Told apart by the colour-blind, too (Okabe and Ito, but for the yellow, which paper swallows).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B6914", "#5D3A9B", "#E69F00")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Published figures of one size.
+
+    Attributes:
+        title: what OpenAI's weights of that size are called.
+        val_loss: GPT-2's, nats per token.
+        hellaswag: GPT-2's accuracy in percent, raw context, mean per token.
+        gpt3_title: what GPT-3's paper calls the nearest size.
+        gpt3_hellaswag: its accuracy in percent.
+    """
+
+    title: str
+    val_loss: float
+    hellaswag: float
+    gpt3_title: str
+    gpt3_hellaswag: float
+
+
+# By (n_layer, n_embd). The loss of 124M is play.ipynb's of build-nanogpt, the others and GPT-2's accuracies are
+# vislog.ipynb's of llm.c. GPT-3's accuracies are the paper's, as both notebooks have them.
+REFERENCES = {
+    (12, 768): Reference("124M", 3.2924, 29.45, "125M", 33.7),
+    (24, 1024): Reference("350M", 3.0831, 37.52, "350M", 43.6),
+    (36, 1280): Reference("774M", 3.0006, 43.20, "760M", 51.0),
+    (48, 1600): Reference("1558M", 2.8313, 48.89, "1.3B", 54.7),
+}
+SOURCES = (
+    "GPT-2: OpenAI's weights; loss of 124M on build-nanogpt's validation data (FineWeb-Edu), of larger ones on "
+    "llm.c's (FineWeb): compare on equal data only.\n"
+    "HellaSwag: raw context, mean per token, as in llm.c (vislog.ipynb); GPT-3: its paper."
+)
+
+
+@dataclass
+class Run:
+    """What is drawn of a run, by step.
+
+    Attributes:
+        train: (x, loss).
+        validation: (x, loss).
+        accuracy: (x, HellaSwag accuracy, 0 to 1).
+        size: key of REFERENCES, None for another shape.
+        missing: what was not found, for the user.
+    """
+
+    name: str
+    color: str
+    train: list[tuple[float, float]] = field(default_factory=list)
+    validation: list[tuple[float, float]] = field(default_factory=list)
+    accuracy: list[tuple[float, float]] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    missing: list[str] = field(default_factory=list)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--out", default="loss.png", show_default=True, type=click.Path(dir_okay=False), help="PNG to write."
+    "--out",
+    default="loss.png",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write: PNG, or another format by its suffix.",
 )
-def main(runs: tuple[Path, ...], out: str) -> None:
+@click.option("--x", "unit", type=click.Choice(("step", "tokens")), default="step", show_default=True)
+def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one."""
-    rows = {run: read_metrics(run) for run in runs}
-    with_accuracy = any("hellaswag_acc_norm" in row for run_rows in rows.values() for row in run_rows)
-    figure, axes = plt.subplots(
-        1,
-        2 if with_accuracy else 1,
-        figsize=(11 if with_accuracy else 7, 4.2),
-        squeeze=False,
-        layout="constrained",
-    )
-    for number, (run, run_rows) in enumerate(rows.items()):
-        color = f"C{number}"
-        draw_loss(axes[0, 0], run_rows, run.name, color)
-        if with_accuracy:
-            draw_accuracy(axes[0, 1], run_rows, run.name, color)
-    for axis in axes[0]:
-        axis.set_xlabel("step")
-        axis.grid(alpha=FAINT)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    figure.savefig(out, dpi=144)
-    click.echo(out)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+    loaded = [
+        load_run(folder, name, COLORS[number % len(COLORS)], unit)
+        for number, (folder, name) in enumerate(zip(runs, names(runs), strict=True))
+    ]
+    shown = [run for run in loaded if any(curves(run))]
+    if not shown:
+        raise click.ClickException("; ".join(f"{run.name}: {', '.join(run.missing)}" for run in loaded))
+    for run in loaded:
+        for missing in run.missing:
+            click.echo(f"{run.name}: {missing}", err=True)
+    figure = draw(shown, unit)
+    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
     try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        figure.savefig(temporary, dpi=160)
+        os.replace(temporary, out)
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"{run} is no run folder: {error}") from None
-    if not any("loss" in row for row in rows):
-        raise click.ClickException(f"{run} has not trained a step yet")
-    return rows
+        temporary.unlink(missing_ok=True)
+        raise click.ClickException(f"{out} cannot be written: {error}") from None
+    click.echo(str(out))
 
 
-def draw_loss(axis: Axes, rows: list[dict[str, Any]], name: str, color: str) -> None:
-    """Each step's training loss, faint, with its running mean over it, and the validation losses."""
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    steps, losses = zip(*train, strict=True)
-    axis.plot(steps, losses, color=color, alpha=FAINT, linewidth=0.8)
-    axis.plot(steps, running_mean(losses, max(1, len(losses) // 40)), color=color, label=f"{name}, training")
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if validation:
-        axis.plot(*zip(*validation, strict=True), "o-", color=INK, markersize=4, linewidth=1, label="validation")
-        step, loss = validation[-1]
-        axis.annotate(
-            f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="right", color=INK
-        )
+def names(runs: Sequence[Path]) -> list[str]:
+    """A short name of each folder: its own, with its parents' where others have the same."""
+    parts = [run.absolute().parts for run in runs]
+    length = 1
+    while length < max(map(len, parts)) and len({part[-length:] for part in parts}) < len(set(parts)):
+        length += 1
+    return [str(Path(*part[-length:])) for part in parts]
+
+
+def load_run(folder: Path, name: str, color: str, unit: str) -> Run:
+    """A run's curves; what cannot be had of it is in `missing`."""
+    run = Run(name, color)
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    except OSError as error:
+        run.missing.append(f"no metrics.jsonl ({error.strerror})")
+        return run
+    rows, broken = [], 0
+    for line in filter(None, lines):
+        row = parsed(line)
+        if row is None:
+            broken += 1
+        else:
+            rows.append(row)
+    if broken:
+        run.missing.append(f"{broken} broken line{'s' * (broken > 1)} of metrics.jsonl passed over")
+    # A run that was resumed by an older program may have a step twice: the last one counts.
+    tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
+    wanted = (("loss", run.train, "training"), ("val_loss", run.validation, "validation"),
+              ("hellaswag_acc_norm", run.accuracy, "HellaSwag"))  # fmt: skip
+    for key, curve, title in wanted:
+        values = {row["step"]: row[key] for row in rows if isinstance(row.get(key), int | float)}
+        points = [(step if unit == "step" else tokens.get(step), value) for step, value in sorted(values.items())]
+        curve += [(x, value) for x, value in points if x is not None]
+        if not values:
+            run.missing.append(f"no {title} rows")
+        elif len(curve) < len(points):
+            run.missing.append(f"{title} rows without tokens: {len(points) - len(curve)} left out")
+    run.size = published_size(folder, run.missing)
+    return run
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line's row; None if it is broken."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def published_size(folder: Path, missing: list[str]) -> tuple[int, int] | None:
+    """Key of REFERENCES for the model in a run's config.toml."""
+    try:
+        model = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["model"]
+        size = int(model["n_layer"]), int(model["n_embd"])
+    except FileNotFoundError:
+        missing.append("no config.toml, so its size is not known: no lines of GPT-2 and GPT-3")
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing.append(f"config.toml does not tell the model's size ({error!r}): no lines of GPT-2 and GPT-3")
+        return None
+    if size not in REFERENCES:
+        missing.append(f"{size[0]} layers of {size[1]} are no published size: no lines of GPT-2 and GPT-3")
+        return None
+    return size
+
+
+def draw(runs: list[Run], unit: str) -> Figure:
+    """One panel of losses, and one of accuracies if there are any."""
+    with_accuracy = any(run.accuracy for run in runs)
+    sizes = sorted({run.size for run in runs if run.size})
+    figure, axes = plt.subplots(
+        1, 1 + with_accuracy, figsize=(13 if with_accuracy else 8, 4.8), squeeze=False, layout="constrained"
+    )
+    draw_loss(axes[0, 0], runs, sizes)
+    if with_accuracy:
+        draw_accuracy(axes[0, 1], runs, sizes)
+    for axis in axes[0]:
+        axis.set_xlabel(unit if unit == "tokens" else "step")
+        axis.xaxis.set_major_formatter(FuncFormatter(short if unit == "tokens" else "{:,.0f}".format))
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axis.grid(alpha=FAINT, linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(GREY)
+        axis.tick_params(colors=INK, length=3)
+        axis.set_xlim(0, 1.015 * max(1, *(x for run in runs for curve in curves(run) for x, _ in curve)))
+    figure.legend(
+        handles=legend(runs), loc="outside upper left", ncols=5 if with_accuracy else 3, frameon=False, fontsize=9
+    )
+    if sizes:
+        figure.supxlabel(SOURCES, fontsize=7.5, color=GREY, x=0.01, ha="left", linespacing=1.4)
+    return figure
+
+
+def short(count: float, _place: object = None) -> str:
+    """A number of tokens: 2B, 500M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:g}{letter}"
+    return f"{count:g}"
+
+
+def curves(run: Run) -> tuple[list[tuple[float, float]], ...]:
+    """All that is drawn of a run."""
+    return run.train, run.validation, run.accuracy
+
+
+def legend(runs: list[Run]) -> list[Line2D]:
+    """The runs by colour, then what the kinds of lines mean."""
+    entries = [Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
+    color = runs[0].color if len(runs) == 1 else GREY
+    if any(run.train for run in runs):
+        entries.append(Line2D([], [], color=color, alpha=0.4, linewidth=0.9, label="training loss, each step"))
+    if any(run.validation for run in runs):
+        entries.append(Line2D([], [], color=color, marker="o", markersize=4, linewidth=1, markerfacecolor="white",
+                              label="validation"))  # fmt: skip
+    return entries
+
+
+def draw_loss(axis: Axes, runs: list[Run], sizes: list[tuple[int, int]]) -> None:
+    """Each step's loss, faint, its running mean over it, and the validation losses."""
+    labels, values, settled = [], [], []
+    for run in runs:
+        if run.train:
+            x, losses = np.array(run.train).T
+            running = running_mean(losses, max(1, len(losses) // 100, min(10, len(losses) // 4)))
+            axis.plot(x, losses, color=run.color, alpha=FAINT / len(runs) ** 0.5, linewidth=0.7, zorder=2)
+            axis.plot(x, running, color=run.color, linewidth=1.8, zorder=3, marker="." if len(x) == 1 else "")
+            values += [*np.quantile(losses[len(losses) // 2 :], [0.01]), *running]
+            if len(running) > 100:
+                settled.append(running[len(running) // 20])
+        if run.validation:
+            axis.plot(*zip(*run.validation, strict=True), "o-", color=run.color, markersize=4, linewidth=1,
+                      markerfacecolor="white", markevery=marked(run.validation), zorder=4)  # fmt: skip
+            values += [loss for _, loss in run.validation]
+        if run.validation or run.train:
+            last = run.validation[-1][1] if run.validation else float(running[-1])
+            labels.append((last, f"{last:.2f}", run.color))
+    for reference in (REFERENCES[size] for size in sizes):
+        axis.axhline(reference.val_loss, color=INK, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
+        labels.append((reference.val_loss, f"GPT-2 {reference.title}  {reference.val_loss:.2f}", INK))
+        values.append(reference.val_loss)
     axis.set_ylabel("loss, nats per token")
+    # The first steps of a long run fall from 11 within no time, and would take most of the picture.
+    low, high, high_enough = min(values), max(values), max([*settled, *(y for y, _, _ in labels)])
+    limits(axis, low, high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high)
+    label_right(axis, labels)
 
 
-def draw_accuracy(axis: Axes, rows: list[dict[str, Any]], name: str, color: str) -> None:
-    """HellaSwag accuracy at each validation, and what guessing gives."""
-    points = [(row["step"], row["hellaswag_acc_norm"]) for row in rows if "hellaswag_acc_norm" in row]
-    if points:
-        axis.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
-    axis.axhline(0.25, color=INK, linestyle=":", linewidth=1, label="guessing")
-    axis.set_ylabel("HellaSwag accuracy, by mean per token")
-    axis.set_ylim(0, 1)
+def draw_accuracy(axis: Axes, runs: list[Run], sizes: list[tuple[int, int]]) -> None:
+    """HellaSwag accuracy in percent at each evaluation, what guessing gives, and what GPT-2 and GPT-3 have."""
+    labels, values = [(25.0, "guessing  25", GREY)], [25.0]
+    axis.axhline(25, color=GREY, linestyle=":", linewidth=1, zorder=1)
+    for run in runs:
+        if run.accuracy:
+            x, accuracy = np.array(run.accuracy).T * [[1], [100]]
+            axis.plot(x, accuracy, "o-", color=run.color, markersize=4, linewidth=1.8,
+                      markevery=marked(run.accuracy), zorder=3)  # fmt: skip
+            labels.append((float(accuracy[-1]), f"{accuracy[-1]:.1f}", run.color))
+            values += list(accuracy)
+    for reference in (REFERENCES[size] for size in sizes):
+        for name, value, dashes in (
+            (f"GPT-2 {reference.title}", reference.hellaswag, (5, 3)),
+            (f"GPT-3 {reference.gpt3_title}", reference.gpt3_hellaswag, (5, 2, 1, 2)),
+        ):
+            axis.axhline(value, color=INK, linestyle=(0, dashes), linewidth=1, zorder=1)
+            labels.append((value, f"{name}  {value:.4g}", INK))
+            values.append(value)
+    axis.set_ylabel("HellaSwag accuracy, %")
+    axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    limits(axis, min(values), max(values))
+    label_right(axis, labels)
 
 
-def running_mean(values: tuple[float, ...], window: int) -> list[float]:
+def marked(points: Sequence[object]) -> list[int]:
+    """Which points of a curve get a mark, the last one among them: forty marks are a line, more are a smear."""
+    return list(range(len(points) - 1, -1, -1 - len(points) // 40))
+
+
+def limits(axis: Axes, low: float, high: float) -> None:
+    """The range of y, with some room around."""
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    axis.set_ylim(low - room, high + room)
+
+
+def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """(y, text, color) each beside the right end of the axis, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    labels = sorted(labels)
+    own = [(y - low) / (high - low) for y, _, _ in labels]
+    for y, middle, (_, text, color) in zip(own, spread(own, LINE), labels, strict=True):
+        axis.annotate(
+            text,
+            (1, y),
+            xytext=(1.04, middle),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=color,
+            fontsize=8.5,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread(places: Sequence[float], height: float) -> list[float]:
+    """Middles of boxes of one height that want to be at `places`, ascending, and must not overlap.
+
+    Boxes that would overlap form a stack, whose middle is the mean of their places; a stack may run into the next.
+    """
+    stacks: list[list[float]] = []
+    for place in places:
+        stacks.append([place])
+        while len(stacks) > 1:
+            below, above = stacks[-2:]
+            if mean(above) - mean(below) >= height * (len(above) + len(below)) / 2:
+                break
+            stacks[-2:] = [below + above]
+    return [mean(stack) + height * (n - (len(stack) - 1) / 2) for stack in stacks for n in range(len(stack))]
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each place, of fewer at the start."""
-    return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
-        for i in range(len(values))
-    ]  # fmt: skip
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 if __name__ == "__main__":
