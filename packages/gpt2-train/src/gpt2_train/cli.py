@@ -1,5 +1,6 @@
 """gpt2-train, and what `torchrun -m gpt2_train` runs."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from gpt2_model.config import GPTConfig, with_fields
 
 from . import __version__
 from .config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
+from .space import check_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,6 +92,7 @@ def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
 @click.option("--read-files", is_eager=True, expose_value=False, hidden=True, callback=_use_file)
 @config_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and check what can be checked; train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option(
     "--help-all",
@@ -102,7 +105,7 @@ def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
 @click.pass_context
 def main(
     ctx: click.Context, /, recipe: str | None, config: str | None, model: tuple[str, ...], dry_run: bool,
-    debug: bool, **settings: Any,
+    as_json: bool, debug: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Train GPT-2 on a dataset folder; a run that was killed goes on by the same command.
 
@@ -115,10 +118,14 @@ def main(
     _fill_standard_streams()
     try:
         run = _config(model, ctx.obj, settings)
+        if as_json and not dry_run:
+            raise click.UsageError("--json goes with --dry-run: a run writes its figures to metrics.jsonl")
         if dry_run:
-            _print_plan(run)
-            return
-        _check_folders(run)
+            ctx.exit(_print_plan(run, as_json))
+        from gpt2_data import open_dataset
+
+        check_out(Path(run.out))
+        open_dataset(run.data)
         from .loop import train  # two seconds of torch, after everything that can be refused without it
 
         ctx.exit(train(run))
@@ -133,17 +140,6 @@ def main(
             message = f"another process of this run is gone ({message[:200]}); the same command goes on"
         click.echo(f"Error: {message}", err=True)
         sys.exit(code)
-
-
-def _check_folders(run: TrainConfig) -> None:
-    from gpt2_data import open_dataset
-
-    existing = next(path for path in (Path(run.out), *Path(run.out).absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"--out {run.out}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {run.out}: {existing} cannot be written to")
-    open_dataset(run.data)
 
 
 def _lost_contact(error: RuntimeError) -> bool:
@@ -182,25 +178,14 @@ def _as_text(values: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _print_plan(config: TrainConfig) -> None:
-    from gpt2_data import open_dataset
-    from gpt2_model import flops_per_token
+def _print_plan(config: TrainConfig, as_json: bool) -> int:
+    """Exit status: 1 if a check failed. Under torchrun, or with WORLD_SIZE set, for that many processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # rank 0 prints it
+    from .plan import make_plan, to_json, to_lines
 
-    from .config import micro_batches
-
-    dataset = open_dataset(config.data)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    micro_batches(config, world_size, 1)
-    tokens, shape = config.steps * config.batch_tokens, config.model_config
-    flops = flops_per_token(shape, config.seq_len)
-    facts = {
-        "parameters": f"{shape.num_parameters:,}",
-        "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens, {tokens:,} in all",
-        "dataset": f"{dataset.tokens('train'):,} training tokens: {tokens / dataset.tokens('train'):.2f} epochs",
-        "operations": f"{flops:,} a token, {flops * tokens:.3g} in all",
-        "weights, gradients, AdamW": f"{16 * shape.num_parameters / 1e9:.2f} GB a process",
-        "a checkpoint": f"{12 * shape.num_parameters / 1e9:.2f} GB, {config.keep} of them kept",
-        "run folder": str(Path(config.out)),
-    }
-    for name, value in facts.items():
-        click.echo(f"{name:28}{value}")
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+    click.echo(json.dumps(to_json(plan), indent=2) if as_json else "\n".join(to_lines(plan)))
+    for problem in plan.problems:
+        click.echo(f"Error: {problem}", err=True)
+    return 1 if plan.problems else 0

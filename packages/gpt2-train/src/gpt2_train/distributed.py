@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from gpt2_model import GPTConfig
-
 T = TypeVar("T")
 
 
@@ -161,17 +159,3 @@ def has_bf16(device: torch.device) -> bool:
         abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
         return any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return False
-
-
-def largest_micro_batch(config: GPTConfig, seq_len: int, device: torch.device) -> int:
-    """Sequences whose activations fit in the device's free memory beside weights, gradients and optimizer.
-
-    A token keeps about 34 bytes a layer and channel for the backward (Korthikanti et al. 2022, without the
-    attention matrix, which flash attention never stores), and its logits in bf16 and fp32 with their gradients.
-    """
-    if device.type == "cuda":
-        token_bytes = 34 * config.n_layer * config.n_embd + 12 * config.vocab_size
-        free = torch.cuda.mem_get_info(device)[0] - 16 * config.num_parameters
-        return max(1, int(0.85 * free) // (token_bytes * seq_len))
-    # Elsewhere memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
-    return max(1, 4096 // seq_len)

@@ -145,7 +145,7 @@ def _backward(run: Run) -> tuple[torch.Tensor, float]:
         # it is where DDP decides whether the backward will send.
         waits = world.size > 1 and micro_step < run.accumulation - 1
         with run.parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            loss = loss_of(run, x, y)
+            loss = loss_of(run.config, run.parallel, world, x, y)
             (loss / run.accumulation).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach() / run.accumulation
     return loss_sum, data_seconds
@@ -231,6 +231,8 @@ def _save(run: Run) -> None:
     """Begin a checkpoint of the state as it is now; training goes on while it is written."""
     trainer = {
         "updates": run.updates,
+        "processes": run.world.size,
+        "micro_batch": run.micro_batch,
         "tokens": run.step * run.config.batch_tokens,
         "loader": run.loader.state(),
         "guard": asdict(run.guard),

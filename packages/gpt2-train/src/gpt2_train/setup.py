@@ -18,9 +18,11 @@ from . import checkpoint, distributed
 from .config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
 from .distributed import World
 from .guard import Guard
+from .memory import choose_micro_batch
 from .metrics import RunLog
 from .optimizer import Optimizers, load_state, make_optimizers
 from .saving import Saver
+from .space import check_space, optimizer_bytes
 from .stopping import StopSignal
 from .watchdog import Watchdog
 
@@ -37,6 +39,7 @@ class Run:
     parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
     optimizers: Optimizers
     loader: TokenLoader
+    micro_batch: int  # sequences at once
     accumulation: int  # micro-batches of a step on each process
     log: RunLog
     saver: Saver
@@ -69,14 +72,18 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     model = _initial_model(config, start)
     config = replace(config, model=asdict(model.config))
     _check_vocabulary(model, dataset)
+    world.on_main(lambda: check_space(folder, config, model.config))
     model.to(world.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config, sharded=config.shard_optimizer and world.size > 1)
+    stepped: Any = torch.compile(model, dynamic=False) if compiled(config, world.device) else model
+    micro_batch = _micro_batch(config, state, model, stepped, world)
     if start is not None:
         load_state(model, optimizers, state["updates"], checkpoint.OptimizerFile(start))
-    parallel = _parallel(model, config, world)
-    largest = distributed.largest_micro_batch(model.config, config.seq_len, world.device)
-    micro_batch, accumulation = micro_batches(config, world.size, largest)
+    _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
+    parallel = stepped
+    if world.size > 1:
+        parallel = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
     loader = TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
         world_size=world.size, order=config.order,  # type: ignore[arg-type]
@@ -88,7 +95,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
         flops_per_token(model.config, config.seq_len), world.is_main,
     )  # fmt: skip
     run = Run(
-        config, world, folder, dataset, model, parallel, optimizers, loader, accumulation, log,
+        config, world, folder, dataset, model, parallel, optimizers, loader, micro_batch, accumulation, log,
         Saver(folder, config.keep, world), Guard(**state.get("guard", {"sigma": config.spike_sigma})),
         Watchdog(world.rank, config.hang_seconds), stop, hellaswag,
         step=step, updates=state.get("updates", 0), saved=step, evaluated=world.from_main(log.last_evaluation),
@@ -96,21 +103,40 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     if state:
         loader.restore(state["loader"])
     world.on_main(lambda: _write_config(folder, config))
-    _say(run, start, state, micro_batch)
-    _warm_up(run, micro_batch)
+    _say(run, start, state)
+    _warm_up(run)
     # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
     # filled again before as many batches later as a step has.
     run.batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
     return run
 
 
-def _parallel(model: GPT, config: TrainConfig, world: World) -> torch.nn.Module:
-    parallel: torch.nn.Module = model
-    if compiled(config, world.device):
-        parallel = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    if world.size > 1:
-        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return parallel
+def _micro_batch(
+    config: TrainConfig, state: dict[str, Any], model: GPT, stepped: torch.nn.Module, world: World
+) -> int:
+    """Sequences at once: those of the run before, whose sums the same bits need, if it had as many processes.
+
+    On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+    """
+    if config.micro_batch == "auto" and state.get("processes") == world.size:
+        return int(state["micro_batch"])
+
+    def try_one(rows: int) -> None:
+        _pass(config, stepped, world, rows)
+
+    on_gpu = world.device.type == "cuda"
+    chosen = choose_micro_batch(
+        config, model.config, world, try_one if on_gpu else None, compiled=compiled(config, world.device),
+        precision=config.precision, reserve=optimizer_bytes(config, model.config, world.size),
+    )  # fmt: skip
+    model.zero_grad(set_to_none=True)
+    return chosen
+
+
+def _pass(config: TrainConfig, stepped: torch.nn.Module, world: World, rows: int) -> None:
+    """A forward and backward pass over nothing in particular."""
+    tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=world.device)
+    loss_of(config, stepped, world, tokens, tokens).backward()  # type: ignore[no-untyped-call]
 
 
 def compiled(config: TrainConfig, device: torch.device) -> bool:
@@ -118,7 +144,7 @@ def compiled(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
-def _warm_up(run: Run, micro_batch: int) -> None:
+def _warm_up(run: Run) -> None:
     """A forward and backward pass that trains nothing, where the first is not like the others.
 
     It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
@@ -128,26 +154,27 @@ def _warm_up(run: Run, micro_batch: int) -> None:
     if run.world.size == 1 and not compiled(run.config, run.world.device):
         return
     with run.watchdog.watching("warm-up", run.step):
-        tokens = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int64, device=run.world.device)
-        loss_of(run, tokens, tokens).backward()  # type: ignore[no-untyped-call]
+        _pass(run.config, run.parallel, run.world, run.micro_batch)
         run.model.zero_grad(set_to_none=True)
 
 
-def loss_of(run: Run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    config: TrainConfig, parallel: torch.nn.Module, world: World, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
     """Mean loss of a micro-batch, in the run's precision."""
-    with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        _, loss = run.parallel(x, y, return_logits=False)
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        _, loss = parallel(x, y, return_logits=False)
     return loss  # type: ignore[no-any-return]
 
 
-def _say(run: Run, start: Path | None, state: dict[str, Any], micro_batch: int) -> None:
+def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     config, model, say = run.config, run.model, run.log.say
     epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
     say(
         f"{model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
         f"{run.world.device.type}; "
         f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
-        f"{run.accumulation} x {micro_batch} x {config.seq_len} tokens a step on each process"
+        f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process"
     )
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0":

@@ -1,0 +1,209 @@
+"""The estimate of memory: against what autograd keeps, against a real run, and the micro-batch that follows."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gpt2_train.memory
+from gpt2_model import GPT, PRESETS, GPTConfig
+from gpt2_train import TrainConfig, World, make_optimizer
+from gpt2_train.memory import available_memory, choose_micro_batch, most_that_fit, peak_memory
+from gpt2_train.space import optimizer_bytes
+
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 300}
+
+
+def kept_bytes(shape: GPTConfig, precision: str, rows: int = 2) -> int:
+    """Bytes of what autograd keeps of a forward pass, weights left out."""
+    model, storages = GPT(shape), {}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(rows, shape.block_size, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        model(tokens, tokens, return_logits=False)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("other", [{"n_layer": 5}, {"n_layer": 3, "n_inner": 96}])
+def test_activations_are_what_autograd_keeps(precision, other) -> None:
+    """To the byte: what three or one more layers add is what the estimate says they add."""
+    few, many = GPTConfig(**SMALL), GPTConfig(**{**SMALL, **other})
+    few = replace(few, n_inner=many.n_inner)
+    config = TrainConfig(batch_tokens=64, seq_len=32, model=SMALL)
+    case = {"micro_batch": 2, "world_size": 1, "device_type": "cpu", "compiled": False, "precision": precision}
+    estimated = [peak_memory(config, shape, **case).activations for shape in (few, many)]
+    assert kept_bytes(many, precision) - kept_bytes(few, precision) == estimated[1] - estimated[0] > 0
+
+
+def test_optimizer_state_is_what_the_optimizer_has() -> None:
+    shape = GPTConfig(**SMALL)
+    model = GPT(shape)
+    optimizer = make_optimizer(model, lr=1.0)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    model(tokens, tokens)[1].backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert optimizer_bytes(TrainConfig(), shape, 1) == sum(t.nbytes for t in moments)
+    # Muon keeps one tensor instead of two for the blocks' matrices, 12 n_embd^2 parameters a block.
+    assert optimizer_bytes(TrainConfig(optimizer="muon"), shape, 1) == sum(t.nbytes for t in moments) - 4 * (
+        2 * 12 * 64**2
+    )
+
+
+def test_a_shared_out_state_is_not_less_than_its_largest_tensor() -> None:
+    config, shape = TrainConfig(shard_optimizer=True), PRESETS["124M"]
+    assert optimizer_bytes(config, shape, 2) == 4 * shape.num_parameters
+    assert optimizer_bytes(config, shape, 64) == 8 * 50257 * 768
+    assert optimizer_bytes(TrainConfig(), shape, 64) == 8 * shape.num_parameters
+
+
+@pytest.mark.slow
+def test_estimate_is_within_a_tenth_of_a_real_run(dataset, tmp_path) -> None:
+    """124M on the CPU: peak resident memory of three steps and two checkpoints."""
+    settings = {
+        "data": str(dataset), "out": str(tmp_path / "run"), "steps": 3, "batch_tokens": 512, "seq_len": 256,
+        "micro_batch": "1", "precision": "fp32", "device": "cpu", "eval_every": 0, "checkpoint_every": 2,
+    }  # fmt: skip
+    code = (
+        "import resource, sys; from gpt2_train import TrainConfig, train; "
+        f"train(TrainConfig(**{settings!r})); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    measured = int(done.stdout)
+    memory = peak_memory(TrainConfig(**settings), PRESETS["124M"], 1, 1, "cpu", False, "fp32")
+    assert memory.host_bytes == pytest.approx(measured, rel=0.1)
+
+
+def memory_files(root, *, available_kb: int = 8_000_000, groups: str = "", **files: str):
+    """A /proc and a /sys as Linux has them."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {available_kb} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def group(folder: str, limit: str, used: int, cached: int, version: int = 2) -> dict[str, str]:
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return {
+        f"{folder}/{names[0]}": limit, f"{folder}/{names[1]}": str(used),
+        f"{folder}/memory.stat": f"anon 1\n{names[2]} {cached}\n",
+    }  # fmt: skip
+
+
+def test_available_memory_obeys_cgroups(tmp_path) -> None:
+    bare = memory_files(tmp_path / "bare", groups="0::/\n")
+    assert available_memory(bare) == 8_000_000 * 1024
+    # A limit further up counts; files in the cache make room.
+    nested = group("a/b", "max", 9, 0) | group("a", "3000000", 2500000, 500000)
+    assert available_memory(memory_files(tmp_path / "v2", groups="0::/a/b\n", **nested)) == 1_000_000
+    old = group("memory/a", "4000000", 3000000, 0, version=1)
+    assert available_memory(memory_files(tmp_path / "v1", groups="4:cpu:/\n3:memory:/a\n", **old)) == 1_000_000
+    # In a container the path is the host's, and its files are those of the root.
+    inside = group(".", "2000000", 0, 0)
+    assert available_memory(memory_files(tmp_path / "in", groups="0::/docker/abc\n", **inside)) == 2_000_000
+    assert available_memory(tmp_path / "macos") > 2**28
+
+
+SETTINGS = TrainConfig(batch_tokens=24 * 32, seq_len=32, model=SMALL)
+CPU = World(0, 1, torch.device("cpu"))
+PLAIN = {"compiled": False, "precision": "fp32"}
+
+
+def fails_above(limit: int, tried: list[int]):
+    def try_one(number: int) -> None:
+        tried.append(number)
+        if number > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return try_one
+
+
+def test_micro_batch_is_the_largest_divisor_that_runs() -> None:
+    tried: list[int] = []
+    assert choose_micro_batch(SETTINGS, SETTINGS.model_config, CPU, fails_above(7, tried), **PLAIN) == 6
+    assert tried == [24, 12, 8, 6, 6]  # twice what fits: the second time beside gradients
+
+
+def test_micro_batch_that_is_given_is_not_tried() -> None:
+    tried: list[int] = []
+    given = replace(SETTINGS, micro_batch="8")
+    assert choose_micro_batch(given, given.model_config, CPU, fails_above(0, tried), **PLAIN) == 8
+    assert tried == []
+
+
+def test_nothing_that_fits_says_what_to_do() -> None:
+    with pytest.raises(
+        ValueError, match="not even one sequence of 32 tokens fits .* use --activation-checkpointing"
+    ):
+        choose_micro_batch(SETTINGS, SETTINGS.model_config, CPU, fails_above(0, []), **PLAIN)
+
+
+def test_without_trials_the_estimate_decides(monkeypatch) -> None:
+    def needed(micro_batch: int) -> int:
+        memory = peak_memory(config, config.model_config, micro_batch, 1, "cpu", False, "fp32")
+        return memory.host_bytes - gpt2_train.memory.PROGRAM - memory.weights  # these are there already
+
+    config = TrainConfig(batch_tokens=16 * 1024)
+    for free, expected in ((10**12, 4), (needed(2), 2), (needed(2) - 1, 1), (0, 1)):
+        monkeypatch.setattr(gpt2_train.memory, "available_memory", lambda free=free: free)
+        assert choose_micro_batch(config, config.model_config, CPU, None, **PLAIN) == expected
+
+
+def test_two_processes_on_a_machine_share_its_memory(monkeypatch) -> None:
+    config = TrainConfig(batch_tokens=16 * 1024)
+    memory = peak_memory(config, config.model_config, 4, 2, "cpu", False, "fp32")
+    both = 2 * (memory.host_bytes - memory.checkpoint_copy) + memory.checkpoint_copy
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert most_that_fit(config, config.model_config, 2, "cpu", False, "fp32", both) == 4
+    assert most_that_fit(config, config.model_config, 2, "cpu", False, "fp32", both - 1) == 2
+
+
+RANK = """
+import json, sys, torch, torch.distributed as dist
+from gpt2_train import TrainConfig, World
+from gpt2_train.memory import choose_micro_batch
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+config = TrainConfig(batch_tokens=48 * 32, seq_len=32, model={"n_layer": 1, "n_head": 1, "n_embd": 8})
+world = World(rank, 2, torch.device("cpu"))
+for limits in json.loads(sys.argv[3]):
+    def try_one(number):
+        if number > limits[rank]:
+            raise torch.OutOfMemoryError
+    print(choose_micro_batch(config, config.model_config, world, try_one, compiled=False, precision="fp32"))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_agree_on_what_fits_on_all(tmp_path) -> None:
+    limits = [(24, 5), (3, 24), (24, 24)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), f"file://{tmp_path / 'store'}", json.dumps(limits)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    chosen = [list(map(int, process.communicate(timeout=120)[0].split())) for process in ranks]
+    assert chosen == [[4, 3, 24]] * 2

@@ -1,0 +1,153 @@
+"""`gpt2-train --dry-run`: its figures, its checks, and that it leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from tiny_run import TINY, flags
+
+import gpt2_train.space
+from gpt2_model import GPT, PRESETS, flops_per_token
+from gpt2_train import TrainConfig, train
+from gpt2_train.cli import main
+from gpt2_train.memory import peak_memory
+from gpt2_train.plan import recipe_table
+from gpt2_train.space import check_space, checkpoint_bytes, checkpoints_at_once
+
+README = Path(__file__).parents[2] / "packages/gpt2-train/README.md"
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def dry_run(data, out, *more: str, **changes):
+    return CliRunner().invoke(main, [*flags(data, out, **changes), "--dry-run", *more])
+
+
+def free_disk(monkeypatch, free: float) -> None:
+    monkeypatch.setattr(gpt2_train.space.shutil, "disk_usage", lambda _path: SimpleNamespace(free=int(free)))
+
+
+def test_figures(dataset, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = dry_run(dataset, tmp_path / "run", "--json", micro_batch="auto", batch_tokens=128, peak_tflops=0.001)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    config = TrainConfig(**{**TINY, "batch_tokens": 128, "micro_batch": "auto"})
+    shape = config.model_config
+    assert plan["parameters"] == shape.num_parameters
+    assert plan["tokens"] == 12 * 128
+    assert plan["epochs"] == plan["tokens"] / plan["train_tokens"]
+    assert (plan["processes"], plan["micro_batch"], plan["accumulation"]) == (2, 4, 1)
+    assert plan["flops"] == flops_per_token(shape, 16) * 12 * 128
+    assert plan["flops_per_second"] == pytest.approx(0.7 * 1e9)
+    assert plan["hours"] == pytest.approx(plan["flops"] / (2 * 0.7 * 1e9) / 3600)
+    assert plan["memory"]["host_bytes"] == peak_memory(config, shape, 4, 2, "cpu", False, "fp32").host_bytes
+    assert plan["checkpoints_at_once"] == 3  # steps 4, 8, 12; four could be there
+    assert plan["problems"] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_and_a_measured_speed(dataset, tmp_path) -> None:
+    result = dry_run(dataset, tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    for fact in ("12 of 64 tokens, 768 in all", "1 on cpu, fp32", "1 x 4 x 16 tokens on each process",
+                 "6 N + 6 L C T", "with --activation-checkpointing", "copy for checkpoints 0.01 GB",
+                 "3 at once: 0.04 GB of", "GFLOP/s of a matrix product, measured here"):  # fmt: skip
+        assert fact in result.stdout
+
+
+def test_checkpoint_size_is_that_of_a_checkpoint(dataset, tmp_path) -> None:
+    settings = {**TINY, "steps": 1}
+    train(TrainConfig(**settings, data=str(dataset), out=str(tmp_path)))
+    written = sum(path.stat().st_size for path in (tmp_path / "checkpoints/step-00000001").iterdir())
+    config = TrainConfig(**settings)
+    assert checkpoint_bytes(config, config.model_config) == pytest.approx(written, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"batch_tokens": 72}, "a batch of 72 tokens does not divide into sequences of 16 on 1 process: use"),
+        ({"micro_batch": "3"}, "do not divide into micro-batches of 3"),
+        ({"seq_len": 8192, "batch_tokens": 8192, "micro_batch": "1", "model": {"block_size": 8192}},
+         "a sample of seq_len 8192 needs 8,193"),
+        ({"model": {**TINY["model"], "vocab_size": 100}}, "the model's vocabulary ends at 99"),
+        ({"hellaswag": "missing.jsonl"}, "missing.jsonl"),
+        ({"init": "./no-model"}, "./no-model is neither a model folder"),
+        ({"out": f"{__file__}/run"}, f"{__file__} is not a folder"),
+        ({"model": {"n_embd": 100_000, "n_layer": 100, "n_head": 1}}, "of this machine's memory, and"),
+    ],
+)  # fmt: skip
+def test_a_failed_check_is_a_line_and_exit_1(dataset, tmp_path, changes, message) -> None:
+    settings = {"data": dataset, "out": tmp_path / "run", "peak_tflops": 1.0, **changes}
+    result = dry_run(settings.pop("data"), settings.pop("out"), **settings)
+    assert result.exit_code == 1
+    assert any(line.startswith("Error: ") and message in line for line in result.stderr.splitlines()), (
+        result.stderr
+    )
+    assert "parameters" in result.stdout  # the rest of the plan is there all the same
+
+
+def test_init_brings_its_shape(dataset, tmp_path) -> None:
+    GPT(TrainConfig(**TINY).model_config).save_pretrained(tmp_path / "start")
+    same = dry_run(dataset, tmp_path / "run", init=tmp_path / "start", peak_tflops=1.0)
+    assert same.exit_code == 0, same.output
+    other = dry_run(dataset, tmp_path / "run", init=tmp_path / "start", model={"n_layer": 3}, peak_tflops=1.0)
+    assert other.exit_code == 1
+    assert "has another shape than --model" in other.stderr
+
+
+def test_json_is_for_dry_runs(dataset, tmp_path) -> None:
+    result = CliRunner().invoke(main, [*flags(dataset, tmp_path / "run"), "--json"])
+    assert result.exit_code == 2
+    assert "--json goes with --dry-run" in result.output
+
+
+def test_torchrun_prints_one_plan(dataset, tmp_path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = flags(dataset, tmp_path / "run", micro_batch="auto", peak_tflops=1.0)
+    done = subprocess.run(
+        [*launcher, "-m", "gpt2_train", *settings, "--dry-run", "--json"],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    plan = json.loads(done.stdout)
+    assert (plan["processes"], plan["micro_batch"]) == (2, 2)
+
+
+def test_space_for_the_checkpoints_that_will_be_there(tmp_path, monkeypatch) -> None:
+    config = TrainConfig(steps=100, checkpoint_every=10, keep=2)
+    shape, each = PRESETS["124M"], checkpoint_bytes(config, PRESETS["124M"])
+    free_disk(monkeypatch, 3 * each)
+    check_space(tmp_path / "new", config, shape)
+    assert not (tmp_path / "new").exists()
+    free_disk(monkeypatch, 3 * each - 1)
+    with pytest.raises(
+        OSError, match="will need 4.49 GB for 3 checkpoints of 1.50 GB, and 4.49 GB are free: free some"
+    ):
+        check_space(tmp_path / "new", config, shape)
+    # What the run's own take is given back as they are pruned.
+    folder = tmp_path / "new/checkpoints/step-00000010"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"0")
+    check_space(tmp_path / "new", config, shape)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "keep", "expected"), [(100, 10, 3, 4), (25, 10, 3, 3), (20, 10, 3, 2), (100, 0, 3, 1)]
+)
+def test_no_space_is_asked_for_that_is_not_needed(steps, every, keep, expected) -> None:
+    assert checkpoints_at_once(TrainConfig(steps=steps, checkpoint_every=every, keep=keep)) == expected
+
+
+def test_readme_has_the_table() -> None:
+    assert "\n".join(recipe_table()) in README.read_text()
