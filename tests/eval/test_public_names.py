@@ -4,6 +4,7 @@ import gpt2_eval
 def test_public_names_are_frozen():
     assert gpt2_eval.__all__ == [
         "HellaSwagResult",
+        "Interrupted",
         "LossResult",
         "Row",
         "evaluate_hellaswag",

@@ -77,6 +77,30 @@ def test_samples_of_a_prompt_are_rows_as_any_other(model, way) -> None:
     assert len(set(map(tuple, samples))) == 8
 
 
+@pytest.mark.parametrize("share", [1, 2, 3])
+def test_shares_of_the_samples_are_the_samples(model, way, share) -> None:
+    """As several processes draw them: each so many rows, from its own first row on."""
+    options = {"max_new_tokens": 24, "seed": 11, "stop": ["e"], "logprobs": True, **way}
+    whole = generate(model, PROMPTS[1:2], num_samples=6, **options)
+    firsts = range(0, 6, share)
+    parts = [generate(model, PROMPTS[1:2], num_samples=share, first_row=first, **options) for first in firsts]
+    joined = [row for part in parts for row in part]
+    assert [row.row for row in joined] == list(range(6))
+    assert len({tuple(row.tokens) for row in whole}) == 6
+    for row, alone in zip(whole, joined, strict=True):
+        assert (row.tokens, row.text, row.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+        if way["compile"]:  # the engine's logits are bit-equal in any batch; PyTorch's round as they like
+            assert row.logprobs == alone.logprobs
+        else:
+            assert row.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_streams_number_their_rows_from_the_first(model) -> None:
+    pieces = list(stream(model, PROMPTS[:2], num_samples=2, first_row=10, max_new_tokens=4))
+    assert {piece.row for piece in pieces} == {10, 11, 12, 13}
+    assert all(piece.row == piece.completion.row for piece in pieces if piece.completion)
+
+
 @pytest.mark.parametrize("decoder", [EngineDecoder, TorchDecoder])
 def test_prompts_are_computed_once_and_finished_rows_not_at_all(model, monkeypatch, decoder) -> None:
     prefilled, stepped = [], []
@@ -325,6 +349,7 @@ def test_model_with_its_own_vocabulary(way) -> None:
         ({"seed": -1}, "seed must lie between 0"),
         ({"num_samples": 0}, "num_samples 0 and max_new_tokens 64 must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
+        ({"first_row": -1}, "first_row must be at least 0, not -1"),
         ({"stop": [""]}, "stop must be a list of strings that are not empty"),
         ({"stop": "text"}, "stop must be a list"),
         ({"stop_ids": (60000,)}, "stop_ids .60000. do not all lie below the vocabulary's 50257"),

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import TINY, fingerprint, flags, losses
 
 from gpt2_train import TrainConfig, find_checkpoint, train, verify_checkpoint
-from gpt2_train.checkpoint import locked, prune
+from gpt2_train.checkpoint import CannotResume, locked, prune
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,15 @@ def test_manifest_does_not_reach_outside(run) -> None:
     assert "'../../../secret', which is no plain file name" in verify_checkpoint(newest(run))[0]
 
 
-def test_unknown_format_is_refused(run) -> None:
+def test_a_newer_format_is_refused_and_an_older_one_passed_over(run) -> None:
     path = newest(run) / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    assert "has checkpoint format 2; this program reads 1" in verify_checkpoint(newest(run))[0]
+    text = path.read_text()
+    path.write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    assert find_checkpoint(run)[0] == run / "checkpoints" / "step-00000008"
+    path.write_text(text.replace('"format_version": 2', '"format_version": 3'))
+    assert "has checkpoint format 3; this program reads 2" in verify_checkpoint(newest(run))[0]
+    with pytest.raises(CannotResume, match="was written by a newer gpt2-train .*: update gpt2-train"):
+        find_checkpoint(run)
 
 
 def test_the_run_goes_back_and_ends_the_same(dataset, run, finished, capsys) -> None:
@@ -101,7 +106,7 @@ def test_a_named_checkpoint_is_all_or_nothing(dataset, run) -> None:
     [
         ({"lr": 1e-3}, "other settings \\(lr: 0.01 -> 0.001\\): choose another --out"),
         ({"seed": 1, "batch_tokens": 32}, "batch_tokens: 64 -> 32; seed: 0 -> 1"),
-        ({"model": {**TINY["model"], "n_layer": 1}}, "model: "),
+        ({"model": {**TINY["model"], "n_layer": 1}}, r"\(n_layer: 2 -> 1\)"),
         ({"resume": "never"}, "holds a run, and --resume never was given"),
     ],
 )
@@ -129,7 +134,7 @@ def test_more_steps_go_on(dataset, run, capsys) -> None:
 
 def test_prune_counts_good_ones_only(run) -> None:
     flip_a_bit(newest(run) / "model.safetensors")
-    prune(run, keep=1)
+    prune(run, keep=1, verified=set())
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
 
 

@@ -103,7 +103,7 @@ def test_bad_files_are_refused(tmp_path, text, message) -> None:
     assert message in result.output
 
 
-def test_flag_before_environment_before_file_before_recipe(tmp_path, monkeypatch) -> None:
+def test_flag_before_environment_before_file_before_recipe(dataset, tmp_path, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(gpt2_train.loop, "train", lambda config: seen.append(config) or 0)
     (tmp_path / "c.toml").write_text("lr = 0.2\nwarmup = 20\nsteps = 2000\n[model]\nn_layer = 2\nn_head = 2\n")
@@ -117,9 +117,9 @@ def test_flag_before_environment_before_file_before_recipe(tmp_path, monkeypatch
         "--steps",
         "4k",
         "--data",
-        "d",
+        str(dataset),
         "--out",
-        "o",
+        str(tmp_path / "o"),
     ]
     result = CliRunner().invoke(main, [*arguments, "--model", "n_head=4"])
     assert result.exit_code == 0, result.output

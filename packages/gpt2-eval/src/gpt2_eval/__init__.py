@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .loss import evaluate_loss as evaluate_loss
     from .report import HellaSwagResult as HellaSwagResult
     from .report import LossResult as LossResult
+    from .scoring import Interrupted as Interrupted
     from .scoring import Row as Row
     from .scoring import score_rows as score_rows
     from .tasks import evaluate_hellaswag as evaluate_hellaswag
@@ -20,6 +21,7 @@ __version__ = version("gpt2-eval")
 
 _MODULE_OF = {
     "HellaSwagResult": "report",
+    "Interrupted": "scoring",
     "LossResult": "report",
     "Row": "scoring",
     "evaluate_hellaswag": "tasks",

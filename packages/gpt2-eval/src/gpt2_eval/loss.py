@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ def evaluate_loss(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> LossResult:
     """Mean cross-entropy of the split's first `tokens` target tokens, in consecutive windows of `seq_len`.
 
@@ -57,10 +58,12 @@ def evaluate_loss(
         device: where the inputs go; the model's own device if None.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         progress: draw a bar on stderr.
+        stop: asked before each batch, on each rank for itself; True on one of them ends the scoring on all.
 
     Raises:
         ValueError: a size that does not fit the model or the split, token ids beyond the vocabulary, or a loss
             that is not finite.
+        Interrupted: `stop` said True, here or on another rank.
     """
     block_size = model.config.block_size
     seq_len = block_size if seq_len is None else seq_len
@@ -76,14 +79,17 @@ def evaluate_loss(
     # Whole batches are dealt to the ranks: each holds the same windows, and so the same bits, on any number.
     batches = range(0, num_windows, batch_size)[rank::world_size]
     mine: dict[int, tuple[float, int]] = {}
+    interrupted = False
     with evaluating(model, device, autocast_dtype):
         for first in tqdm(batches, desc="loss", unit="batch", leave=False, disable=not progress):
+            if interrupted := stop is not None and stop():
+                break
             last = min(first + batch_size, num_windows)
             ids = dataset.read(split, first * seq_len, min(last * seq_len, num_targets) + 1)
             nats, text_bytes = _score_windows(model, ids, seq_len, device)
             for window, record in enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first):
                 mine[window] = record
-    records = gather_records(mine, num_windows)
+    records = gather_records(mine, num_windows, interrupted)
     return _result(records, num_targets, tokens, seq_len, start)
 
 

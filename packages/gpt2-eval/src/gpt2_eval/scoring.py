@@ -1,6 +1,6 @@
 """(context, continuation) rows -> log-likelihoods, in batches and over ranks. Knows nothing of tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -33,6 +33,10 @@ class Row:
 
     context: list[int]
     continuation: list[int]
+
+
+class Interrupted(Exception):
+    """`stop` said True on some rank before all was scored. Raised on every rank: there is no partial result."""
 
 
 class ModelConfig(Protocol):
@@ -77,6 +81,7 @@ def score_rows(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> NDArray[np.float64]:
     """Log-likelihood of each row's continuation given its context: (len(rows),), in nats.
 
@@ -90,9 +95,11 @@ def score_rows(
         device: where the inputs go; the model's own device if None.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         progress: draw a bar on stderr.
+        stop: asked before each batch, on each rank for itself; True on one of them ends the scoring on all.
 
     Raises:
         ValueError: a row that cannot be scored, or scores that are not finite.
+        Interrupted: `stop` said True, here or on another rank.
     """
     _check_rows(rows, model.config)
     device = device_of(model, device)
@@ -107,13 +114,16 @@ def score_rows(
     rank, world_size = rank_and_world_size()
     # Whole batches are dealt to the ranks: each holds the same rows, and so the same bits, on any number of them.
     mine: dict[int, float] = {}
+    interrupted = False
     with evaluating(model, device, autocast_dtype):
         for batch in tqdm(
             batches[rank::world_size], desc="scoring", unit="batch", leave=False, disable=not progress
         ):
+            if interrupted := stop is not None and stop():
+                break
             sums = _score_batch(model, [rows[i] for i in batch], device)
             mine.update(zip(batch, sums.tolist(), strict=True))
-    scores = np.array(gather_records(mine, len(rows)), dtype=np.float64)
+    scores = np.array(gather_records(mine, len(rows), interrupted), dtype=np.float64)
     require_finite(scores, "rows")
     return scores
 
@@ -214,19 +224,24 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather_records(mine: Mapping[int, T], total: int) -> list[T]:
+def gather_records(mine: Mapping[int, T], total: int, interrupted: bool = False) -> list[T]:
     """The records 0 to total - 1 in order, on every rank, from the share that each rank holds.
 
-    Records are gathered and not averages, so that no item counts twice or is lost without notice.
+    Records are gathered and not averages, so that no item counts twice or is lost without notice. A rank that was
+    interrupted comes here too: the others, which are here or on their way, would wait for it in vain.
 
     Raises:
+        Interrupted: this rank or another was interrupted.
         RuntimeError: a record is missing, or came from two ranks.
     """
-    parts: list[Any] = [mine]
+    share = (interrupted, dict(mine))
     _, world_size = rank_and_world_size()
+    shares: list[Any] = [share] * world_size
     if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, dict(mine))
+        dist.all_gather_object(shares, share)
+    if any(stopped for stopped, _ in shares):
+        raise Interrupted("the evaluation was told to stop before it was through: there is no result")
+    parts = [part for _, part in shares]
     indices = sorted(index for part in parts for index in part)
     if indices != list(range(total)):
         raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(indices)} with gaps")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def evaluate_hellaswag(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> HellaSwagResult:
     """Score `data`, a file or what `load_hellaswag` made of it, by one protocol or by both in one pass.
 
@@ -110,11 +111,12 @@ def evaluate_hellaswag(
     Args:
         protocol: "karpathy", "lm-eval" or "both".
         limit: the first so many items only; the result is then marked partial.
-        batch_size, device, autocast_dtype, progress: as in `score_rows`; four rows an item and protocol.
+        batch_size, device, autocast_dtype, progress, stop: as in `score_rows`; four rows an item and protocol.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown protocol, bad data, or a model whose scores are not finite.
+        Interrupted: `stop` said True, here or on another rank.
     """
     if protocol not in (*PROTOCOLS, "both"):
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
@@ -131,6 +133,7 @@ def evaluate_hellaswag(
         device=device,
         autocast_dtype=autocast_dtype,
         progress=progress,
+        stop=stop,
     ).reshape(len(protocols), len(items), 4)
     scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(protocols)}
     labels = np.array([item.label for item in items])

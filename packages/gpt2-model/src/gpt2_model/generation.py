@@ -22,7 +22,7 @@ class Completion:
     """What one row of `generate` came to.
 
     Attributes:
-        row: prompt number * num_samples + sample number.
+        row: first_row + prompt number * num_samples + sample number.
         prompt: the prompt as text.
         text: the new text, without the prompt, the end-of-text token and the stop string.
         tokens: the ids drawn, without the stop id; with a stop string, up to the token that completed it.
@@ -88,6 +88,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     num_samples: int = 1,
+    first_row: int = 0,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int | None = 50,
@@ -111,6 +112,8 @@ def generate(
         model: its vocabulary must be GPT-2's where prompts are text.
         prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
         num_samples: rows a prompt; the prompt is computed once.
+        first_row: number of the first row, from which the others go on. So processes can share the samples of a
+            prompt: 4 of them are 2 from row 0 and 2 from row 2, under the same seed.
         max_new_tokens: tokens to add, fewer where the model's context ends or it ends the text itself.
         temperature: 0 takes the most likely token.
         top_k: sample from this many most likely tokens; None for all.
@@ -131,9 +134,9 @@ def generate(
             nothing, or a model that computes NaN.
     """
     pieces = stream(
-        model, prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-        stop_ids=stop_ids, logprobs=logprobs, slide=slide, compile=compile,
+        model, prompts, num_samples=num_samples, first_row=first_row, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        seed=seed, stop=stop, stop_ids=stop_ids, logprobs=logprobs, slide=slide, compile=compile,
     )  # fmt: skip
     return sorted((piece.completion for piece in pieces if piece.completion), key=lambda row: row.row)
 
@@ -143,6 +146,7 @@ def stream(
     prompts: Sequence[str | Sequence[int]],
     *,
     num_samples: int = 1,
+    first_row: int = 0,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int | None = 50,
@@ -164,6 +168,8 @@ def stream(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be at least 1")
+    if first_row < 0:
+        raise ValueError(f"first_row must be at least 0, not {first_row}")
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
     size, context = model.config.vocab_size, model.config.block_size
@@ -179,8 +185,9 @@ def stream(
             ids = ids[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
         for _ in range(num_samples):
-            completion = Completion(len(rows), text, logprobs=[] if logprobs else None)
-            rows.append(_Row(completion, list(ids), uniforms(seed, len(rows), room), len(ids)))
+            number = first_row + len(rows)
+            completion = Completion(number, text, logprobs=[] if logprobs else None)
+            rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids)))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face model folder, the optimizer, and where the run stood.
 
     step-00005000/  config.json model.safetensors ...   the model, as transformers loads it
-                    optimizer.safetensors               AdamW's two moments of each parameter, by its name
+                    optimizer.safetensors               the optimizer's state of each parameter, by its name
                     trainer.json                        step, loader state, resolved config, versions
                     manifest.json                       size and SHA-256 of every file, written last
 
@@ -18,8 +18,10 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,58 +32,77 @@ import torch
 
 from gpt2_model import GPT
 
-FORMAT_VERSION = 1
+from .config import CannotResume
+
+FORMAT_VERSION = 2  # 1, of gpt2-train 0.1.0, had a loader's state that is no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
-def save_checkpoint(
-    run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, trainer: dict[str, Any]
+def write_checkpoint(
+    run: Path, step: int, model: GPT, optimizer: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]
 ) -> Path:
-    """Write checkpoints/step-<step> of a run and return its path; one that is there and good is left alone.
+    """Write checkpoints/step-<step> of a run, verify it, and return its path.
+
+    Args:
+        model, optimizer: on the CPU; nothing may change them meanwhile.
 
     Raises:
-        OSError: the disk is full or not writable; checkpoints that were there are untouched.
+        OSError: the disk is full or not writable, or does not give back what was written; the checkpoints that
+        were
+            there are untouched.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    if folder.exists():
-        if not verify_checkpoint(folder):
-            return folder
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(".tmp-*"):  # a kill left it; only one process writes here, under a lock
-        shutil.rmtree(abandoned)
+    folder = checkpoint_folder(run, step)
+    if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
+        raise OSError(f"{run} is gone: the run's folder must stay while it trains")
+    folder.parent.mkdir(exist_ok=True)
+    remove_abandoned(run)
     temporary = folder.parent / f".tmp-{folder.name}"
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         model.save_pretrained(temporary)
-        tensors, steps = _optimizer_tensors(model, optimizer)
-        safetensors.torch.save_file(tensors, temporary / "optimizer.safetensors", {"format": "pt"})
-        document = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "optimizer_steps": steps,
-            **trainer,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
-        (temporary / "trainer.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(dict(optimizer), temporary / "optimizer.safetensors", {"format": "pt"})
+        document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
+        _write_json(temporary / "trainer.json", document)
         names = sorted(path.name for path in temporary.iterdir())
-        hashes = {n: {"bytes": (temporary / n).stat().st_size, "sha256": _sha256(temporary / n)} for n in names}
-        manifest = {"format_version": FORMAT_VERSION, "files": hashes}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        files = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            for name in names
+        }
+        _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
         for name in [*names, "manifest.json", "."]:
             _fsync(temporary / name)
+        if problems := verify_checkpoint(temporary):
+            raise OSError(f"the disk does not give back what was written: {problems[0]}")
+        if folder.exists():  # a damaged one of this step, or the run would have gone on from it
+            _remove(folder)
         temporary.rename(folder)
         _fsync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(folder.parent).free
+        # ignore_errors: the folder may be gone with all of the run
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(_existing(folder)).free
         raise OSError(
-            f"cannot write {folder}: {error} (about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free); "
+            f"cannot write {folder}: {error} (about {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free); "
             "the checkpoints before it are untouched"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def versions() -> dict[str, str]:
+    """Of what the bits of a run hang on besides its config."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def remove_abandoned(run: Path) -> None:
+    """Delete what a kill in mid-write or mid-deletion left. Only one process writes here, under a lock."""
+    for abandoned in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(abandoned)
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
@@ -90,7 +111,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{folder / 'manifest.json'} cannot be read: {type(error).__name__} {error}"]
     if version != FORMAT_VERSION:
         return [f"{folder} has checkpoint format {version}; this program reads {FORMAT_VERSION}"]
@@ -106,8 +127,10 @@ def verify_checkpoint(folder: Path) -> list[str]:
             problems.append(f"{path} is missing")
         elif path.stat().st_size != size:
             problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
-        elif _sha256(path) != digest:
-            problems.append(f"{path} is damaged: its SHA-256 is not the recorded one")
+        elif (found := _sha256(path)) != digest:
+            problems.append(
+                f"{path} is damaged: its SHA-256 is {found[:12]}..., not the recorded {str(digest)[:12]}..."
+            )
     return problems
 
 
@@ -121,14 +144,30 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint with the highest step that verifies, and what was wrong with those above it.
 
     By step, not by time: clocks jump.
+
+    Raises:
+        CannotResume: one above it is of a newer program, which an older one must not undo.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
         found = verify_checkpoint(folder)
         if not found:
             return folder, problems
+        _refuse_newer(folder)
         problems += found
     return None, problems
+
+
+def _refuse_newer(folder: Path) -> None:
+    try:
+        version = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CannotResume(
+            f"{folder} was written by a newer gpt2-train (checkpoint format {version}, this one reads "
+            f"{FORMAT_VERSION}): update gpt2-train, or choose another --out"
+        )
 
 
 def choose_checkpoint(run: Path, resume: str) -> Path | None:
@@ -138,21 +177,22 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         resume: "auto" for the newest good one in `run`, "never", or a checkpoint folder.
 
     Raises:
-        ValueError: the one asked for is damaged, all of them are, or "never" would write over a run.
+        CannotResume: the one asked for is damaged, all of them are, or "never" would write over a run.
     """
     if resume == "never":
         if checkpoints(run):
-            raise ValueError(f"{run} holds a run, and --resume never was given: choose another --out")
+            raise CannotResume(f"{run} holds a run, and --resume never was given: choose another --out")
         return None
     if resume != "auto":
-        problems = verify_checkpoint(Path(resume))
-        if problems:
-            raise ValueError(f"cannot resume {resume}: {problems[0]}")
+        _refuse_newer(Path(resume))
+        if problems := verify_checkpoint(Path(resume)):
+            raise CannotResume(f"cannot resume {resume}: {problems[0]}")
         return Path(resume)
     found, problems = find_checkpoint(run)
     if found is None and problems:
-        raise ValueError(
-            f"every checkpoint in {run} is damaged ({problems[0]}): repair one, or choose another --out"
+        raise CannotResume(
+            f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or delete "
+            f"{run / 'checkpoints'} to begin again at step 0"
         )
     for problem in problems:
         print(f"warning: {problem}; going back to {found}", file=sys.stderr)
@@ -165,35 +205,43 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the moments of a verified checkpoint, bit for bit."""
-    tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
-    steps = read_trainer_state(folder)["optimizer_steps"]
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            # Fused AdamW keeps its count of steps beside the parameter, in fp32.
-            "step": torch.tensor(float(steps), device=parameter.device),
-            "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-        }
+class OptimizerFile:
+    """The optimizer's tensors of a verified checkpoint, by name; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "optimizer.safetensors"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safetensors.safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest good checkpoints, after the newest one has been verified.
+def prune(run: Path, keep: int, verified: set[str]) -> None:
+    """Delete all but the `keep` newest good checkpoints.
 
     Damaged ones do not count, so that they never push out a good one. A folder is renamed before it is emptied:
     a kill in between leaves nothing that looks like a checkpoint.
+
+    Args:
+        verified: names of those that this process has read back already; gigabytes that need no more hashing.
+        Those
+            that are checked here are added.
     """
     folders, good = checkpoints(run), 0
-    if len(folders) <= keep:  # nothing to delete, and so gigabytes that need no hashing
+    if len(folders) <= keep:
         return
     for folder in reversed(folders):
-        if good < keep:
-            good += not verify_checkpoint(folder)
-            continue
-        doomed = folder.with_name(f".tmp-old-{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if good == keep:
+            _remove(folder)
+        elif folder.name in verified or not verify_checkpoint(folder):
+            verified.add(folder.name)
+            good += 1
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".tmp-old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -212,24 +260,21 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip()
-            raise ValueError(f"{run} is in use by process {owner}: wait for it, or choose another --out") from None
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{run} is in use by {owner}: wait for it, or choose another --out") from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
         file.flush()
         yield
 
 
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
-    tensors, steps = {}, 0
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter)
-        if not state:  # before the first step there is nothing yet
-            state = {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = state[key].detach().cpu().contiguous()
-        steps = int(state["step"])
-    return tensors, steps
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -238,8 +283,11 @@ def _sha256(path: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
+    """Have the disk hold it, and the page cache forget it: what is read to verify it then comes from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise") and path.is_file():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -12,7 +12,7 @@ import click
 from gpt2_model.config import GPTConfig, with_fields
 
 from . import __version__
-from .config import CHOICES, RECIPES, TrainConfig, load_config
+from .config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,15 +118,38 @@ def main(
         if dry_run:
             _print_plan(run)
             return
+        _check_folders(run)
         from .loop import train  # two seconds of torch, after everything that can be refused without it
 
         ctx.exit(train(run))
-    except (ValueError, OSError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug or (isinstance(error, RuntimeError) and not _lost_contact(error)):
             raise
+        code = 2 if isinstance(error, CannotResume) else 1
         if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)  # rank 0 says it
-        raise click.ClickException(" ".join(str(error).split())) from None
+            sys.exit(code)  # rank 0 says it
+        message = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            message = f"another process of this run is gone ({message[:200]}); the same command goes on"
+        click.echo(f"Error: {message}", err=True)
+        sys.exit(code)
+
+
+def _check_folders(run: TrainConfig) -> None:
+    from gpt2_data import open_dataset
+
+    existing = next(path for path in (Path(run.out), *Path(run.out).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--out {run.out}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {run.out}: {existing} cannot be written to")
+    open_dataset(run.data)
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether an exchange failed since another process is gone: gloo has no type of error of its own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or any(word in str(error) for word in ("gloo", "Connection closed by peer"))
 
 
 def _fill_standard_streams() -> None:

@@ -29,6 +29,10 @@ CHOICES = {
 }
 
 
+class CannotResume(ValueError):
+    """What is in the run's folder cannot be gone on with as asked, and must not be written over."""
+
+
 def _option(default: Any, help: str, *, rare: bool = False) -> Any:
     return field(default=default, metadata={"help": help, "rare": rare})
 

@@ -2,18 +2,18 @@
 
 import ctypes
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gpt2_model import GPTConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: Any) -> Any:
         """What rank 0 passes here, on every rank."""
         if self.size == 1:
             return value
@@ -48,16 +48,65 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do it on rank 0, and have its result, or its error, on every rank: none is left waiting."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError) as error:
+                result = error
+        result = self.from_main(result)
+        if isinstance(result, Exception):
+            raise result
+        return result  # type: ignore[no-any-return]
 
-def start(device: str = "auto") -> World:
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def collect(self, own: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors, each of which one rank or every rank has, into those of rank 0 of the same names.
+
+        Every rank must call it, with all names in `into`, in one order.
+        """
+        owners: dict[str, int] = {}
+        for rank, names in enumerate(self.gather(sorted(own))):
+            for name in names:
+                owners.setdefault(name, rank)
+        for name, target in into.items():
+            if owners[name] == 0:
+                if self.is_main:
+                    target.copy_(own[name], non_blocking=True)
+            elif owners[name] == self.rank:
+                dist.send(own[name].contiguous(), dst=0)
+            elif self.is_main:
+                received = torch.empty(target.shape, dtype=target.dtype, device=self.device)
+                dist.recv(received, src=owners[name])
+                target.copy_(received)
+
+
+def start(device: str = "auto", *, deterministic: bool = False) -> World:
     """Join the run that torchrun's environment describes, or be its only process.
 
     NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error.
+
+    Args:
+        deterministic: on CUDA, use only kernels whose sums have one order, so that a resumed run ends with the
+        same
+            bits.
 
     Raises:
         ValueError: the device is not to be had.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+        torch.use_deterministic_algorithms(True)
     where = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if where.type == "cpu":
         _keep_buffers()
@@ -126,32 +175,3 @@ def largest_micro_batch(config: GPTConfig, seq_len: int, device: torch.device) -
         return max(1, int(0.85 * free) // (token_bytes * seq_len))
     # Elsewhere memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
     return max(1, 4096 // seq_len)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for an end after the step at hand; a second one ends at once.
-
-    Attributes:
-        number: of the signal that came to this process, 0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note the signals that come within, instead of dying of them."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def note(number: int, _frame: Any) -> None:
-            if self.number:
-                raise KeyboardInterrupt
-            self.number = number
-
-        for number in before:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

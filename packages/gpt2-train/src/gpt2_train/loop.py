@@ -1,294 +1,267 @@
 """train(config): the main path of pretraining, top to bottom."""
 
+import resource
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
-from gpt2_eval import evaluate_hellaswag, evaluate_loss
-from gpt2_model import GPT, flops_per_token, generate
+from gpt2_eval import Interrupted, evaluate_hellaswag, evaluate_loss
+from gpt2_model import stream
 
 from . import checkpoint, distributed
-from .config import TrainConfig, changed_fields, micro_batches, to_toml
-from .distributed import StopSignal, World
-from .metrics import RunLog, mfu
-from .optimizer import lr_at, make_optimizer
-
-T = TypeVar("T")
+from .config import TrainConfig
+from .distributed import World
+from .optimizer import lr_at
+from .profiling import Profiler
+from .setup import Run, loss_of, set_up
+from .stopping import StopSignal
 
 
 def train(config: TrainConfig) -> int:
     """Train, or go on training, the run in `config.out`.
 
-    A step is one update of the weights, and step n is the state after n of them. The same call resumes a run
-    that was killed: it ends with the same weights, bit for bit, as one that was not.
+    A step is one batch: an update of the weights, unless its loss or gradient was not finite. The same call
+    resumes a run that was killed: it ends with the same weights, bit for bit, as one that was not.
 
     Returns:
-        0 when all steps are done; 128 + the signal's number when SIGTERM or SIGINT asked for an end: then the
-        step just finished has a checkpoint.
+        0 when all steps are done; 128 + the signal's number when SIGTERM, SIGINT or SIGUSR1 asked for an end: then
+        the step just finished has a checkpoint.
 
     Raises:
-        ValueError: a config, dataset, model and number of processes that do not go together; a loss that is no
-            longer finite.
+        ValueError: a config, dataset, model and number of processes that do not go together; too many steps in a
+            row whose loss or gradient is not finite.
         OSError: files that cannot be read or written.
     """
-    world = distributed.start(config.device)
+    with StopSignal().listening() as stop:
+        world = distributed.start(config.device, deterministic=config.deterministic)
+        try:
+            with ExitStack() as held:  # rank 0 holds the folder; all ranks learn if it cannot
+                world.on_main(lambda: held.enter_context(checkpoint.locked(Path(config.out))))
+                return _train(config, world, stop)
+        finally:
+            distributed.stop(world)
+
+
+def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
+    run = set_up(config, world, stop)
     try:
-        # Rank 0 holds the folder, until its block ends; it fails on all ranks if it fails there.
-        with checkpoint.locked(Path(config.out)) if world.is_main else nullcontext():
-            return _train(config, world)
+        tracing = Profiler(
+            run.folder, config.profile, left=config.steps - run.step, enabled=world.is_main, say=run.log.say
+        )
+        with run.batches, tracing as profiler:
+            _agree_to_stop(run)  # a signal may have come before there was a step
+            while True:
+                if _evaluation_is_due(run):
+                    _evaluate(run)
+                if _checkpoint_is_due(run):
+                    _save(run)
+                if run.step == config.steps or run.stopped_by:
+                    break
+                with profiler.step(run.step + 1):
+                    _update(run)
+        with run.watchdog.watching("checkpoint", run.step):
+            run.saver.wait()
+            # Without its last checkpoint a run is not done, whatever on_save_error says.
+            _check_saving(run, may_go_on=False)
     finally:
-        distributed.stop(world)
-
-
-def _train(config: TrainConfig, world: World) -> int:
-    run = _set_up(config, world)
-    with run.stop.listening(), run.batches:
-        if run.step == 0 and config.eval_every:
-            _evaluate(run)
-        while run.step < config.steps and not run.stop_signal:
-            row = _update(run)
-            run.log.train(row)
-            last = run.step == config.steps
-            if config.eval_every and (run.step % config.eval_every == 0 or last):
-                _evaluate(run)
-            due = config.checkpoint_every and run.step % config.checkpoint_every == 0
-            if due or last or run.stop_signal:
-                _save(run)
-    run.log.close()
+        run.saver.wait()
+        run.watchdog.close()
+        run.log.close()
     if run.step < config.steps:
-        run.log.say(f"stopped by signal {run.stop_signal} at step {run.step}; the same command goes on from there")
-        return 128 + run.stop_signal
-    run.log.say(f"done: step {run.step}, {run.folder / 'checkpoints' / f'step-{run.step:08d}'}")
+        run.log.say(f"stopped by signal {run.stopped_by} at step {run.step}; the same command goes on from there")
+        return 128 + run.stopped_by
+    run.log.say(f"done: step {run.step}, {checkpoint.checkpoint_folder(run.folder, run.step)}")
     return 0
 
 
-@dataclass
-class _Run:
-    """What a step works on."""
+def _update(run: Run) -> None:
+    """One step: gradients of the whole batch, clipped, and applied if they are sound."""
+    with run.watchdog.watching("update", run.step + 1):
+        started = time.perf_counter()
+        config, world = run.config, run.world
+        lr = lr_at(
+            run.step, lr=config.lr, min_lr=config.min_lr, warmup=config.warmup, steps=config.steps,
+            schedule=config.schedule, decay_steps=config.decay_steps,
+        )  # fmt: skip
+        loss_sum, data_seconds = _backward(run)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or float("inf"))
 
-    config: TrainConfig
-    world: World
-    folder: Path
-    dataset: Dataset
-    model: GPT
-    parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
-    optimizer: torch.optim.Optimizer
-    loader: TokenLoader
-    batches: Prefetch  # of the loader, which moves with it
-    accumulation: int  # micro-batches of a step on each process
-    log: RunLog
-    step: int  # updates done
-    stop: StopSignal = field(default_factory=StopSignal)
-    stop_signal: int = 0  # that any process got, known to all of them
-
-
-def _set_up(config: TrainConfig, world: World) -> _Run:
-    folder, dataset = Path(config.out), open_dataset(config.data)
-    config = replace(config, precision=_precision(config, world))
-    start = _on_main(world, lambda: _starting_point(config, dataset))
-    state = None if start is None else checkpoint.read_trainer_state(start)
-    step = 0 if state is None else state["step"]
-
-    torch.manual_seed(config.seed)
-    model = _initial_model(config, start)
-    config = replace(config, model=asdict(model.config))
-    _check_vocabulary(model, dataset)
-    model.to(world.device)
-    largest = distributed.largest_micro_batch(model.config, config.seq_len, world.device)
-    micro_batch, accumulation = micro_batches(config, world.size, largest)
-    optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
-    loader = TokenLoader(
-        config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank, world_size=world.size
-    )
-    if start is not None and state is not None:
-        checkpoint.load_optimizer(start, model, optimizer)
-        loader.restore(state["loader"])
-
-    parallel: torch.nn.Module = model
-    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-        parallel = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    if world.size > 1:
-        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-    log = RunLog(folder, -1 if start is None else step, config.steps, world.is_main)
-    if world.is_main:
-        _write_config(folder, config)
-    epochs = config.steps * config.batch_tokens / dataset.tokens("train")
-    log.say(
-        f"{model.config.num_parameters:,} parameters, {config.precision} on {world.size} x {world.device.type}; "
-        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
-        f"{accumulation} x {micro_batch} x {config.seq_len} tokens a step on each process"
-    )
-    if state is not None:
-        log.say(f"resuming from {start}")
-        before = state["config"]["steps"]
-        if before != config.steps:
-            log.say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
-    # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
-    # filled again before as many batches later as a step has.
-    batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
-    return _Run(
-        config, world, folder, dataset, model, parallel, optimizer, loader, batches, accumulation, log, step
-    )
+        # One exchange a step: the mean loss and norm, whether a signal came to any process, or a save failed. From
+        # here on all know the same numbers, and so decide alike.
+        mine = [loss_sum, norm, float(run.stop.number > 0), float(run.saver.error is not None)]
+        shared = world.sum(
+            torch.stack([torch.as_tensor(v, device=world.device).float() for v in mine]) / world.size
+        )
+        loss, grad_norm, signals, failures = shared.tolist()
+        reason = run.guard.judge(loss, grad_norm)
+        if reason is None:
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            run.updates += 1
+        run.model.zero_grad(set_to_none=True)
+        run.step += 1
+        if signals:
+            run.stopped_by = run.stop.number or 15
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    row: dict[str, Any] = {
+        "step": run.step,
+        "tokens": run.step * config.batch_tokens,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": seconds,
+        "data_seconds": data_seconds,
+        "peak_memory": _peak_memory(world.device),
+    }
+    run.log.train(row if reason is None else {**row, "skipped": reason})
+    if failures:
+        _check_saving(run, may_go_on=config.on_save_error == "continue")
+    if run.guard.skips >= config.max_skips:
+        raise ValueError(
+            f"step {run.step}: {run.guard.skips} updates in a row were left out ({reason}). The last checkpoint "
+            "is good: try a lower --lr or a longer --warmup with another --out"
+        )
 
 
-def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
-    """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
-    array: np.ndarray = torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
-    assert array.dtype == dtype
-    return array
-
-
-def _update(run: _Run) -> dict[str, Any]:
-    """One step: gradients of the whole batch, clipped, applied. Returns its row of metrics."""
-    config, world = run.config, run.world
-    started = time.perf_counter()
-    lr = lr_at(run.step, lr=config.lr, min_lr=config.min_lr, warmup=config.warmup, steps=config.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-
-    loss_sum = torch.zeros((), device=world.device)
+def _backward(run: Run) -> tuple[torch.Tensor, float]:
+    """Gradients of a whole batch, its mean loss () on this process, and the seconds spent waiting for data."""
+    world = run.world
+    loss_sum, data_seconds = torch.zeros((), device=world.device), 0.0
     for micro_step in range(run.accumulation):
-        x, y = (torch.from_numpy(part).to(world.device, non_blocking=True) for part in next(run.batches))
+        asked = time.perf_counter()
+        batch = next(run.batches)
+        data_seconds += time.perf_counter() - asked
+        x, y = (torch.from_numpy(part).to(world.device, non_blocking=True) for part in batch)
         # Gradients cross the processes once a step, with the last micro-batch. The forward must be inside too:
         # it is where DDP decides whether the backward will send.
         waits = world.size > 1 and micro_step < run.accumulation - 1
         with run.parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                _, loss = run.parallel(x, y, return_logits=False)
-            (loss / run.accumulation).backward()
+            loss = loss_of(run, x, y)
+            (loss / run.accumulation).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach() / run.accumulation
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or float("inf"))
-
-    # One exchange a step: the mean loss, and which signal came to any process.
-    shared = world.sum(torch.stack([loss_sum / world.size, loss_sum.new_tensor(float(run.stop.number))]))
-    loss_value, signals, norm_value = *shared.tolist(), norm.item()
-    if not np.isfinite([loss_value, norm_value]).all():
-        raise ValueError(
-            f"step {run.step + 1}: loss {loss_value}, gradient norm {norm_value}: stopped before the update, so "
-            "that the last checkpoint is good. Try a lower --lr or a longer --warmup"
-        )
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    if signals:
-        run.stop_signal = run.stop.number or 15
-
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    speed = config.batch_tokens / seconds
-    return {
-        "step": run.step,
-        "tokens": run.step * config.batch_tokens,
-        "loss": loss_value,
-        "grad_norm": norm_value,
-        "lr": lr,
-        "tokens_per_second": speed,
-        "mfu": mfu(speed, flops_per_token(run.model.config, config.seq_len), world.size, world.device),
-        "seconds": seconds,
-    }
+    return loss_sum, data_seconds
 
 
-def _evaluate(run: _Run) -> None:
-    """Validation loss, HellaSwag where a file is given, and samples; on the plain module, since shapes vary."""
-    config = run.config
+def _evaluation_is_due(run: Run) -> bool:
+    """At step 0, every so often, and at the end; also after a resume, if a kill or a signal came before it."""
+    if not run.config.eval_every or run.stopped_by or run.evaluated == run.step:
+        return False
+    return run.step % run.config.eval_every == 0 or run.step == run.config.steps
+
+
+def _evaluate(run: Run) -> None:
+    """Validation loss, HellaSwag where a file is given, and samples, each shared out over the processes.
+
+    On the plain module, whose weights those of the compiled one are: shapes vary, and would compile anew. A signal
+    ends it; it is then done after the resume.
+    """
+    config, started = run.config, time.perf_counter()
     dtype = torch.bfloat16 if config.precision == "bf16" else None
-    row: dict[str, Any] = {"step": run.step}
-    if run.dataset.tokens("val") > 1:
-        result = evaluate_loss(
-            run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len, autocast_dtype=dtype
-        )
-        row["val_loss"] = result.loss
-    if config.hellaswag:
-        scores = evaluate_hellaswag(run.model, config.hellaswag, protocol="karpathy", autocast_dtype=dtype)
-        row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
-    if len(row) > 1:
-        run.log.evaluation(row)
-    if run.world.is_main and config.num_samples:
-        for text in generate(
-            run.model, [config.sample_prompt], num_samples=config.num_samples, max_new_tokens=32, seed=config.seed
-        ):
-            run.log.sample({"step": run.step, "row": text.row, "prompt": text.prompt, "text": text.text})
+    row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
+
+    def stop() -> bool:
+        return run.stop.number > 0
+
+    with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
+        try:
+            if run.dataset.tokens("val") > 1:
+                row["val_loss"] = evaluate_loss(
+                    run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
+                    autocast_dtype=dtype, stop=stop,
+                ).loss  # fmt: skip
+            if run.hellaswag is not None:
+                scores = evaluate_hellaswag(
+                    run.model, run.hellaswag, protocol="karpathy", autocast_dtype=dtype, stop=stop
+                )
+                row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
+            samples = _samples(run)
+        except Interrupted:
+            pass
+        else:
+            for sample in samples:
+                run.log.sample(sample)
+            run.log.evaluation({**row, "seconds": time.perf_counter() - started})
+            run.evaluated = run.step
+        _agree_to_stop(run)
 
 
-def _save(run: _Run) -> None:
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Texts that continue the prompt. Each process writes some of the rows: they are the same on any number."""
+    config, world = run.config, run.world
+    first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
+    mine = []
+    if last > first:
+        pieces = stream(
+            run.model, [config.sample_prompt], num_samples=last - first, first_row=first, max_new_tokens=32,
+            seed=config.seed,
+        )  # fmt: skip
+        for piece in pieces:
+            if run.stop.number:
+                break
+            if (text := piece.completion) is not None:
+                mine.append({"step": run.step, "row": text.row, "prompt": text.prompt, "text": text.text})
+    gathered = world.gather((run.stop.number > 0, mine))
+    if any(stopped for stopped, _ in gathered):
+        raise Interrupted
+    return sorted((row for _, rows in gathered for row in rows), key=lambda row: int(row["row"]))
+
+
+def _agree_to_stop(run: Run) -> None:
+    if any(run.world.gather(run.stop.number > 0)):
+        run.stopped_by = run.stop.number or 15
+
+
+def _checkpoint_is_due(run: Run) -> bool:
+    if run.step == run.saved:
+        return False
+    every = run.config.checkpoint_every
+    return bool(every and run.step % every == 0) or run.step == run.config.steps or run.stopped_by > 0
+
+
+def _save(run: Run) -> None:
+    """Begin a checkpoint of the state as it is now; training goes on while it is written."""
     trainer = {
+        "updates": run.updates,
         "tokens": run.step * run.config.batch_tokens,
         "loader": run.loader.state(),
+        "guard": asdict(run.guard),
         "dataset": run.dataset.manifest.hash,
         "config": asdict(run.config),
     }
-
-    def write() -> None:
-        checkpoint.save_checkpoint(run.folder, run.step, run.model, run.optimizer, trainer)
-        checkpoint.prune(run.folder, run.config.keep)
-
-    _on_main(run.world, write)
-
-
-def _on_main(world: World, work: Callable[[], T]) -> T:
-    """Do it on rank 0, and have its result, or its error, on every rank: none is left waiting for the others."""
-    result: Any = None
-    if world.is_main:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            result = error
-    result = world.from_main(result)
-    if isinstance(result, Exception):
-        raise result
-    return result  # type: ignore[no-any-return]
+    with run.watchdog.watching("checkpoint", run.step):
+        run.saver.wait()
+        _check_saving(run, may_go_on=run.config.on_save_error == "continue")
+        run.log.flush()
+        run.saver.save(run.step, run.model, run.optimizers, trainer)
+        run.world.on_main(lambda: None)  # the others wait here, and not in a step that would seem to hang
+    run.saved = run.step
 
 
-def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """The verified checkpoint to go on from, if it is of this run: same data, same maths."""
-    start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
-    if start is None:
-        return None
-    trainer = checkpoint.read_trainer_state(start)
-    if trainer["dataset"] != dataset.manifest.hash:
-        raise ValueError(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
-    changed, _ = changed_fields(trainer["config"], config)
-    if changed:
-        raise ValueError(f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out")
-    return start
+def _check_saving(run: Run, *, may_go_on: bool) -> None:
+    """If a checkpoint could not be written: end the run, on all ranks, or say so."""
+
+    def check() -> None:
+        error = run.saver.take_error()
+        if error is not None and not may_go_on:
+            raise error if isinstance(error, ValueError | OSError) else OSError(f"saving failed: {error!r}")
+        if error is not None:
+            run.log.say(f"warning: {error}; training goes on, as on_save_error asks for")
+
+    run.world.on_main(check)
 
 
-def _initial_model(config: TrainConfig, start: Path | None) -> GPT:
-    source = start or config.init
-    if not source:
-        return GPT(config.model_config)
-    model = GPT.from_pretrained(source).train()
-    if config.model and model.config != config.model_config:
-        raise ValueError(f"--init {source} has another shape than --model, --recipe or --config asks for")
-    return model
-
-
-def _check_vocabulary(model: GPT, dataset: Dataset) -> None:
-    largest = max(shard.max_token for shard in dataset.manifest.shards)
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the dataset holds token id {largest:,}, and the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1:,}"
-        )
-
-
-def _precision(config: TrainConfig, world: World) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if distributed.has_bf16(world.device) else "fp32"
-
-
-def _write_config(folder: Path, config: TrainConfig) -> None:
-    temporary = folder / ".config.toml.tmp"
-    temporary.write_text(to_toml(config), encoding="utf-8")
-    temporary.replace(folder / "config.toml")
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,223 @@
+"""Everything a run needs before its first step: where it stands, its model, optimizer and batches."""
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
+from gpt2_eval import load_hellaswag
+from gpt2_eval.tasks import HellaSwag
+from gpt2_model import GPT, flops_per_token
+
+from . import checkpoint, distributed
+from .config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
+from .distributed import World
+from .guard import Guard
+from .metrics import RunLog
+from .optimizer import Optimizers, load_state, make_optimizers
+from .saving import Saver
+from .stopping import StopSignal
+from .watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """What a step works on."""
+
+    config: TrainConfig
+    world: World
+    folder: Path
+    dataset: Dataset
+    model: GPT
+    parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
+    optimizers: Optimizers
+    loader: TokenLoader
+    accumulation: int  # micro-batches of a step on each process
+    log: RunLog
+    saver: Saver
+    guard: Guard
+    watchdog: Watchdog
+    stop: StopSignal  # what came to this process
+    hellaswag: HellaSwag | None  # the items of config.hellaswag
+    batches: Prefetch = field(init=False)  # of the loader, which moves with it
+    step: int = 0  # batches trained on: updates, and those left out
+    updates: int = 0
+    stopped_by: int = 0  # a signal's number, once all processes know
+    saved: int = 0  # the newest step that has a checkpoint, or is about to
+    evaluated: int | None = None  # the newest step that has been evaluated
+
+
+def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
+    """Build a run, or read it from its newest good checkpoint.
+
+    Raises:
+        ValueError: a config, dataset, model and number of processes that do not go together.
+        CannotResume: a run is in the folder that cannot be gone on with.
+        OSError: files that cannot be read or written.
+    """
+    folder, dataset = Path(config.out), open_dataset(config.data)
+    config = replace(config, precision=_precision(config, world))
+    start = world.on_main(lambda: _starting_point(config, dataset))
+    state = {} if start is None else checkpoint.read_trainer_state(start)
+
+    torch.manual_seed(config.seed)
+    model = _initial_model(config, start)
+    config = replace(config, model=asdict(model.config))
+    _check_vocabulary(model, dataset)
+    model.to(world.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizers = make_optimizers(model, config, sharded=config.shard_optimizer and world.size > 1)
+    if start is not None:
+        load_state(model, optimizers, state["updates"], checkpoint.OptimizerFile(start))
+    parallel = _parallel(model, config, world)
+    largest = distributed.largest_micro_batch(model.config, config.seq_len, world.device)
+    micro_batch, accumulation = micro_batches(config, world.size, largest)
+    loader = TokenLoader(
+        config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
+        world_size=world.size, order=config.order,  # type: ignore[arg-type]
+    )  # fmt: skip
+    hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
+    step = state.get("step", 0)
+    log = RunLog(
+        config, folder, step if state else -1, world.size, world.device,
+        flops_per_token(model.config, config.seq_len), world.is_main,
+    )  # fmt: skip
+    run = Run(
+        config, world, folder, dataset, model, parallel, optimizers, loader, accumulation, log,
+        Saver(folder, config.keep, world), Guard(**state.get("guard", {"sigma": config.spike_sigma})),
+        Watchdog(world.rank, config.hang_seconds), stop, hellaswag,
+        step=step, updates=state.get("updates", 0), saved=step, evaluated=world.from_main(log.last_evaluation),
+    )  # fmt: skip
+    if state:
+        loader.restore(state["loader"])
+    world.on_main(lambda: _write_config(folder, config))
+    _say(run, start, state, micro_batch)
+    _warm_up(run, micro_batch)
+    # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
+    # filled again before as many batches later as a step has.
+    run.batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
+    return run
+
+
+def _parallel(model: GPT, config: TrainConfig, world: World) -> torch.nn.Module:
+    parallel: torch.nn.Module = model
+    if compiled(config, world.device):
+        parallel = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    if world.size > 1:
+        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return parallel
+
+
+def compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a step is compiled."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+def _warm_up(run: Run, micro_batch: int) -> None:
+    """A forward and backward pass that trains nothing, where the first is not like the others.
+
+    It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
+    anew, which changes the order of sums over three or more ranks: with this, the first step after a resume is
+    already like any other.
+    """
+    if run.world.size == 1 and not compiled(run.config, run.world.device):
+        return
+    with run.watchdog.watching("warm-up", run.step):
+        tokens = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int64, device=run.world.device)
+        loss_of(run, tokens, tokens).backward()  # type: ignore[no-untyped-call]
+        run.model.zero_grad(set_to_none=True)
+
+
+def loss_of(run: Run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean loss of a micro-batch, in the run's precision."""
+    with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        _, loss = run.parallel(x, y, return_logits=False)
+    return loss  # type: ignore[no-any-return]
+
+
+def _say(run: Run, start: Path | None, state: dict[str, Any], micro_batch: int) -> None:
+    config, model, say = run.config, run.model, run.log.say
+    epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
+    say(
+        f"{model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
+        f"{run.world.device.type}; "
+        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
+        f"{run.accumulation} x {micro_batch} x {config.seq_len} tokens a step on each process"
+    )
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0":
+        say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
+    if start is None:
+        return
+    say(f"resuming from {start}")
+    for change in changed_fields(state["config"], config)[1]:
+        say(f"{change}, which does not change what is computed, but for rounding")
+    before = state["config"]["steps"]
+    if before != config.steps:
+        say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
+    for name, value in checkpoint.versions().items():
+        if (old := state["versions"].get(name)) != value:
+            say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
+
+
+def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
+    """The verified checkpoint to go on from, if it is of this run: same data, same maths."""
+    checkpoint.remove_abandoned(Path(config.out))
+    start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
+    if start is None:
+        return None
+    trainer = checkpoint.read_trainer_state(start)
+    if trainer["dataset"] != dataset.manifest.hash:
+        raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
+    changed, _ = changed_fields(trainer["config"], config)
+    if changed:
+        raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out")
+    if trainer["step"] > config.steps:
+        raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
+    return start
+
+
+def _initial_model(config: TrainConfig, start: Path | None) -> GPT:
+    source = start or config.init
+    if not source:
+        return GPT(config.model_config)
+    model = GPT.from_pretrained(source).train()
+    if config.model and model.config != config.model_config:
+        raise ValueError(f"--init {source} has another shape than --model, --recipe or --config asks for")
+    return model
+
+
+def _check_vocabulary(model: GPT, dataset: Dataset) -> None:
+    largest = max(shard.max_token for shard in dataset.manifest.shards)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the dataset holds token id {largest:,}, and the model's vocabulary ends at "
+            f"{model.config.vocab_size - 1:,}"
+        )
+
+
+def _precision(config: TrainConfig, world: World) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if distributed.has_bf16(world.device) else "fp32"
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
+    """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
+    array: np.ndarray = torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
+    assert array.dtype == dtype
+    return array
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    temporary = folder / ".config.toml.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(to_toml(config))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / "config.toml")
