@@ -316,7 +316,7 @@ def test_no_more_are_there_than_asked_for(server, files, tmp_path):
     with Downloader(files, ahead=2, delete=True) as downloader:
         assert downloader.bytes_total == 500_000
         for i, path in enumerate(downloader.paths):
-            assert downloader.wait(path, 10)
+            until(lambda path=path: downloader.ready(path))
             until(lambda i=i: downloader.bytes_done == min(i + 2, 5) * 100_000)
             time.sleep(0.05)
             there = [name for name in names(tmp_path) if name.endswith((".parquet", ".part"))]
@@ -331,7 +331,7 @@ def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
     fetch(*files[0])
     server.requests.clear()
     with Downloader(files) as downloader:
-        assert downloader.wait(downloader.paths[-1], 10)
+        until(lambda: downloader.ready(downloader.paths[-1]))
         assert all(downloader.ready(path) for path in downloader.paths)
         downloader.release(downloader.paths[0])
         assert downloader.bytes_done == downloader.bytes_total
@@ -341,9 +341,9 @@ def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
 def test_its_error_comes_to_the_caller(server, files, tmp_path):
     server.faults = [Refuse(store=False, path="2.parquet", status=404, times=10)]
     with Downloader(files) as downloader:
-        assert downloader.wait(downloader.paths[1], 10)
+        until(lambda: downloader.ready(downloader.paths[1]))
         with pytest.raises(OSError, match="2.parquet: no such file"):
-            downloader.wait(downloader.paths[2], 10)
+            until(lambda: downloader.ready(downloader.paths[2]))
         with pytest.raises(OSError, match="2.parquet: no such file"):
             downloader.ready(downloader.paths[4])
         assert downloader.ready(downloader.paths[0])
@@ -356,7 +356,6 @@ def test_closing_in_the_middle(server, file, tmp_path):
     downloader = Downloader([(file, tmp_path)])
     until(lambda: downloader.bytes_done > 200_000)
     assert not downloader.ready(downloader.paths[0])
-    assert not downloader.wait(downloader.paths[0], 0.01)
     before = time.monotonic()
     downloader.close()
     assert time.monotonic() - before < 1

@@ -108,7 +108,7 @@ def test_a_listing_is_kept_and_stays_though_main_moves(server, monkeypatch):
     assert list_files(HubSource("a/b", FIRST)).files == listing.files
     kept = Listing.from_json(json.loads(json.dumps(listing.to_json())))
     assert kept == listing
-    assert remote.open_remote(kept.files[0]).read() == b"old"
+    assert remote.RemoteFile(kept.files[0]).read() == b"old"
 
 
 def test_a_kept_listing_is_not_trusted():

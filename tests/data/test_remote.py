@@ -37,7 +37,7 @@ def test_a_footer_takes_two_requests(server, tmp_path):
     assert len(server.asked("resolve")) == 1
     assert server.sent("a.parquet") < footer + 65536 + 100
 
-    with remote.open_remote(file) as opened:
+    with remote.RemoteFile(file) as opened:
         table = pq.ParquetFile(opened).read_row_group(7)
     assert table == pq.read_table(path)[14:16]
 
@@ -76,7 +76,7 @@ def test_no_token_counts(server, tmp_path):
 
 def test_a_signed_link_is_renewed(server, tmp_path):
     (file,) = listed(server, write(tmp_path / "a.parquet"))
-    opened = remote.open_remote(file)
+    opened = remote.RemoteFile(file)
     assert opened.read(4) == b"PAR1"
     server.link_seconds = 0.3
     opened.link._target = None
@@ -101,11 +101,11 @@ def test_reads_outlast_faults(server, tmp_path):
         Drop(at=0),
         Refuse(store=False, path="resolve", status=500),
     ]
-    assert remote.open_remote(file).read() == path.read_bytes()
+    assert remote.RemoteFile(file).read() == path.read_bytes()
     assert server.sent("a.parquet") == path.stat().st_size  # what had arrived was not asked for again
     server.faults = [NoRanges(times=5)]
     with pytest.raises(OSError, match="sends no ranges of a file: download it instead"):
-        remote.open_remote(file).read(10)
+        remote.RemoteFile(file).read(10)
 
 
 def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog):
@@ -120,11 +120,14 @@ def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog):
 
 
 def test_parquet_that_cannot_be_used(server, tmp_path):
-    numbers, other, broken = (tmp_path / f"{name}.parquet" for name in ("numbers", "other", "broken"))
+    numbers, other, words, broken = (
+        tmp_path / f"{name}.parquet" for name in ("numbers", "other", "words", "broken")
+    )
     pq.write_table(pa.table({"text": [1, 2]}), numbers)
     pq.write_table(pa.table({"n": [{"a": 1, "b": 2}], "body": ["x"]}), other)
+    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), words)
     broken.write_bytes(b"this is no Parquet file")
-    files = {file.path: file for file in listed(server, numbers, other, broken)}
+    files = {file.path: file for file in listed(server, numbers, other, words, broken)}
     for name, message in {
         "numbers.parquet": "numbers.parquet: column 'text' holds int64, not strings",
         "other.parquet": "other.parquet: no column 'text'; the columns are n, body",
@@ -134,5 +137,6 @@ def test_parquet_that_cannot_be_used(server, tmp_path):
             remote.row_groups(files[name])
         assert "\n" not in str(error.value)
     assert remote.row_groups(files["other.parquet"], "body")[0][0] == 1
+    assert remote.row_groups(files["words.parquet"])[0][0] == 3  # a dictionary of strings, as in a local file
     with pytest.raises(OSError, match=r"gone.parquet: no such file \(HTTP 404\)"):
         remote.row_groups(HubFile("a/b", FIRST, "gone.parquet", 100, None))

@@ -91,6 +91,15 @@ def test_compressed_files_are_read_as_their_contents(tmp_path):
     assert read(tmp_path / "d.txt.gz", tmp_path)[1] == [(lines.decode(), False)]
 
 
+def test_a_blank_line_with_a_byte_order_mark_is_no_document(tmp_path):
+    for name in "a", "b":
+        lines = [json.dumps({"text": f"{name}{i}"}) for i in range(2)]
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\xef\xbb\xbf\n" + "\n".join(lines).encode())
+    for limit, expected in (3, ["a0", "a1", "b0"]), (None, ["a0", "a1", "b0", "b1"]):
+        _, documents = read(tmp_path / "*.jsonl", tmp_path, limit_docs=limit)
+        assert [text for text, _ in documents] == expected
+
+
 def test_a_long_text_file_comes_in_parts_with_the_same_tokens(tmp_path, monkeypatch):
     text = "\n\n".join(f"paragraph {i}, naïve 日本\n  indented \n" for i in range(200))
     path = tmp_path / "a.txt"

@@ -1,9 +1,9 @@
-"""A source of more than 50,000 documents, and what a dataset of it must be."""
+"""Both tokenizer libraries; a source of more than 50,000 documents, and what a dataset of it must be."""
 
 import fineweb_like
 import pytest
 
-from gpt2_data import BuildConfig, build
+from gpt2_data import BuildConfig, build, fast
 
 FILES = 12
 
@@ -35,3 +35,11 @@ def expected(corpus, tmp_path_factory):
     )
     assert result.documents >= 50_000
     return fineweb_like.hashes(out)
+
+
+@pytest.fixture(params=["tiktoken", "gigatoken"])
+def library(request):
+    if request.param == "gigatoken":
+        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+        fast.find_proof()
+    return request.param

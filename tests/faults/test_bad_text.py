@@ -13,19 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_data import BuildConfig, build, fast, get_tokenizer, open_dataset
+from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset
 
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()", "build"]
 EOT = 50256
 OPTIONS = {"val_tokens": 0, "workers": 1}
-
-
-@pytest.fixture(params=["tiktoken", "gigatoken"])
-def library(request):
-    if request.param == "gigatoken":
-        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
-        fast.find_proof()
-    return request.param
 
 
 def tokens_of(folder):

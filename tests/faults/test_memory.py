@@ -48,14 +48,6 @@ def peaks(tmp_path, sources, workers, **options):
     return found
 
 
-@pytest.fixture(params=["tiktoken", "gigatoken"])
-def library(request):
-    if request.param == "gigatoken":
-        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
-        fast.find_proof()
-    return request.param
-
-
 def write_corpus(path, megabytes, row_group):
     """Python's own text again and again, each document with words of its own."""
     rng = random.Random(megabytes)

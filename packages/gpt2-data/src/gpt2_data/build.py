@@ -144,12 +144,12 @@ def _tasks(plan: Plan, work: Path, backend: str) -> list[Task]:
     tasks: list[Task] = []
     left = iter(plan.units)
     unit = next(left, None)
-    waiting: list[tuple[str, str, int, int]] = []
+    waiting: list[tuple[str, int, int]] = []
     for i, item in enumerate(plan.inputs):
         if item.sha256 is None:
-            waiting.append((item.kind, item.path, item.bytes, item.mtime_ns))
+            waiting.append((item.path, item.bytes, item.mtime_ns))
         last = i + 1 == len(plan.inputs)
-        if waiting and (last or item.kind != "txt" or sum(file[2] for file in waiting) >= _HASHED_AT_ONCE):
+        if waiting and (last or item.kind != "txt" or sum(size for _, size, _ in waiting) >= _HASHED_AT_ONCE):
             tasks.append(HashTask(len(tasks), tuple(waiting), work))
             waiting = []
         while unit is not None and item.path == unit.files[-1]:

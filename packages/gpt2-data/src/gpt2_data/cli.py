@@ -167,11 +167,12 @@ def _check_names(source: tuple[str, ...]) -> None:
 
 def _workers(source: tuple[str, ...], wanted: int | None) -> int:
     """How many workers a build of these files will have at most; 1 for little, which may be done without any."""
+    from gpt2_data import engines
+
     size = sum(os.path.getsize(path) for name in source for path in glob.glob(name) if os.path.isfile(path))
     if size < WORTH_WORKERS:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or min(cores, size // 4_000_000)
+    return wanted or min(engines.cores(), size // 4_000_000)
 
 
 DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))

@@ -1,10 +1,9 @@
 """The options of a build, checked."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import formats, sources
+from gpt2_data import engines, formats, sources
 
 _WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
 _CHOICES = {
@@ -83,5 +82,4 @@ class BuildConfig:
         """Processes to tokenize that much text with."""
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, 1 + text_bytes // _WORTH_A_WORKER)
+        return min(engines.cores(), 1 + text_bytes // _WORTH_A_WORKER)

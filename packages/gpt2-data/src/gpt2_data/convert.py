@@ -213,15 +213,13 @@ def _to_ours(job: _Job) -> None:
         for piece, chunks in job.pieces_read(split):
             path = job.work / shards.shard_name(split, len(written), form)
             starts = _eots(job, piece)
+            ids: NDArray[np.int64] | None = None
             if form == "arrow":
                 goes_on = int(len(starts) == 0 or starts[0] > 0)  # with the document before, or one without an EOT
                 number = max(number, goes_on)
                 ids = _ids(job, piece, np.arange(number - goes_on, number + len(starts)))
                 number += len(starts)
-                shard = shards.write_arrow(path, job.work, split, piece.tokens, chunks, starts, ids)
-            else:
-                shard = shards.write_uint16(path, job.work, split, piece.tokens, chunks, starts)
-            written.append(shard)
+            written.append(shards.write_documents(path, job.work, split, piece.tokens, chunks, starts, ids))
     source: dict[str, Any]
     if isinstance(job.made, manifest.Manifest):
         source, options = job.made.source, job.made.options | {"format": form}

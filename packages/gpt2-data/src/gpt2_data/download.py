@@ -223,12 +223,6 @@ class Downloader:
             raise self._error
         return False
 
-    def wait(self, path: Path, timeout: float | None = None) -> bool:
-        """Wait until the file is there, or for `timeout` seconds; whether it is."""
-        assert path in self.paths, path
-        with self._changed:
-            return self._changed.wait_for(lambda: self.ready(path), timeout)
-
     def release(self, path: Path) -> None:
         """The caller is done with the file: room for another."""
         assert path in self._finished, path

@@ -22,6 +22,11 @@ LOOKS_EVERY = 0.2
 """Seconds between looks at whether a task that had to wait is ready."""
 
 
+def cores() -> int:
+    """Cores that this process may use: of a container or a job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Job(Generic[T, R]):
     """What to run. Its functions are importable by name, since they go to other processes."""

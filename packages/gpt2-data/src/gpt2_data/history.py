@@ -1,6 +1,5 @@
 """What a dataset says of its making: dataset.json's source and options, and who built it, in build.jsonl."""
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -14,7 +13,7 @@ from typing import Any
 from gpt2_data import formats, hub, manifest, sources, units
 from gpt2_data.config import BuildConfig
 from gpt2_data.manifest import Manifest
-from gpt2_data.plan import WORK, Plan, local_input, make_plan
+from gpt2_data.plan import WORK, Plan, json_sha256, local_input, make_plan
 from gpt2_data.units import Receipt
 
 FILE_NAME = "build.jsonl"
@@ -29,7 +28,7 @@ def options(config: BuildConfig) -> dict[str, object]:
 
 def shards_key(config: BuildConfig, content: str) -> str:
     """Names what the shards hold."""
-    return _hash([content, options(config)])
+    return json_sha256([content, options(config)])
 
 
 def source_record(plan: Plan, hashes: list[str], content: str, receipts: Sequence[Receipt]) -> dict[str, object]:
@@ -89,11 +88,7 @@ def _request(config: BuildConfig) -> str:
         for kind, path in sources.expand(source):
             item = local_input(kind, path)
             files.append([kind, item.name, item.bytes, item.sha256 or item.mtime_ns])
-    return _hash(files)
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(files)
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ SHORT = {  # name -> repository, config
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
 }
-KNOWN = "fineweb-edu[:CONFIG], fineweb[:CONFIG], hf:REPO[@REVISION][:CONFIG[:SPLIT]]"
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(

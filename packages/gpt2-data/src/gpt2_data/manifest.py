@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import arrow, foreign, formats, tokenizer
+from gpt2_data import arrow, engines, foreign, formats, tokenizer
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
@@ -223,8 +222,9 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
         )
     problem = tokenizer_problem(manifest)
     problems = [] if problem is None else [problem]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(workers or cores) as pool:  # hashlib and numpy work outside the interpreter's lock
+    with ThreadPoolExecutor(
+        workers or engines.cores()
+    ) as pool:  # hashlib and numpy work outside the interpreter's lock
         for found in pool.map(lambda shard: _shard_problems(folder, shard, manifest, level), manifest.shards):
             problems += found
     listed = {name for shard in manifest.shards for name in shard.files}

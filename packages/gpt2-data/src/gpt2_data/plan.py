@@ -68,12 +68,12 @@ class Plan:
     def name(self) -> str:
         """Names the tokenized units while they are made: files are known by their sizes and times."""
         known = [[item.kind, item.name, item.bytes, item.sha256 or item.mtime_ns] for item in self.inputs]
-        return _hash({"inputs": known} | _spec(self))
+        return json_sha256({"inputs": known} | _spec(self))
 
     def content_hash(self, hashes: list[str]) -> str:
         """Names what the units' tokens are: equal exactly if every one of them is. `hashes` are the inputs'."""
         known = [[item.kind, sha256] for item, sha256 in zip(self.inputs, hashes, strict=True)]
-        return _hash({"inputs": known} | _spec(self))
+        return json_sha256({"inputs": known} | _spec(self))
 
 
 def _spec(plan: Plan) -> dict[str, object]:
@@ -85,8 +85,9 @@ def _spec(plan: Plan) -> dict[str, object]:
     }
 
 
-def _hash(spec: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+def json_sha256(content: object) -> str:
+    """SHA-256 of what JSON can hold, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(config: BuildConfig) -> Plan:

@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -123,14 +124,7 @@ def parquet_file(path: str, column: str) -> Any:
     try:
         with pq.ParquetFile(path) as plain:
             metadata, schema = plain.metadata, plain.schema_arrow
-        if column not in schema.names:
-            hint = "" if column != "text" else ": name the column of the text with --column"
-            raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
-        kind = schema.field(column).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(f"column {column!r} holds {kind}, not strings")
+        check_text_column(schema, column)
         return _open(path, metadata, [])
     except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
@@ -138,6 +132,20 @@ def parquet_file(path: str, column: str) -> Any:
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_text_column(schema: Any, column: str) -> None:
+    """Raise ValueError unless an Arrow schema has this column of strings."""
+    import pyarrow as pa
+
+    if column not in schema.names:
+        hint = "" if column != "text" else ": name the column of the text with --column"
+        raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
+    kind = schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"column {column!r} holds {kind}, not strings")
 
 
 def _open(path: str, metadata: Any, dictionaries: list[str]) -> Any:
@@ -255,29 +263,25 @@ def is_compressed(path: str) -> bool:
 
 def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
     """Bytes [start, stop) of the file, both at the starts of lines; stop 0: to the end."""
-    number = 0
+    for number, line in enumerate(_lines(path, start, stop), 1):
+        if not line.isspace():
+            part = _json_part(line, key)
+            if isinstance(part, str):
+                raise ValueError(f"{path}:{_lines_before(path, start) + number}: {part}")
+            yield part
+
+
+def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """The lines of bytes [start, stop) of a file, without a byte order mark."""
     with naming(path), open_bytes(path) as file:
         position = start
         if position:
             file.seek(position)
-        for line in _lines(file):
-            number += 1
-            data = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+        while (not stop or position < stop) and (line := file.readline(MAX_LINE)):
+            if len(line) == MAX_LINE:
+                raise OSError(f"a line of {MAX_LINE:,} bytes or more")
+            yield line if position else line.removeprefix(codecs.BOM_UTF8)
             position += len(line)
-            if not data.isspace():
-                part = _json_part(data, key)
-                if isinstance(part, str):
-                    raise ValueError(f"{path}:{_lines_before(path, start) + number}: {part}")
-                yield part
-            if stop and position >= stop:
-                return
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    while line := file.readline(MAX_LINE):
-        if len(line) == MAX_LINE:
-            raise OSError(f"a line of {MAX_LINE:,} bytes or more")
-        yield line
 
 
 def next_line(file: BinaryIO) -> int:
@@ -331,17 +335,8 @@ def _lines_before(path: str, position: int) -> int:
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:
     """How many documents bytes [start, stop) of a JSON lines file hold, counted no further than `limit`."""
-    count = 0
-    with naming(path), open_bytes(path) as file:
-        position = start
-        if position:
-            file.seek(position)
-        for line in _lines(file):
-            position += len(line)
-            count += not line.isspace()
-            if count >= limit or (stop and position >= stop):
-                break
-    return count
+    documents = (1 for line in _lines(path, start, stop) if not line.isspace())
+    return sum(itertools.islice(documents, limit))
 
 
 # --- text files

@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gpt2_data import web
+from gpt2_data import readers, web
 from gpt2_data.hub import HubFile
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on the hub, for reading: each read is one request for a range. Raises OSError in one line."""
+    """A file on the hub, for reading by pyarrow: each read is one request for a range, a Parquet footer takes two.
+
+    Raises OSError in one line.
+    """
 
     def __init__(self, file: HubFile | web.WebFile, link: web.Link | None = None) -> None:
         self.file, self.link = file, link or web.Link(file.url)
@@ -48,26 +51,17 @@ class RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def open_remote(file: HubFile | web.WebFile) -> RemoteFile:
-    """A seekable file object over HTTP, for pyarrow: a Parquet footer takes two requests."""
-    return RemoteFile(file)
-
-
 def row_groups(file: HubFile | web.WebFile, column: str = "text") -> list[tuple[int, int]]:
     """(rows, bytes of text uncompressed) of each row group, from the footer alone.
 
     Raises ValueError where the file is no Parquet or `column` holds no strings, OSError where it is not reached.
     """
-    import pyarrow as pa
-
     opened = _parquet(RemoteFile(file), file)
-    schema = opened.schema_arrow
-    if column not in schema.names:
-        raise ValueError(f"{file.path}: no column {column!r}; the columns are {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{file.path}: column {column!r} holds {kind}, not strings")
-    number = _column_number(opened.metadata, column)
+    try:
+        readers.check_text_column(opened.schema_arrow, column)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    number = readers.column_number(opened.metadata, column)
     groups = (opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups))
     return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
 
@@ -121,7 +115,7 @@ def _token_count(
             try:
                 values = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
             except pa.ArrowException as error:
-                raise ValueError(f"{file.path}: row group {group}: {str(error).partition(chr(10))[0]}") from error
+                raise ValueError(f"{file.path}: row group {group}: {readers.first_line(error)}") from error
             total += pc.sum(values).as_py() or 0
             if progress is not None:
                 progress(1)
@@ -137,12 +131,4 @@ def _parquet(remote: RemoteFile, file: HubFile | web.WebFile, metadata: Any = No
     try:
         return pq.ParquetFile(remote, metadata=metadata)
     except pa.ArrowException as error:
-        raise ValueError(
-            f"{file.path}: not a readable Parquet file: {str(error).partition(chr(10))[0]}"
-        ) from error
-
-
-def _column_number(metadata: Any, column: str) -> int:
-    """Which of the leaf columns it is: nested ones before it count for several."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    return paths.index(column)
+        raise ValueError(f"{file.path}: not a readable Parquet file: {readers.first_line(error)}") from error

@@ -166,62 +166,50 @@ def write_shard(task: ShardTask) -> Shard:
     begin, end = (int(i) for i in np.searchsorted(sums[:-1], [task.start, task.stop]))  # documents that start here
     starts = sums[begin:end].astype(np.int64) - task.start
     tokens = _tokens(task, sums)
+    ids = None
     if task.format == "arrow":
         goes_on = int(begin == end or starts[0] > 0)  # the first row is what is left of the document before
         numbers = np.arange(begin - goes_on, end)
         ids = document_ids(numbers, layout.num_documents, layout.seed)
-        return write_arrow(
-            task.folder / task.file, task.temporary_folder, task.split, num_tokens, tokens, starts, ids
-        )
-    return write_uint16(task.folder / task.file, task.temporary_folder, task.split, num_tokens, tokens, starts)
+    path = task.folder / task.file
+    return write_documents(path, task.temporary_folder, task.split, num_tokens, tokens, starts, ids)
 
 
-def write_uint16(
+def write_documents(
     path: Path,
     temporary_folder: Path,
     split: str,
     num_tokens: int,
     chunks: Iterable[NDArray[np.uint16]],
     starts: NDArray[np.integer],
+    ids: NDArray[np.int64] | None,
 ) -> Shard:
-    """Write a uint16 shard and its sidecar; `starts` are those of the documents that start in it, in tokens."""
-    with formats.atomic(path.with_suffix(".docs"), temporary_folder) as file:
-        docs = formats.write_docs(file, starts)
+    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
+
+    `starts` are those of the documents that start in it, in tokens; `ids` are the rows', one more if the first row
+    goes on with the document before.
+    """
+    sidecar = None
+    if ids is None:
+        with formats.atomic(path.with_suffix(".docs"), temporary_folder) as file:
+            docs = formats.write_docs(file, starts)
+        sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
     with formats.atomic(path, temporary_folder) as file:
-        written = formats.write_shard(file, num_tokens, chunks)
-    sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
-    return _shard(path, split, num_tokens, len(starts), written, sidecar)
-
-
-def write_arrow(
-    path: Path,
-    temporary_folder: Path,
-    split: str,
-    num_tokens: int,
-    chunks: Iterable[NDArray[np.uint16]],
-    starts: NDArray[np.integer],
-    ids: NDArray[np.int64],
-) -> Shard:
-    """Write an Arrow shard; `ids` has one more than `starts` if the first row goes on with the document before."""
-    rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
-    with formats.atomic(path, temporary_folder) as file:
-        written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
-    return _shard(path, split, num_tokens, len(starts), written, None)
-
-
-def _shard(
-    path: Path, split: str, tokens: int, documents: int, written: formats.Written, docs: Sidecar | None
-) -> Shard:
+        if ids is None:
+            written = formats.write_shard(file, num_tokens, chunks)
+        else:
+            rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
+            written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
     return Shard(
         split=split,
         file=path.name,
-        tokens=tokens,
-        documents=documents,
+        tokens=num_tokens,
+        documents=len(starts),
         bytes=written.bytes,
         max_token=written.maximum,
         tokens_sha256=written.payload_sha256,
         sha256=written.sha256,
-        docs=docs,
+        docs=sidecar,
     )
 
 

@@ -5,7 +5,6 @@ whole. Every reader yields the documents in the source's own order.
 """
 
 import glob
-import hashlib
 import json
 import os
 import stat
@@ -127,11 +126,3 @@ def document_name(unit: Unit, number: int) -> str:
     if unit.kind == "txt" and number < len(unit.files):
         return unit.files[number]
     return f"{unit.name}: document {number:,} of it, counted from 0"
-
-
-def sha256_of(kind: str, path: str) -> str:
-    """The content hash that dataset.json records of an input."""
-    if kind == "pydocs":
-        return pydocs.sha256()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

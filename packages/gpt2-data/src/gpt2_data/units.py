@@ -196,16 +196,16 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class HashTask:
-    """Hash local files of the source; `files` are (kind, path, bytes, mtime_ns)."""
+    """Hash local files of the source; `files` are (path, bytes, mtime_ns)."""
 
     index: int
-    files: tuple[tuple[str, str, int, int], ...]
+    files: tuple[tuple[str, int, int], ...]
     work: Path
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"hashing {self.files[0][1]}"
+        return f"hashing {self.files[0][0]}"
 
     @property
     def receipt_file(self) -> Path:
@@ -221,7 +221,7 @@ def hash_files(task: HashTask) -> list[str]:
             return list(kept["sha256"])
     except (OSError, ValueError, TypeError, KeyError):
         pass
-    hashes = [sources.sha256_of(kind, path) for kind, path, _, _ in task.files]
+    hashes = [sha256_of(Path(path)) for path, _, _ in task.files]
     with formats.atomic(task.receipt_file, task.work) as file:
         file.write(json.dumps({"files": task.files, "sha256": hashes}).encode())
     return hashes
