@@ -384,7 +384,7 @@ def test_no_terminal_stops_a_run(tmp_path, monkeypatch, kind, on_terminal) -> No
 def test_a_full_disk_behind_stderr_leaves_the_exit_status_alone() -> None:
     program = (
         "from gpt2_train.config import TrainConfig; from gpt2_train.console import Console\n"
-        "c = Console(TrainConfig(), -1)\n"
+        "c = Console(TrainConfig())\n"
         "for _ in range(3): c.say('hello')\n"
         "c.close()"
     )

@@ -29,22 +29,22 @@ class Console:
 
     Args:
         config: for the number of steps and the time left.
-        first_step: the step that this process begins after.
     """
 
-    def __init__(self, config: TrainConfig, first_step: int) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.steps, self.left = config.steps, TimeLeft(config)
         self.stream: TextIO | None = sys.stderr  # None where a shell closed it
         self.shown, self.last_line, self.last_bar = 0, -float("inf"), -float("inf")
         self.bar: tqdm[Any] | None = None
-        self._quietly(lambda: self._open_bar(max(0, first_step)))
+        self.on_terminal = False
+        self._quietly(self._look)
 
-    def _open_bar(self, step: int) -> None:
-        if self.stream is None or not self.stream.isatty():
-            return
+    def _look(self) -> None:
+        self.on_terminal = self.stream is not None and self.stream.isatty()
+
+    def _open_bar(self) -> None:
         self.bar = tqdm(
             total=self.steps,
-            initial=step,
             file=self.stream,
             dynamic_ncols=True,
             leave=False,
@@ -56,11 +56,13 @@ class Console:
         now, compiling = time.monotonic(), row.get("compiling", False)
         seconds = self.left.after(row["step"], None if compiling else row["seconds"], now)
         self.shown += 1
-        due = now - self.last_line >= LINE_SECONDS[self.bar is not None]
+        due = now - self.last_line >= LINE_SECONDS[self.on_terminal]
         if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row or compiling:
             self.last_line = now
-            left = "" if self.bar is not None or seconds is None else f"   {clock(seconds)} left"
+            left = "" if self.on_terminal or seconds is None else f"   {clock(seconds)} left"
             self.say(step_line(row, self.steps) + left)
+        if self.on_terminal and self.bar is None:  # not before: what is said of the start needs none
+            self._quietly(self._open_bar)
         if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or row["step"] == self.steps):
             self.last_bar, self.bar.n = now, row["step"]
             self.bar.set_postfix_str("" if seconds is None else f"{clock(seconds)} left", refresh=False)
@@ -84,10 +86,8 @@ class Console:
         try:
             if _takes_more(self.stream):
                 write()
-        except (
-            OSError,
-            ValueError,
-        ):  # nobody reads, the disk is full, the terminal has gone; or Python's is closed
+        except (OSError, ValueError):
+            # Nobody reads, the disk is full, the terminal has gone; or Python's own stream is closed.
             _discard(self.stream)
             self.stream = None
             if self.bar is not None:

@@ -71,7 +71,7 @@ class RunLog:
         self.last_evaluation = max(evaluated, default=None)
         self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
         _sync_folder(folder)
-        self.console = Console(config, first_step)
+        self.console = Console(config)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
         peak = peak_tflops(config, device)
