@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import load_hellaswag
 from gpt2_eval.tasks import HellaSwag
-from gpt2_model import GPT, flops_per_token
+from gpt2_model import GPT, GPTConfig, flops_per_token
 
 from . import checkpoint, distributed
 from .config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
@@ -90,15 +90,13 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     )  # fmt: skip
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
     step = state.get("step", 0)
-    log = RunLog(
-        config, folder, step if state else -1, world.size, world.device,
-        flops_per_token(model.config, config.seq_len), world.is_main,
-    )  # fmt: skip
+    log = _open_log(config, world, model.config, step if state else -1)
     run = Run(
         config, world, folder, dataset, model, parallel, optimizers, loader, micro_batch, accumulation, log,
         Saver(folder, config.keep, world), Guard(**state.get("guard", {"sigma": config.spike_sigma})),
         Watchdog(world.rank, config.hang_seconds), stop, hellaswag,
-        step=step, updates=state.get("updates", 0), saved=step, evaluated=world.from_main(log.last_evaluation),
+        step=step, updates=state.get("updates", 0), saved=step,
+        evaluated=world.on_main(lambda: log.last_evaluation),
     )  # fmt: skip
     if state:
         loader.restore(state["loader"])
@@ -109,6 +107,23 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     # filled again before as many batches later as a step has.
     run.batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
     return run
+
+
+def _open_log(config: TrainConfig, world: World, shape: GPTConfig, first_step: int) -> RunLog:
+    """Rank 0's; if it cannot be had, all ranks learn why. Those of the others do nothing."""
+
+    def make(enabled: bool) -> RunLog:
+        flops = flops_per_token(shape, config.seq_len)
+        return RunLog(config, Path(config.out), first_step, world.size, world.device, flops, enabled)
+
+    log = make(enabled=False)
+
+    def open_it() -> None:
+        nonlocal log
+        log = make(enabled=True)
+
+    world.on_main(open_it)
+    return log
 
 
 def _micro_batch(
