@@ -2,6 +2,7 @@
 
 import fineweb_like
 import pytest
+import train_faults
 
 from gpt2_data import BuildConfig, build, fast
 
@@ -35,6 +36,14 @@ def expected(corpus, tmp_path_factory):
     )
     assert result.documents >= 50_000
     return fineweb_like.hashes(out)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Runs of a small model, as forks of one process that has imported torch."""
+    made = train_faults.Runs(tmp_path_factory.mktemp("runs"))
+    yield made
+    made.server.close()
 
 
 @pytest.fixture(params=["tiktoken", "gigatoken"])

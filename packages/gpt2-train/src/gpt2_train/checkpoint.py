@@ -158,9 +158,9 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _refuse_newer(folder: Path) -> None:
+def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
     try:
-        version = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+        version = json.loads((folder / name).read_text(encoding="utf-8"))["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -200,8 +200,9 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer.json of a verified checkpoint."""
+    """The trainer.json of a verified checkpoint. Raises CannotResume if a newer program wrote it."""
     state: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    _refuse_newer(folder, "trainer.json")
     return state
 
 

@@ -1,0 +1,95 @@
+"""T8 and S5: a rank that hangs ends the run with all stacks printed; no secret is in anything that a run leaves."""
+
+import signal
+import time
+
+import pytest
+from train_faults import good_steps, kill, rows, wait_for_step
+
+LIMITS = {"hang_seconds": 3}
+
+
+@pytest.mark.parametrize("do", ["sleep", "hold the GIL"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_hangs(tmp_path, runs, do, ranks) -> None:
+    out = tmp_path / "run"
+    children = runs.begin(out, ("in_update", {"step": 20, "do": do, "rank": ranks - 1}), ranks=ranks, **LIMITS)
+    wait_for_step(out, 19)
+    began = time.monotonic()
+    codes = runs.codes(children, 20)
+    assert all(codes), codes
+    assert time.monotonic() - began < 15
+    for rank in range(ranks):
+        said = runs.said(out, rank)
+        assert "most recent call first" in said
+        assert "in _update" in said
+        if do == "sleep" or rank != ranks - 1:
+            assert f"rank {rank}: no progress for 3 s in step 20 (update)" in said
+    assert "in act" in runs.said(out, ranks - 1)  # what it hangs in
+    assert good_steps(out)[-1] in (15, 18)  # held, the interpreter does not let the last one be finished
+    runs.must_finish_as_whole(out, ranks=ranks)
+
+
+def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
+    """SIGSTOP: the stopped rank can print nothing, the other one does and ends."""
+    out = tmp_path / "run"
+    children = runs.begin(out, ("in_update", {"step": 20, "do": "SIGSTOP", "rank": 1}), ranks=2, **LIMITS)
+    try:
+        assert children[0].wait(30) == 1
+        assert "rank 0: no progress for 3 s in step 20 (update)" in runs.said(out)
+        assert children[1].poll() is None
+        children[1].send(signal.SIGCONT)
+        assert children[1].wait(20) != 0
+    finally:
+        kill(children)
+    assert good_steps(out)[-1] in (15, 18)
+    runs.must_finish_as_whole(out, ranks=2)
+
+
+def test_a_save_that_hangs(tmp_path, runs) -> None:
+    """The disk does not answer: the next save waits for the one before it, and that is watched."""
+    out = tmp_path / "run"
+    (child,) = runs.begin(out, ("in_save", {"number": 3, "do": "sleep"}), **LIMITS)
+    assert child.wait(40) == 1
+    assert "(checkpoint)" in runs.said(out)
+    assert "in write_checkpoint" in runs.said(out)
+    assert good_steps(out) == [3, 6]
+    runs.must_finish_as_whole(out)
+
+
+def test_slow_is_not_hung(tmp_path, runs) -> None:
+    """Ten times the usual time is allowed, however short --hang-seconds is; and a stop of a minute is not counted."""
+    out = tmp_path / "run"
+    faults = [("slow_steps", {"seconds": 0.15})]
+    assert runs.run(out, *faults, steps=12, hang_seconds=0.1, eval_every=0) == 0, runs.said(out)
+    assert len(rows(out)) == 12
+
+
+CANARIES = {
+    "HF_TOKEN": "hf_CANARYCANARYCANARYCANARYCANARYCANA",
+    "WANDB_API_KEY": "CANARY0123456789abcdef0123456789abcdef",
+    "HTTPS_PROXY": "http://somebody:CANARY-password@proxy.invalid:3128",
+    "AWS_SECRET_ACCESS_KEY": "CANARY/secret",
+}
+
+
+@pytest.mark.parametrize(
+    ("faults", "changes", "code"),
+    [
+        ([], {}, 0),
+        ([("in_save", {"number": 2, "do": "bug"})], {"debug": True}, 1),
+        ([("in_update", {"step": 8, "do": "bug"})], {"debug": True}, 1),
+        ([("in_update", {"step": 8, "do": "sleep"})], LIMITS, 1),
+        ([], {"lr": "x"}, 2),
+    ],
+    ids=["finished", "failed save", "bug", "hang", "wrong usage"],
+)
+def test_no_secret_is_in_anything_that_a_run_leaves(tmp_path, runs, faults, changes, code) -> None:
+    out = tmp_path / "run"
+    assert runs.run(out, *faults, env=CANARIES, **changes) == code, runs.said(out)
+    looked = 0
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            looked += 1
+            assert b"CANARY" not in path.read_bytes(), path
+    assert looked >= (1 if code == 2 else 5)

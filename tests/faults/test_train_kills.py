@@ -1,0 +1,140 @@
+"""T1, T7, T15: runs of gpt2-train that are killed end with the same weights, optimizer and loss log, by SHA-256."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from train_faults import checkpoint, good_steps, rows, steps_of
+
+import soak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 150), (2, 50)])
+def test_killed_at_random_instants(tmp_path, ranks, kills) -> None:
+    told = soak.soak(tmp_path, kills, ranks, seed=ranks, steps=60)
+    assert told["problems"] == []
+    assert told["kills"] == kills
+    assert told["finished"] >= 3
+
+
+def test_soak_tells_a_run_that_is_not_the_same(tmp_path, runs) -> None:
+    out = runs.copy(tmp_path / "run")
+    whole = soak.loss_log(out)
+    assert soak.interrupted_problems(out, whole, 60) == (60, [])
+    shutil.rmtree(checkpoint(out, 60))
+    assert soak.interrupted_problems(out, whole, 60)[1] == [
+        "no good checkpoint from step 60 on, where there was one"
+    ]
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:20] + lines[19:]))
+    assert "train rows up to the checkpoint of step 57 are not" in soak.interrupted_problems(out, whole, 0)[1][0]
+
+
+@pytest.mark.slow
+def test_killed_before_every_change_of_the_folder(tmp_path, runs) -> None:
+    """Process n dies before its n-th change: in every file, rename and deletion of a save and of a rotation."""
+    out, kills, newest = tmp_path / "run", 0, 0
+    changes = {"keep": 1, "eval_every": 30}
+    whole = tmp_path / "whole"
+    assert runs.run(whole, **changes) == 0
+    log = soak.loss_log(whole)
+    for number in range(1, 200):
+        code = runs.run(out, ("kill_at_change", {"folder": str(tmp_path), "number": number}), **changes)
+        if code == 0:
+            break
+        assert code == -9, runs.said(out)
+        kills += 1
+        newest, problems = soak.interrupted_problems(out, log, newest)
+        assert problems == [], number
+    assert code == 0
+    assert kills > 40
+    assert soak.loss_log(out) == log
+    assert soak.outcome(out) == soak.outcome(whole)
+    assert not list((out / "checkpoints").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_good_checkpoint_at_every_instant(tmp_path, runs, keep) -> None:
+    """Looked at before every change of the folder, with half-made folders of higher steps lying about."""
+    out, report = tmp_path / "run", tmp_path / "report"
+    for step in (90, 96):
+        folder = checkpoint(out, step)
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    faults = ("observe_changes", {"folder": str(out), "report": str(report)})
+    # All of what is there is damaged, so the run must not begin before the newcomers are there beside a good one.
+    shutil.copytree(checkpoint(runs.wind_back(tmp_path / "start", 54), 54), checkpoint(out, 54))
+    shutil.copy(runs.whole() / "metrics.jsonl", out)
+    shutil.copy(runs.whole() / "samples.jsonl", out)
+    assert runs.run(out, faults, keep=keep) == 0, runs.said(out)
+    states = [line.split(" ")[1].strip() for line in report.read_text().splitlines()]
+    assert len(states) > 30
+    assert all(states), "an instant without a good checkpoint"
+    assert {len(state.split(",")) for state in states} <= {1, *range(keep, keep + 2)} | set(range(1, keep + 1))
+    assert good_steps(out) == [54, 57, 60][-keep:]
+    assert soak.outcome(out) == soak.outcome(runs.whole())
+    assert soak.loss_log(out) == soak.loss_log(runs.whole())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_folder_of_any_instant_is_gone_on_with(tmp_path, runs, seed) -> None:
+    """Kills at changes drawn at random from one process to the next, in rotation more often than not."""
+    draw, out = random.Random(seed), tmp_path / "run"
+    for _ in range(4):
+        number = draw.randint(20, 160)
+        code = runs.run(out, ("kill_at_change", {"folder": str(tmp_path), "number": number}), keep=2)
+        assert code in (0, -9), runs.said(out)
+        assert len(good_steps(out)) >= (len(steps_of(out)) > 0)
+    runs.must_finish_as_whole(out, keep=2)
+
+
+PLANTED = """
+import json, sys, inside
+for name, options in json.loads(sys.argv.pop(1)):
+    getattr(inside, name)(**options)
+from gpt2_eval.__main__ import run
+from gpt2_train.cli import main
+run(main, "gpt2-train")
+"""
+
+
+def torchrun(tmp_path, runs, out, faults, restarts):
+    import json
+
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    command = [sys.executable, *launcher, str(script), json.dumps(faults), *soak.command_line(runs.data, out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_again_after_a_worker_died_in_each_phase(tmp_path, runs) -> None:
+    """Rank 1 in an update, rank 0 in a save, rank 1 in an evaluation: three restarts, and as undisturbed."""
+    faults = [
+        ["in_update", {"step": 20, "do": "SIGKILL", "rank": 1, "life": 0}],
+        ["in_save", {"number": 3, "do": "SIGKILL", "rank": 0, "life": 1}],
+        ["in_evaluation", {"number": 2, "do": "SIGKILL", "rank": 1, "life": 2}],
+    ]
+    done = torchrun(tmp_path, runs, tmp_path / "run", faults, 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in (1, 2, 3):
+        assert f"restart {number} of 3" in done.stderr
+    runs.must_equal_whole(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_dies_ends_the_run(tmp_path, runs) -> None:
+    faults = [["in_update", {"step": 8, "do": "SIGKILL", "rank": 1}]]
+    done = torchrun(tmp_path, runs, tmp_path / "run", faults, 1)
+    assert done.returncode != 0
+    assert "restart 1 of 1" in done.stderr
+    assert good_steps(tmp_path / "run")[-1] in (3, 6)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+    assert re.search("Signal 9|SIGKILL", done.stderr)
