@@ -1,8 +1,9 @@
-"""Kill a small training run again and again: it must end as one that nobody touched. python tools/soak.py --kills 200
+"""Kill a small training run again and again; it must end as one that nobody touched: python tools/soak.py
 
 The runs are forks of one process that has imported torch: a start takes a tenth of a second instead of five.
 """
 
+import faulthandler
 import gc
 import hashlib
 import json
@@ -101,6 +102,8 @@ class Child:
         """Exit code; raises TimeoutError, after killing it."""
         code = self.poll(seconds)
         if code is None:
+            self.send(signal.SIGUSR2)  # faulthandler: where is it?
+            self.poll(1)
             self.send(signal.SIGKILL)
             self.poll(10)
             raise TimeoutError(f"still running after {seconds} s; its output:\n{self.output()}")
@@ -156,6 +159,7 @@ def _become(
         os.dup2(descriptor, number)
     os.close(descriptor)
     os.environ.update(env)
+    faulthandler.register(signal.SIGUSR2, file=2)
     for name, options in faults:
         getattr(import_module("inside"), name)(**options)
     from gpt2_eval.__main__ import run
@@ -175,7 +179,14 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
+    # With torchrun's RUN_ID a rank leaves without tidying up, as it does there.
+    common = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        **env,
+    }
     logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, ranks))]
     return [
         server.start(arguments, logs[rank], faults, RANK=str(rank), LOCAL_RANK=str(rank), **common)
@@ -220,7 +231,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_log(run: Path) -> dict[str, list[Any]]:
-    """What a run has logged that must not depend on when and how often it was killed, in the order of the steps."""
+    """What a run has logged that must not depend on when and how often it was killed."""
     rows = read_rows(run / "metrics.jsonl")
     fields = ("step", "loss", "grad_norm", "lr", "tokens", "skipped")
     return {

@@ -1,7 +1,7 @@
 """Faults that a test plants in the process of a run, before gpt2-train begins; see soak.ForkServer.start.
 
-Each runs on the rank asked for, or on all. What is patched are names of torch and of the loop; nothing in the product
-knows of it.
+Each runs on the rank asked for, or on all. What is patched are names of torch, os and the loop; nothing in the
+product knows of it.
 """
 
 import ctypes
@@ -83,9 +83,11 @@ def in_save(number, do, file="trainer.json", rank=None, life=None):
     seen = iter(range(1, 10**6))
 
     def hook(event, arguments):
-        if event == "open" and str(arguments[0]).endswith(f"/{file}") and "w" in str(arguments[1]):
-            if ".tmp-step" in str(arguments[0]) and next(seen) == number:
-                act(do)
+        if event != "open" or "w" not in str(arguments[1]):
+            return
+        path = str(arguments[0])
+        if ".tmp-step" in path and path.endswith(f"/{file}") and next(seen) == number:
+            act(do)
 
     sys.addaudithook(hook)
 
@@ -110,7 +112,7 @@ def before_joining(do, rank=None):
 
 
 def file_events(folder, do, first=1, last=10**9):
-    """Call `do(n)` before the n-th change of a file or folder of the run: open for writing, rename, deletion, fsync."""
+    """Call `do(n)` before the n-th change of the run's folder: open for writing, fsync, rename, deletion."""
     count = iter(range(1, 10**9))
     busy = threading.local()
 
@@ -210,7 +212,8 @@ def record_tokens(path):
 
     follow_steps()
 
-    def note(_run, x, y):
+    def note(*arguments):
+        x, y = arguments[-2:]
         with open(f"{path}.{RANK}", "a") as file:
             for row in torch.cat([x, y[:, -1:]], 1).tolist():
                 file.write(f"{at['step']} {row}\n")
@@ -237,7 +240,7 @@ def in_step(step, call, arguments, rank=None):
 
 
 def limit_at(step, size):
-    """From a step on no file may grow beyond `size` bytes: a write in the middle of one fails, as on a full disk."""
+    """From a step on no file may grow beyond `size` bytes: a write fails in the middle, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     follow_steps(
         lambda now: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) if now == step else 0
@@ -245,15 +248,17 @@ def limit_at(step, size):
 
 
 def fill_disk(step, path, clear=0):
-    """From a step on the disk has room for rows of metrics, and for no checkpoint; from another one on it has again."""
+    """From a step on the disk has room for rows of metrics but for no checkpoint; from another on, it has."""
 
     def reached(now):
-        if now == step:
-            disk = os.statvfs(os.path.dirname(path))
-            with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - 60_000)
-        elif now == clear:
+        if now == clear:
             os.unlink(path)
+        elif now >= step and (now < clear or not clear):  # at each step: rotation makes room
+            disk = os.statvfs(os.path.dirname(path))
+            with open(path, "ab") as file:
+                room = disk.f_bavail * disk.f_frsize - 60_000
+                if room > 0:
+                    os.posix_fallocate(file.fileno(), file.tell(), room)
 
     follow_steps(reached)
 

@@ -1,4 +1,4 @@
-"""T4, T11, T18: a disk that fills up, a folder that cannot be written, is gone, or was none; a log nobody reads."""
+"""T4, T11, T18: a disk that fills up, a folder that cannot be written, or is gone; a log nobody reads."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from train_faults import checkpoint, good_steps, rows, snapshot
 
 import soak
 
-# In a mount namespace of its own: a disk of a few MiB that somebody fills at step 20 and, in the second part, clears.
+# In a mount namespace of its own: a small disk that somebody fills in mid-run and, in the second run, clears.
 SCRIPT = """
 import json, pathlib, subprocess, sys, os
 disk, saved, faults = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])

@@ -1,4 +1,4 @@
-"""T8 and S5: a rank that hangs ends the run with all stacks printed; no secret is in anything that a run leaves."""
+"""T8, S5: a rank that hangs ends the run, and prints all stacks; no secret is in what a run leaves."""
 
 import signal
 import time
@@ -58,7 +58,7 @@ def test_a_save_that_hangs(tmp_path, runs) -> None:
 
 
 def test_slow_is_not_hung(tmp_path, runs) -> None:
-    """Ten times the usual time is allowed, however short --hang-seconds is; and a stop of a minute is not counted."""
+    """Ten times the usual time is allowed, however short --hang-seconds is."""
     out = tmp_path / "run"
     faults = [("slow_steps", {"seconds": 0.15})]
     assert runs.run(out, *faults, steps=12, hang_seconds=0.1, eval_every=0) == 0, runs.said(out)

@@ -1,4 +1,4 @@
-"""T13, T14: a loss or gradient that is not finite, or a spike, on one rank: all skip alike, nothing changes by it."""
+"""T13, T14: a loss or gradient that is not finite, or a spike, on one rank: all skip alike."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_spike_is_skipped_only_by_choice(tmp_path, runs) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_window_is_not_poisoned_and_is_resumed(tmp_path, runs, ranks) -> None:
-    """A NaN, two spikes, a kill in the middle of the window, another spike: each is judged by sound steps alone."""
+    """A NaN, two spikes, a stop in the middle of the window, a spike: each is judged by sound steps alone."""
     changes = {"eval_every": 0, "spike_sigma": 30, "ranks": ranks}
     faults = [("unsound", {"steps": [35], "kind": "nan"}),
               ("unsound", {"steps": [36, 37, 50], "kind": "1e3", "rank": ranks - 1})]  # fmt: skip

@@ -24,7 +24,7 @@ def tokens_of_steps(path, ranks) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["", "sharded"])
-@pytest.mark.parametrize("path", [(1, 2, 1), (1, 4), (4, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("path", [(1, 2, 1), (2, 4, 1)], ids=str)
 def test_on_another_number_of_ranks(tmp_path, runs, path, shard) -> None:
     """The same sequences each step, and losses that differ by the rounding of a sum."""
     out, seen = tmp_path / "run", {}
@@ -38,11 +38,10 @@ def test_on_another_number_of_ranks(tmp_path, runs, path, shard) -> None:
         assert code == (0 if stop == stops[-1] else 143), runs.said(out)
         seen.update({step: digest for step, digest in tokens_of_steps(tokens, ranks).items() if step})
     reference = tmp_path / "tokens"
-    whole = tmp_path / "whole"
-    assert runs.run(whole, ("record_tokens", {"path": str(reference)}), eval_every=0) == 0
-    assert seen == {step: digest for step, digest in tokens_of_steps(reference, 1).items() if step}
-    for kind, field in (("loss", "loss"), ("val_loss", "val_loss")):
-        mine, theirs = ([(row["step"], row[field]) for row in rows(o, kind)] for o in (out, runs.whole()))
+    assert runs.run(tmp_path / "whole", ("record_tokens", {"path": str(reference)}), eval_every=0) == 0
+    assert seen == tokens_of_steps(reference, 1)
+    for field in ("loss", "val_loss"):
+        mine, theirs = ([(row["step"], row[field]) for row in rows(o, field)] for o in (out, runs.whole()))
         np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 

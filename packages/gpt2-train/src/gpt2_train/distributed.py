@@ -110,8 +110,26 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
         _keep_buffers()
     if size > 1:
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=10), store=_store_of_this_life(), rank=rank, world_size=size
+        )
     return World(rank, size, where)
+
+
+def _store_of_this_life() -> dist.Store | None:
+    """Where the processes find each other, if torchrun has started them on one node; None: as torch has it.
+
+    torchrun (2.13) starts a group of workers again with the store that the dead ones left their addresses in: who
+    comes first connects to one of those, and is refused. On several nodes the agents count restarts differently, so
+    there torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store = dist.TCPStore(
+        env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=10)
+    )
+    return dist.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _keep_buffers() -> None:
