@@ -4,13 +4,13 @@ import json
 import os
 import random
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,23 @@ def compare(work: Path, base: str, head: str | None, flags: list[str], ranks: in
 def write_text(path: Path) -> None:
     """200 documents of 5 to 60 words that follow each other by chance: about 6,000 tokens, always the same."""
     draw = random.Random(1)
-    words = "the a of and in is it cat dog sun sea runs sleeps under over old new blue red".split()
+    words = [
+        "the",
+        "a",
+        "of",
+        "and",
+        "in",
+        "is",
+        "it",
+        "cat",
+        "dog",
+        "sun",
+        "sea",
+        "runs",
+        "sleeps",
+        "under",
+        "old",
+    ]
     texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -95,17 +111,14 @@ def read_rows(run: Path) -> list[dict[str, float]]:
 
 
 def _rows_that_differ(base: Path, head: Path) -> dict[str, Any]:
-    rows, other = read_rows(base), read_rows(head)
+    a, b = ({row["step"]: row for row in read_rows(run)} for run in (base, head))
     # As text, since NaN is not equal to itself.
-    differing = [(a, b) for a, b in zip(rows, other, strict=True) if json.dumps(a) != json.dumps(b)]
-    largest = max((abs(a["loss"] / b["loss"] - 1) for a, b in differing), default=0.0)
-    first = (
-        {"step": differing[0][0]["step"], "base": differing[0][0], "head": differing[0][1]} if differing else None
-    )
+    steps = [step for step in sorted({**a, **b}) if json.dumps(a.get(step)) != json.dumps(b.get(step))]
+    largest = max((abs(a[n]["loss"] / b[n]["loss"] - 1) for n in steps if n in a and n in b), default=0.0)
     return {
-        "steps": len(rows),
-        "steps_that_differ": len(differing),
-        "first_difference": first,
+        "steps": len(a),
+        "steps_that_differ": len(steps),
+        "first_difference": {"base": a.get(steps[0]), "head": b.get(steps[0])} if steps else None,
         "largest_relative_difference_of_losses": largest,
     }
 
@@ -129,15 +142,14 @@ def _tensors(run: Path, name: str) -> Mapping[str, tuple[str, list[int], bytes]]
 def as_text(result: Mapping[str, Any]) -> str:
     """What a person wants to know first."""
     lines = [f"base  {result['base']}", f"head  {result['head']}"]
-    first = result["first_difference"]
-    if first is None:
-        lines.append(f"loss and gradient norm of all {result['steps']} steps are equal, bit for bit")
+    if first := result["first_difference"]:
+        largest = result["largest_relative_difference_of_losses"]
+        lines += [
+            f"{result['steps_that_differ']} of {result['steps']} steps differ, losses by up to {largest:.1e}:",
+            *(f"  {name}  {first[name]}" for name in ("base", "head")),
+        ]
     else:
-        lines.append(
-            f"{result['steps_that_differ']} of {result['steps']} steps differ, by up to "
-            f"{result['largest_relative_difference_of_losses']:.1e} of the loss; the first is step {first['step']}:"
-        )
-        lines += [f"  {key:10}{first['base'][key]!r} -> {first['head'][key]!r}" for key in ("loss", "grad_norm")]
+        lines.append(f"loss and gradient norm of all {result['steps']} steps are equal, bit for bit")
     for name, entry in result["tensors"].items():
         some = (
             f": {', '.join(entry['names'][:3])}{' ...' if entry['differ'] > 3 else ''}" if entry["differ"] else ""
@@ -162,14 +174,13 @@ def _tree(work: Path, commit: str) -> Iterator[Path]:
     if commit == "working tree":
         yield ROOT
         return
-    tree = Path(tempfile.mkdtemp(dir=work)) / "tree"
+    tree = Path(tempfile.mkdtemp(dir=work)) / commit
     git = ["git", "-C", str(ROOT), "worktree"]
     try:
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
         yield tree
     finally:
-        shutil.rmtree(tree, ignore_errors=True)
-        subprocess.run([*git, "prune"], check=False)
+        subprocess.run([*git, "remove", "--force", str(tree)], check=False)
 
 
 def _build(tree: Path, text: Path, out: Path) -> None:
@@ -209,7 +220,8 @@ def _write_golden(work: Path) -> None:
     _build(ROOT, work / "text.jsonl", work / "data")
     _train(ROOT, work / "data", work / "run", [], 1)
     rows = ",\n".join(f"    {json.dumps(row)}" for row in read_rows(work / "run"))
-    GOLDEN.write_text(f'{{\n  "settings": {json.dumps(RUN)},\n  "rows": [\n{rows}\n  ]\n}}\n')
+    torch = json.dumps(version("torch"))
+    GOLDEN.write_text(f'{{\n  "torch": {torch},\n  "settings": {json.dumps(RUN)},\n  "rows": [\n{rows}\n  ]\n}}\n')
     click.echo(GOLDEN)
 
 

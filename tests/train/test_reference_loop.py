@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
 import torch._inductor.config
 import transformers
 from tiny_run import TINY, losses
@@ -118,10 +119,13 @@ def test_muon(dataset, tmp_path, plain_loop) -> None:
 def test_compiled(dataset, tmp_path, plain_loop, monkeypatch) -> None:
     # Two small graphs: a pool of compiling processes, each with its own torch, would take longer to start.
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for accumulation in (1, 4):
         out = tmp_path / str(accumulation)
         train(TrainConfig(**settings_of(dataset, out, accumulation, compile="on")))
         assert_same(out, plain_loop(2 * accumulation))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # nothing is compiled that no step uses
 
 
 @pytest.mark.slow

@@ -120,8 +120,8 @@ def _store_of_this_life() -> dist.Store | None:
     """Where the processes find each other, if torchrun has started them on one node; None: as torch has it.
 
     torchrun (2.13) starts a group of workers again with the store that the dead ones left their addresses in: who
-    comes first connects to one of those, and is refused. On several nodes the agents count restarts differently, so
-    there torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    comes first connects to one of those, and is refused. On several nodes the agents count restarts differently,
+    so there torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":

@@ -1,0 +1,90 @@
+"""slurm.sh, with an srun and an scontrol of a few lines in the place of Slurm's: two nodes, both this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import TINY, flags, losses
+
+from gpt2_train import TrainConfig, train, verify_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "packages" / "gpt2-train" / "slurm.sh"
+# Slurm sends a signal to a step's tasks, not to what these have started.
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+tasks = [subprocess.Popen(words) for _ in range(int(os.environ["SLURM_NNODES"]))]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+  "show hostnames") printf 'localhost\\nlocalhost\\n' ;;
+  *) echo "$@" >> "$CALLS" ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Arguments of slurm.sh -> the job."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"), "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost,localhost",
+    }  # fmt: skip
+
+    def start(*words: str, nodes: int = 2) -> subprocess.Popen:
+        command = ["bash", SCRIPT, *words]
+        environment = {**os.environ, **variables}
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_job_that_is_out_of_time_is_queued_again_and_goes_on(dataset, tmp_path, slurm) -> None:
+    out, steady = tmp_path / "run", {"min_lr": TINY["lr"], "micro_batch": 2, "checkpoint_every": 0}
+    job = slurm(*flags(dataset, out, **steady, steps=100_000))
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and losses(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, output  # torchrun's, whose processes ended with 138
+    last = losses(out)[-1][0]
+    assert f"stopped by signal 10 at step {last}; the same command goes on from there" in output
+    assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert verify_checkpoint(out / "checkpoints" / f"step-{last:08d}") == []
+
+    job = slurm(*flags(dataset, out, **steady, steps=last + 3))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert f"resuming from {out / 'checkpoints' / f'step-{last:08d}'}" in output
+    assert (tmp_path / "calls").read_text().count("\n") == 1
+    alone = {**TINY, **steady, "micro_batch": "4", "steps": last + 3}
+    train(TrainConfig(**alone, data=str(dataset), out=str(tmp_path / "alone")))
+    np.testing.assert_allclose(losses(out), losses(tmp_path / "alone"), rtol=1e-5)
+
+
+def test_a_run_that_fails_ends_the_job(tmp_path, slurm) -> None:
+    """Not queued again: it would fail again."""
+    job = slurm("--no-such-option", nodes=1)
+    job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert (tmp_path / "calls").read_text() == ""
