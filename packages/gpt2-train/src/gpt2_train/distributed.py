@@ -116,7 +116,7 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
     return World(rank, size, where)
 
 
-def _store_of_this_life() -> dist.Store | None:
+def _store_of_this_life() -> Any:
     """Where the processes find each other, if torchrun has started them on one node; None: as torch has it.
 
     torchrun (2.13) starts a group of workers again with the store that the dead ones left their addresses in: who
@@ -126,10 +126,11 @@ def _store_of_this_life() -> dist.Store | None:
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=10)
     )
-    return dist.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    life = f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(life, store)  # type: ignore[attr-defined]
 
 
 def _keep_buffers() -> None:
