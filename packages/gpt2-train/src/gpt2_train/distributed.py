@@ -119,18 +119,16 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
 def _store_of_this_life() -> Any:
     """Where the processes find each other, if torchrun has started them on one node; None: as torch has it.
 
-    torchrun (2.13) starts a group of workers again with the store that the dead ones left their addresses in: who
-    comes first connects to one of those, and is refused. On several nodes the agents count restarts differently,
-    so there torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    torchrun (2.13) starts workers again with the store that the dead ones left their addresses in: who comes first
+    connects to one of those, and is refused. On several nodes the agents count restarts differently, so there
+    torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=10)
-    )
-    life = f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}"
-    return dist.PrefixStore(life, store)  # type: ignore[attr-defined]
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=10))  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
 
 
 def _keep_buffers() -> None:

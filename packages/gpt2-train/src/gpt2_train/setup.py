@@ -83,7 +83,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
     parallel = stepped
     if world.size > 1:
-        parallel = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
+        parallel = DistributedDataParallel(stepped, gradient_as_bucket_view=True)
     loader = TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
         world_size=world.size, order=config.order,  # type: ignore[arg-type]
