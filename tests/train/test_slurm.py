@@ -47,8 +47,7 @@ def slurm(tmp_path, monkeypatch):
     }  # fmt: skip
 
     def start(*words: str, nodes: int = 2) -> subprocess.Popen:
-        command = ["bash", SCRIPT, *words]
-        environment = {**os.environ, **variables}
+        command, environment = ["bash", SCRIPT, *words], {**os.environ, **variables, "SLURM_NNODES": str(nodes)}
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -62,6 +61,7 @@ def test_a_job_that_is_out_of_time_is_queued_again_and_goes_on(dataset, tmp_path
     job = slurm(*flags(dataset, out, **steady, steps=100_000))
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and losses(out)) and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=120)
@@ -72,7 +72,7 @@ def test_a_job_that_is_out_of_time_is_queued_again_and_goes_on(dataset, tmp_path
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == [f"step-{last:08d}"]
     assert verify_checkpoint(out / "checkpoints" / f"step-{last:08d}") == []
 
-    job = slurm(*flags(dataset, out, **steady, steps=last + 3))
+    job = slurm(*flags(dataset, out, **steady, steps=last + 3), nodes=1)  # there may be fewer the next time
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
     assert f"resuming from {out / 'checkpoints' / f'step-{last:08d}'}" in output
@@ -85,6 +85,7 @@ def test_a_job_that_is_out_of_time_is_queued_again_and_goes_on(dataset, tmp_path
 def test_a_run_that_fails_ends_the_job(tmp_path, slurm) -> None:
     """Not queued again: it would fail again."""
     job = slurm("--no-such-option", nodes=1)
-    job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=120)
     assert job.returncode == 1
+    assert "No such option" in output
     assert (tmp_path / "calls").read_text() == ""
