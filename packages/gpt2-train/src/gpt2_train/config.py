@@ -94,7 +94,7 @@ class TrainConfig:
         rare=True,
     )  # fmt: skip
     hang_seconds: float = _option(
-        60.0,
+        300.0,
         "A step that takes this long, and ten times the usual, ends the run with all stacks; 0: never.",
         rare=True,
     )
