@@ -16,15 +16,17 @@ import torch._inductor.config
 import transformers
 from tiny_run import TINY, losses
 
-from gpt2_data import TokenLoader
+from gpt2_data import TokenLoader, convert
 from gpt2_model import GPT
 from gpt2_train import TrainConfig, train
 
 STEPS, WARMUP, PEAK, END = 50, 5, 1e-2, 1e-3
 SEQ_LEN, MICRO_BATCH = 8, 2  # one shape in all runs, so that it is compiled once
+VOCABULARY = 256  # the real one, of 50,257, would take most of the time
 SETTINGS = {
-    **TINY, "steps": STEPS, "warmup": WARMUP, "lr": PEAK, "min_lr": END, "seq_len": SEQ_LEN,
-    "micro_batch": str(MICRO_BATCH), "checkpoint_every": 0,
+    **TINY, "model": {**TINY["model"], "vocab_size": VOCABULARY}, "checkpoint_every": 0,
+    "steps": STEPS, "warmup": WARMUP, "lr": PEAK, "min_lr": END,
+    "seq_len": SEQ_LEN, "micro_batch": str(MICRO_BATCH),
 }  # fmt: skip
 
 
@@ -56,6 +58,17 @@ def make_torch_optimizers(model: torch.nn.Module, muon: bool) -> list[torch.opti
 
 
 @pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """4,000 tokens by chance, of fifteen that the vocabulary has: that much can be learned in 50 steps."""
+    folder = tmp_path_factory.mktemp("dataset")
+    tokens = 17 * np.random.default_rng(0).integers(15, size=4000)
+    tokens[:3600].astype("<u2").tofile(folder / "train.bin")
+    tokens[3600:].astype("<u2").tofile(folder / "val.bin")
+    convert(folder, folder / "data", "llmc")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
 def plain_loop(dataset, tmp_path_factory):
     """(rows of a batch, schedule, whether with Muon) -> the losses."""
     start = tmp_path_factory.mktemp("start")
@@ -79,7 +92,7 @@ def plain_loop(dataset, tmp_path_factory):
                 optimizer.step()
                 optimizer.zero_grad()
             found.append(loss.item())
-        assert found[-1] < found[0] - 1.5  # it learned
+        assert found[-1] < found[0] - 1.0  # it learned
         return found
 
     return losses_of
