@@ -64,8 +64,9 @@ class ForkServer:
             faults: (function of the module `inside`, its arguments), called in the new process before the command.
             env: variables of its environment.
         """
+        before = log.stat().st_size if log.exists() else 0
         self._connection.send((list(arguments), str(log), list(faults), env))
-        return Child(self, self._receive("pid", 60), log)
+        return Child(self, self._receive("pid", 60), log, before)
 
     def code(self, pid: int, seconds: float) -> int | None:
         """Exit code of a child, -n for a signal; None if it still runs after so many seconds."""
@@ -93,8 +94,8 @@ class ForkServer:
 class Child:
     """A run that the server has forked."""
 
-    def __init__(self, server: ForkServer, pid: int, log: Path) -> None:
-        self.server, self.pid, self.log = server, pid, log
+    def __init__(self, server: ForkServer, pid: int, log: Path, log_start: int) -> None:
+        self.server, self.pid, self.log, self.log_start = server, pid, log, log_start
 
     def poll(self, seconds: float = 0.0) -> int | None:
         """Exit code, -n for a signal; None if it still runs after so many seconds."""
@@ -117,8 +118,8 @@ class Child:
             os.kill(self.pid, number)  # no other process gets its number: the server reaps it only to say so
 
     def output(self) -> str:
-        """What it, and those before it with the same log, wrote."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+        """What it wrote, without what the runs before it wrote to the same log."""
+        return self.log.read_bytes()[self.log_start :].decode(errors="replace") if self.log.exists() else ""
 
 
 def serve(descriptor: int) -> None:

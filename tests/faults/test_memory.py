@@ -18,12 +18,14 @@ PARENT = 150  # MB
 WORKER = {"tiktoken": 350, "gigatoken": 800}  # MB, for documents of ordinary length
 
 SCRIPT = """
-import json, re, resource, sys
+import json, multiprocessing, re, resource, sys, time
 from gpt2_data import BuildConfig, build
 
 if __name__ == "__main__":
     result = build(BuildConfig(**json.loads(sys.argv[1])))
     parent = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    while multiprocessing.active_children():  # only one that was waited for is counted
+        time.sleep(0.01)
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(json.dumps([int(parent) * 1024 / 1e6, worker * 1024 / 1e6, result.tokens, result.documents]))
 """

@@ -270,10 +270,12 @@ class Terminal:
     """A pseudo-terminal as sys.stderr, and what was written to it."""
 
     def __init__(self, monkeypatch) -> None:
+        self.monkeypatch = monkeypatch
         self.master, slave = pty.openpty()
         os.set_blocking(self.master, False)
         termios.tcsetwinsize(slave, (24, 100))
-        monkeypatch.setattr(sys, "stderr", os.fdopen(slave, "w", buffering=1))
+        self.file = os.fdopen(slave, "w", buffering=1)
+        monkeypatch.setattr(sys, "stderr", self.file)
 
     def read(self) -> str:
         text = b""
@@ -283,6 +285,11 @@ class Terminal:
         except BlockingIOError:
             return text.decode()
         return text.decode()
+
+    def close(self) -> None:
+        self.monkeypatch.undo()
+        self.file.close()
+        os.close(self.master)
 
 
 class Clock:
@@ -314,6 +321,7 @@ def test_on_a_terminal_a_line_a_second_above_a_bar(tmp_path, monkeypatch) -> Non
     log.close()
     log.say("after the bar")
     assert terminal.read().endswith("after the bar\r\n")
+    terminal.close()
 
 
 def test_in_a_pipe_plain_lines_every_ten_seconds(tmp_path, monkeypatch, capsys) -> None:

@@ -33,6 +33,7 @@ import torch
 from gpt2_model import GPT
 
 from .config import CannotResume
+from .space import existing
 
 FORMAT_VERSION = 2  # 1, of gpt2-train 0.1.0, had a loader's state that is no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -49,8 +50,7 @@ def write_checkpoint(
 
     Raises:
         OSError: the disk is full or not writable, or does not give back what was written; the checkpoints that
-        were
-            there are untouched.
+            were there are untouched.
     """
     folder = checkpoint_folder(run, step)
     if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
@@ -81,7 +81,7 @@ def write_checkpoint(
     except (OSError, safetensors.SafetensorError) as error:
         # ignore_errors: the folder may be gone with all of the run
         shutil.rmtree(temporary, ignore_errors=True)
-        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(_existing(folder)).free
+        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(existing(folder)).free
         raise OSError(
             f"cannot write {folder}: {error} (about {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free); "
             "the checkpoints before it are untouched"
@@ -225,8 +225,7 @@ def prune(run: Path, keep: int, verified: set[str]) -> None:
 
     Args:
         verified: names of those that this process has read back already; gigabytes that need no more hashing.
-        Those
-            that are checked here are added.
+            Those that are checked here are added.
     """
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
@@ -268,10 +267,6 @@ def locked(run: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
         file.flush()
         yield
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

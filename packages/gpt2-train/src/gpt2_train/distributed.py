@@ -95,8 +95,7 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
 
     Args:
         deterministic: on CUDA, use only kernels whose sums have one order, so that a resumed run ends with the
-        same
-            bits.
+            same bits.
 
     Raises:
         ValueError: the device is not to be had.
