@@ -66,7 +66,7 @@ def write_corpus(path, megabytes, row_group):
 
 @pytest.mark.slow
 def test_eight_times_the_source_takes_no_more(tmp_path, library):
-    small, large = (16, 128) if library == "gigatoken" else (4, 32)
+    small, large = (16, 128) if library == "gigatoken" else (2, 16)
     options = {"workers": 2, "tokenizer": library, "order": "shuffled", "shard_size": 5_000_000}
     files = [write_corpus(tmp_path / f"{i}.parquet", small, 1000) for i in range(large // small)]
     few = peaks(tmp_path, files[:2], **options)  # two, so that there are workers
