@@ -309,11 +309,12 @@ def soak(
         problems.append("two undisturbed runs differ")
     whole, expected = loss_log(reference), outcome(reference, steps)
     run, newest, number = folder / "run-0", 0, 0
-    while killed < kills and not problems:
+    while not problems:
         children = start_ranks(server, command_line(data, run, steps=steps), folder / f"{run.name}.log", ranks)
         starts += 1
         # A third of the time that a run needs: every fourth start or so is the one that finishes.
-        if _end_by(children, time.monotonic() + draw.uniform(0, needed / 3)):
+        until = time.monotonic() + draw.uniform(0, needed / 3)
+        if _end_by(children, until if killed < kills else until + 600):  # the last run is left to finish
             codes = [child.wait() for child in children]
             finished += 1
             if any(codes):
@@ -324,6 +325,8 @@ def soak(
                 shutil.rmtree(run)
                 number += 1
                 run, newest = folder / f"run-{number}", 0
+            if killed == kills:
+                break
             continue
         victims = draw.choice([[child] for child in children] + ([children] if ranks > 1 else []))
         problems += _kill(children, victims)

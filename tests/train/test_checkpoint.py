@@ -69,6 +69,25 @@ def test_another_run_is_not_mixed_in(dataset, run, changes, message) -> None:
     assert fingerprint(run, 12) == before
 
 
+def test_an_older_checkpoint_of_the_same_run_is_refused_beside_newer_ones(dataset, run, capsys) -> None:
+    """It would be deleted as the oldest, and the newest would be gone on with by the next command."""
+    config = {**TINY, "steps": 14, "data": str(dataset), "out": str(run)}
+    older = run / "checkpoints" / "step-00000008"
+    with pytest.raises(CannotResume, match="has gone on to step-00000012: choose another --out, or move"):
+        train(TrainConfig(**config, resume=str(older)))
+    with pytest.raises(CannotResume, match="is no checkpoint: name a folder like"):
+        train(TrainConfig(**{**config, "out": f"{run}-b"}, resume=str(run)))
+    # Another folder begins from it, and goes on with its own by the same command.
+    branch = {**config, "out": f"{run}-b", "resume": str(older)}
+    assert train(TrainConfig(**{**branch, "steps": 10})) == 0
+    assert train(TrainConfig(**branch)) == 0
+    said = capsys.readouterr().err
+    assert f"resuming from {older}" in said
+    assert f"resuming from {run}-b/checkpoints/step-00000010" in said
+    assert "steps: 10 -> 14; the learning rate follows the new schedule from here on" in said
+    assert "steps: 10 -> 14, which does not" not in said
+
+
 def test_other_data_is_refused(tmp_path, run) -> None:
     from gpt2_data import BuildConfig, build
 

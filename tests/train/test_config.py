@@ -73,6 +73,7 @@ def test_batches_that_do_not_divide_say_what_would() -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
         ({"lr": float("nan")}, "lr must not be negative or infinite, and is nan"),
+        ({"lr": 1e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
         ({"micro_batch": "many"}, "micro_batch must be auto or a positive whole number, not 'many'"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16"),
         (
@@ -101,6 +102,13 @@ def test_bad_files_are_refused(tmp_path, text, message) -> None:
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "c.toml"), "--data", "d", "--out", "o"])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_mistyped_variable_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GPT2_TRAIN_STEPSS", "3")
+    result = CliRunner().invoke(main, ["--data", "d", "--out", str(tmp_path / "o")])
+    assert result.exit_code == 2
+    assert "unknown environment variable GPT2_TRAIN_STEPSS" in result.output
 
 
 def test_flag_before_environment_before_file_before_recipe(dataset, tmp_path, monkeypatch) -> None:

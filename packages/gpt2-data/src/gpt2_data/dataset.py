@@ -106,6 +106,10 @@ def load(path: Path) -> manifest.Manifest | foreign.ForeignManifest:
             raise ValueError(f"{path}/{problem}")
         return made
     found = foreign.sniff(path)
+    if found is None and not path.exists():
+        raise ValueError(
+            f"{path} is not a dataset: there is no such folder; gpt2-data build --out {path} makes one"
+        )
     if found is None:
         raise ValueError(
             f"{path} is not a dataset: there is no {manifest.FILE_NAME} in it, nor shards of "

@@ -174,20 +174,33 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
     """The verified checkpoint that a run goes on from; None to begin at step 0.
 
     Args:
-        resume: "auto" for the newest good one in `run`, "never", or a checkpoint folder.
+        resume: "auto" for the newest good one in `run`, "never", or a checkpoint folder: the newest good one of
+            `run`, or another run's, from which `run` begins (and, once it has checkpoints of its own, goes on).
 
     Raises:
-        CannotResume: the one asked for is damaged, all of them are, or "never" would write over a run.
+        CannotResume: the one asked for is damaged or not the newest, all of them are, or "never" would write over
+            a run.
     """
     if resume == "never":
         if checkpoints(run):
             raise CannotResume(f"{run} holds a run, and --resume never was given: choose another --out")
         return None
-    if resume != "auto":
-        _refuse_newer(Path(resume))
-        if problems := verify_checkpoint(Path(resume)):
+    asked = Path(resume)
+    inside = asked.absolute().parent == (run / "checkpoints").absolute()
+    if resume != "auto" and (inside or not checkpoints(run)):  # else it was begun from before: go on with it
+        _refuse_newer(asked)
+        if not (asked / "manifest.json").exists():
+            raise CannotResume(
+                f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
+            )
+        if problems := verify_checkpoint(asked):
             raise CannotResume(f"cannot resume {resume}: {problems[0]}")
-        return Path(resume)
+        if inside and (newest := find_checkpoint(run)[0]) is not None and newest.name > asked.name:
+            raise CannotResume(
+                f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
+                f"{asked.name} away"
+            )
+        return asked
     found, problems = find_checkpoint(run)
     if found is None and problems:
         raise CannotResume(

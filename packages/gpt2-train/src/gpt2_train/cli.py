@@ -116,6 +116,7 @@ def main(
     A flag goes before its environment variable (GPT2_TRAIN_LR), that before --config, that before --recipe.
     """
     _fill_standard_streams()
+    _check_environment(ctx.command)
     try:
         run = _config(model, ctx.obj, settings)
         if as_json and not dry_run:
@@ -156,6 +157,15 @@ def _fill_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
+
+
+def _check_environment(command: click.Command) -> None:
+    known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
+    for name in sorted(os.environ):
+        if name.startswith("GPT2_TRAIN_") and name not in known:
+            raise click.UsageError(
+                f"unknown environment variable {name}: it must be GPT2_TRAIN_ and a flag's name"
+            )
 
 
 def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:

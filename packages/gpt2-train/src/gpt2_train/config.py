@@ -74,7 +74,7 @@ class TrainConfig:
     deterministic: bool = _option(False, "On CUDA: only kernels that give the same bits each time.", rare=True)
 
     eval_every: int = _option(250, "Steps between validations and samples; 0 for never.")
-    eval_tokens: int = _option(10_485_760, "Validation tokens, the same ones every time.", rare=True)
+    eval_tokens: int = _option(10_485_760, "Validation tokens, the same ones every time.")
     hellaswag: str = _option("", "HellaSwag-format JSONL file to score at every validation.")
     sample_prompt: str = _option("Hello, I'm a language model,", "Prompt that the samples continue.", rare=True)
     num_samples: int = _option(4, "Samples at every validation.", rare=True)
@@ -114,6 +114,8 @@ class TrainConfig:
         for name in (*names, *rates):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative or infinite, and is {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, and is {getattr(self, name)}")
@@ -151,6 +153,8 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             raise ValueError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
         merged = tomllib.loads(files(__package__).joinpath(f"recipes/{recipe}.toml").read_text(encoding="utf-8"))
     if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {path}")
         try:
             own = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are

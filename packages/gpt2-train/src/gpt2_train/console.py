@@ -53,11 +53,11 @@ class Console:
 
     def step(self, row: dict[str, Any]) -> None:
         """A training row: a line of it if one is due, and the bar."""
-        now, compiling = time.monotonic(), row.get("compiling", False)
-        seconds = self.left.after(row["step"], None if compiling else row["seconds"], now)
+        now = time.monotonic()
+        seconds = self.left.after(row["step"], row["seconds"], now)
         self.shown += 1
         due = now - self.last_line >= LINE_SECONDS[self.on_terminal]
-        if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row or compiling:
+        if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row:
             self.last_line = now
             left = "" if self.on_terminal or seconds is None else f"   {clock(seconds)} left"
             self.say(step_line(row, self.steps) + left)
@@ -178,8 +178,6 @@ def step_line(row: dict[str, Any], steps: int) -> str:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
-    if row.get("compiling"):
-        parts.append("compiling")
     if "skipped" in row:
         parts.append(f"update left out: {row['skipped']}")
     return "   ".join(parts)

@@ -73,7 +73,8 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
         run.watchdog.close()
         run.log.close()
     if run.step < config.steps:
-        run.log.say(f"stopped by signal {run.stopped_by} at step {run.step}; the same command goes on from there")
+        onward = "goes on from there" if run.step else "begins anew"
+        run.log.say(f"stopped by signal {run.stopped_by} at step {run.step}; the same command {onward}")
         return 128 + run.stopped_by
     run.log.say(f"done: step {run.step}, {checkpoint.checkpoint_folder(run.folder, run.step)}")
     return 0

@@ -96,12 +96,12 @@ class RunLog:
 
         Args:
             row: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory; where it applies
-                skipped (why the update was left out) and compiling (True: the time is not a step's).
+                skipped (why the update was left out).
         """
         if not self.enabled:
             return
         speed = None
-        if row["seconds"] > 0 and not row.get("compiling"):
+        if row["seconds"] > 0:
             speed = self.config.batch_tokens / row["seconds"]
         used = None if speed is None or self.peak is None else speed * self.flops_per_token / self.peak
         row = finite({**row, "tokens_per_second": speed, "mfu": used})

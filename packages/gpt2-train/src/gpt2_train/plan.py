@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from gpt2_data import TokenLoader, open_dataset
+from gpt2_eval import load_hellaswag
 from gpt2_model import PRESETS, GPTConfig, flops_per_token
 from gpt2_model.weights import OPENAI_NAMES, inspect
 
@@ -56,6 +57,11 @@ class Plan:
     """Of each process."""
     speed_source: str
     hours: float | None
+    """Of the steps alone."""
+    validations: int
+    validation_tokens: int | None
+    """Of each."""
+    validation_hours: float | None
     checkpoint_bytes: int
     checkpoints_at_once: int
     free_disk_bytes: int
@@ -107,10 +113,11 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> Plan:
     micro_batch, accumulation = split or (None, None)
     data = check(lambda: _data(config, shape, micro_batch or 1, world_size))
     train_tokens, val_tokens = data or (None, None)
+    to_validate = None if val_tokens is None else min(config.eval_tokens, max(0, val_tokens - 1))
     check(lambda: check_out(out))
     check(lambda: check_space(out, config, shape))
     if config.hellaswag:
-        check(lambda: _check_readable(Path(config.hellaswag)))
+        check(lambda: load_hellaswag(config.hellaswag))
     plain = checkpointed = None
     if micro_batch is not None:
         plain, checkpointed = (
@@ -121,6 +128,8 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> Plan:
     if memory is not None:
         check(lambda: _check_memory(memory, place))
     tokens, flops = config.steps * config.batch_tokens, flops_per_token(shape, config.seq_len)
+    every = config.eval_every
+    validations = 1 + -(-config.steps // every) if every else 0  # one before the first step
     speed, source = assumed_speed(config, shape, place.device, place.precision, place.here)
     return Plan(
         parameters=shape.num_parameters,
@@ -148,6 +157,12 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> Plan:
         flops_per_second=speed,
         speed_source=source,
         hours=flops * tokens / (speed * world_size) / 3600 if speed else None,
+        validations=validations,
+        validation_tokens=to_validate,
+        # The forward pass is a third of a step's operations.
+        validation_hours=None
+        if to_validate is None or not speed
+        else flops / 3 * validations * to_validate / (speed * world_size) / 3600,
         checkpoint_bytes=checkpoint_bytes(config, shape),
         checkpoints_at_once=checkpoints_at_once(config),
         free_disk_bytes=shutil.disk_usage(existing(out)).free,
@@ -222,6 +237,9 @@ def to_lines(plan: Plan) -> list[str]:
     if plan.hours is not None and plan.flops_per_second is not None:
         speed = plan.processes * plan.flops_per_second / plan.flops_per_token
         facts["time"] = f"{plan.hours:,.1f} hours at {speed:,.0f} tokens/s: {plan.speed_source}"
+    if plan.validations and plan.validation_tokens:
+        hours = "" if plan.validation_hours is None else f", {plan.validation_hours:,.1f} hours more"
+        facts["validation"] = f"{plan.validations} times {plan.validation_tokens:,} tokens{hours}"
     facts["checkpoints"] = (
         f"{in_gb(plan.checkpoint_bytes)} each, {plan.checkpoints_at_once} at once: "
         f"{in_gb(plan.checkpoint_bytes * plan.checkpoints_at_once)} of {in_gb(plan.free_disk_bytes)} free"
@@ -287,11 +305,6 @@ def _data(config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: i
     order: Any = config.order
     TokenLoader(config.data, "train", micro_batch, config.seq_len, world_size=world_size, order=order)
     return dataset.tokens("train"), dataset.tokens("val")
-
-
-def _check_readable(path: Path) -> None:
-    with path.open("rb"):
-        pass
 
 
 def recipe_table() -> list[str]:

@@ -169,6 +169,8 @@ def _warm_up(run: Run) -> None:
     """
     if run.world.size == 1 and not compiled(run.config, run.world.device):
         return
+    if compiled(run.config, run.world.device):
+        run.log.say("compiling")
     with run.watchdog.watching("warm-up", run.step):
         _pass(run.config, run.parallel, run.world, run.micro_batch)
         run.model.zero_grad(set_to_none=True)
@@ -192,6 +194,11 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
         f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process"
     )
+    if 0 < config.warmup >= config.steps:
+        say(f"warning: the learning rate never comes to its peak: --warmup {config.warmup} is as long as the run")
+    if config.eval_every:
+        tokens = min(config.eval_tokens, max(0, run.dataset.tokens("val") - 1))
+        say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0":
         say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
@@ -199,10 +206,10 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         return
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
-        say(f"{change}, which does not change what is computed, but for rounding")
-    before = state["config"]["steps"]
-    if before != config.steps:
-        say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
+        if change.startswith("steps: "):
+            say(f"{change}; the learning rate follows the new schedule from here on")
+        else:
+            say(f"{change}, which does not change what is computed, but for rounding")
     for name, value in checkpoint.versions().items():
         if (old := state["versions"].get(name)) != value:
             say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
@@ -219,7 +226,10 @@ def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
         raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
     changed, _ = changed_fields(trainer["config"], config)
     if changed:
-        raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out")
+        raise CannotResume(
+            f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out, where --init "
+            "with this checkpoint begins from its weights"
+        )
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
     return start
