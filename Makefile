@@ -48,9 +48,10 @@ $(VENV)/.installed: requirements.txt constraints.txt packages/*/pyproject.toml |
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+# All at once, whether or not the rest is there: pip takes a minute less than for one after the other.
+$(VENV)/.installed-dev: requirements*.txt constraints.txt packages/*/pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet -r requirements-dev.txt
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet -r requirements-bench.txt

@@ -66,4 +66,5 @@ class Watchdog:
                 os.write(STDERR, text.encode())
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)
                 sys.stdout.flush()
+                time.sleep(1)  # when this one ends, the others' exchange breaks: they print their stacks before
                 os._exit(1)
