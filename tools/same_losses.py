@@ -84,22 +84,8 @@ def write_text(path: Path) -> None:
     """200 documents of 5 to 60 words that follow each other by chance: about 6,000 tokens, always the same."""
     draw = random.Random(1)
     words = [
-        "the",
-        "a",
-        "of",
-        "and",
-        "in",
-        "is",
-        "it",
-        "cat",
-        "dog",
-        "sun",
-        "sea",
-        "runs",
-        "sleeps",
-        "under",
-        "old",
-    ]
+        "the", "a", "of", "and", "in", "is", "it", "cat", "dog", "sun", "sea", "runs", "sleeps", "under", "old",
+    ]  # fmt: skip
     texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 

@@ -195,12 +195,7 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        **env,
-    }
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
     logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, ranks))]
     return [
         server.start(arguments, logs[rank], faults, RANK=str(rank), LOCAL_RANK=str(rank), **common)

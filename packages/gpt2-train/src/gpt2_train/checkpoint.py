@@ -193,9 +193,12 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             raise CannotResume(
                 f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
             )
+        newest = find_checkpoint(run)[0] if inside else None
+        if newest is not None and newest.name == asked.name:
+            return asked  # verified just now: gigabytes that need no more hashing
         if problems := verify_checkpoint(asked):
             raise CannotResume(f"cannot resume {resume}: {problems[0]}")
-        if inside and (newest := find_checkpoint(run)[0]) is not None and newest.name > asked.name:
+        if newest is not None and newest.name > asked.name:
             raise CannotResume(
                 f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
                 f"{asked.name} away"

@@ -11,9 +11,9 @@ from gpt2_model.config import GPTConfig
 
 RECIPES = ("124M", "350M", "774M", "1558M", "GPT-3-125M")
 # What may differ when a run is resumed: it changes neither the samples nor the maths of a step, but for rounding.
-# `steps` may too: it moves the end of the learning-rate schedule, and the run says so.
+# `steps` may too, and is neither: it moves the end of the learning-rate schedule, and the run says so.
 FREE_TO_CHANGE = {
-    *("data", "out", "steps", "resume", "micro_batch", "keep", "checkpoint_every", "on_save_error"),
+    *("data", "out", "resume", "micro_batch", "keep", "checkpoint_every", "on_save_error"),
     *("compile", "device", "activation_checkpointing", "shard_optimizer", "deterministic"),
     *("eval_every", "eval_tokens", "hellaswag", "sample_prompt", "num_samples"),
     *("max_skips", "hang_seconds", "tensorboard", "wandb", "profile", "peak_tflops"),
@@ -196,12 +196,15 @@ def _toml(value: str | int | float | bool) -> str:
 
 
 def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Fields of a resumed run that would change its maths, and those that do not, as "lr: 0.0006 -> 0.001"."""
+    """Fields of a resumed run that would change its maths, and those that do not, as "lr: 0.0006 -> 0.001".
+
+    `steps` is in neither: a run may go on for longer.
+    """
     after = asdict(replace(config, model=asdict(config.model_config)))
     defaults = asdict(TrainConfig())
     maths: list[str] = []
     harmless: list[str] = []
-    for name in sorted(after.keys() - {"data", "out", "resume"}):
+    for name in sorted(after.keys() - {"data", "out", "resume", "steps"}):
         old = before.get(name, defaults[name])  # a field that the run's version did not have yet
         if old == after[name]:
             continue

@@ -16,7 +16,7 @@ from gpt2_model.weights import OPENAI_NAMES, inspect
 from . import distributed
 from .config import RECIPES, TrainConfig, load_config, micro_batches
 from .memory import Memory, available_memory, most_that_fit, peak_memory
-from .setup import compiled
+from .setup import compiled, validation_tokens
 from .space import check_out, check_space, checkpoint_bytes, checkpoints_at_once, existing, in_gb
 from .speed import assumed_speed
 
@@ -112,8 +112,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> Plan:
     split = check(lambda: _split(config, shape, world_size, place))
     micro_batch, accumulation = split or (None, None)
     data = check(lambda: _data(config, shape, micro_batch or 1, world_size))
-    train_tokens, val_tokens = data or (None, None)
-    to_validate = None if val_tokens is None else min(config.eval_tokens, max(0, val_tokens - 1))
+    train_tokens, val_tokens, to_validate = data or (None, None, None)
     check(lambda: check_out(out))
     check(lambda: check_space(out, config, shape))
     if config.hellaswag:
@@ -294,7 +293,8 @@ def _shape(config: TrainConfig) -> GPTConfig:
     return shape
 
 
-def _data(config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: int) -> tuple[int, int]:
+def _data(config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: int) -> tuple[int, int, int]:
+    """Tokens to train on, of the validation split, and of each validation."""
     dataset = open_dataset(config.data)
     largest = max(shard.max_token for shard in dataset.manifest.shards)
     if largest >= shape.vocab_size:
@@ -304,7 +304,7 @@ def _data(config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: i
         )
     order: Any = config.order
     TokenLoader(config.data, "train", micro_batch, config.seq_len, world_size=world_size, order=order)
-    return dataset.tokens("train"), dataset.tokens("val")
+    return dataset.tokens("train"), dataset.tokens("val"), validation_tokens(config, dataset)
 
 
 def recipe_table() -> list[str]:

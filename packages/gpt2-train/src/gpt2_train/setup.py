@@ -185,6 +185,11 @@ def loss_of(
     return loss  # type: ignore[no-any-return]
 
 
+def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
+    """That each validation predicts: as many as asked for, or all after the split's first."""
+    return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
+
+
 def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     config, model, say = run.config, run.model, run.log.say
     epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
@@ -197,7 +202,7 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     if 0 < config.warmup >= config.steps:
         say(f"warning: the learning rate never comes to its peak: --warmup {config.warmup} is as long as the run")
     if config.eval_every:
-        tokens = min(config.eval_tokens, max(0, run.dataset.tokens("val") - 1))
+        tokens = validation_tokens(config, run.dataset)
         say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0":
@@ -206,10 +211,10 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         return
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
-        if change.startswith("steps: "):
-            say(f"{change}; the learning rate follows the new schedule from here on")
-        else:
-            say(f"{change}, which does not change what is computed, but for rounding")
+        say(f"{change}, which does not change what is computed, but for rounding")
+    before = state["config"]["steps"]
+    if before != config.steps:
+        say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     for name, value in checkpoint.versions().items():
         if (old := state["versions"].get(name)) != value:
             say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
