@@ -15,7 +15,7 @@ PACKAGES = ("gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train")
 COMMANDS = {
     "gpt2_model.cli": ([], ["generate"], ["info"], ["convert"]),
     "gpt2_data.cli": ([], ["build"], ["verify"], ["info"], ["show"], ["convert"], ["prove"]),
-    "gpt2_eval.cli": ([], ["loss"], ["hellaswag"]),
+    "gpt2_eval.cli": ([], ["loss"], ["hellaswag"], ["task"], ["compare"], ["lm-eval"]),
     "gpt2_train.cli": ([],),
 }
 # Adding a name is a decision, taking one away a breaking change: both are made here, on purpose.

@@ -349,6 +349,8 @@ def _kill(children: Sequence[Child], victims: Sequence[Child]) -> list[str]:
     if _end_by(children, until):
         return []
     for child in children:
+        child.send(signal.SIGUSR2)  # faulthandler: where is it?
+        child.poll(1)
         child.send(signal.SIGKILL)
     return [f"a rank went on for {PATIENCE:.0f} s after another was killed: {child.output()[-2000:]}"]
 

@@ -236,6 +236,14 @@ def test_python_s_own_text():
     assert pydocs.documents() == documents
 
 
+def test_python_s_own_text_is_the_same_where_a_host_has_replaced_functions(monkeypatch):
+    before = pydocs.documents()
+    monkeypatch.setattr("builtins.input", lambda prompt="": "")  # as a notebook's kernel does
+    monkeypatch.setattr("faulthandler.enable", lambda **options: None)
+    pydocs.documents.cache_clear()
+    assert pydocs.documents() == before
+
+
 def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 1000)
     monkeypatch.setattr(tokenizer, "MAX_UNCUT", 1000)

@@ -1,6 +1,8 @@
 """A small random GPT-2 with the real vocabulary, HellaSwag items of our own, and a dataset of a few shards."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -104,13 +106,18 @@ class Uniform(torch.nn.Module):
 
     config = GPTConfig(n_layer=1, n_head=1, n_embd=1, block_size=128)
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, layout=None):
         return torch.zeros(*tokens.shape, 1)
 
-    def head(self, hidden):
-        return hidden.expand(*hidden.shape[:-1], self.config.vocab_size)
+    head_weight = torch.zeros(config.vocab_size, 1)
 
 
 @pytest.fixture
 def uniform():
     return Uniform()
+
+
+@pytest.fixture
+def environment():
+    """Of a real process: modules are found as this one finds them, and one thread, as torchrun sets it."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

@@ -1,13 +1,11 @@
 """The commands as a person runs them, on one process and under torchrun."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from gpt2_eval.cli import main
@@ -15,14 +13,6 @@ from gpt2_eval.cli import main
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def start(*arguments, **environment):
-    """A real process, its modules found as this one finds them."""
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=variables, timeout=120
-    )
 
 
 def test_hellaswag_table(model_folder, items_file):
@@ -38,7 +28,7 @@ def test_hellaswag_table(model_folder, items_file):
     ]
     assert "17 items of HellaSwag" in result.stdout
     assert "PARTIAL" not in result.stdout
-    assert "Not the published hellaswag_val.jsonl" in result.stdout
+    assert "Not the published file" in result.stdout
 
 
 def test_hellaswag_json_and_records(model_folder, items_file, tmp_path):
@@ -54,7 +44,7 @@ def test_hellaswag_json_and_records(model_folder, items_file, tmp_path):
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 9
     for record in records:
-        assert set(record) == {"ind", "label", "karpathy", "lm-eval"}
+        assert set(record) == {"ind", "label", "hash", "karpathy", "lm-eval"}
         assert {kind: len(values) for kind, values in record["karpathy"].items()} == {"sum": 4, "mean": 4}
         assert {kind: len(values) for kind, values in record["lm-eval"].items()} == {
             "sum": 4,
@@ -88,7 +78,11 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
     for arguments, message in [
         ((*hellaswag, tmp_path / "none.jsonl"), "no file"),
         ((*hellaswag, tmp_path / "bad.jsonl"), "bad.jsonl:1: not JSON"),
+        ((*hellaswag, tmp_path), "is a folder"),
         ((*hellaswag, items_file, "--out", tmp_path), "is a folder"),
+        ((*hellaswag, items_file, "--out", items_file), "is the file of --data"),
+        ((*hellaswag, items_file, "--out", "/dev/full"), "is a device"),
+        (("lm-eval", "-m", model_folder, "--tasks", "nonsense,sciq"), "has no task nonsense:"),
         ((*hellaswag, items_file, "--out", tmp_path / "no" / "items.jsonl"), "does not exist"),
         ((*hellaswag, items_file, "-d", "abacus"), "'abacus' is not to be had here"),
         (("hellaswag", "-m", tmp_path / "none", "--data", items_file), "none"),
@@ -111,7 +105,19 @@ def test_bad_sizes_are_wrong_usage(size):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["hellaswag", "-m", "x"], ["loss"], ["--nonsense"], ["hellaswag", "--limit", "0"]]
+    "arguments",
+    [
+        ["hellaswag"],
+        ["hellaswag", "-m", "x", "--hf", "y"],
+        ["hellaswag", "-m", "x", "--limit", "0"],
+        ["loss", "-m", "x"],
+        ["task", "-m", "x"],
+        ["task", "nonsense", "-m", "x"],
+        ["task", "wikitext2", "-m", "x", "--limit", "3"],
+        ["task", "piqa", "-m", "x", "--stride", "3"],
+        ["compare", "one.jsonl"],
+        ["--nonsense"],
+    ],
 )
 def test_wrong_usage(arguments):
     assert run(*arguments).exit_code == 2
@@ -122,11 +128,14 @@ def test_debug_shows_the_traceback(items_file, tmp_path):
     assert isinstance(result.exception, FileNotFoundError)
 
 
-def test_help_is_fast_and_without_torch():
+def test_help_is_fast_and_without_torch(environment):
     seconds = []
     for command in (["-h"], ["hellaswag", "-h"], ["loss", "--help"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = start("-X", "importtime", "-m", "gpt2_eval", *command)
+        result = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "gpt2_eval", *command],
+            capture_output=True, text=True, env=environment, timeout=120,
+        )  # fmt: skip
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == 0
@@ -136,30 +145,25 @@ def test_help_is_fast_and_without_torch():
     assert min(seconds) < 0.5  # of the processor's time: others may hold the cores
 
 
-@pytest.fixture
-def one_thread():
-    """As torchrun sets it: the same bits here as there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("lm_eval", ["lm-eval", "-m", "x", "--tasks", "sciq"], "lm-eval"),
+        ("transformers", ["hellaswag", "--hf", "x"], "transformers"),
+    ],
+)
+def test_a_missing_extra_is_named(items_file, monkeypatch, module, arguments, extra):
+    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    result = run(*arguments, *(["--data", items_file] if "--hf" in arguments else []))
+    assert result.exit_code == 1
+    assert f"pip install 'gpt2-eval[{extra}]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("command", ["hellaswag", "loss"])
-def test_one_and_two_ranks_give_identical_records(model_folder, dataset_folder, items_file, tmp_path, command):
-    arguments = {
-        "hellaswag": ["--data", items_file, "--batch-size", 8, "--out"],
-        "loss": ["--data", dataset_folder, "--seq-len", 32],
-    }[command]
-    common = (command, "-m", model_folder, "-d", "cpu", "--json", *arguments)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gpt2_eval")
-    out_one, out_two = ([tmp_path / "one"], [tmp_path / "two"]) if command == "hellaswag" else ([], [])
-    one = run(*common, *out_one)
-    two = start(*launcher, *common, *out_two, OMP_NUM_THREADS="1")
-    assert two.returncode == 0, two.stderr
-    # One document, since rank 0 alone prints, and the same but for the time.
-    assert json.loads(one.stdout) | {"seconds": 0} == json.loads(two.stdout) | {"seconds": 0}
-    if command == "hellaswag":
-        assert out_one[0].read_bytes() == out_two[0].read_bytes()
+def test_memory_that_is_used_up_is_one_line(model_folder, items_file, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("gpt2_eval.hellaswag.score_items", lambda *_, **__: torch.empty(2**60))
+    result = run("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: out of memory: use a smaller --batch-size, or --dtype bf16\n")

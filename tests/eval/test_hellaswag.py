@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2_eval import evaluate_hellaswag, load_hellaswag
+from gpt2_eval.hellaswag import clean
 from gpt2_eval.report import accuracy, json_text, ratio_standard_error, write_records
-from gpt2_eval.tasks import clean
 from gpt2_model import EOT, get_tokenizer
 
 
@@ -112,7 +112,7 @@ def test_one_protocol_and_loaded_items(model, items_file, result):
     data = load_hellaswag(items_file)
     alone = evaluate_hellaswag(model, data, protocol="lm-eval")
     assert list(alone.metrics) == ["lm-eval"]
-    assert list(alone.records[0]) == ["ind", "label", "lm-eval"]
+    assert list(alone.records[0]) == ["ind", "label", "hash", "lm-eval"]
     assert alone.metrics["lm-eval"] == result.metrics["lm-eval"]
     with pytest.raises(ValueError, match="unknown protocol 'nanochat'"):
         evaluate_hellaswag(model, data, protocol="nanochat")
@@ -185,7 +185,7 @@ def broken_line(items, change):
         (lambda item: (item.pop("ind"), item.pop("endings")), "no ind, endings$"),
         (lambda item: item.update(label=4), "label 4 is not 0, 1, 2 or 3"),
         (lambda item: item.update(label=True), "label True is not"),
-        (lambda item: item.update(label=""), "label '' is not"),
+        (lambda item: item.update(label=""), "no label .the test split has none"),
         (lambda item: item.update(ind="x"), "ind 'x' is not a whole number"),
         (lambda item: item.update(ctx_b=None), "ctx_b is not text"),
         (lambda item: item.update(endings=["a", "b", "c"]), "endings is not a list of four texts"),
@@ -198,6 +198,14 @@ def test_broken_items_name_file_and_line(items, tmp_path, change, message):
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps(items[0]) + "\n" + broken_line(items, change) + "\n")
     with pytest.raises(ValueError, match=rf"broken\.jsonl:2: .*{message}"):
+        load_hellaswag(path)
+
+
+def test_broken_items_are_counted(items, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    broken = broken_line(items, lambda item: item.pop("label"))
+    path.write_text("\n".join([json.dumps(items[0]), "{", json.dumps(items[2]), broken, broken]))
+    with pytest.raises(ValueError, match=r"broken\.jsonl:2: not JSON: .* \(and 2 more of 5 records\)$"):
         load_hellaswag(path)
 
 

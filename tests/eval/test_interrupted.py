@@ -1,24 +1,23 @@
 """An evaluation that is told to stop ends on every rank, with no number at all, and leaves everything usable."""
 
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from gpt2_eval import Interrupted, Row, evaluate_hellaswag, evaluate_loss, score_rows
+from gpt2_eval import Interrupted, Row, evaluate_hellaswag, evaluate_loss, score_items
 
-ROWS = [Row([1, 2], [token]) for token in range(3, 23)]
+ITEMS = [[Row([1, 2], [token])] for token in range(3, 23)]
 
 
 @pytest.fixture(params=["rows", "hellaswag", "loss"])
 def evaluate(request, model, items_file, dataset):
     """Each of the three, in more than three batches."""
     if request.param == "rows":
-        return lambda **options: score_rows(model, ROWS, batch_size=4, **options).tolist()
+        return lambda **options: score_items(model, ITEMS, batch_size=4, **options)
     if request.param == "hellaswag":
-        return lambda **options: evaluate_hellaswag(model, items_file, batch_size=32, **options).records
+        return lambda **options: evaluate_hellaswag(model, items_file, batch_size=8, **options).records
     return lambda **options: evaluate_loss(model, dataset, seq_len=64, batch_size=2, **options).loss
 
 
@@ -46,7 +45,7 @@ def test_mode_comes_back(model):
     model.train()
     try:
         with pytest.raises(Interrupted):
-            score_rows(model, ROWS, stop=lambda: True)
+            score_items(model, ITEMS, stop=lambda: True)
         assert model.training
     finally:
         model.eval()
@@ -57,18 +56,18 @@ import sys
 from datetime import timedelta
 import torch.distributed as dist
 from gpt2_data import open_dataset
-from gpt2_eval import Interrupted, Row, evaluate_hellaswag, evaluate_loss, score_rows
+from gpt2_eval import Interrupted, Row, evaluate_hellaswag, evaluate_loss, score_items
 from gpt2_model import GPT
 
 rank, store, model, items, data = int(sys.argv[1]), *sys.argv[2:]
 where = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
 dist.init_process_group("gloo", **where, timeout=timedelta(seconds=30))
 model, dataset = GPT.from_pretrained(model), open_dataset(data)
-rows = [Row([1, 2], [token]) for token in range(3, 23)]
+items_of_rows = [[Row([1, 2], [token])] for token in range(3, 23)]
 for told in (0, 1, None):  # the rank that is told to stop, at its second batch; the other goes on to its end
     for evaluate in (
-        lambda stop: score_rows(model, rows, batch_size=4, stop=stop).sum(),
-        lambda stop: evaluate_hellaswag(model, items, batch_size=16, stop=stop).metrics["karpathy"]["acc"].value,
+        lambda stop: sum(row.logprob for [row] in score_items(model, items_of_rows, batch_size=4, stop=stop)),
+        lambda stop: evaluate_hellaswag(model, items, batch_size=4, stop=stop).metrics["karpathy"]["acc"].value,
         lambda stop: evaluate_loss(model, dataset, seq_len=64, batch_size=2, stop=stop).loss,
     ):
         asked = []
@@ -81,10 +80,11 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_all_ranks_stop_when_one_is_told_to(model, model_folder, items_file, dataset_folder, dataset, tmp_path):
+def test_all_ranks_stop_when_one_is_told_to(
+    model, model_folder, items_file, dataset_folder, dataset, environment, tmp_path
+):
     """Neither hangs, neither has a number, and the next evaluation of the same ranks is whole and right."""
     paths = [str(path) for path in (tmp_path / "store", model_folder, items_file, dataset_folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(rank), *paths],
@@ -105,8 +105,8 @@ def test_all_ranks_stop_when_one_is_told_to(model, model_folder, items_file, dat
         assert all(int(line.split()[-1]) > 2 for line in lines[1 - told][3 * told + 1 : 3 * told + 3])
     assert lines[0][6:] == lines[1][6:]
     expected = [
-        score_rows(model, ROWS, batch_size=4).sum(),
-        evaluate_hellaswag(model, items_file, batch_size=16).metrics["karpathy"]["acc"].value,
+        sum(row.logprob for [row] in score_items(model, ITEMS, batch_size=4)),
+        evaluate_hellaswag(model, items_file, batch_size=4).metrics["karpathy"]["acc"].value,
         evaluate_loss(model, dataset, seq_len=64, batch_size=2).loss,
     ]
     np.testing.assert_allclose([float(line) for line in lines[0][6:]], expected, rtol=1e-6)

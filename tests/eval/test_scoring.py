@@ -1,13 +1,20 @@
-"""score_rows against a plain loop over transformers' model, and what must not change its results."""
+"""score_items against a plain loop over transformers' model, and what must not change its results."""
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt2_eval import Row, score_rows
-from gpt2_eval.scoring import CPU_HEAD_POSITIONS, count_truncated, gather_records, token_log_probs
+from gpt2_eval import Interrupted, Row, RowScore, score_items
+from gpt2_eval.packing import fill_lines, lay_out, pack
+from gpt2_eval.scoring import CPU_HEAD_BLOCK, count_truncated, gather_records, plan_batches, token_scores
+from gpt2_eval.unfinished import remove_unfinished
 from gpt2_model import EOT
+
+
+def score_rows(model, rows, **options):
+    """Log-likelihoods of rows that are items of their own."""
+    return np.array([score.logprob for [score] in score_items(model, [[row] for row in rows], **options)])
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,163 @@ def test_equals_transformers_row_by_row(model_folder, rows, scores):
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def items():
+    """Rows that begin alike by their contexts, further, or not at all; one ends where another goes on."""
+    draw = np.random.default_rng(3)
+
+    def ids(size):
+        return draw.integers(50257, size=size).tolist()
+
+    shared = [ids(size) for size in (50, 7, 1, 0, 120)]
+    items = [[Row(context, ids(size)) for size in (3, 9, 1, 12)] for context in shared]
+    items.append(
+        [Row([*shared[0], *ids(4)], [9, 8, 7]), Row([*shared[0], *ids(2)], [9, 8, 7])]
+    )  # as WinoGrande has it
+    items.append([Row(shared[0], [5, 6, *ids(3)]), Row(shared[0], [5, 6, *ids(7)])])
+    items.append([Row(shared[1], [1, 2, 3]), Row(shared[1], [1, 2]), Row(shared[1], [1, 2, 3])])
+    items.append([Row(ids(5), ids(3)), Row(ids(8), ids(2))])
+    items.append([Row(ids(9), ids(4))])
+    items.append([Row(ids(130), ids(3)), Row(ids(3), ids(100))])  # the first is cut
+    return items
+
+
+def logprobs(scored):
+    return np.array([row.logprob for item in scored for row in item])
+
+
+def test_shared_prefixes_equal_rows_one_by_one(model, model_folder, items):
+    rows = [row for item in items for row in item]
+    expected = scored_one_by_one(GPT2LMHeadModel.from_pretrained(model_folder).eval(), rows, 128)
+    alone = {"share_prefixes": False}
+    for options in ({}, {"batch_size": 1}, {"batch_size": 3}, alone, alone | {"batch_size": 5}):
+        scored = score_items(model, items, **options)
+        assert [len(item) for item in scored] == [len(item) for item in items]
+        np.testing.assert_allclose(logprobs(scored), expected, rtol=0, atol=2e-4)
+
+
+def test_a_shared_prefix_stands_once(items):
+    rows = items[0]
+    [packed] = pack(rows, 10, 128, share=True)
+    assert len(packed.tokens) == 50 + (3 + 9 + 1 + 12 - 4)
+    assert packed.rows == [10, 11, 12, 13]
+    assert [len(scored) for scored in packed.scored] == [3, 9, 1, 12]
+    # The last id of the context predicts the first of each continuation.
+    assert {scored[0] for scored in packed.scored} == {49}
+    for row, scored in zip(rows, packed.scored, strict=True):
+        assert [packed.tokens[place] for place in scored[1:]] == row.continuation[:-1]
+        assert [packed.positions[place] for place in scored] == list(range(49, 49 + len(row.continuation)))
+    assert len(pack(rows, 0, 128, share=False)) == 4
+    further = items[6]
+    assert len(pack(further, 0, 128, share=True)[0].tokens) == 50 + 2 + (3 - 1) + (7 - 1)
+
+
+def test_lines_hold_every_pack_once_and_are_full(items):
+    packs = sorted((pack(item, 0, 128, share=True)[0] for item in items * 20), key=lambda p: -len(p.tokens))
+    lines = fill_lines(packs, 256)
+    assert sum(map(len, lines)) == len(packs)
+    assert all(sum(len(part.tokens) for part in line) <= 256 for line in lines)
+    assert len(lines) <= 1.05 * sum(len(part.tokens) for part in packs) / 256 + 1
+    batch = lay_out(lines[:2], 4, 256)
+    assert batch.tokens.shape == (4, 256)
+    assert not batch.causal
+    seen = batch.layout(torch.device("cpu")).mask[:, 0]
+    assert seen.diagonal(dim1=1, dim2=2).all()  # a query that sees nothing would be NaN
+    assert not seen.triu(1).any()
+
+
+def test_half_of_the_positions_of_hellaswag_s_shape(model):
+    """Context 50 and endings of 29 ids, four of them: 167 inputs for 4 x 78."""
+    items = [[Row(list(range(50)), [i, j] * 14 + [7]) for j in range(4)] for i in range(100)]
+    shared, alone = (
+        sum(batch.tokens.size for batch in plan_batches(model, items, share_prefixes=share))
+        for share in (True, False)
+    )
+    assert shared < 0.54 * alone
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
+def test_compiled_equals_plain_and_compiles_once(model, items, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("gpt2_eval.scoring.CPU_BATCH_TOKENS", 1024)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for chosen in (items, items[3:], items * 2):
+            plain = score_items(model, chosen)
+            compiled = score_items(model, chosen, compile=True)
+            np.testing.assert_allclose(logprobs(compiled), logprobs(plain), rtol=0, atol=2e-4)
+
+
+def test_greedy(model, model_folder):
+    reference = GPT2LMHeadModel.from_pretrained(model_folder).eval()
+    prompt = torch.tensor([[10, 20, 30]])
+    ids = reference.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=EOT)[0, 3:].tolist()
+    wrong = (ids[-1] + 1) % 50257
+    continuations = [ids, [*ids[:-1], wrong], [wrong, ids[1]], ids[:1]]
+    [scored] = score_items(model, [[Row([10, 20, 30], ids) for ids in continuations]])
+    assert [(score.greedy, score.last_greedy) for score in scored][:2] == [(True, True), (False, False)]
+    assert scored[2].greedy is False
+    assert (scored[3].greedy, scored[3].last_greedy) == (True, True)
+
+
+class Counted:
+    """A model whose forward passes are counted, and which may fail at one."""
+
+    def __init__(self, model, fail_at=None):
+        self.model, self.calls, self.fail_at = model, 0, fail_at
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def hidden(self, *arguments):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        return self.model.hidden(*arguments)
+
+
+def test_scores_of_a_killed_call_are_not_computed_again(model, items, tmp_path):
+    out = tmp_path / "items.jsonl"
+    options = {"batch_size": 2, "share_prefixes": True, "resume": out}
+    expected = score_items(model, items, batch_size=2)
+    whole = Counted(model)
+    assert score_items(whole, items, **options) == expected
+    remove_unfinished(out)
+    with pytest.raises(KeyboardInterrupt):
+        score_items(Counted(model, fail_at=4), items, **options)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes() + b'{"3": [-1.0, fal')  # a line that the kill cut
+    second = Counted(model)
+    assert score_items(second, items, **options) == expected  # to the bit
+    assert second.calls == whole.calls - 3
+    stopped = Counted(model)
+    with pytest.raises(Interrupted):
+        score_items(stopped, items, **options, stop=lambda: True)
+    third = Counted(model)
+    assert score_items(third, items, **options) == expected
+    assert third.calls == 0
+    remove_unfinished(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_something_else_are_not_used(model, items, tmp_path):
+    out = tmp_path / "items.jsonl"
+    score_items(model, items, resume=out)
+    for changed, chosen, dtype in (
+        (model, items[1:], None), (model, items, torch.bfloat16), (other_weights(model), items, None),
+    ):  # fmt: skip
+        counted = Counted(changed)
+        score_items(counted, chosen, resume=out, autocast_dtype=dtype, share_prefixes=True)
+        assert counted.calls > 0
+
+
+def other_weights(model):
+    changed = type(model)(model.config).eval()
+    changed.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        changed.h[1].mlp.c_fc.weight[0, 0] += 1e-6
+    return changed
+
+
 def test_left_truncation_equals_transformers(model, model_folder):
     rows = [Row(list(range(1000, 1400)), [5, 6, 7]), Row([1, 2], list(range(128))), Row(list(range(127)), [3, 4])]
     reference = GPT2LMHeadModel.from_pretrained(model_folder).eval()
@@ -69,7 +233,9 @@ def test_empty_context_is_eot(model):
 
 
 def test_no_rows(model):
-    assert score_rows(model, []).shape == (0,)
+    assert score_items(model, []) == []
+    assert score_items(model, [[], [Row([1], [2])]])[0] == []
+    assert isinstance(score_items(model, [[Row([1], [2])]])[0][0], RowScore)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -99,13 +265,17 @@ def test_bf16_is_close(model, rows, scores):
 
 
 def test_head_in_pieces(model):
-    hidden, targets = (
-        torch.randn(CPU_HEAD_POSITIONS * 2 + 3, 64),
-        torch.randint(50257, (CPU_HEAD_POSITIONS * 2 + 3,)),
-    )
+    positions = CPU_HEAD_BLOCK[0] + 3
+    hidden, targets = 30 * torch.randn(positions, 64), torch.randint(50257, (positions,))
     with torch.inference_mode():
-        expected = model.head(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        torch.testing.assert_close(token_log_probs(model, hidden, targets), expected, rtol=0, atol=1e-4)
+        logits = model.head(hidden)
+        expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        best = logits.argmax(-1)
+        for states, weight in ((hidden, model.head_weight), (logits, None)):
+            log_probs, greedy = token_scores(states.clone(), weight, targets)
+            torch.testing.assert_close(log_probs, expected, rtol=1e-6, atol=1e-4)
+            assert greedy.sum() == (best == targets).sum()
+            assert token_scores(states.clone(), weight, best)[1].all()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +292,7 @@ def test_rows_that_cannot_be_scored(model, row, message):
 
 
 def test_nan_is_an_error(uniform):
-    uniform.head = lambda hidden: torch.full((*hidden.shape[:-1], 50257), float("nan"))
+    uniform.head_weight = torch.full((50257, 1), float("nan"))
     with pytest.raises(ValueError, match="2 of 2 rows have a log-likelihood of NaN"):
         score_rows(uniform, [Row([1], [2]), Row([1], [3])])
 

@@ -29,6 +29,8 @@ def act(what):
         ctypes.PyDLL(None).sleep(1000)
     elif what == "disk full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif what == "out of memory":
+        torch.empty(2**60)  # torch's own error
     elif what == "bug":
         raise RuntimeError("planted")
     else:
@@ -174,15 +176,14 @@ def unsound(steps, kind, where="loss", rank=None):
     if where == "loss":
         wrap(loop, "loss_of", after=lambda loss: loss * factor if at["step"] in steps else loss)
     else:
-        real = torch.nn.utils.clip_grad_norm_
+        real = torch.nn.utils.get_total_norm
 
-        def clip(parameters, *arguments, **options):
-            parameters = list(parameters)
+        def norm(gradients, *arguments, **options):
             if at["step"] in steps:
-                parameters[3].grad.view(-1)[1] = factor
-            return real(parameters, *arguments, **options)
+                gradients[3].view(-1)[1] = factor
+            return real(gradients, *arguments, **options)
 
-        torch.nn.utils.clip_grad_norm_ = clip
+        torch.nn.utils.get_total_norm = norm
 
 
 def dump_state(folder, steps):
@@ -254,6 +255,9 @@ def fill_disk(step, path, clear=0):
         if now == clear:
             os.unlink(path)
         elif now >= step and (now < clear or not clear):  # at each step: rotation makes room
+            for thread in threading.enumerate():
+                if thread.name == "saver":  # what it writes and removes meanwhile would make the room's size wrong
+                    thread.join()
             disk = os.statvfs(os.path.dirname(path))
             with open(path, "ab") as file:
                 room = disk.f_bavail * disk.f_frsize - 60_000

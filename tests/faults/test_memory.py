@@ -64,7 +64,11 @@ def write_corpus(path, megabytes, row_group):
     return path
 
 
+LIBRARIES = pytest.mark.parametrize("library", [pytest.param("tiktoken", marks=pytest.mark.long), "gigatoken"])
+
+
 @pytest.mark.slow
+@LIBRARIES
 def test_eight_times_the_source_takes_no_more(tmp_path, library):
     small, large = (16, 128) if library == "gigatoken" else (2, 16)
     options = {"workers": 2, "tokenizer": library, "order": "shuffled", "shard_size": 5_000_000}
@@ -79,6 +83,7 @@ def test_eight_times_the_source_takes_no_more(tmp_path, library):
 
 
 @pytest.mark.slow
+@LIBRARIES
 def test_many_small_documents_and_row_groups(tmp_path, library):
     with (tmp_path / "a.jsonl").open("w") as file:
         for i in range(200_000):

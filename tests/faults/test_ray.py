@@ -13,14 +13,26 @@ ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes of one CPU beside a head that has none: each has processes of its own."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster, nodes = start_cluster()
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster, nodes
     ray.shutdown()
     cluster.shutdown()
+
+
+def start_cluster(tries=3):
+    """Ray gives a node 30 seconds to start, a constant, which on busy cores is too little now and then."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=0, include_dashboard=False)
+        return cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
+    except Exception as error:
+        cluster.shutdown()
+        if "timed out during startup" not in str(error) or tries == 1:
+            raise
+        return start_cluster(tries - 1)
 
 
 @pytest.mark.slow

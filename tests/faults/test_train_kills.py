@@ -12,9 +12,11 @@ from train_faults import checkpoint, good_steps, steps_of
 
 import soak
 
+LONG = [pytest.param(1, 160, marks=pytest.mark.long), pytest.param(2, 60, marks=pytest.mark.long)]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 160), (2, 40)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 40), (2, 20), *LONG])
 def test_killed_at_random_instants(tmp_path, ranks, kills) -> None:
     told = soak.soak(tmp_path, kills, ranks, seed=ranks, steps=60)
     assert told["problems"] == []
@@ -127,4 +129,16 @@ def test_torchrun_starts_it_again_after_a_worker_died(tmp_path, runs) -> None:
     newest, problems = soak.interrupted_problems(out, soak.loss_log(runs.whole(2)), 15)
     assert problems == []
     assert newest == 24, "the second life died in its third save"
+    runs.must_finish_as_whole(out, ranks=2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_is_used_up_on_one_rank_is_said(tmp_path, runs, rank) -> None:
+    out = tmp_path / "run"
+    children = runs.begin(out, ("in_update", {"step": 8, "do": "out of memory", "rank": rank}), ranks=2)
+    assert runs.codes(children, 30) == [1, 1]
+    said = runs.said(out, rank)
+    assert f"Error: out of memory on rank {rank} (" in said, said
+    assert "use a smaller --micro-batch" in said
+    assert "Traceback" not in said
     runs.must_finish_as_whole(out, ranks=2)

@@ -205,3 +205,13 @@ def test_errors_are_one_line(arguments, code, message) -> None:
 def test_debug_shows_the_traceback() -> None:
     result = CliRunner().invoke(main, ["--debug", "info", "./nowhere"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_memory_that_is_used_up_is_one_line(tiny_hf_folder, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr("gpt2_model.GPT.from_pretrained", lambda *_, **__: torch.empty(2**60))
+    result = run("generate", "-m", tiny_hf_folder, "Hello", code=1)
+    assert result.output == "Error: out of memory: use fewer samples (-n), --dtype int8 or -d cpu\n"
+    result = CliRunner().invoke(main, ["--debug", "generate", "-m", str(tiny_hf_folder), "Hello"])
+    assert "can't allocate memory" in str(result.exception)

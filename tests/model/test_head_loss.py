@@ -34,6 +34,21 @@ def test_equal_under_autocast_to_bf16_s_precision() -> None:
         torch.testing.assert_close(ours, expected, rtol=0.02, atol=2e-3)
 
 
+def test_a_weight_in_bf16_has_its_gradient_summed_in_fp32() -> None:
+    """Of eight blocks: within one rounding to bf16, 1/256, of the sum of the same products."""
+    torch.manual_seed(0)
+    rows, classes, width = 8 * ROWS, 11, 8
+    hidden, weight = torch.randn(rows, width).bfloat16(), torch.randn(classes, width).bfloat16().requires_grad_()
+    targets = torch.randint(0, classes, (rows,))
+    head_loss(hidden, weight, targets).backward()
+    logits = (hidden @ weight.detach().t()).float()
+    logits_grad = (logits.softmax(-1) - F.one_hot(targets, classes)) / rows
+    parts = [g.t() @ h for g, h in zip(logits_grad.bfloat16().split(ROWS), hidden.split(ROWS), strict=True)]
+    expected = torch.stack([part.float() for part in parts]).sum(0)
+    assert weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1 / 256, atol=1e-6)
+
+
 def test_large_logits_do_not_overflow() -> None:
     loss = head_loss(torch.full((2, 1), 1e4), torch.tensor([[1.0], [0.0]]), torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(5e3)
@@ -42,3 +57,13 @@ def test_large_logits_do_not_overflow() -> None:
 def test_nothing_is_kept_without_gradients() -> None:
     with torch.no_grad():
         assert not head_loss(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])).requires_grad
+
+
+def test_targets_that_no_mean_can_be_taken_of() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
+    with pytest.raises(ValueError, match="no rows"):
+        head_loss(hidden[:0], weight, torch.empty(0, dtype=torch.long))
+    for target in (-5, 7):  # as F.cross_entropy, which lets -100 pass alone
+        with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+            head_loss(hidden, weight, torch.tensor([1, target, 2]))
+    assert torch.isnan(head_loss(hidden, weight, torch.tensor([-100] * 3)))

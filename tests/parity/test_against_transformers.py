@@ -153,11 +153,11 @@ def test_greedy_text_of_124m_is_transformers(tmp_path) -> None:
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
     prompts = [torch.randint(0, 50257, (length,)).tolist() for length in (3, 24)]
-    rows = generate(ours, prompts, max_new_tokens=32, temperature=0, stop_ids=())
+    rows = generate(ours, prompts, max_new_tokens=64, temperature=0, stop_ids=())
     for prompt, row in zip(prompts, rows, strict=True):
         ids = torch.tensor([prompt])
         expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, eos_token_id=None
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None
         )
         assert row.tokens == expected[0, len(prompt) :].tolist()
         assert len(set(row.tokens)) > 5

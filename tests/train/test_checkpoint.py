@@ -57,6 +57,7 @@ def test_a_newer_format_is_refused_and_an_older_one_passed_over(run) -> None:
     ("changes", "message"),
     [
         ({"lr": 1e-3}, "other settings \\(lr: 0.01 -> 0.001\\): choose another --out"),
+        ({"grad_compression": "bf16"}, "other settings \\(grad_compression: none -> bf16\\): choose another"),
         ({"seed": 1, "batch_tokens": 32}, "batch_tokens: 64 -> 32; seed: 0 -> 1"),
         ({"model": {**TINY["model"], "n_layer": 1}}, r"\(n_layer: 2 -> 1\)"),
         ({"resume": "never"}, "holds a run, and --resume never was given"),

@@ -75,6 +75,7 @@ def test_batches_that_do_not_divide_say_what_would() -> None:
         ({"lr": float("nan")}, "lr must not be negative or infinite, and is nan"),
         ({"lr": 1e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
         ({"micro_batch": "many"}, "micro_batch must be auto or a positive whole number, not 'many'"),
+        ({"grad_compression": "fp16"}, "grad_compression must be one of none, bf16, not 'fp16'"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16"),
         (
             {"seq_len": 2048},

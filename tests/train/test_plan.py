@@ -47,6 +47,7 @@ def test_figures(dataset, tmp_path, monkeypatch) -> None:
     assert plan["tokens"] == 12 * 128
     assert plan["epochs"] == plan["tokens"] / plan["train_tokens"]
     assert (plan["processes"], plan["micro_batch"], plan["accumulation"]) == (2, 4, 1)
+    assert plan["gradient_bytes_sent"] == 4 * shape.num_parameters  # 2 (n - 1) / n of them, 4 bytes each
     assert plan["flops"] == flops_per_token(shape, 16) * 12 * 128
     assert plan["flops_per_second"] == pytest.approx(0.7 * 1e9)
     assert plan["hours"] == pytest.approx(plan["flops"] / (2 * 0.7 * 1e9) / 3600)
@@ -63,6 +64,20 @@ def test_lines_and_a_measured_speed(dataset, tmp_path) -> None:
                  "6 N + 6 L C T", "with --activation-checkpointing", "copy for checkpoints 0.01 GB",
                  "3 at once: 0.04 GB of", "GFLOP/s of a matrix product, measured here"):  # fmt: skip
         assert fact in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("processes", "compression", "share"), [(8, "none", 1.75), (8, "bf16", 0.875), (1, "none", 0)]
+)
+def test_bytes_that_cross_the_processes(dataset, tmp_path, monkeypatch, processes, compression, share) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    changes = {"grad_compression": compression, "micro_batch": "auto", "batch_tokens": 8 * 16, "peak_tflops": 1.0}
+    result = dry_run(dataset, tmp_path / "run", **changes)
+    assert result.exit_code == 0, result.output
+    size = share * 4 * TrainConfig(**TINY).model_config.num_parameters
+    line = f"exchange      {size / 1e9:.2f} GB of gradients that each process sends a step, in a ring"
+    assert (line in result.stdout.splitlines()) == (processes > 1)
+    assert ("exchange" in result.stdout) == (processes > 1)
 
 
 def test_checkpoint_size_is_that_of_a_checkpoint(dataset, tmp_path) -> None:

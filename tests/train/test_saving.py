@@ -79,7 +79,7 @@ def test_the_loop_learns_of_a_failed_save_at_the_next_step(dataset, tmp_path, mo
         train(TrainConfig(**{**TINY, "steps": 400}, data=str(dataset), out=str(tmp_path)))
     found, problems = find_checkpoint(tmp_path)
     assert (found, problems) == (checkpoint.checkpoint_folder(tmp_path, 4), [])
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") < 12
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") <= 12  # the next one is due
 
 
 def test_a_run_may_go_on_without_one_checkpoint_but_not_without_the_last(

@@ -83,7 +83,7 @@ def _choice(*names: str) -> Any:
 
 
 @main.command()
-@click.argument("source", nargs=-1)
+@click.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: data/SOURCE]")
 @click.option("--shard-size", type=size, metavar="SIZE", default="100M", show_default=True, help="Tokens a shard.")
 @click.option(

@@ -8,14 +8,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .hellaswag import evaluate_hellaswag as evaluate_hellaswag
+    from .hellaswag import load_hellaswag as load_hellaswag
     from .loss import evaluate_loss as evaluate_loss
+    from .packing import Row as Row
+    from .packing import RowScore as RowScore
     from .report import HellaSwagResult as HellaSwagResult
     from .report import LossResult as LossResult
     from .scoring import Interrupted as Interrupted
-    from .scoring import Row as Row
-    from .scoring import score_rows as score_rows
-    from .tasks import evaluate_hellaswag as evaluate_hellaswag
-    from .tasks import load_hellaswag as load_hellaswag
+    from .scoring import score_items as score_items
 
 __version__ = version("gpt2-eval")
 
@@ -23,11 +24,12 @@ _MODULE_OF = {
     "HellaSwagResult": "report",
     "Interrupted": "scoring",
     "LossResult": "report",
-    "Row": "scoring",
-    "evaluate_hellaswag": "tasks",
+    "Row": "packing",
+    "RowScore": "packing",
+    "evaluate_hellaswag": "hellaswag",
     "evaluate_loss": "loss",
-    "load_hellaswag": "tasks",
-    "score_rows": "scoring",
+    "load_hellaswag": "hellaswag",
+    "score_items": "scoring",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -4,29 +4,31 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
+from torch import Tensor
 
 from gpt2_model import EOT, get_tokenizer
 
-from .report import LossResult, ratio_standard_error
+from .files import short_hash
+from .report import LossResult, perplexity_of, ratio_standard_error
 from .scoring import (
     LanguageModel,
     device_of,
-    evaluating,
-    gather_records,
-    rank_and_world_size,
     require_finite,
-    token_log_probs,
+    score_batches,
+    token_scores,
 )
+from .unfinished import Score
 
 if TYPE_CHECKING:
     from gpt2_data import Dataset
 
+BATCH_SIZE = 8
 DEFAULT_TOKENS = 10_485_760  # build-nanogpt's and modded-nanogpt's: 20 x 64 x 1,024 x 8
 
 
@@ -37,9 +39,11 @@ def evaluate_loss(
     split: str = "val",
     tokens: int = DEFAULT_TOKENS,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
+    compile: bool = False,
+    resume: Path | None = None,
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> LossResult:
@@ -54,9 +58,12 @@ def evaluate_loss(
         dataset: what `gpt2_data.open_dataset` returns.
         tokens: target tokens; all there are where the split is smaller (`LossResult.tokens` says how many).
         seq_len: tokens a window; the model's context if None.
-        batch_size: windows in a forward pass.
+        batch_size: windows in a forward pass; 8 if None. It changes the speed and, in fp32, no more than the
+            last digits.
         device: where the inputs go; the model's own device if None.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
+        compile: run the model compiled, on batches of one shape: the last is filled up.
+        resume: the file that the caller will write the records to; see `score_items`.
         progress: draw a bar on stderr.
         stop: asked before each batch, on each rank for itself; True on one of them ends the scoring on all.
 
@@ -69,32 +76,33 @@ def evaluate_loss(
     seq_len = block_size if seq_len is None else seq_len
     if not 1 <= seq_len <= block_size:
         raise ValueError(f"seq_len must be 1 to {block_size}, the model's context, not {seq_len}")
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     num_targets = count_targets(dataset, split, tokens)
     device = device_of(model, device)
     start = time.perf_counter()
     num_windows = -(-num_targets // seq_len)
-    rank, world_size = rank_and_world_size()
-    # Whole batches are dealt to the ranks: each holds the same windows, and so the same bits, on any number.
-    batches = range(0, num_windows, batch_size)[rank::world_size]
-    mine: dict[int, tuple[float, int]] = {}
-    interrupted = False
-    with evaluating(model, device, autocast_dtype):
-        for first in tqdm(batches, desc="loss", unit="batch", leave=False, disable=not progress):
-            if interrupted := stop is not None and stop():
-                break
-            last = min(first + batch_size, num_windows)
-            ids = dataset.read(split, first * seq_len, min(last * seq_len, num_targets) + 1)
-            nats, text_bytes = _score_windows(model, ids, seq_len, device)
-            for window, record in enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first):
-                mine[window] = record
-    records = gather_records(mine, num_windows, interrupted)
-    return _result(records, num_targets, tokens, seq_len, start)
+
+    def windows(first: int) -> range:
+        return range(first, min(first + batch_size, num_windows))
+
+    def score(first: int) -> dict[int, tuple[float, int]]:
+        last = windows(first).stop
+        ids = dataset.read(split, first * seq_len, min(last * seq_len, num_targets) + 1)
+        nats, text_bytes = _score_windows(model, ids, seq_len, device, batch_size if compile else None)
+        return dict(enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first))
+
+    records = score_batches(
+        model, range(0, num_windows, batch_size), num_windows, windows, score,
+        of=(dataset.manifest.hash, split, num_targets, seq_len), name="loss", device=device,
+        autocast_dtype=autocast_dtype, resume=resume, progress=progress, stop=stop,
+    )  # fmt: skip
+    return _result(records, num_targets, tokens, seq_len, start, short_hash(dataset.manifest.hash, split))
 
 
 def _result(
-    records: Sequence[tuple[float, int]], num_targets: int, requested: int, seq_len: int, start: float
+    records: Sequence[Score], num_targets: int, requested: int, seq_len: int, start: float, hash: str
 ) -> LossResult:
     """(nats, bytes) of every window, in order -> the result; summed in float64, the same on every rank."""
     nats = np.array([window[0] for window in records])
@@ -102,17 +110,21 @@ def _result(
     lengths = np.full(len(records), seq_len)
     lengths[-1] = num_targets - (len(records) - 1) * seq_len
     loss = float(nats.sum() / num_targets)
-    num_bytes = sum(window[1] for window in records)
+    total_bytes = sum(window[1] for window in records)
     return LossResult(
         loss=loss,
         stderr=ratio_standard_error(nats, lengths),
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=float(nats.sum() / math.log(2) / num_bytes) if num_bytes else math.nan,
+        perplexity=perplexity_of(loss),
+        bits_per_byte=float(nats.sum() / math.log(2) / total_bytes) if total_bytes else math.nan,
         tokens=num_targets,
         tokens_requested=requested,
         sequences=len(records),
         seq_len=seq_len,
         seconds=time.perf_counter() - start,
+        records=[
+            {"window": number, "hash": hash, "nats": nats, "tokens": int(length), "bytes": num_bytes}
+            for number, ((nats, num_bytes), length) in enumerate(zip(records, lengths, strict=True))
+        ],
     )
 
 
@@ -131,24 +143,37 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 
 
 def _score_windows(
-    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device
+    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device, fill_to: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Consecutive tokens (targets + 1,) -> nats and bytes of the targets in each window, the last maybe short."""
+    """Consecutive tokens (targets + 1,) -> nats and bytes of the targets in each window, the last maybe short.
+
+    fill_to: windows of the batch that the model, compiled, is given; None runs it as it is.
+    """
     limit = min(model.config.vocab_size, EOT + 1)
     if ids.max() >= limit:
         raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
     num_targets = ids.size - 1
     window_of = np.arange(num_targets) // seq_len
     num_windows = int(window_of[-1]) + 1
-    tokens = np.zeros(num_windows * seq_len, dtype=np.int64)
+    tokens = np.zeros((fill_to or num_windows) * seq_len, dtype=np.int64)
     tokens[:num_targets] = ids[:-1]
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
-    hidden = model.hidden(torch.from_numpy(tokens.reshape(num_windows, seq_len)).to(device))
+    batch = torch.from_numpy(tokens.reshape(-1, seq_len)).to(device)
+    hidden = model.hidden(batch) if fill_to is None else _compiled_hidden()(model, batch)
     # What pads the last window lies at the end of the flattened batch: cut off, it is never scored.
-    log_probs = token_log_probs(model, hidden.flatten(0, 1)[:num_targets], targets)
+    log_probs, _ = token_scores(hidden.flatten(0, 1)[:num_targets], model.head_weight, targets)
     nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
     text_bytes = np.bincount(window_of, weights=bytes_per_token()[ids[1:]])
     return nats.astype(np.float64), text_bytes.astype(np.int64)
+
+
+def _hidden(model: LanguageModel, tokens: Tensor) -> Tensor:
+    return model.hidden(tokens)
+
+
+@cache
+def _compiled_hidden() -> Callable[..., Tensor]:
+    return torch.compile(_hidden, dynamic=False)
 
 
 @cache

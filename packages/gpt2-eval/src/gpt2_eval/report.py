@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Share of items whose best-scored choice is the label.
-
-    Attributes:
-        value: 0 to 1.
-        stderr: standard error of `value`; NaN for a single item.
-        ties: items whose best score is shared by several choices; the lowest index is taken.
-    """
+class Estimate:
+    """A figure and its standard error, NaN for a single item."""
 
     value: float
     stderr: float
+
+
+@dataclass(frozen=True)
+class Accuracy(Estimate):
+    """Share of items, 0 to 1, whose best-scored choice is the label.
+
+    Attributes:
+        ties: items whose best score is shared by several choices; the lowest index is taken.
+    """
+
     ties: int
 
 
@@ -72,6 +76,83 @@ class HellaSwagResult:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """What one model scored on a task of tasks.py.
+
+    Attributes:
+        items, partial, data_sha256, seconds: as in HellaSwagResult.
+        metrics: by name.
+        truncated: rows whose context was cut on the left to fit the model.
+        records: one mapping an item: "item" (its number), "label", "hash" of its text, "sum" (log-likelihood of
+            each choice, nats), and "chars" and "bytes" of each, or "greedy" and "last_greedy" of a single one.
+    """
+
+    task: str
+    items: int
+    partial: bool
+    data_sha256: str
+    metrics: dict[str, Estimate]
+    truncated: int
+    seconds: float
+    records: list[dict[str, Any]] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        metrics = self.metrics.items()
+        return {
+            "task": self.task,
+            "items": self.items,
+            "partial": self.partial,
+            "data_sha256": self.data_sha256,
+            **{name: metric.value for name, metric in metrics},
+            **{f"{name}_stderr": metric.stderr for name, metric in metrics},
+            "ties": {name: metric.ties for name, metric in metrics if isinstance(metric, Accuracy)},
+            "truncated": self.truncated,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean loss of a text, by what the mean is over: tokens, words, UTF-8 bytes.
+
+    Attributes:
+        stderr: of `nats_per_token`, over windows or pages.
+    """
+
+    token: float
+    word: float
+    byte: float
+    bits_per_byte: float
+    nats_per_token: float
+    stderr: float
+    tokens: int
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CorpusResult:
+    """What a model makes of a text as a whole: protocol -> Perplexity."""
+
+    corpus: str
+    data_sha256: str
+    stride: int
+    perplexities: dict[str, Perplexity]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "task": self.corpus,
+            "data_sha256": self.data_sha256,
+            "stride": self.stride,
+            **{name: asdict(perplexity) for name, perplexity in self.perplexities.items()},
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
 class LossResult:
     """Cross-entropy of a model on the first tokens of a split.
 
@@ -86,6 +167,7 @@ class LossResult:
         sequences: windows that the tokens were cut into.
         seq_len: tokens a window; the first of each is predicted from one token alone.
         seconds: from the first read to the result.
+        records: one mapping a window: "window" (its number), "nats", "tokens" and "bytes".
     """
 
     loss: float
@@ -97,10 +179,11 @@ class LossResult:
     sequences: int
     seq_len: int
     seconds: float
+    records: list[dict[str, Any]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "records"}
 
 
 def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Accuracy:
@@ -119,6 +202,11 @@ def standard_error(values: NDArray[np.float64]) -> float:
     if values.size < 2:
         return math.nan
     return float(values.std(ddof=1) / math.sqrt(values.size))
+
+
+def perplexity_of(nats: float) -> float:
+    """exp(nats); infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[np.int64]) -> float:
@@ -149,7 +237,7 @@ def _finite(value: Any) -> Any:
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one line an item, whole or not at all: temporary name, fsync, rename, fsync of the folder.
 
-    A line of hellaswag is {"ind", "label", "karpathy": {"sum": [4], "mean": [4]}, "lm-eval": {"sum": [4],
+    A line of hellaswag is {"ind", "label", "hash", "karpathy": {"sum": [4], "mean": [4]}, "lm-eval": {"sum": [4],
     "char": [4], "byte": [4]}}: log-likelihoods in nats, as they are and by token, character and byte.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

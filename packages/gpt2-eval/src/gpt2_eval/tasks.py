@@ -1,242 +1,249 @@
-"""HellaSwag (Zellers et al. 2019): items -> rows -> accuracies, by the two protocols that publish numbers.
+"""Zero-shot tasks beside HellaSwag: each a small function from a record to a question; one engine scores them all.
 
-karpathy  build-nanogpt's and llm.c's `hellaswag.py`. The raw `ctx`, then " " + the raw ending, tokenised apart.
-          acc: highest sum of log-probabilities; acc_norm: highest mean per token.
-          OpenAI's 124M: acc 28.59 %, acc_norm 29.55 % (build-nanogpt, TF32).
-lm-eval   lm-evaluation-harness' `hellaswag`. The activity, `ctx_a` and the capitalised `ctx_b`, with WikiHow's
-          tags taken out of these and of the endings. acc: highest sum; acc_norm: highest sum per character of
-          the ending; acc_bytes: per UTF-8 byte. OpenAI's 124M: acc 28.92 %, acc_norm 31.14 % (build-nanogpt).
+Prompts and metrics are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal. The files
+are those that it evaluates on.
 """
 
-import hashlib
-import json
-import re
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from gpt2_model import get_tokenizer
+from .encoding import Encoder, gpt2_encoder, joint
+from .files import Published, have, read_items, short_hash
+from .packing import RowScore
+from .report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
+from .scoring import LanguageModel, ScoringOptions, count_truncated, score_items
 
-from .report import HellaSwagResult, accuracy
-from .scoring import LanguageModel, Row, count_truncated, score_rows
-
-# hellaswag_val.jsonl of github.com/rowanz/hellaswag: 10,042 items, on which all published numbers are.
-PUBLISHED_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-
-# Protocol -> metric -> the per-item scores whose highest is the answer.
-METRICS = {
-    "karpathy": {"acc": "sum", "acc_norm": "mean"},
-    "lm-eval": {"acc": "sum", "acc_norm": "char", "acc_bytes": "byte"},
-}
-PROTOCOLS = tuple(METRICS)
+# What acc_norm and acc_bytes divide by.
+LENGTHS: dict[str, Callable[[str], int]] = {"chars": len, "bytes": lambda text: len(text.encode())}
 
 
 @dataclass(frozen=True)
-class HellaSwagItem:
-    """One question, tokenised for both protocols.
+class Question:
+    """An item as text.
 
     Attributes:
-        ind: the item's number in the published data.
-        label: index of the right ending, 0 to 3.
-        rows: protocol -> one row an ending.
-        chars: characters of each ending as lm-eval counts them: cleaned, without the blank before it.
-        bytes: the same in UTF-8.
+        rows: (context, continuation) of each choice; a single one where a continuation is to be guessed.
+        label: index of the right choice.
+        choices: the texts by whose length acc_norm divides; of none, there is no acc_norm.
     """
 
-    ind: int
+    rows: list[tuple[str, str]]
     label: int
-    rows: dict[str, list[Row]]
-    chars: list[int]
-    bytes: list[int]
+    choices: list[str]
+
+
+def _piqa(record: dict[str, Any]) -> Question:
+    choices = [record["sol1"], record["sol2"]]
+    return _choose(f"Question: {record['goal']}\nAnswer:", choices, int(record["label"]))
+
+
+def _arc(record: dict[str, Any]) -> Question:
+    choices = record["choices"]
+    label = choices["label"].index(record["answerKey"])
+    return _choose(f"Question: {record['question']}\nAnswer:", choices["text"], label)
+
+
+def _openbookqa(record: dict[str, Any]) -> Question:
+    choices = record["choices"]
+    return _choose(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].lstrip()))
+
+
+def _copa(record: dict[str, Any]) -> Question:
+    """The full stop of the premise gives way to a word. Two blanks go before a choice, as in the harness."""
+    word = {"cause": "because", "effect": "therefore"}[record["question"]]
+    choices = [" " + text[0].lower() + text[1:] for text in (record["choice1"], record["choice2"])]
+    question = _choose(f"{record['premise'].strip()[:-1]} {word}", choices, int(record["label"]))
+    return Question(question.rows, question.label, [])
+
+
+def _boolq(record: dict[str, Any]) -> Question:
+    context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+    question = _choose(context, ["no", "yes"], int(record["label"]))
+    return Question(question.rows, question.label, [])
+
+
+def _winogrande(record: dict[str, Any]) -> Question:
+    """The contexts differ, by the name that is put in, and what follows it is scored (Trinh and Le 2018)."""
+    before, blank, after = record["sentence"].partition("_")
+    if not blank:
+        raise ValueError("the sentence has no _")
+    label = {"1": 0, "2": 1}[record["answer"]]
+    rows = [(before + record[name], f" {after.strip()}") for name in ("option1", "option2")]
+    return Question(rows, label, [])
+
+
+def _lambada(record: dict[str, Any]) -> Question:
+    """The last word, given all before it."""
+    context, _, word = record["text"].rpartition(" ")
+    return Question([(context, f" {word}")], 0, [])
+
+
+def _choose(context: str, choices: Sequence[str], label: int) -> Question:
+    return Question([(context, f" {choice}") for choice in choices], label, list(choices))
 
 
 @dataclass(frozen=True)
-class HellaSwag:
-    """Items of a file, tokenised once for any number of evaluations.
+class Task:
+    """What is asked and where it is published.
 
     Attributes:
-        items: in the file's order.
-        total: items in the file; more than `items` under a limit.
-        sha256: of the whole file.
+        question: a record of the file -> Question; KeyError, TypeError, ValueError or IndexError if it is none.
+        file: the published one.
+        paper: the model's size -> metric -> figure of the GPT-2 paper's Table 3 (Radford et al. 2019), in the
+            metric that comes nearest to it.
     """
 
-    items: Sequence[HellaSwagItem]
+    question: Callable[[dict[str, Any]], Question]
+    file: Published
+    paper: Mapping[str, Mapping[str, float]]
+
+
+TABLE_3_LAMBADA = {
+    size: {"perplexity": perplexity, "acc_last_token": percent / 100}
+    for size, perplexity, percent in (
+        ("124M", 35.13, 45.99),
+        ("350M", 15.60, 55.48),
+        ("774M", 10.87, 60.12),
+        ("1558M", 8.63, 63.24),
+    )
+}
+TASKS = {
+    "lambada": Task(
+        _lambada,
+        Published(
+            "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+            "lambada_test.jsonl",
+            "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+        ),
+        TABLE_3_LAMBADA,
+    ),
+    "piqa": Task(_piqa, Published("hf:baber/piqa::validation", "piqa"), {}),
+    "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test", "arc-easy"), {}),
+    "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test", "arc-challenge"), {}),
+    "winogrande": Task(_winogrande, Published("hf:allenai/winogrande:winogrande_xl:validation", "winogrande"), {}),
+    "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test", "openbookqa"), {}),
+    "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation", "copa"), {}),
+    "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation", "boolq"), {}),
+}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a file; `total` is more than are here under a limit, and `sha256` of the whole file."""
+
+    task: str
+    questions: list[Question]
     total: int
     sha256: str
 
 
-def load_hellaswag(path: str | Path, *, limit: int | None = None) -> HellaSwag:
-    """Read, check and tokenise a HellaSwag .jsonl file, or its first `limit` items.
+def load_task(name: str, path: str | Path | None = None, *, limit: int | None = None) -> Questions:
+    """Read and check a task's file, the published one if there is no path; or its first `limit` records.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is not a HellaSwag item with a label, as file:line.
+        OSError: no such file, or it cannot be downloaded.
+        ValueError: no such task; records that are not of this task: the first as file:line, and how many.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
-    data = path.read_bytes()
-    # At b"\n" alone: str.splitlines would cut at U+2028 and others, which stand inside JSON strings.
-    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no items")
-    items = [_item(line, f"{path}:{number}") for number, line in lines[:limit]]
-    return HellaSwag(items, len(lines), hashlib.sha256(data).hexdigest())
+    task = TASKS[name]
+    file, sha256 = have(task.file, None if path is None else str(path))
+
+    def parse(record: dict[str, Any]) -> Question:
+        try:
+            question = task.question(record)
+            if not 0 <= question.label < len(question.rows):
+                raise ValueError(f"label {question.label} is none of the {len(question.rows)} choices")
+            if not all(continuation.strip() for _, continuation in question.rows):
+                raise ValueError("a continuation is empty")
+        except KeyError as error:
+            raise ValueError(f"not a record of {name}: no {error}") from None
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ValueError(f"not a record of {name}: {error}") from None
+        return question
+
+    questions, total = read_items(file, parse, limit)
+    return Questions(name, questions, total, sha256)
 
 
-def evaluate_hellaswag(
-    model: LanguageModel,
-    data: HellaSwag | str | Path,
-    *,
-    protocol: str = "both",
-    limit: int | None = None,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = False,
-    stop: Callable[[], bool] | None = None,
-) -> HellaSwagResult:
-    """Score `data`, a file or what `load_hellaswag` made of it, by one protocol or by both in one pass.
+def evaluate_task(
+    model: LanguageModel, data: Questions, *, encoder: Encoder | None = None, **options: Unpack[ScoringOptions]
+) -> TaskResult:
+    """Score a task's questions.
 
-    Where torch.distributed is initialised, every rank must call this; each gets the whole result.
+    Metrics of a choice: acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
+    acc_norm (highest sum per character) and acc_bytes. Of a single continuation: acc (all its tokens are the
+    likeliest), acc_last_token (its last one is), and perplexity per continuation.
 
     Args:
-        protocol: "karpathy", "lm-eval" or "both".
-        limit: the first so many items only; the result is then marked partial.
-        batch_size, device, autocast_dtype, progress, stop: as in `score_rows`; four rows an item and protocol.
+        encoder: of the model; GPT-2's if None.
+        options: as of `score_items`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown protocol, bad data, or a model whose scores are not finite.
+        ValueError: a row that cannot be scored, or scores that are not finite.
         Interrupted: `stop` said True, here or on another rank.
     """
-    if protocol not in (*PROTOCOLS, "both"):
-        raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
-    if not isinstance(data, HellaSwag):
-        data = load_hellaswag(data, limit=limit)
-    items = data.items[:limit]
-    protocols = PROTOCOLS if protocol == "both" else (protocol,)
     start = time.perf_counter()
-    rows = {name: [row for item in items for row in item.rows[name]] for name in protocols}
-    sums = score_rows(
-        model,
-        [row for name in protocols for row in rows[name]],
-        batch_size=batch_size,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        progress=progress,
-        stop=stop,
-    ).reshape(len(protocols), len(items), 4)
-    scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(protocols)}
-    labels = np.array([item.label for item in items])
-    return HellaSwagResult(
+    encoder = encoder or gpt2_encoder()
+    items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
+    scored = score_items(model, items, **options)
+    single = all(len(item) == 1 for item in items)
+    metrics = _cloze_metrics(scored) if single else _choice_metrics(data.questions, scored)
+    records = [
+        {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
+        | {"sum": [row.logprob for row in rows]}
+        | ({"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy} if single else {})
+        | {
+            name: [size(choice) for choice in question.choices]
+            for name, size in LENGTHS.items()
+            if question.choices
+        }
+        for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True))
+    ]
+    return TaskResult(
+        task=data.task,
         items=len(items),
         partial=len(items) < data.total,
         data_sha256=data.sha256,
-        metrics={
-            name: {metric: accuracy(scores[name][kind], labels) for metric, kind in METRICS[name].items()}
-            for name in protocols
-        },
-        truncated={name: count_truncated(rows[name], model.config.block_size) for name in protocols},
+        metrics=metrics,
+        truncated=count_truncated([row for item in items for row in item], model.config.block_size),
         seconds=time.perf_counter() - start,
-        records=[
-            {"ind": item.ind, "label": item.label}
-            | {name: {kind: scores[name][kind][i].tolist() for kind in scores[name]} for name in protocols}
-            for i, item in enumerate(items)
-        ],
+        records=records,
     )
 
 
-def _scores(
-    protocol: str, items: Sequence[HellaSwagItem], sums: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
-    """Per-item scores by name, each (items, 4)."""
-    if protocol == "karpathy":
-        lengths = np.array([[len(row.continuation) for row in item.rows[protocol]] for item in items])
-        return {"sum": sums, "mean": sums / lengths}
-    chars, utf8 = np.array([item.chars for item in items]), np.array([item.bytes for item in items])
-    return {"sum": sums, "char": sums / chars, "byte": sums / utf8}
+def _cloze_metrics(scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
+    rows = [item[0] for item in scored]
+    greedy, last = (np.array([getattr(row, name) for row in rows], float) for name in ("greedy", "last_greedy"))
+    nats = np.array([-row.logprob for row in rows])
+    perplexity = perplexity_of(float(nats.mean()))
+    return {
+        "acc": Estimate(float(greedy.mean()), standard_error(greedy)),
+        "acc_last_token": Estimate(float(last.mean()), standard_error(last)),
+        # To first order, that of the mean times the perplexity (the delta method).
+        "perplexity": Estimate(perplexity, perplexity * standard_error(nats)),
+    }
 
 
-def clean(text: str) -> str:
-    """lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py).
-
-    The blanks are stripped before the tags go, so "[substeps] Many" becomes " Many"; text in brackets that is
-    no tag goes too; and three blanks become two.
-    """
-    text = text.strip()
-    text = text.replace(" [title]", ". ")
-    text = re.sub(r"\[.*?\]", "", text)
-    return text.replace("  ", " ")
-
-
-def _item(line: bytes, where: str) -> HellaSwagItem:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    try:
-        ind, label, texts, endings = _fields(record)
-        cleaned = [clean(ending) for ending in endings]
-        for number, ending in enumerate(cleaned):
-            if not ending:
-                raise ValueError(f"ending {number} is empty, or nothing but [tags]")
-        return HellaSwagItem(
-            ind=ind,
-            label=label,
-            rows={"karpathy": _karpathy_rows(texts["ctx"], endings), "lm-eval": _lm_eval_rows(texts, cleaned)},
-            chars=[len(ending) for ending in cleaned],
-            bytes=[len(ending.encode()) for ending in cleaned],
-        )
-    except ValueError as error:  # among them UnicodeEncodeError: JSON can write half a surrogate pair
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _fields(record: Any) -> tuple[int, int, dict[str, str], list[str]]:
-    """ind, label, texts and endings of a line's JSON; ValueError says what is wrong with it."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    names = ("activity_label", "ctx_a", "ctx_b", "ctx")
-    missing = [name for name in ("ind", *names, "endings", "label") if name not in record]
-    if missing:
-        hint = " (the test split has none; use the validation split)" if missing == ["label"] else ""
-        raise ValueError(f"no {', '.join(missing)}{hint}")
-    for name in names:
-        if not isinstance(record[name], str):
-            raise ValueError(f"{name} is not text")
-    ind, label, endings = record["ind"], record["label"], record["endings"]
-    if type(ind) is not int:
-        raise ValueError(f"ind {ind!r} is not a whole number")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
-        raise ValueError("endings is not a list of four texts")
-    if label in ("0", "1", "2", "3"):  # as Hugging Face's copy of the data writes them
-        label = int(label)
-    if type(label) is not int or not 0 <= label <= 3:
-        raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
-    return ind, label, {name: record[name] for name in names}, endings
-
-
-def _karpathy_rows(context: str, endings: Sequence[str]) -> list[Row]:
-    encode = get_tokenizer().encode_ordinary
-    ids = encode(context)
-    return [Row(ids, encode(" " + ending)) for ending in endings]
-
-
-def _lm_eval_rows(texts: dict[str, str], endings: Sequence[str]) -> list[Row]:
-    """The whole is tokenised and cut at the context's length, as lm-eval's `_encode_pair` does it.
-
-    Source: lm_eval/tasks/hellaswag/utils.py and lm_eval/api/model.py (TemplateLM), commit 4e7e0d4.
-    """
-    encode = get_tokenizer().encode_ordinary
-    context = clean(f"{texts['activity_label']}: {texts['ctx_a']} {texts['ctx_b'].capitalize()}")
-    stripped = context.rstrip()  # blanks that end the context are scored with the continuation
-    ids = encode(stripped)
-    return [Row(ids, encode(f"{context} {ending}")[len(ids) :]) for ending in endings]
+def _choice_metrics(questions: Sequence[Question], scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
+    labels = np.array([question.label for question in questions])
+    most = max(len(item) for item in scored)
+    padding = [[-math.inf] * (most - len(item)) for item in scored]  # ARC has three choices, four and five
+    sums = np.array([[row.logprob for row in item] + pad for item, pad in zip(scored, padding, strict=True)])
+    metrics = {"acc": accuracy(sums, labels)}
+    if all(question.choices for question in questions):
+        for name, size in zip(("acc_norm", "acc_bytes"), LENGTHS.values(), strict=True):
+            rows = zip(questions, padding, strict=True)
+            lengths = np.array(
+                [[size(text) for text in question.choices] + [1] * len(pad) for question, pad in rows]
+            )
+            metrics[name] = accuracy(sums / lengths, labels)
+    return dict(metrics)

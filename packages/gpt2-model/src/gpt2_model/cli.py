@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# A shell completes it; whether it is there, or a hub name, is found out later.
+PATH = click.Path(readable=False)
+
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn what the user can mend (ValueError, OSError) into one line and exit 1; `--debug` shows all of it."""
@@ -37,8 +40,18 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
             if click.get_current_context().find_root().params["debug"]:
                 raise
             raise click.ClickException(" ".join(str(error).split())) from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or click.get_current_context().find_root().params["debug"]:
+                raise
+            raise click.ClickException("out of memory: use fewer samples (-n), --dtype int8 or -d cpu") from None
 
     return wrapped
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is used up: a GPU's, a Mac's (MPS), or this machine's, as torch or Python notice it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in ("backend out of memory", "DefaultCPUAllocator"))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_MODEL"})
@@ -58,7 +71,8 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("-m", "--model", required=True, help="Hub name, folder or file: see gpt2-model --help.")
+@click.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
+              help="Hub name, folder or file: see gpt2-model --help.")  # fmt: skip
 @click.option("-f", "--file", type=click.File("rb"), help="Take the prompt from a file; - is stdin.")
 @click.option("-i", "--interactive", is_flag=True, help="Write in turns; what was written is the next prompt.")
 @click.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True,
@@ -232,7 +246,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 @user_errors
 def info(model: str, as_json: bool) -> None:
@@ -261,7 +275,7 @@ def info(model: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", type=PATH)
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--overwrite", is_flag=True, help="Put it in the place of a model that OUT holds.")
 @user_errors

@@ -3,19 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import GPTConfig
 from .head_loss import head_loss
-
-if TYPE_CHECKING:
-    from .decoding import KVCache
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -24,6 +20,19 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+
+class AttentionContext(Protocol):
+    """Where tokens stand and what they see, if not themselves and what came before: decoding.KVCache is one."""
+
+    def positions(self, time: int) -> Tensor:
+        """Of the next `time` tokens: (batch, time)."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of these tokens -> all that they may look at, and the mask; None for a causal one."""
+
+    def advance(self, time: int) -> None:
+        """All layers are through with `time` tokens."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -40,7 +49,7 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer + 1
         self.upcast = config.reorder_and_upcast_attn
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """x: (batch, time, n_embd) -> the same shape."""
         batch, time, width = x.shape
         # (batch, time, 3 * width) -> three of (batch, n_head, time, head_dim)
@@ -84,7 +93,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """x: (batch, time, n_embd) -> the same shape."""
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
@@ -134,17 +143,17 @@ class GPT(nn.Module):
                 std = 0.01 if name == "wpe.weight" else residual_std if "c_proj" in name else 0.02
                 nn.init.normal_(parameter, std=std)
 
-    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Final hidden states: tokens (batch, time) of ids -> (batch, time, n_embd), after the last norm.
 
         With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
         they fit.
 
         Raises:
-            ValueError: more positions than `config.block_size`.
+            ValueError: more tokens than `config.block_size`, and no cache.
         """
         time = tokens.shape[1]
-        if time > self.config.block_size:
+        if cache is None and time > self.config.block_size:
             raise ValueError(f"{time} tokens do not fit the model's context of {self.config.block_size}")
         positions = torch.arange(time, device=tokens.device) if cache is None else cache.positions(time)
         x = self.wte(tokens) + self.wpe(positions)
@@ -182,7 +191,7 @@ class GPT(nn.Module):
             ValueError: more positions than `config.block_size`.
         """
         hidden = self.hidden(tokens)
-        if targets is not None and not return_logits and hidden.device.type == "cpu" and not is_compiling():
+        if targets is not None and not return_logits and hidden.device.type == "cpu":
             return None, head_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten())
         logits = self.head(hidden)
         loss = None

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
+from gpt2_model.cli import PATH, out_of_memory
 from gpt2_model.config import GPTConfig, with_fields
 
 from . import __version__
@@ -19,6 +20,8 @@ from .space import check_out
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Completed as paths; whether they are good is checked later, in one place for flags and config files.
+PATHS = {"data", "out", "init", "hellaswag", "resume"}
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -55,6 +58,7 @@ def config_options(command: Callable[P, R]) -> Callable[P, R]:
             flags = ["-d", *flags] if item.name == "device" else flags
             kind: Any = {int: Count(), float: float, str: str, bool: bool}[type(item.default)]
             kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
+            kind = PATH if item.name in PATHS else kind
             option = click.option(
                 *flags, item.name, type=kind, default=item.default, help=item.metadata["help"],
                 show_default=item.default not in ("", False), hidden=item.metadata["rare"],
@@ -130,20 +134,26 @@ def main(
         from .loop import train  # two seconds of torch, after everything that can be refused without it
 
         ctx.exit(train(run))
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug or (isinstance(error, RuntimeError) and not _lost_contact(error)):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        full = out_of_memory(error)
+        if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
-        code = 2 if isinstance(error, CannotResume) else 1
-        if os.environ.get("RANK", "0") != "0":
+        code, rank = 2 if isinstance(error, CannotResume) else 1, os.environ.get("RANK", "0")
+        if rank != "0" and not full:
             sys.exit(code)  # rank 0 says it
         message = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
+        if full:
+            message = (
+                f"out of memory on rank {rank} ({message[:200]}): use a smaller --micro-batch or "
+                "--activation-checkpointing, with which a run goes on that has a checkpoint"
+            )
+        elif isinstance(error, RuntimeError):
             message = f"another process of this run is gone ({message[:200]}); the same command goes on"
         click.echo(f"Error: {message}", err=True)
         sys.exit(code)
 
 
-def _lost_contact(error: RuntimeError) -> bool:
+def _lost_contact(error: Exception) -> bool:
     """Whether an exchange failed since another process is gone: gloo has no type of error of its own."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or any(word in str(error) for word in ("gloo", "Connection closed by peer"))

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = {
 CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "compile": ("auto", "on", "off"),
+    "grad_compression": ("none", "bf16"),
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "wsd"),
     "order": ("shuffled", "sequential", "build-nanogpt"),
@@ -71,6 +72,7 @@ class TrainConfig:
     device: str = _option("auto", "cuda, mps, cpu, or auto.")
     activation_checkpointing: bool = _option(False, "Compute activations twice instead of keeping them.")
     shard_optimizer: bool = _option(False, "Share the optimizer's state out over the processes (ZeRO stage 1).")
+    grad_compression: str = _option("none", "bf16: gradients cross the processes in bf16.", rare=True)
     deterministic: bool = _option(False, "On CUDA: only kernels that give the same bits each time.", rare=True)
 
     eval_every: int = _option(250, "Steps between validations and samples; 0 for never.")

@@ -23,7 +23,7 @@ CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 # The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
 # holes of so many of these, measured with 124M and micro-batches of 256 to 4,096 tokens.
 HOLES = 4.5
-HEAD_ROWS = 256  # of logits at a time on a CPU (gpt2_model.head_loss)
+HEAD_ROWS = 1024  # of logits at a time on a CPU (gpt2_model.head_loss)
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,11 @@ def peak_memory(
         kept = shape.n_layer * 4 * shape.n_embd + layer
     weights, gradients = 4 * shape.num_parameters, 4 * shape.num_parameters
     on_host = device_type == "cpu"
-    if on_host and not compiled:
-        # The gradient of the projection, as computed in the forward pass and as scaled by that of the loss; and a
-        # block of logits, twice where it is bf16 first.
-        head = 2 * embedding + rows * 4 * shape.n_embd + HEAD_ROWS * shape.vocab_size * (6 if half else 4)
+    if on_host:
+        # The gradients of the projection and of the embedding, before they are added; and a block of logits, twice
+        # where it is bf16 first.
+        block = min(rows, HEAD_ROWS) * shape.vocab_size * (6 if half else 4)
+        head = 2 * embedding + rows * 4 * shape.n_embd + block
     else:
         # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
         # gradient and that of the logits, in fp32.

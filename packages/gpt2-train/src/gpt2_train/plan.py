@@ -44,6 +44,8 @@ class Plan:
     seq_len: int
     micro_batch: int | None
     accumulation: int | None
+    gradient_bytes_sent: int
+    """By each process in a step."""
     memory: Memory | None
     """Of rank 0, at its peak."""
     activation_bytes: int | None
@@ -145,6 +147,9 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> Plan:
         seq_len=config.seq_len,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        gradient_bytes_sent=distributed.gradient_bytes_sent(
+            shape.num_parameters, world_size, config.grad_compression
+        ),
         memory=memory,
         activation_bytes=plain.activations if plain else None,
         activation_bytes_checkpointed=checkpointed.activations if checkpointed else None,
@@ -229,6 +234,10 @@ def to_lines(plan: Plan) -> list[str]:
         facts["a step"] = (
             f"{plan.accumulation} x {plan.micro_batch} x {plan.seq_len:,} tokens on each process "
             f"(accumulation x micro-batch x sequence)"
+        )
+    if plan.processes > 1:
+        facts["exchange"] = (
+            f"{in_gb(plan.gradient_bytes_sent)} of gradients that each process sends a step, in a ring"
         )
     facts |= _memory_facts(plan)
     facts["operations"] = f"{plan.flops_per_token:,} a token, {plan.flops:.3g} in all: {plan.flops_formula}"

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import load_hellaswag
-from gpt2_eval.tasks import HellaSwag
+from gpt2_eval.hellaswag import HellaSwag
 from gpt2_model import GPT, GPTConfig, flops_per_token
 
 from . import checkpoint, distributed
@@ -83,7 +82,11 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
     _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
     parallel = stepped
     if world.size > 1:
-        parallel = DistributedDataParallel(stepped, gradient_as_bucket_view=True)
+        if compiled(config, world.device):
+            # Trying micro-batches has compiled the backward whole, and all gradients would be sent at its end.
+            # Compiled anew, within DDP, it is cut where a bucket is full.
+            torch.compiler.reset()
+        parallel = distributed.data_parallel(stepped, config.grad_compression)
     loader = TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
         world_size=world.size, order=config.order,  # type: ignore[arg-type]

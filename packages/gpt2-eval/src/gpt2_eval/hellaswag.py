@@ -1,0 +1,212 @@
+"""HellaSwag (Zellers et al. 2019): items -> rows -> accuracies, by the two protocols that publish numbers.
+
+karpathy  build-nanogpt's and llm.c's `hellaswag.py`. The raw `ctx`, then " " + the raw ending, tokenised apart.
+          acc: highest sum of log-probabilities; acc_norm: highest mean per token.
+          OpenAI's 124M: acc 28.59 %, acc_norm 29.55 % (build-nanogpt, TF32).
+lm-eval   lm-evaluation-harness' `hellaswag`. The activity, `ctx_a` and the capitalised `ctx_b`, with WikiHow's
+          tags taken out of these and of the endings. acc: highest sum; acc_norm: highest sum per character of
+          the ending; acc_bytes: per UTF-8 byte. OpenAI's 124M: acc 28.92 %, acc_norm 31.14 % (build-nanogpt).
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .encoding import Encoder, apart, gpt2_encoder, joint
+from .files import Published, have, read_items, short_hash
+from .packing import Row
+from .report import HellaSwagResult, accuracy
+from .scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+
+# 10,042 items, on which all published numbers are.
+PUBLISHED = Published(
+    "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "hellaswag_val.jsonl",
+    "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+)
+
+# Protocol -> metric -> the per-item scores whose highest is the answer.
+METRICS = {
+    "karpathy": {"acc": "sum", "acc_norm": "mean"},
+    "lm-eval": {"acc": "sum", "acc_norm": "char", "acc_bytes": "byte"},
+}
+PROTOCOLS = tuple(METRICS)
+
+
+@dataclass(frozen=True)
+class HellaSwagItem:
+    """One question, tokenised for both protocols.
+
+    Attributes:
+        ind: the item's number in the published data.
+        label: index of the right ending, 0 to 3.
+        rows: protocol -> one row an ending.
+        chars: characters of each ending as lm-eval counts them: cleaned, without the blank before it.
+        bytes: the same in UTF-8.
+        hash: of its texts; `compare` knows by it that two models answered the same question.
+    """
+
+    ind: int
+    label: int
+    rows: dict[str, list[Row]]
+    chars: list[int]
+    bytes: list[int]
+    hash: str
+
+
+@dataclass(frozen=True)
+class HellaSwag:
+    """Items of a file, tokenised once for any number of evaluations.
+
+    Attributes:
+        items: in the file's order.
+        total: items in the file; more than `items` under a limit.
+        sha256: of the whole file.
+    """
+
+    items: Sequence[HellaSwagItem]
+    total: int
+    sha256: str
+
+
+def load_hellaswag(
+    path: str | Path | None = None, *, limit: int | None = None, encoder: Encoder | None = None
+) -> HellaSwag:
+    """Read, check and tokenise a HellaSwag file (.jsonl, or the hub's .parquet), or its first `limit` items.
+
+    Args:
+        path: the published file, downloaded once, if None.
+        encoder: of the model that is to be evaluated; GPT-2's if None.
+
+    Raises:
+        OSError: no such file, or it cannot be downloaded.
+        ValueError: lines that are not HellaSwag items with a label: the first as file:line, and how many.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    file, sha256 = have(PUBLISHED, None if path is None else str(path))
+    encoder = encoder or gpt2_encoder()
+    items, total = read_items(file, lambda record: _item(record, encoder), limit)
+    return HellaSwag(items, total, sha256)
+
+
+def evaluate_hellaswag(
+    model: LanguageModel,
+    data: HellaSwag | str | Path,
+    *,
+    protocol: str = "both",
+    limit: int | None = None,
+    **options: Unpack[ScoringOptions],
+) -> HellaSwagResult:
+    """Score `data`, a file or what `load_hellaswag` made of it, by one protocol or by both in one pass.
+
+    Where torch.distributed is initialised, every rank must call this; each gets the whole result.
+
+    Args:
+        protocol: "karpathy", "lm-eval" or "both".
+        limit: the first so many items only; the result is then marked partial.
+        options: as of `score_items`; an item of four rows for each protocol.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown protocol, bad data, or a model whose scores are not finite.
+        Interrupted: `stop` said True, here or on another rank.
+    """
+    if protocol not in (*PROTOCOLS, "both"):
+        raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
+    if not isinstance(data, HellaSwag):
+        data = load_hellaswag(data, limit=limit)
+    items = data.items[:limit]
+    protocols = PROTOCOLS if protocol == "both" else (protocol,)
+    start = time.perf_counter()
+    scored = score_items(model, [item.rows[name] for name in protocols for item in items], **options)
+    sums = np.array([[row.logprob for row in rows] for rows in scored]).reshape(len(protocols), len(items), 4)
+    scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(protocols)}
+    labels = np.array([item.label for item in items])
+    return HellaSwagResult(
+        items=len(items),
+        partial=len(items) < data.total,
+        data_sha256=data.sha256,
+        metrics={
+            name: {metric: accuracy(scores[name][kind], labels) for metric, kind in METRICS[name].items()}
+            for name in protocols
+        },
+        truncated={
+            name: count_truncated([row for item in items for row in item.rows[name]], model.config.block_size)
+            for name in protocols
+        },
+        seconds=time.perf_counter() - start,
+        records=[
+            {"ind": item.ind, "label": item.label, "hash": item.hash}
+            | {name: {kind: scores[name][kind][i].tolist() for kind in scores[name]} for name in protocols}
+            for i, item in enumerate(items)
+        ],
+    )
+
+
+def _scores(
+    protocol: str, items: Sequence[HellaSwagItem], sums: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """Per-item scores by name, each (items, 4)."""
+    if protocol == "karpathy":
+        lengths = np.array([[len(row.continuation) for row in item.rows[protocol]] for item in items])
+        return {"sum": sums, "mean": sums / lengths}
+    chars, utf8 = np.array([item.chars for item in items]), np.array([item.bytes for item in items])
+    return {"sum": sums, "char": sums / chars, "byte": sums / utf8}
+
+
+def clean(text: str) -> str:
+    """lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py).
+
+    The blanks are stripped before the tags go, so "[substeps] Many" becomes " Many"; text in brackets that is
+    no tag goes too; and three blanks become two.
+    """
+    text = text.strip()
+    text = text.replace(" [title]", ". ")
+    text = re.sub(r"\[.*?\]", "", text)
+    return text.replace("  ", " ")
+
+
+def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
+    ind, label, texts, endings = _fields(record)
+    cleaned = [clean(ending) for ending in endings]
+    for number, ending in enumerate(cleaned):
+        if not ending:
+            raise ValueError(f"ending {number} is empty, or nothing but [tags]")
+    context = clean(f"{texts['activity_label']}: {texts['ctx_a']} {texts['ctx_b'].capitalize()}")
+    rows = {
+        "karpathy": [apart(encoder, texts["ctx"], f" {ending}") for ending in endings],
+        "lm-eval": [joint(encoder, context, f" {ending}") for ending in cleaned],
+    }
+    # JSON can write half a surrogate pair: UnicodeEncodeError is a ValueError.
+    chars, utf8 = [len(ending) for ending in cleaned], [len(ending.encode()) for ending in cleaned]
+    return HellaSwagItem(ind, label, rows, chars, utf8, short_hash(texts, endings))
+
+
+def _fields(record: dict[str, Any]) -> tuple[int, int, dict[str, str], list[str]]:
+    """ind, label, texts and endings of a record; ValueError says what is wrong with it."""
+    names = ("activity_label", "ctx_a", "ctx_b", "ctx")
+    missing = [name for name in ("ind", *names, "endings") if name not in record]
+    missing += ["label"] * (record.get("label", "") == "")  # as the hub's copy of the test split has it
+    if missing:
+        hint = " (the test split has none; use the validation split)" if missing == ["label"] else ""
+        raise ValueError(f"no {', '.join(missing)}{hint}")
+    for name in names:
+        if not isinstance(record[name], str):
+            raise ValueError(f"{name} is not text")
+    ind, label, endings = record["ind"], record["label"], record["endings"]
+    if type(ind) is not int:
+        raise ValueError(f"ind {ind!r} is not a whole number")
+    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
+        raise ValueError("endings is not a list of four texts")
+    if label in ("0", "1", "2", "3"):  # as Hugging Face's copy of the data writes them
+        label = int(label)
+    if type(label) is not int or not 0 <= label <= 3:
+        raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
+    return ind, label, {name: record[name] for name in names}, endings

@@ -1,0 +1,86 @@
+"""GPT-2 as a model of lm-evaluation-harness, for the hundreds of tasks that are not here: pip install lm-eval.
+
+    from gpt2_eval.lm_eval_bridge import GPT2LM
+    lm_eval.simple_evaluate(model=GPT2LM(GPT.from_pretrained("gpt2")), tasks=["sciq"])
+
+or `gpt2-eval lm-eval -m gpt2 --tasks sciq`. Log-likelihoods come from score_items: requests with one context share
+its computation. https://github.com/EleutherAI/lm-evaluation-harness
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Unpack
+
+from lm_eval.api.model import TemplateLM
+
+from gpt2_model import EOT, GPT, generate
+
+from .corpora import windows_of
+from .encoding import Encoder, gpt2_encoder
+from .packing import Row
+from .scoring import ScoringOptions, score_items
+
+
+class GPT2LM(TemplateLM):  # type: ignore[misc]
+    """A GPT as the harness wants it; its tokenisation of pairs is the harness' own.
+
+    Under torchrun every rank must evaluate: each scores its share, and all get the same results.
+
+    Args:
+        model: on its device, in eval mode.
+        options: as of `score_items`.
+    """
+
+    def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+        self.encoder: Encoder = gpt2_encoder()
+
+    @property
+    def eot_token_id(self) -> int:
+        """`<|endoftext|>`, which also stands for an empty context."""
+        return EOT
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness' cache of requests."""
+        return "gpt2"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids; GPT-2 has no special tokens to add."""
+        return self.encoder.begin(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        items = [
+            [Row(context, continuation) for _, context, continuation in group]
+            for _, group in groupby(requests, key=lambda request: request[1])
+        ]
+        scored = score_items(self.model, items, **self.options)
+        return [(row.logprob, row.greedy) for item in scored for row in item]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token once."""
+        size = self.model.config.block_size
+        texts = [windows_of(self.tok_encode(request.args[0]), size, size, EOT) for request in requests]
+        scored = iter(score_items(self.model, [[row] for rows in texts for row in rows], **self.options))
+        return [sum(next(scored)[0].logprob for _ in rows) for rows in texts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy text up to a stop string, or `max_gen_toks` (256) tokens; too long a context loses its left."""
+        texts = []
+        for request in requests:
+            context, options = request.args
+            if options.get("do_sample"):
+                raise ValueError("a task that samples (do_sample) is not to be had by this bridge")
+            stop = options.get("until") or []
+            new = int(options.get("max_gen_toks") or 256)
+            room = max(1, self.model.config.block_size - new)
+            prompt = (self.tok_encode(context) or [EOT])[-room:]
+            [row] = generate(
+                self.model, [prompt], max_new_tokens=new, temperature=0,
+                stop=[stop] if isinstance(stop, str) else list(stop),
+            )  # fmt: skip
+            texts.append(row.text)
+        return texts

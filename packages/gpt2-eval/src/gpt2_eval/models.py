@@ -1,0 +1,137 @@
+"""What is evaluated: a GPT-2 of this project's, or any causal language model that transformers loads."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2_model import GPT
+
+from .encoding import Encoder, gpt2_encoder
+from .packing import Layout
+from .scoring import LanguageModel
+
+
+class Sizes:
+    """Longest sequence and number of token ids."""
+
+    def __init__(self, block_size: int, vocab_size: int) -> None:
+        self.block_size, self.vocab_size = block_size, vocab_size
+
+
+class HFModel(nn.Module):
+    """A transformers model in two halves, as score_items wants it.
+
+    Some models do more between the last hidden state and the logits than one product (scale them, cap them). So
+    the halves are tried on a few tokens, and where they do not give the model's own logits, `hidden` computes
+    these, and there is no `head_weight`: right, and slower.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
+        embedding = model.get_input_embeddings()
+        self.config = Sizes(next((size for size in sizes if size), 2048), int(embedding.weight.shape[0]))
+        self.head_weight: Tensor | None = self._find_head()
+
+    @torch.no_grad()
+    def is_causal(self) -> bool:
+        """Whether a token changes nothing before it."""
+        tokens = torch.arange(3, 11, device=self.model.device).repeat(2, 1) % self.config.vocab_size
+        tokens[1, -1] = 2 % self.config.vocab_size
+        one, other = self.model(tokens, use_cache=False).logits[:, :-1]
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def _find_head(self) -> Tensor | None:
+        weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        if weight is None or self.model.base_model is self.model:
+            return None
+        tokens = torch.arange(3, 9, device=self.model.device)[None] % self.config.vocab_size
+        expected = self.model(tokens, use_cache=False).logits
+        try:
+            found = F.linear(self._last_hidden(tokens), weight)
+        except (AttributeError, TypeError, RuntimeError):
+            return None
+        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        return weight if same else None
+
+    def _last_hidden(self, tokens: Tensor) -> Tensor:
+        return self.model.base_model(tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def hidden(self, tokens: Tensor, layout: Layout | None = None, /) -> Tensor:
+        """(batch, time) ids -> (batch, time, width), or logits without a `head_weight`."""
+        assert layout is None, "transformers' models are not told what a token sees"
+        if self.head_weight is None:
+            return self.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        return self._last_hidden(tokens)
+
+
+def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder]:
+    """A model in fp32 on a device, and its tokenizer.
+
+    Args:
+        model: what GPT.from_pretrained takes: a GPT-2 by name, folder or file.
+        hf: instead of it, what transformers' AutoModelForCausalLM takes: a hub name or a folder.
+
+    Raises:
+        ValueError: transformers is missing; a device that is not to be had.
+        OSError: no such model, or it cannot be read.
+    """
+    assert (model is None) != (hf is None)
+    where = find_device(device)
+    if model is not None:
+        return GPT.from_pretrained(model).to(where), gpt2_encoder()
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
+        raise ValueError("--hf needs transformers: pip install 'gpt2-eval[transformers]'") from None
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # 148 weights take 30 ms
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+        loaded = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(where).eval()
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]  # a list of all architectures may follow
+        raise ValueError(
+            f"transformers cannot load {hf!r}, a hub name or a folder with a tokenizer in it, as a causal "
+            f"language model: {why[:200]}"
+        ) from error
+    wrapped = HFModel(loaded)
+    if not wrapped.is_causal():
+        raise ValueError(f"{hf} is no causal language model: what it predicts depends on the tokens that follow")
+    return wrapped, _encoder(tokenizer)
+
+
+def _encoder(tokenizer: Any) -> Encoder:
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise ValueError("the model's tokenizer has neither a first nor a last token, to stand for no context")
+    probe, gpt2 = "Hello,  world's café 豆腐 12345\n\n", gpt2_encoder()
+    is_gpt2 = len(tokenizer) == 50257 and tokenizer.encode(probe) == gpt2.begin(probe)
+    return Encoder(
+        tokenizer.encode, lambda text: tokenizer.encode(text, add_special_tokens=False), int(prefix), is_gpt2
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """A device by name; "auto" is the best there is, "cuda" under torchrun this rank's.
+
+    Raises:
+        ValueError: it is not to be had.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is not to be had here: use cpu, or auto") from None
+    return device

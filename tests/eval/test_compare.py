@@ -1,0 +1,111 @@
+"""`compare`: paired differences against the plain formulas, and files that do not belong together."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from gpt2_eval import evaluate_hellaswag, evaluate_loss
+from gpt2_eval.cli import main
+from gpt2_eval.compare import compare, mcnemar
+from gpt2_eval.report import write_records
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def task_records(right):
+    """Items of two choices, of which those that are named are answered rightly."""
+    return [{"item": i, "label": 0, "sum": [0.0, -1.0 if i in right else 1.0]} for i in range(100)]
+
+
+def test_accuracy(tmp_path):
+    a = write(tmp_path / "a.jsonl", task_records(range(40)))
+    b = write(tmp_path / "b.jsonl", task_records(range(10, 65)))
+    items, found = compare(a, b)
+    assert items == 100
+    acc = found["acc"]
+    assert (acc.a, acc.b, acc.changed, acc.only_a, acc.only_b) == (0.40, 0.55, 35, 10, 25)
+    assert acc.difference == pytest.approx(0.15)
+    differences = np.array([-1] * 10 + [0] * 30 + [1] * 25 + [0] * 35)
+    assert acc.stderr == pytest.approx(differences.std(ddof=1) / 10)
+    assert acc.stderr < math.sqrt(0.40 * 0.60 / 100 + 0.55 * 0.45 / 100)
+    assert acc.p == pytest.approx(2 * sum(math.comb(35, k) for k in range(11)) / 2**35)
+
+
+def test_changed_answers_need_not_be_right(tmp_path):
+    """What bf16 does to a model is not seen where one wrong answer replaces another."""
+    sums = [[0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
+    a = write(tmp_path / "a.jsonl", [{"item": i, "label": 0, "sum": one} for i, one in enumerate(sums)])
+    b = write(tmp_path / "b.jsonl", [{"item": i, "label": 0, "sum": one[::-1]} for i, one in enumerate(sums)])
+    _, found = compare(a, b)
+    # 1 -> 1, 2 -> 0 and 0 -> 2
+    assert (found["acc"].changed, found["acc"].only_a, found["acc"].only_b) == (2, 1, 1)
+
+
+def test_mcnemar():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 1) == 1.0
+    assert mcnemar(0, 6) == mcnemar(6, 0) == pytest.approx(2 / 64)
+    assert mcnemar(1000, 1100) == pytest.approx(0.0308, rel=0.01)  # the normal approximation: z = 99 / sqrt(2100)
+    assert 0 <= mcnemar(2000, 8000) < 1e-300
+
+
+def test_hellaswag_and_loss(model, items_file, dataset, tmp_path):
+    other = type(model)(model.config).eval()
+    results = [evaluate_hellaswag(one, items_file) for one in (model, other)]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, result in zip(paths, results, strict=True):
+        write_records(path, result.records)
+    _, found = compare(*paths)
+    assert list(found) == [
+        "karpathy acc", "karpathy acc_norm", "lm-eval acc", "lm-eval acc_norm", "lm-eval acc_bytes",
+    ]  # fmt: skip
+    for name, one in found.items():
+        protocol, metric = name.split()
+        assert one.a == pytest.approx(results[0].metrics[protocol][metric].value)
+        assert one.b == pytest.approx(results[1].metrics[protocol][metric].value)
+
+    losses = [evaluate_loss(one, dataset, tokens=500, seq_len=64) for one in (model, other)]
+    for path, result in zip(paths, losses, strict=True):
+        write_records(path, result.records)
+    items, found = compare(*paths)
+    assert items == 8
+    assert found["loss"].difference == pytest.approx(losses[1].loss - losses[0].loss)
+    assert found["loss"].p is None
+    done = CliRunner().invoke(main, ["compare", *map(str, paths)])
+    assert done.exit_code == 0, done.output
+    assert f"{losses[0].loss:.4f}" in done.stdout
+    document = json.loads(CliRunner().invoke(main, ["compare", *map(str, paths), "--json"]).stdout)
+    assert document["loss"]["difference"] == pytest.approx(found["loss"].difference)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda records: records[:-1], "has 100 items and .* 99: these are not the same"),
+        (lambda records: [records[1], records[0], *records[2:]], "item 1 of .* is not item 1 of"),
+        (lambda records: [{**records[0], "label": 1}, *records[1:]], "item 1 of .* is not item 1 of"),
+        # The same numbers and labels, another text.
+        (lambda records: [*records[:7], {**records[7], "hash": "07"}, *records[8:]], "item 8 of .* is not item 8"),
+        (lambda records: [{"ind": 0, "label": 0, "karpathy": {}}], "these are not the same items"),
+        (
+            lambda records: [*records[:50], {"item": 50, "label": 0}, *records[51:]],
+            "one kind of record throughout",
+        ),
+        (lambda records: [{"item": i, "label": 0} for i in range(100)], "is not a file that gpt2-eval --out"),
+        (lambda records: [], "holds no items"),
+    ],
+)
+def test_files_that_do_not_belong_together(tmp_path, change, message):
+    records = task_records(range(40))
+    a, b = write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", change(records))
+    with pytest.raises(ValueError, match=message):
+        compare(a, b)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        compare(a, tmp_path / "c.jsonl")

@@ -1,0 +1,230 @@
+"""Tasks and corpora against loops written out here; where their files come from; broken records."""
+
+import hashlib
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+from hub_server import Drop, HubServer, Spoil
+
+from gpt2_data import hub as hub_names
+from gpt2_data import web
+from gpt2_eval import cli, files
+from gpt2_eval.corpora import CORPORA, detokenize, evaluate_corpus, load_corpus, split_pages, windows_of
+from gpt2_eval.files import Published, have
+from gpt2_eval.tasks import TASKS, evaluate_task, load_task
+from gpt2_model import EOT, get_tokenizer
+
+PASSAGES = ["She gave the dog a bone and the cat a fish", "He never saw a counterrevolutionary", "One two three"]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_names_of_the_command_are_those_of_the_tables():
+    assert (*TASKS, *CORPORA) == cli.TASK_NAMES
+
+
+def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
+    """Greedy by transformers' definition: argmax at each place, given the right tokens before it."""
+    file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
+    result = evaluate_task(model, load_task("lambada", file))
+    nats, words, tokens = [], [], []
+    for text in PASSAGES:
+        ids = get_tokenizer().encode_ordinary(text)
+        count = len(ids) - len(get_tokenizer().encode_ordinary(text.rpartition(" ")[0]))
+        logits = model(as_batch(ids[:-1]))[0][0, -count:]
+        targets = as_batch(ids)[0, -count:]
+        nats.append(-logits.log_softmax(-1).gather(1, targets[:, None]).sum().item())
+        hits = (logits.argmax(-1) == targets).tolist()
+        words.append(all(hits))
+        tokens.append(hits[-1])
+    assert result.metrics["acc"].value == sum(words) / 3
+    assert result.metrics["acc_last_token"].value == sum(tokens) / 3
+    assert result.metrics["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
+    assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
+
+
+def as_batch(ids):
+    import torch
+
+    return torch.tensor([ids])
+
+
+def test_every_token_of_a_text_is_scored_once():
+    ids = list(range(100, 400))
+    for stride in (1, 7, 32, 64):
+        rows = windows_of(ids, 64, stride, EOT)
+        assert [token for row in rows for token in row.continuation] == ids
+        assert rows[0].context == [EOT]
+        for row in rows[1:]:
+            assert len(row.context) + len(row.continuation) == 65  # 64 inputs, the last token is none
+            assert len(row.context) >= 65 - stride
+    assert windows_of([], 64, 64, EOT) == []
+    assert [row.continuation for row in windows_of(ids[:5], 64, 64, EOT)] == [ids[:5]]
+
+
+def test_perplexity_of_a_text(model, tmp_path):
+    text = " ".join(PASSAGES * 9)
+    (tmp_path / "ptb.test.txt").write_text(text)
+    corpus = load_corpus("ptb", tmp_path / "ptb.test.txt")
+    found = evaluate_corpus(model, corpus).perplexities["raw"]
+    ids = [EOT, *get_tokenizer().encode_ordinary(text)]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 128):  # what is short of a window at the end has the more before it
+        end = min(start + 128, len(ids) - 1)
+        window = ids[max(0, end - 128) : end + 1]
+        log_probs = model(as_batch(window[:-1]))[0][0].log_softmax(-1)
+        nats -= log_probs.gather(1, as_batch(window)[0, 1:, None])[start - end :].sum().item()
+    assert found.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    assert found.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
+    assert (found.tokens, found.words, found.bytes) == (len(ids) - 1, len(text.split()), len(text.encode()))
+    overlapping = evaluate_corpus(model, corpus, stride=16).perplexities["raw"]
+    assert overlapping.tokens == found.tokens
+    assert overlapping.token != found.token
+    with pytest.raises(ValueError, match="stride must be 1 to 128"):
+        evaluate_corpus(model, corpus, stride=129)
+
+
+def test_pages_of_wikitext():
+    text = " \n = A = \n \n One .\n = = B = = \n Two .\n = C = D = \n Three .\n = E =F\n"
+    assert "".join(split_pages(text)) == text[2:]
+    assert [page.splitlines()[0] for page in split_pages(text)] == [" = A = ", " = C = D = "]
+    # A blank that precedes 's goes too, be it a quotation: the harness' numbers are on such a text.
+    assert detokenize("1 @,@ 000 @-@ year ( old ) ' s ' \" q \" .") == "1,000-year (old)'s' \"q\" ."
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "message"),
+    [
+        ("lambada", {}, "no 'text'"),
+        ("lambada", {"text": None}, "not a record of lambada"),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c"}, "no 'label'"),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is none of the 2 choices"),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}, "a continuation is empty"),
+        ("arc-easy", {"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "'B'"),
+        ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
+        ("winogrande", {"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}, "no ''"),
+        ("boolq", {"passage": "a", "question": "b", "label": "yes"}, "not a record of boolq"),
+    ],
+)  # fmt: skip
+def test_broken_records_name_file_and_line(tmp_path, name, record, message):
+    file = write(tmp_path / "records.jsonl", [record])
+    with pytest.raises(ValueError, match=rf"records\.jsonl:1: .*{message}"):
+        load_task(name, file)
+
+
+def test_files_that_hold_nothing(tmp_path):
+    for name, content, message in (
+        ("a.jsonl", b"", "holds no items"),
+        ("b.jsonl", b"[]", "b.jsonl:1: not a JSON"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_task("lambada", tmp_path / name)
+    for name, content, message in (
+        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
+        ("f.parquet", b"PAR1", "no good Parquet"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_corpus("ptb", tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_task("piqa", tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="unknown task 'mmlu': choose one of lambada"):
+        load_task("mmlu")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+    with HubServer() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield server
+
+
+def test_a_file_of_the_hub_is_fetched_once(hub, tmp_path):
+    records = [
+        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "1"}
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "test.parquet")
+    configs = [{"config_name": "ARC-Easy", "data_files": [{"split": "test", "path": "ARC-Easy/test-*"}]}]
+    hub.add("allenai/ai2_arc", {
+        "README.md": f"---\n{yaml.dump({'configs': configs})}---\n".encode(),
+        "ARC-Easy/test-00000-of-00001.parquet": tmp_path / "test.parquet",
+    })  # fmt: skip
+    assert hub_names.parse(TASKS["arc-easy"].file.source).split == "test"
+    loaded = load_task("arc-easy")
+    assert loaded.questions[0].rows == [("Question: q\nAnswer:", " a"), ("Question: q\nAnswer:", " b")]
+    assert loaded.questions[0].label == 1
+    assert loaded.sha256 == hashlib.sha256((tmp_path / "test.parquet").read_bytes()).hexdigest()
+    sent = hub.sent("test-00000")
+    assert load_task("arc-easy").sha256 == loaded.sha256
+    assert hub.sent("test-00000") == sent
+
+
+def test_a_file_of_the_web_is_checked_and_fetched_once(hub, tmp_path):
+    content = json.dumps({"text": "a b"}).encode() + b"\n"
+    hub.pages["lambada.jsonl"] = content
+    digest = hashlib.sha256(content).hexdigest()
+    file = Published(f"{hub.url}/lambada.jsonl", "lambada.jsonl", digest)
+    hub.faults.append(Drop(at=5, path="lambada.jsonl", store=False))
+    assert have(file)[1] == digest
+    asked = len(hub.requests)
+    path, _ = have(file)
+    assert len(hub.requests) == asked
+    path.write_bytes(content[:-1] + b" ")  # damaged on the disk
+    assert have(file)[0].read_bytes() == content
+    with pytest.raises(OSError, match="SHA-256 is .*; or download .* by hand and give it as --data"):
+        have(Published(f"{hub.url}/lambada.jsonl", "other.jsonl", "0" * 64))
+    hub.faults.append(Spoil(path="lambada.jsonl", store=False))
+    with pytest.raises(OSError, match="or download http"):
+        have(Published(f"{hub.url}/none.jsonl", "none.jsonl", "0" * 64))
+
+
+def test_the_commands(model_folder, tmp_path, monkeypatch):
+    file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
+    out = tmp_path / "out.jsonl"
+
+    def run(*words):
+        return CliRunner().invoke(cli.main, ["task", *map(str, words)])
+
+    done = run("lambada", "-m", model_folder, "--data", file, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["acc", "acc_last_token", "perplexity"]
+    assert "Not the published file" in done.stdout
+    assert len(out.read_text().splitlines()) == 3
+    assert [path.name for path in tmp_path.iterdir() if "rows" in path.name] == []
+    ours = json.loads(run("lambada", "-m", model_folder, "--data", file, "--json").stdout)
+    theirs = json.loads(run("lambada", "--hf", model_folder, "--data", file, "--json").stdout)
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
+    assert theirs["acc"] == ours["acc"]
+    partial = run("lambada", "-m", model_folder, "--data", file, "--limit", 2)
+    assert "PARTIAL: the first 2 of 3 items" in partial.stdout
+
+    (tmp_path / "ptb.txt").write_text(" ".join(PASSAGES))
+    text = run("ptb", "-m", model_folder, "--data", tmp_path / "ptb.txt", "--stride", 64)
+    assert text.exit_code == 0, text.output
+    assert "bits per byte" in text.stdout
+    for words, message in (
+        (("lambada",), "give one of --model"),
+        (("lambada", "-m", "a", "--hf", "b"), "give one of --model"),
+        (("ptb", "-m", "a", "--out", "b"), "is one text"),
+        (("lambada", "-m", "a", "--stride", 3), "has no windows"),
+        (("mmlu", "-m", "a"), "'mmlu' is not one of"),
+    ):
+        wrong = run(*words)
+        assert wrong.exit_code == 2
+        assert message in wrong.stderr
+    monkeypatch.setattr(files, "have", None)

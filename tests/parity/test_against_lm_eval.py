@@ -1,0 +1,200 @@
+"""lm-evaluation-harness itself, offline, on the same random weights and the same items: the same numbers.
+
+The harness runs once, on all tasks, through transformers; and once more with our model in it, by the bridge.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gpt2_eval import evaluate_hellaswag
+from gpt2_eval.corpora import evaluate_corpus, load_corpus, split_pages
+from gpt2_eval.tasks import evaluate_task, load_task
+from gpt2_model import GPT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # the harness' own, and those of what it imports
+]
+
+HELLASWAG = [
+    {
+        "ind": i, "activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}".strip(),
+        "endings": endings, "label": i % 4, "source_id": f"own~{i}",
+    }
+    for i, (activity, ctx_a, ctx_b, endings) in enumerate(
+        [
+            ("Style", "[header] How to tie a scarf [title] Fold it. [step] Lay it flat [substeps]", "",
+             ["[substeps] Many fold it.", "Fold [not too tight] here.", "Throw it  away.", "[title] Eat it."]),
+            ("Removing ice", "Then, the man writes over the snow.", "then He Scrapes",
+             [", the ice away.", "with a café spoon — naïvely.", "his dog.", "   three blanks"]),
+            ("Cooking", "A pot of 味噌汁 boils [next] on the stove.", "a woman",
+             ["adds 豆腐 to it.", "adds tofu.", "leaves, humming 🎵.", "sings"]),
+            ("Playing", "A line\u2028separator stands here.", "", ["one", "one two", "three", "four " * 9]),
+            ("Running", "She runs " + "and runs " * 40 + "on.", "she", ["stops.", "falls down.", "goes on", "is"]),
+        ] * 3
+    )
+]  # fmt: skip
+CHOICES = {
+    "arc_easy": ("question", [
+        ("Which is a gas?", ["iron", "air", "wood"], list("ABC"), "B"),
+        ("2 + 2?", ["1", "two", "3", "4", "five"], list("12345"), "4"),
+    ]),
+    "openbookqa": ("question_stem", [
+        ("The sun is", ["a star", "wet", "a dog", "old"], list("ABCD"), " A"),
+        ("Frogs", ["fly", "jump", "sing well", "read"], list("ABCD"), "B"),
+    ]),
+}  # fmt: skip
+RECORDS = {
+    "lambada": [
+        {"text": "He said that it was cold and that he would rather stay at home by the fire with his dog"},
+        {"text": "She had never seen a counterrevolutionary"},
+        {"text": "“Why?” asked the naïve boy, and the café owner said: ask your mother, Émile"},
+    ],
+    "piqa": [
+        {"goal": "How do I ready a cage?", "sol1": "Provide bedding.", "sol2": "Provide water.", "label": 0},
+        {"goal": "dry wet hair ", "sol1": " with a towel", "sol2": "naïvely, with 豆腐", "label": 1},
+    ],
+    "copa": [
+        {"premise": "He fell. ", "choice1": "He slid.", "choice2": "It rained.", "question": "cause", "label": 0},
+        {"premise": "It rained.", "choice1": "She ran.", "choice2": "They ate.", "question": "effect", "label": 1},
+    ],
+    "boolq": [
+        {"passage": "Cats are animals. " * 9, "question": "are cats animals", "label": 1},
+        {"passage": "Iron is a metal.", "question": "is iron a gas", "label": 0},
+    ],
+    "winogrande": [
+        {"sentence": "Ann asked Mia, but _ did not answer.", "option1": "Ann", "option2": "Mia", "answer": "2"},
+        {"sentence": "It does not fit since the _ is big", "option1": "cup", "option2": "box", "answer": "1"},
+    ],
+} | {
+    name: [
+        {field: text, "choices": {"text": texts, "label": labels}, "answerKey": key}
+        for text, texts, labels, key in records
+    ]
+    for name, (field, records) in CHOICES.items()
+}  # fmt: skip
+FILES = {
+    "hellaswag": "hellaswag/hellaswag", "lambada": "lambada/lambada_openai", "piqa": "piqa/piqa",
+    "arc_easy": "arc/arc_easy", "openbookqa": "openbookqa/openbookqa", "copa": "super_glue/copa/default",
+    "boolq": "super_glue/boolq/default", "winogrande": "winogrande/default", "wikitext": "wikitext/wikitext",
+}  # fmt: skip
+WIKITEXT = "\n".join(
+    [
+        " ", " = Robert <unk> = ", " ",
+        " Robert was an actor ( born 1 @,@ 970 ) . He 's well @-@ known : \" a star \" ; 3 @.@ 5 ° N of London .",
+        " ", " = = Career = = ", " ", " In 2000 he played ' the man ' [ sic ] .", " ",
+        " = Homarus gammarus = ", " ", " The lobster { common } is a species' own . What ? Yes !",
+        " It is large and it is blue and it lives in the sea near the coast of Norway ." * 9,
+    ]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    for name, records in ({"hellaswag": HELLASWAG} | RECORDS).items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "wiki.test.raw").write_text(WIKITEXT)
+    pages = [{"page": page} for page in split_pages(WIKITEXT)]
+    (folder / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harness(files, tmp_path_factory):
+    """A model of the harness' -> its results of all tasks."""
+    # Its bootstrap forks processes, one of which slept for ever on a lock that a thread of ours had held.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    nothing_listed = TaskManager(include_defaults=False)  # to list its thousands of tasks takes it ten seconds
+
+    def run(model, names=("hellaswag", *RECORDS, "wikitext")):
+        tasks = [
+            {
+                **load_yaml(folder / f"{FILES[name]}.yaml"),
+                "dataset_path": "json", "dataset_name": None,
+                "training_split": None, "validation_split": None, "test_split": "test",
+                "dataset_kwargs": {"data_files": {"test": str(files / f"{name}.jsonl")}},
+            }
+            for name in names
+        ]  # fmt: skip
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=tasks, task_manager=nothing_listed, bootstrap_iters=2, log_samples=True
+        )  # fmt: skip
+        return {
+            name: (found["results"][task["task"]], found["samples"][task["task"]])
+            for name, task in zip(names, tasks, strict=True)
+        }
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def theirs(harness, tiny_hf_folder, tmp_path_factory):
+    from lm_eval.models.huggingface import HFLM
+
+    # Ours writes GPT-2's tokenizer as transformers reads it.
+    folder = tmp_path_factory.mktemp("model")
+    GPT.from_pretrained(tiny_hf_folder).save_pretrained(folder)
+    return harness(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf_folder):
+    return GPT.from_pretrained(tiny_hf_folder)
+
+
+def responses(samples):
+    """Log-likelihoods of the choices of each item, in the file's order."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    return [[response[0][0] for response in sample["resps"]] for sample in ordered]
+
+
+def test_hellaswag(model, files, theirs):
+    figures, samples = theirs["hellaswag"]
+    result = evaluate_hellaswag(model, files / "hellaswag.jsonl", protocol="lm-eval")
+    for record, expected in zip(result.records, responses(samples), strict=True):
+        assert record["lm-eval"]["sum"] == pytest.approx(expected, abs=1e-3)
+    metrics = result.metrics["lm-eval"]
+    assert metrics["acc"].value == figures["acc,none"]
+    assert metrics["acc_norm"].value == figures["acc_norm,none"]
+    assert metrics["acc_norm"].stderr == pytest.approx(figures["acc_norm_stderr,none"])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_task(model, files, theirs, name):
+    figures, samples = theirs[name]
+    result = evaluate_task(model, load_task(name.replace("_", "-"), files / f"{name}.jsonl"))
+    for record, expected in zip(result.records, responses(samples), strict=True):
+        assert record["sum"] == pytest.approx(expected, abs=1e-3)
+    for metric in ("acc", "acc_norm", "perplexity"):
+        if f"{metric},none" in figures:
+            assert result.metrics[metric].value == pytest.approx(figures[f"{metric},none"], rel=1e-4)
+    assert ("acc_norm,none" in figures) == ("acc_norm" in result.metrics)
+
+
+def test_wikitext(model, files, theirs):
+    figures, _ = theirs["wikitext"]
+    ours = evaluate_corpus(model, load_corpus("wikitext2", files / "wiki.test.raw")).perplexities["lm-eval"]
+    assert ours.word == pytest.approx(figures["word_perplexity,none"], rel=1e-4)
+    assert ours.byte == pytest.approx(figures["byte_perplexity,none"], rel=1e-4)
+    assert ours.bits_per_byte == pytest.approx(figures["bits_per_byte,none"], rel=1e-4)
+
+
+def test_our_model_in_the_harness(model, harness, theirs):
+    from gpt2_eval.lm_eval_bridge import GPT2LM
+
+    ours = harness(GPT2LM(model), ("lambada", "copa", "wikitext"))
+    for name, (figures, _) in ours.items():
+        numbers = {metric: value for metric, value in figures.items() if isinstance(value, float)}
+        assert len(numbers) >= 2
+        expected = {metric: theirs[name][0][metric] for metric in numbers}
+        assert numbers == pytest.approx(expected, rel=1e-3, nan_ok=True)
