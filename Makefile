@@ -7,9 +7,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; to compile all of torch and transformers took 65 of 230 seconds.
 export PIP_NO_COMPILE := 1
-SOURCES := packages/gpt2-model/src packages/gpt2-data/src packages/gpt2-eval/src packages/gpt2-train/src tools
 
-.PHONY: help quickstart test test-fast check format bench clean
+.PHONY: help quickstart test test-fast test-long check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -17,11 +16,15 @@ help: ## this list
 quickstart: $(VENV)/.installed ## the whole pipeline on a small model: about five minutes on two cores
 	$(BIN)/python tools/quickstart.py
 
-test: check ## every check: ruff, mypy, import-linter, pytest
+test: check ## every check: ruff, mypy, import-linter, micro benchmarks alone, pytest
+	$(BIN)/pytest -n 0 tests/benchmarks/test_micro.py
 	$(BIN)/pytest
 
 test-fast: $(VENV)/.installed-dev ## pytest without the tests that take more than ten seconds
 	$(BIN)/pytest -m "not slow"
+
+test-long: $(VENV)/.installed-dev ## pytest's long tests alone: more kills, memory at size, each benchmark from end to end
+	$(BIN)/pytest -m long
 
 check: $(VENV)/.installed-dev ## the checks that read the code: ruff, mypy, import-linter
 	$(BIN)/ruff check .
@@ -33,8 +36,8 @@ format: $(VENV)/.installed-dev ## let ruff mend and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## generation beside its peers and the machine's memory: about ten minutes
-	$(BIN)/python tools/bench.py decode
+bench: $(VENV)/.installed-dev ## what everything takes, beside the machine's own rates: about twelve minutes
+	$(BIN)/python tools/bench.py run
 
 clean: ## remove what make made
 	rm -rf $(VENV) quickstart .mypy_cache .ruff_cache .import_linter_cache
@@ -52,7 +55,3 @@ $(VENV)/.installed: requirements.txt constraints.txt packages/*/pyproject.toml |
 $(VENV)/.installed-dev: requirements*.txt constraints.txt packages/*/pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $(VENV)/.installed $@
-
-$(VENV)/.installed-bench: requirements-bench.txt $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet -r requirements-bench.txt
-	touch $@

@@ -4,8 +4,10 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import click
 import pytest
 
 from gpt2_data import BuildConfig, build
@@ -18,6 +20,20 @@ WORDS = ["the", "function", "returns", "a", "list", "of", "open", "files", "and"
 def run_tool(name, *arguments):
     command = [sys.executable, TOOLS / name, *arguments]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("loss", "learnt"), [(5.3, True), (8.9, False)])
+def test_quickstart_says_whether_the_model_has_learnt(tmp_path, monkeypatch, capsys, loss, learnt) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import quickstart
+
+    (tmp_path / "run").mkdir()
+    row = {"step": 0, "val_loss": 10.8, "hellaswag_acc_norm": 0.28}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row))
+    score = {"karpathy": {"acc_norm": 0.32, "stderr": 0.033}}
+    with nullcontext() if learnt else pytest.raises(click.ClickException, match="not clearly better"):
+        quickstart.summary(tmp_path, tmp_path / "checkpoint", {"loss": loss}, score, 159.0)
+    assert f"10.80{loss:10.2f}   nats" in capsys.readouterr().out
 
 
 def test_quickstart_items_are_hellaswag_s_and_have_their_own_ending(tmp_path, monkeypatch) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench_decode import Sample, bar, in_short, say, spread
+from bench_decode import Sample
+from bench_report import bar, in_short, say, spread
 
 PEERS_FILE = Path(__file__).with_name("bench_data_peers.py")
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "gpt2-data")  # of this environment, activated or not

@@ -1,7 +1,6 @@
 """`bench.py decode`: who is timed when, what follows from the samples, and how it is shown."""
 
 import os
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -14,9 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
-
 import bench_contenders as contenders
+from bench_report import bar, in_short, say, spread
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 PEERS = {"transformers": "ours/transf.", "ctranslate2": "ours/CT2"}  # and the heads of the ratios to them
@@ -111,11 +109,6 @@ def measure(settings: Settings, work: Path) -> dict[str, Any]:
     return {**document, "bars": bars(document) if settings.device == "cpu" else []}
 
 
-def say(text: str) -> None:
-    """Progress."""
-    click.echo(text, err=True)
-
-
 @contextmanager
 def process() -> Iterator[Callable[..., Any]]:
     """A process of its own, since threads of one library that wait by spinning would slow the next one down.
@@ -192,11 +185,6 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Of the rounds."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": list(values)}
-
-
 def ratio(of: Sequence[Sample], to: Sequence[Sample], field: str) -> dict[str, Any]:
     """Round by round."""
     return spread([ours[field] / theirs[field] for ours, theirs in zip(of, to, strict=True)])
@@ -236,10 +224,6 @@ def bars(document: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(bar(text, first["median"], most=1.1))
     start = document["start"]["seconds_to_first_token"]["median"]
     return [*found, bar("seconds from start to first token, at most 3", start, most=3.0)]
-
-
-def bar(text: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:
-    return {"bar": text, "value": value, "holds": least <= value <= most}
 
 
 def table(document: dict[str, Any]) -> str:
@@ -295,15 +279,3 @@ def _block(
         case = f"{row['precision']} batch {row['batch']}"
         lines.append(f"{case:15}" + "".join(f"{cell:>18}" for cell in cells))
     return lines
-
-
-def in_short(values: dict[str, Any], scale: float = 1.0) -> str:
-    """Its median and ends, to three digits or so."""
-    median, least, most = (_short(values[name] * scale) for name in ("median", "min", "max"))
-    return f"{median} ({least}..{most})"
-
-
-def _short(value: float) -> str:
-    if value >= 10_000:
-        return f"{value / 1000:.0f}k"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

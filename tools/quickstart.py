@@ -185,7 +185,8 @@ Next, the real thing:
   torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data DIR --out runs/124M
                                                                   GPT-2 124M on 10B tokens, on 8 GPUs"""
     )
-    if trained - untrained["hellaswag_acc_norm"] < 2 * error:
+    # By the loss, 10.8 -> 5.3: of 200 items an untrained model has 15 to 28 % right, by the texts of this Python.
+    if untrained["val_loss"] - loss["loss"] < 3:
         raise click.ClickException(
             "the trained model is not clearly better than the untrained one: please report this"
         )

@@ -17,14 +17,6 @@ COMMAND = [sys.executable, TOOLS / "bench.py", "data"]
 GIGATOKEN, TIKTOKEN, POOL, HALF = "ours, gigatoken", "ours, tiktoken", "build-nanogpt", "build-nanogpt, half"
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import bench
-
-    return bench
-
-
 def made_document(bench, gigatoken=(160, 90, 80), loader=200e6, verify=(1.2, 2.4, 2.6), missing=()):
     """A document of three rounds, in the second and third of which the machine was slower."""
     data = bench.bench_data
@@ -112,6 +104,7 @@ def test_sources_without_text_are_refused(bench, tmp_path, column) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_contenders_are_measured_and_write_the_same_tokens(tmp_path) -> None:
     options = ["--megabytes", "4", "--dataset-megabytes", "4", "--rounds", "1", "--work", tmp_path / "work"]
     command = [*COMMAND, *options, "--json", "--out", tmp_path / "out.json"]

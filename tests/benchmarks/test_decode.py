@@ -22,14 +22,6 @@ TINY = [
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import bench
-
-    return bench
-
-
-@pytest.fixture
 def bench_decode(bench):
     return bench.bench_decode
 
@@ -140,6 +132,7 @@ def test_memory_is_read_with_a_compiler_or_without(bench_decode, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("hidden", [pytest.param(False, marks=NEEDS_CTRANSLATE2), True])
 def test_all_contenders_are_measured_and_absent_ones_named(tmp_path, hidden) -> None:
     environment = dict(os.environ)

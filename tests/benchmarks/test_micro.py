@@ -1,0 +1,41 @@
+"""The quickest cases of `bench.py run` under pytest-benchmark, with floors: a fraction of what is measured on two
+cores, so that a loaded machine does not fail them, and a tenfold regression does.
+
+`make test` runs them alone, before all others: beside other tests they would say nothing.
+"""
+
+import pytest
+
+# Of what bounds it, in the same process; where nothing does, units a second.
+FLOORS = {
+    "train-7M-fp32": 0.1,  # 0.40 to 0.56 measured
+    "generate-fp32": 0.15,  # 0.7 to 0.9
+    "eval-hellaswag": 0.15,  # 0.6 to 0.7
+    "data-load": 0.1,  # 0.4 to 0.8
+    "data-verify": 0.1,  # 0.3 to 0.5
+    "checkpoint-load": 0.02,  # 0.1 to 0.3
+    "tokenize-tiktoken": 0.7e6,  # 3 to 8 million bytes
+    "tokenize-gigatoken": 10e6,  # 70 to 200 million
+    "start-data": 1.0,  # 7 to 10
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What several cases read: a model, a dataset."""
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_is_no_slower_than_its_floor(benchmark, folder, name) -> None:
+    from bench_cases import CASES
+    from bench_machine import Machine
+
+    ready = CASES[name].prepare(folder, "cpu")
+    machine = Machine(folder, 2, "cpu")
+    benchmark.pedantic(ready.call, rounds=2, warmup_rounds=1)
+    speed = (ready.cost or ready.amount) / benchmark.stats.stats.min
+    if ready.ceiling:
+        speed /= machine.rate(ready.ceiling)
+    benchmark.extra_info["measured"] = speed
+    assert speed >= FLOORS[name], f"{name}: {speed:.3g}, at least {FLOORS[name]:g} holds on any machine"
