@@ -1,0 +1,201 @@
+"""Every command and snippet of the pages runs, on small data and models; what cannot is read by its parser.
+
+Each page has a working directory of its own, and its commands run in their order. Not run are those that need the
+internet, a cluster, or minutes; theirs are the words that `only_read` lists, each with its reason.
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+from pages import PAGES, ROOT, blocks, commands, name_of
+
+CHECKPOINT = re.compile(r"runs/[\w-]+/checkpoints/step-\d+")
+SMALL = [  # of snippets: the work, not what is shown
+    (r"range\(\d+\)", "range(1)"), (r"range\(max_steps\)", "range(1)"), (r"batch_size=32", "batch_size=2"),
+    (r"seq_len=(512|1024)", "seq_len=64"), (r"max_new_tokens=\d+", "max_new_tokens=3"),
+    (r'load_config\(recipe="124M"\)', 'load_config("small.toml")'), (r"tokens=100_000", "tokens=2_000"),
+    (r"n_layer=16, n_head=16, n_embd=1024", "n_layer=1, n_head=2, n_embd=32"),
+]  # fmt: skip
+SMALL_TOML = """
+steps = 1
+warmup = 1
+batch_tokens = 64
+seq_len = 64
+eval_every = 0
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 32
+block_size = 64
+"""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and not target.startswith(("http://", "https://"))]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+    tests = [name for name in re.findall(r"`(tests/[\w/.-]+)`", text) if not (ROOT / name).exists()]
+    assert tests == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_snippets_run(page, sandbox) -> None:
+    (sandbox / "data/pydocs").symlink_to(sandbox / "data/web")
+    shutil.copytree(sandbox / "model", sandbox / "my-folder")
+    (sandbox / "small.toml").write_text(SMALL_TOML)
+    for number, snippet in enumerate(blocks(page, "python")):
+        for pattern, small in SMALL:
+            snippet = re.sub(pattern, small, snippet)
+        code = compile(ast.parse(snippet), f"{name_of(page)}, snippet {number}", "exec")
+        exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_commands_run(page, sandbox, monkeypatch) -> None:
+    if ["gpt2-data", "build", "pydocs"] not in [words[:3] for words in commands(page)]:
+        (sandbox / "data/pydocs").symlink_to(sandbox / "data/web")
+    for words in commands(page):
+        with monkeypatch.context() as patch:
+            while "=" in words[0]:  # VARIABLE=value before the command
+                patch.setenv(*words[0].split("=", 1))
+                words = words[1:]
+            run(words, patch)
+
+
+def test_the_kubernetes_job_starts_what_its_pods_are_for(sandbox, monkeypatch) -> None:
+    (manifest,) = blocks(ROOT / "docs/training.md", "yaml")
+    service, job = yaml.safe_load_all(manifest)
+    pods, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
+    (container,) = pods["containers"]
+    words = [word.replace("=/data/", "=data/") for word in container["command"]]
+    assert f"--nnodes={job['spec']['completions']}" in words
+    assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']}" in words
+    assert f"--rdzv-endpoint={name}-0.{service['metadata']['name']}:29500" in words
+    assert pods["subdomain"] == service["metadata"]["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pods["volumes"]}
+    run(words, monkeypatch)
+
+
+def run(words, patch) -> None:
+    """Run a command of ours in this process, or have its parser read it; check what others name of us."""
+    program, *rest = [CHECKPOINT.sub("model", word) for word in words]
+    typed = None
+    if program == "echo":
+        cut = rest.index("|")
+        typed, (program, *rest) = " ".join(rest[:cut]), rest[cut + 1 :]
+    if "<" in rest:
+        cut = rest.index("<")
+        typed, rest = Path(rest[cut + 1]).read_text(), rest[:cut]
+    if program == "torchrun":
+        cut = rest.index("-m")
+        counts = dict(word.lstrip("-").split("=", 1) for word in rest[:cut] if "=" in word)
+        program, rest = rest[cut + 1].replace("_", "-"), rest[cut + 2 :]
+        if program == "gpt2-train":
+            patch.setenv("WORLD_SIZE", str(int(counts.get("nnodes", 1)) * int(counts["nproc_per_node"])))
+    if program in ("gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train"):
+        of_ours(program, rest, typed)
+    elif program == "python":
+        of_python(rest)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(rest) <= set(targets), words
+    elif program == "pip":
+        check_installation(rest)
+    else:
+        assert program == "curl", words  # the one program of others that the pages call
+
+
+def of_ours(program, words, typed) -> None:
+    if "..." in words:  # "what stood above, and"
+        cut = words.index("...")
+        words = [*words[:cut], "--data", "data/fineweb-edu", "--out", "runs/more", *words[cut + 1 :]]
+    command = import_module(f"{program.replace('-', '_')}.cli").main
+    if only_read(program, words):
+        return read(command, words)
+    result = CliRunner().invoke(command, words + small(program, words), input=typed)
+    line = f"{program} {' '.join(words)}"
+    if program == "gpt2-train" and "--dry-run" in small(program, words):
+        # A plan says by its exit code that this machine is too small for it.
+        assert result.exit_code in (0, 1), line + result.output
+        assert "parameters" in result.output, line + result.output
+        assert "Error" not in result.output or "memory" in result.output or "GB" in result.output, result.output
+    else:
+        assert result.exit_code == 0, f"{line}\n{result.output}{result.exception!r}"
+
+
+def only_read(program, words) -> str | None:
+    """Why a command cannot run here; None if it can."""
+    if program == "gpt2-data" and words[0] == "build":
+        sources = [word for word in words[1:] if word.startswith(("pydocs", "texts/"))]
+        if not sources or "--engine" in words:
+            return "the internet, or a Ray cluster"
+    if program == "gpt2-data" and words[0] == "convert" and words[1].startswith("~"):
+        return "somebody's own nanoGPT"
+    if program == "gpt2-eval" and (words[0] in ("task", "lm-eval") or "--hf" in words):
+        return "the internet"
+    if program == "gpt2-train" and ("--tensorboard" in words or "--wandb" in words):
+        return "extras"
+    return None
+
+
+def small(program, words) -> list[str]:
+    """Options that leave of a command's work what a test has time for; the last of an option counts."""
+    if program == "gpt2-train" and "n_layer=4" in words and "--dry-run" not in words:
+        less = ["--steps", "2", "--warmup", "1", "--batch-tokens", "512", "--eval-tokens", "512"]
+        return [*less, "--seq-len", "64", "--num-samples", "1", "--hang-seconds", "0"]
+    if program == "gpt2-train":
+        return ["--dry-run", "--device", "cpu"]
+    if program == "gpt2-model" and words[0] == "generate":
+        return ["--max-new-tokens", "3"]
+    if program == "gpt2-eval" and words[0] == "hellaswag":
+        return ["--data", "hellaswag_val.jsonl", "-d", "cpu"]
+    if program == "gpt2-eval" and words[0] == "loss":
+        return ["--tokens", "5000"]
+    return []
+
+
+def read(command, words) -> None:
+    """Have click read a command line without running it."""
+    with command.make_context("", list(words)) as context:
+        if isinstance(command, click.Group):
+            name, sub, rest = command.resolve_command(context, context._protected_args + context.args)
+            sub.make_context(name, rest, parent=context).close()
+
+
+def of_python(words) -> None:
+    if words[0] == "-c":
+        subprocess.run([sys.executable, *words], check=True)
+        return
+    tool = re.fullmatch(r"tools/(\w+)\.py", words[0])
+    command = import_module(tool[1]).main
+    alternatives = [words[1:]]
+    if "|" in words:  # `train | decode | eval`
+        cut = words.index("|")
+        alternatives = [[word] for word in words[cut - 1 :] if word not in "|"]
+    for rest in alternatives:
+        if "--help" in rest or rest == ["list"] or tool[1] == "plot":
+            assert CliRunner().invoke(command, rest).exit_code == 0
+        else:
+            read(command, rest)
+
+
+def check_installation(words) -> None:
+    """The folders that `pip install` names are packages, and have the extras."""
+    for word in words[1:]:
+        name, _, extras = word.removesuffix("]").partition("[")
+        folder = ROOT / name if name.startswith("./") else ROOT / "packages" / name
+        if name.startswith("./") or name.startswith("gpt2-"):
+            project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+            assert set(extras.split(",")) - {""} <= set(project.get("optional-dependencies", {})), word
