@@ -61,7 +61,7 @@ class Work:
         """The shape's, by the names that all call them."""
         return {name: getattr(self.config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
 
-    def ready(self, call: Callable[[], object], warm_up: int = 2) -> Ready:
+    def ready(self, call: Callable[[], object], warm_up: int = 5) -> Ready:  # until the heap stays as it is
         """A step, and what bounds it."""
         tokens = self.accumulation * self.batch * self.seq_len
         cost = tokens * flops_per_token(self.config, self.seq_len)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpt2_model import GPTConfig
+from gpt2_model import GPTConfig, attention
 
 from .config import TrainConfig, micro_batches
 from .distributed import World
@@ -80,17 +80,18 @@ def peak_memory(
     """
     rows, half = micro_batch * config.seq_len, precision == "bf16"
     embedding = 4 * shape.vocab_size * shape.n_embd
-    layer = _layer_bytes(shape, half)
+    layer = _layer_bytes(shape, half, config.seq_len, device_type)
     kept = shape.n_layer * layer
     if config.activation_checkpointing:  # each block keeps its input; one at a time has all the rest
         kept = shape.n_layer * 4 * shape.n_embd + layer
     weights, gradients = 4 * shape.num_parameters, 4 * shape.num_parameters
     on_host = device_type == "cpu"
     if on_host:
-        # The gradients of the projection and of the embedding, before they are added; and a block of logits, twice
-        # where it is bf16 first.
-        block = min(rows, HEAD_ROWS) * shape.vocab_size * (6 if half else 4)
-        head = 2 * embedding + rows * 4 * shape.n_embd + block
+        # The gradients of the projection and of the embedding, before they are added; and a block of logits.
+        # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices, below.
+        size = 2 if half else 4
+        head = 2 * embedding + rows * 4 * shape.n_embd + min(rows, HEAD_ROWS) * shape.vocab_size * size
+        head += 0 if half else embedding
     else:
         # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
         # gradient and that of the logits, in fp32.
@@ -111,15 +112,19 @@ def peak_memory(
     )
 
 
-def _layer_bytes(shape: GPTConfig, half: bool) -> int:
+def _layer_bytes(shape: GPTConfig, half: bool, time: int, device_type: str) -> int:
     """What a block keeps of a token for the backward pass.
 
     In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
     middle what goes into the activation and what comes out. In bf16: the norms' inputs stay fp32, and the
     attention's output is there twice, as it came and as it goes into the projection. Besides, the norms' means and
-    deviations, and a logarithm for each head. Flash attention keeps no matrix of scores.
+    deviations, and a logarithm for each head. Flash attention keeps no matrix of scores; ours keeps, on a CPU in
+    bf16, that of probabilities, and not its output.
     """
     width, inner = shape.n_embd, shape.mlp_dim
+    if half and attention.takes_own(device_type, torch.bfloat16, time):
+        probabilities = shape.n_head * attention.kept_bytes(time) // time
+        return 2 * 4 * width + 2 * (6 * width + 2 * inner) + 4 * 4 + probabilities
     tensors = 2 * 4 * width + 2 * (7 * width + 2 * inner) if half else 4 * (8 * width + 2 * inner)
     return tensors + 4 * (4 + shape.n_head)
 

@@ -1,0 +1,93 @@
+"""The attention of a CPU's bf16 is torch's, and its gradients: as near to fp64 as that kernel itself."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt2_model.attention import LONGEST, causal_attention, kept_bytes
+from gpt2_model.model import ACTIVATION_FUNCTIONS
+
+NAMES = ("output", "query", "key", "value")
+
+
+def found(attend, inputs, grad):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = attend(*leaves)
+    output.backward(grad)
+    return output.detach(), *(leaf.grad for leaf in leaves)
+
+
+def torchs(query, key, value, scale):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 200, LONGEST])
+@pytest.mark.parametrize(("spread", "scale"), [(1, 0.125), (8, 0.3)])
+def test_is_as_exact_as_torchs_kernel(time, spread, scale) -> None:
+    """`spread` 8: scores of hundreds, of which bf16 could not tell the largest."""
+    torch.manual_seed(0)
+    inputs = [(spread * torch.randn(2, 3, time, 16)).bfloat16() for _ in range(3)]
+    grad = torch.randn(2, 3, time, 16).bfloat16()
+    exact = found(lambda *x: torchs(*x, scale), [x.double() for x in inputs], grad.double())
+    theirs = found(lambda *x: torchs(*x, scale), inputs, grad)
+    ours = found(lambda *x: causal_attention(*x, scale), inputs, grad)
+    for name, mine, other, truth in zip(NAMES, ours, theirs, exact, strict=True):
+        assert mine.dtype == torch.bfloat16, name
+        if truth.norm() > 0:  # a single position looks at itself alone, whatever its query
+            assert relative(mine, truth) <= 1.5 * relative(other, truth) + 1e-4, name
+        else:
+            assert mine.abs().max() < 1e-2, name
+
+
+def test_a_row_does_not_see_what_comes_after() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 150, 8).bfloat16() for _ in range(3)]
+    before = causal_attention(*inputs, 0.5)
+    for tensor in inputs:
+        tensor[:, :, 97:] = 100
+    after = causal_attention(*inputs, 0.5)
+    assert torch.equal(before[:, :, :97], after[:, :, :97])
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
+def test_compiled_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 130, 16).bfloat16() for _ in range(3)]
+    grad = torch.randn(2, 2, 130, 16).bfloat16()
+    compiled = torch.compile(causal_attention, dynamic=False)
+    plain = found(lambda *x: causal_attention(*x, 0.25), inputs, grad)
+    for mine, expected in zip(found(lambda *x: compiled(*x, 0.25), inputs, grad), plain, strict=True):
+        assert relative(mine, expected.double()) < 5e-3
+
+
+def test_it_keeps_what_it_says() -> None:
+    kept = []
+    inputs = [torch.randn(2, 3, 100, 8).bfloat16().requires_grad_() for _ in range(3)]
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        causal_attention(*inputs, 1.0)
+    assert sum(t.nbytes for t in kept) == 3 * inputs[0].nbytes + 2 * 3 * kept_bytes(100)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
+def test_the_compilers_gelu_is_torchs() -> None:
+    """In fp64, where both are the same function, to the last digits, and its derivative."""
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    compiled = torch.compile(ACTIVATION_FUNCTIONS["gelu_new"], dynamic=False)
+    results = []
+    for function in (compiled, lambda x: F.gelu(x, approximate="tanh")):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.sum().backward()
+        results.append((y.detach(), leaf.grad))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
