@@ -8,6 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LONGEST = 1024  # positions; beyond that probabilities, whose number is quadratic, are not worth their memory
+# The compiler writes out each block of each layer: with four of them 124M takes 109 s to compile in the place of
+# 49, with the eight of longer sequences more than 200.
+LONGEST_COMPILED = 256
 
 
 class _Attention(torch.autograd.Function):
@@ -54,14 +57,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _blocks(time: int) -> list[tuple[int, int]]:
-    """Of queries: 64, so that a block's scores stay in a cache, or an eighth of them all, to compile fast."""
+    """Of queries: 64, so that a block's scores stay in a cache, or an eighth of them all."""
     length = max(64, -(-time // 8))
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-def takes_own(device_type: str, dtype: torch.dtype, time: int) -> bool:
+def takes_own(device_type: str, dtype: torch.dtype, time: int, compiled: bool) -> bool:
     """Whether `causal_attention` of `time` positions is computed here, and not by torch's kernel."""
-    return device_type == "cpu" and dtype == torch.bfloat16 and time <= LONGEST
+    longest = LONGEST_COMPILED if compiled else LONGEST
+    return device_type == "cpu" and dtype == torch.bfloat16 and time <= longest
 
 
 def kept_bytes(time: int) -> int:
@@ -72,9 +76,9 @@ def kept_bytes(time: int) -> int:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Each position's mean of the values at itself and before, weighted by softmax(scale * query . key).
 
-    On a CPU in bf16, up to 1,024 positions, in products of its own: forward and backward of 4 x 256 positions and
-    12 heads take 15 ms in the place of 25, and a step of 124M 5 to 9 % less (torch 2.13, whose kernel multiplies
-    smaller tiles). In fp32, where it would gain nothing, on a GPU, and beyond: torch's kernel.
+    On a CPU in bf16, up to 1,024 positions (256 compiled), in products of its own: forward and backward of 4 x 256
+    positions and 12 heads take 15 ms in the place of 25, and a step of 124M 5 to 9 % less (torch 2.13, whose
+    kernel multiplies smaller tiles). In fp32, where it would gain nothing, on a GPU, and beyond: torch's kernel.
 
     Args:
         query, key, value: (batch, heads, time, head_dim).
@@ -83,6 +87,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         The same shape. It can be differentiated once.
     """
-    if takes_own(query.device.type, query.dtype, query.shape[2]):
+    if takes_own(query.device.type, query.dtype, query.shape[2], torch.compiler.is_compiling()):
         return _Attention.apply(query, key, value, scale)  # type: ignore[no-any-return,no-untyped-call]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)

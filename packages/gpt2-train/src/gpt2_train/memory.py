@@ -80,7 +80,12 @@ def peak_memory(
     """
     rows, half = micro_batch * config.seq_len, precision == "bf16"
     embedding = 4 * shape.vocab_size * shape.n_embd
-    layer = _layer_bytes(shape, half, config.seq_len, device_type)
+    layer = _layer_bytes(
+        shape,
+        half,
+        half and attention.takes_own(device_type, torch.bfloat16, config.seq_len, compiled),
+        config.seq_len,
+    )
     kept = shape.n_layer * layer
     if config.activation_checkpointing:  # each block keeps its input; one at a time has all the rest
         kept = shape.n_layer * 4 * shape.n_embd + layer
@@ -112,7 +117,7 @@ def peak_memory(
     )
 
 
-def _layer_bytes(shape: GPTConfig, half: bool, time: int, device_type: str) -> int:
+def _layer_bytes(shape: GPTConfig, half: bool, own_attention: bool, time: int) -> int:
     """What a block keeps of a token for the backward pass.
 
     In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
@@ -122,7 +127,7 @@ def _layer_bytes(shape: GPTConfig, half: bool, time: int, device_type: str) -> i
     bf16, that of probabilities, and not its output.
     """
     width, inner = shape.n_embd, shape.mlp_dim
-    if half and attention.takes_own(device_type, torch.bfloat16, time):
+    if own_attention:
         probabilities = shape.n_head * attention.kept_bytes(time) // time
         return 2 * 4 * width + 2 * (6 * width + 2 * inner) + 4 * 4 + probabilities
     tensors = 2 * 4 * width + 2 * (7 * width + 2 * inner) if half else 4 * (8 * width + 2 * inner)
