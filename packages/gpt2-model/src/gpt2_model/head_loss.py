@@ -23,7 +23,6 @@ class _HeadLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         if wanted:  # the weight's is a sum over blocks, and so fp32
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
-            kept = weight.dtype
         hidden, padded = hidden.to(dtype), _padded(weight, dtype)
         counted = (targets != -100).float()
         share = counted / counted.sum()  # of each row in the mean
@@ -37,7 +36,7 @@ class _HeadLoss(torch.autograd.Function):
                 hidden_grad[rows] = logits @ padded
                 _add_product(weight_grad, logits.t(), hidden[rows], begin=start == 0)
         if wanted:
-            ctx.save_for_backward(hidden_grad, weight_grad.to(kept))
+            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
         return loss
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gpt2_model import GPTConfig, attention
+from gpt2_model.head_loss import ROWS
 
 from .config import TrainConfig, micro_batches
 from .distributed import World
@@ -23,7 +24,6 @@ CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 # The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
 # holes of so many of these, measured with 124M and micro-batches of 256 to 4,096 tokens.
 HOLES = 4.5
-HEAD_ROWS = 1024  # of logits at a time on a CPU (gpt2_model.head_loss)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,8 @@ def peak_memory(
     """
     rows, half = micro_batch * config.seq_len, precision == "bf16"
     embedding = 4 * shape.vocab_size * shape.n_embd
-    layer = _layer_bytes(
-        shape,
-        half,
-        half and attention.takes_own(device_type, torch.bfloat16, config.seq_len, compiled),
-        config.seq_len,
-    )
+    own_attention = half and attention.takes_own(device_type, torch.bfloat16, config.seq_len, compiled)
+    layer = _layer_bytes(shape, half, own_attention, config.seq_len)
     kept = shape.n_layer * layer
     if config.activation_checkpointing:  # each block keeps its input; one at a time has all the rest
         kept = shape.n_layer * 4 * shape.n_embd + layer
@@ -95,7 +91,7 @@ def peak_memory(
         # The gradients of the projection and of the embedding, before they are added; and a block of logits.
         # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices, below.
         size = 2 if half else 4
-        head = 2 * embedding + rows * 4 * shape.n_embd + min(rows, HEAD_ROWS) * shape.vocab_size * size
+        head = 2 * embedding + rows * 4 * shape.n_embd + min(rows, ROWS) * shape.vocab_size * size
         head += 0 if half else embedding
     else:
         # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
