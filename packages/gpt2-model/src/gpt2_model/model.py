@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import causal_attention
 from .config import GPTConfig
 from .head_loss import head_loss
+from .tied import look_up
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -162,11 +163,15 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than `config.block_size`, and no cache.
         """
-        time = tokens.shape[1]
+        return self._hidden(self.wte(tokens), cache)
+
+    def _hidden(self, embedded: Tensor, cache: AttentionContext | None = None) -> Tensor:
+        """Of tokens that are looked up already, (batch, time, n_embd)."""
+        time = embedded.shape[1]
         if cache is None and time > self.config.block_size:
             raise ValueError(f"{time} tokens do not fit the model's context of {self.config.block_size}")
-        positions = torch.arange(time, device=tokens.device) if cache is None else cache.positions(time)
-        x = self.wte(tokens) + self.wpe(positions)
+        positions = torch.arange(time, device=embedded.device) if cache is None else cache.positions(time)
+        x = embedded + self.wpe(positions)
         again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.h:
             # Nothing in a block is random, so there is no generator's state to restore.
@@ -200,9 +205,13 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than `config.block_size`.
         """
+        if targets is not None and not return_logits and tokens.device.type == "cpu":
+            if self.lm_head is None and torch.is_grad_enabled():
+                embedded, weight = look_up(self.wte.weight, tokens)
+            else:
+                embedded, weight = self.wte(tokens), self.head_weight
+            return None, head_loss(self._hidden(embedded).flatten(0, 1), weight, targets.flatten())
         hidden = self.hidden(tokens)
-        if targets is not None and not return_logits and hidden.device.type == "cpu":
-            return None, head_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten())
         logits = self.head(hidden)
         loss = None
         if targets is not None:

@@ -80,7 +80,7 @@ def peak_memory(
     """
     rows, half = micro_batch * config.seq_len, precision == "bf16"
     embedding = 4 * shape.vocab_size * shape.n_embd
-    own_attention = half and attention.takes_own(device_type, torch.bfloat16, config.seq_len, compiled)
+    own_attention = half and attention.takes_own(device_type, torch.bfloat16, config.seq_len)
     layer = _layer_bytes(shape, half, own_attention, config.seq_len)
     kept = shape.n_layer * layer
     if config.activation_checkpointing:  # each block keeps its input; one at a time has all the rest
@@ -88,10 +88,10 @@ def peak_memory(
     weights, gradients = 4 * shape.num_parameters, 4 * shape.num_parameters
     on_host = device_type == "cpu"
     if on_host:
-        # The gradients of the projection and of the embedding, before they are added; and a block of logits.
+        # The gradient of the projection, to which the embedding's is added; and a block of logits.
         # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices, below.
         size = 2 if half else 4
-        head = 2 * embedding + rows * 4 * shape.n_embd + min(rows, ROWS) * shape.vocab_size * size
+        head = embedding + rows * 4 * shape.n_embd + min(rows, ROWS) * shape.vocab_size * size
         head += 0 if half else embedding
     else:
         # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its

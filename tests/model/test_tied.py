@@ -1,0 +1,62 @@
+"""The gradient of the tied embedding: autograd's own sum of two."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt2_model import GPT, GPTConfig
+from gpt2_model.tied import look_up
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
+
+
+def gradient(weight, uses):
+    weight = weight.clone().requires_grad_()
+    embedded, projection = uses(weight)
+    (F.cross_entropy(F.linear(embedded.tanh().flatten(0, 1), projection), torch.arange(6)) * 3).backward()
+    return weight.grad
+
+
+def test_it_is_the_sum_of_both_uses() -> None:
+    torch.manual_seed(0)
+    weight, tokens = torch.randn(11, 4, dtype=torch.float64), torch.tensor([[3, 3, 7], [0, 10, 3]])
+    expected = gradient(weight, lambda weight: (F.embedding(tokens, weight), weight))
+    torch.testing.assert_close(gradient(weight, lambda weight: look_up(weight, tokens)), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_trains_as_with_logits(tied) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, tie_word_embeddings=tied)).double()
+    tokens, targets = torch.randint(0, 11, (2, 8)), torch.randint(0, 11, (2, 8))
+    found = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        model(tokens, targets, return_logits=return_logits)[1].backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-7)  # the loss is fp32
+
+
+def test_gradients_of_micro_batches_add_up() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    batches = torch.randint(0, 11, (3, 2, 2, 8))
+    alone = []
+    for x, y in batches:
+        model.zero_grad()
+        model(x, y, return_logits=False)[1].backward()
+        alone.append(model.wte.weight.grad.clone())
+    model.zero_grad()
+    for x, y in batches:
+        model(x, y, return_logits=False)[1].backward()
+    torch.testing.assert_close(model.wte.weight.grad, sum(alone))
+
+
+def test_a_frozen_embedding_gets_no_gradient() -> None:
+    model = GPT(GPTConfig(**SMALL))
+    model.wte.weight.requires_grad_(False)
+    tokens = torch.randint(0, 11, (2, 8))
+    model(tokens, tokens, return_logits=False)[1].backward()
+    assert model.wte.weight.grad is None
+    assert model.ln_f.weight.grad is not None
