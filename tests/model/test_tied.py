@@ -60,3 +60,24 @@ def test_a_frozen_embedding_gets_no_gradient() -> None:
     model(tokens, tokens, return_logits=False)[1].backward()
     assert model.wte.weight.grad is None
     assert model.ln_f.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
+@pytest.mark.parametrize("tied", [True, False])
+def test_compiled_gradients_have_the_same_bits_each_time(tied) -> None:
+    """The compiler's own embedding adds the rows of a token in the order in which threads come."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        model = GPT(GPTConfig(**{**SMALL, "n_embd": 64, "block_size": 512}, tie_word_embeddings=tied))
+        compiled = torch.compile(model, dynamic=False)
+        x, y = torch.randint(0, 11, (2, 4, 512))
+        found = []
+        for _ in range(20):
+            model.zero_grad()
+            compiled(x, y, return_logits=False)[1].backward()
+            found.append([parameter.grad for parameter in model.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for others in zip(*found, strict=True):
+        assert all(torch.equal(others[0], other) for other in others)

@@ -206,8 +206,9 @@ class GPT(nn.Module):
             ValueError: more positions than `config.block_size`.
         """
         if targets is not None and not return_logits and tokens.device.type == "cpu":
-            if self.lm_head is None and torch.is_grad_enabled():
-                embedded, weight = look_up(self.wte.weight, tokens)
+            if torch.is_grad_enabled():
+                embedded, tied = look_up(self.wte.weight, tokens)
+                weight = tied if self.lm_head is None else self.lm_head.weight
             else:
                 embedded, weight = self.wte(tokens), self.head_weight
             return None, head_loss(self._hidden(embedded).flatten(0, 1), weight, targets.flatten())

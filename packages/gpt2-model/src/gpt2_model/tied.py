@@ -1,4 +1,4 @@
-"""The token embedding where it is the output projection, too: one tensor, whose two gradients become one."""
+"""The token embedding, and where it is the output projection, too: one tensor, whose two gradients become one."""
 
 from typing import Any
 
@@ -20,7 +20,20 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, rows_grad: Tensor, weight_grad: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
-        return weight_grad.index_add_(0, tokens.flatten(), rows_grad.flatten(0, -2)), None
+        _add_rows(weight_grad, tokens.flatten(), rows_grad.flatten(0, -2))
+        return weight_grad, None
+
+
+# An operator, which the compiler calls: its own code for this, as for F.embedding's gradient, lets threads add the
+# rows of one token in any order, and a run that is resumed would end with other bits.
+@torch.library.custom_op("gpt2_model::add_rows", mutates_args={"total"}, device_types="cpu")
+def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    total.index_add_(0, ids, rows)
+
+
+@_add_rows.register_fake
+def _(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    pass
 
 
 def look_up(weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
