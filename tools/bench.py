@@ -87,8 +87,7 @@ def decode(
     if check and options["device"] != "cpu":
         raise click.UsageError("--check holds the bars of the CPU: leave -d out")
     settings = bench_decode.Settings(model=_sizes(fields), **options)
-    measured = _measured(lambda folder: bench_decode.measure(settings, folder), work)
-    document = {"benchmark": "decode", **provenance("decode", options["device"]), **measured}
+    document = _measured("decode", lambda folder: bench_decode.measure(settings, folder), work, options["device"])
     _report(document, bench_decode.table, out, as_json, check)
 
 
@@ -115,9 +114,7 @@ def data(work: Path | None, out: Path | None, as_json: bool, check: bool, **opti
         with tempfile.TemporaryDirectory(prefix="gpt2-bench-", dir=folder) as fresh:
             return bench_data.measure(bench_data.Settings(**options), Path(fresh))
 
-    measured = _measured(measure, work)
-    document = {"benchmark": "data", **provenance("data"), **measured}
-    _report(document, bench_data.table, out, as_json, check)
+    _report(_measured("data", measure, work), bench_data.table, out, as_json, check)
 
 
 @main.command("eval")
@@ -143,8 +140,7 @@ def eval_(
     be the same.
     """
     settings = bench_eval.Settings(model=_sizes(fields), **options)
-    measured = _measured(lambda folder: bench_eval.measure(settings, folder), work)
-    document = {"benchmark": "eval", **provenance("eval", options["device"]), **measured}
+    document = _measured("eval", lambda folder: bench_eval.measure(settings, folder), work, options["device"])
     _report(document, bench_eval.table, out, as_json, check)
 
 
@@ -193,8 +189,7 @@ def train(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--precision") from None
     settings = bench_train.Settings(work, rounds, threads, only)
-    measured = _measured(lambda folder: bench_train.measure(settings, folder), None)
-    document = {"benchmark": "train", **provenance("train", device), **measured}
+    document = _measured("train", lambda folder: bench_train.measure(settings, folder), device=device)
     _report(document, bench_train.table, out, as_json, check, png)
 
 
@@ -217,8 +212,7 @@ def scaling(fields: tuple[str, ...], out: Path | None, as_json: bool, **options:
 
     usual = bench_scaling.Settings()
     settings = bench_scaling.Settings(model={**usual.model, **_sizes(fields)}, **options)
-    measured = _measured(lambda folder: bench_scaling.measure(settings, folder), None)
-    document = {"benchmark": "scaling", **provenance("scaling"), **measured}
+    document = _measured("scaling", lambda folder: bench_scaling.measure(settings, folder))
     _report(document, bench_scaling.table, out, as_json, False)
 
 
@@ -270,9 +264,11 @@ def compare(
     temporary worktree, which is removed again.
     """
     names, settings = _cases(only, options["device"]), bench_suite.Settings(**options)
-    measured = _measured(lambda folder: bench_suite.compare(names, base, settings, folder, least), None)
-    document = {"benchmark": "compare", **provenance("suite", options["device"]), **measured}
-    _report(document, bench_suite.compare_table, out, as_json, True)
+
+    def measure(folder: Path) -> dict[str, Any]:
+        return bench_suite.compare(names, base, settings, folder, least)
+
+    _report(_measured("compare", measure, device=options["device"]), bench_suite.compare_table, out, as_json, True)
 
 
 @main.command("list")
@@ -285,8 +281,7 @@ def list_(device: str) -> None:
 
 def _suite(only: tuple[str, ...], **options: Any) -> dict[str, Any]:
     names, settings = _cases(only, options["device"]), bench_suite.Settings(**options)
-    measured = _measured(lambda folder: bench_suite.run(names, settings, folder), None)
-    return {"benchmark": "suite", **provenance("suite", options["device"]), **measured}
+    return _measured("suite", lambda folder: bench_suite.run(names, settings, folder), device=options["device"])
 
 
 def _cases(only: tuple[str, ...], device: str) -> list[str]:
@@ -296,13 +291,15 @@ def _cases(only: tuple[str, ...], device: str) -> list[str]:
         raise click.BadParameter(str(error), param_hint="--only") from None
 
 
-def _measured(measure: Callable[[Path], dict[str, Any]], work: Path | None) -> dict[str, Any]:
-    """What a benchmark finds, in the folder given or a temporary one."""
+def _measured(
+    name: str, measure: Callable[[Path], dict[str, Any]], work: Path | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """What a benchmark finds, in the folder given or a temporary one, and where it is from."""
     with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            return measure(folder)
+            return {"benchmark": name, **provenance(name, device), **measure(folder)}
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             sys.exit(130)

@@ -44,6 +44,7 @@ LIBRARIES = {
         "numpy",
     ),
 }
+LIBRARIES["compare"] = LIBRARIES["suite"]
 
 
 def say(text: str) -> None:
