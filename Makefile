@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; to compile all of torch and transformers took 65 of 230 seconds.
 export PIP_NO_COMPILE := 1
 
-.PHONY: help quickstart test test-fast test-long check format bench clean
+.PHONY: help venv quickstart test test-fast test-long check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,8 @@ check: $(VENV)/.installed-dev ## the checks that read the code: ruff, mypy, impo
 format: $(VENV)/.installed-dev ## let ruff mend and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+venv: $(VENV)/.installed-dev ## .venv with all packages and tools, and nothing run
 
 bench: $(VENV)/.installed-dev ## what everything takes, beside the machine's own rates: about twelve minutes
 	$(BIN)/python tools/bench.py run

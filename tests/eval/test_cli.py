@@ -68,6 +68,8 @@ def test_loss(model_folder, dataset_folder):
     document = json.loads(run(*arguments, "--json").stdout)
     assert set(document) >= {"loss", "stderr", "perplexity", "bits_per_byte", "tokens", "seconds"}
     assert document["tokens"] == 500
+    assert (document["task"], document["data"], len(document["dataset"])) == ("loss", str(dataset_folder), 64)
+    assert result.stdout.splitlines()[-1] == f"model {model_folder}, data {dataset_folder}"
     whole = run("loss", "-m", model_folder, "--data", dataset_folder, "--seq-len", 64)
     assert "val is smaller than the 10,485,760 tokens asked for" in whole.stdout
 

@@ -86,6 +86,26 @@ def test_the_command_and_all_its_workers_killed(corpus, expected, tmp_path):
     assert hashes(out) == expected
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
+    """One line, 128 + its number, no worker left behind, and nothing of Python's own housekeeping."""
+    out = tmp_path / "out"
+    command = [*CLI, *arguments(corpus, out, "--workers", "2", "--tokenizer", "tiktoken")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: any((out / ".build").rglob("unit*")) or process.poll() is not None)
+    workers = children(process.pid)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent, errors
+    assert errors.splitlines()[-1] == f"stopped by {sent.name}: the same command goes on from what is done"
+    assert "Traceback" not in errors
+    assert "leaked" not in errors
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hashes(out) == expected
+
+
 def test_workers_killed_at_random_instants(corpus, expected, tmp_path):
     """Not so often that one unit is hit twice: that is taken for the unit's fault."""
     rng = random.Random(4)

@@ -45,6 +45,8 @@ def test_parts_at_the_same_time(corpus, expected, tmp_path):
     outputs = [part.communicate(timeout=120) for part in parts]
     assert [part.returncode for part in parts] == [0, 0, 0], outputs
     assert sum("other parts are still to come" in output for output, _ in outputs) == 2
+    (last,) = (output for output, _ in outputs if "other parts" not in output)
+    assert " MB/s with " in last  # of its own units, not of the cutting alone
     assert hashes(out) == expected
 
 

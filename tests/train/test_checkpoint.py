@@ -104,6 +104,11 @@ def test_more_steps_go_on(dataset, run, capsys) -> None:
     assert [step for step, _ in losses(run)] == list(range(1, 15))
 
 
+def test_all_files_may_be_read_by_whoever_may_read_the_first(run) -> None:
+    (newest,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    assert {path.stat().st_mode for path in newest.iterdir()} == {(newest / "config.json").stat().st_mode}
+
+
 def test_prune_counts_good_ones_only(run) -> None:
     flip_a_bit(newest(run) / "model.safetensors")
     prune(run, keep=1, verified=set())

@@ -77,7 +77,10 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
         return _build_all(config, backend, started, progress)
 
 
-def _build_all(config: BuildConfig, backend: str, started: float, progress: Progress) -> BuildResult:
+def _build_all(
+    config: BuildConfig, backend: str, started: float, progress: Progress, tokenized: int = 0
+) -> BuildResult:
+    """`tokenized`: bytes of text that this process has tokenized before, as a part."""
     work = config.out / WORK
     plan = make_plan(config)
     workfolder.prepare(work, plan.name)
@@ -85,7 +88,7 @@ def _build_all(config: BuildConfig, backend: str, started: float, progress: Prog
     tasks = _tasks(plan, work, backend)
     results = _run(config, plan, tasks, progress)
     receipts = [result[0] for result in results if isinstance(result, tuple)]
-    fresh = sum(result[0].text_bytes for result in results if isinstance(result, tuple) and result[1])
+    fresh = tokenized + _text_bytes(results)
     check_unchanged(plan)
     hashes = iter([sha256 for result in results if isinstance(result, list) for sha256 in result])
     input_hashes = [item.sha256 or next(hashes) for item in plan.inputs]
@@ -114,11 +117,14 @@ def _build_part(config: BuildConfig, backend: str, started: float, progress: Pro
         share = tasks[len(tasks) * (number - 1) // count : len(tasks) * number // count]
         results = _run(config, plan, share, progress)
     # The lock is let go before looking: of parts that end together, the last to let go sees all done.
+    text_bytes = _text_bytes(results)
     if all(task.receipt_file.exists() for task in tasks):
-        with contextlib.suppress(workfolder.Busy):  # another part looked, too, and is at it
-            return build(dataclasses.replace(config, part=None), progress)
+        whole = dataclasses.replace(config, part=None)
+        with contextlib.suppress(workfolder.Busy), workfolder.locked(config.out):  # or another part is at it
+            if (made := history.finished(whole)) is not None:
+                return _result(whole, made, backend, False, started, text_bytes)
+            return _build_all(whole, backend, started, progress, text_bytes)
     receipts = [result[0] for result in results if isinstance(result, tuple)]
-    text_bytes = sum(result[0].text_bytes for result in results if isinstance(result, tuple) and result[1])
     seconds = time.monotonic() - started
     return BuildResult(
         out=config.out,
@@ -134,6 +140,11 @@ def _build_part(config: BuildConfig, backend: str, started: float, progress: Pro
         seconds=round(seconds, 3),
         text_mb_per_second=round(text_bytes / 1e6 / seconds, 3),
     )
+
+
+def _text_bytes(results: list[Result]) -> int:
+    """Tokenized in this run, and not before."""
+    return sum(result[0].text_bytes for result in results if isinstance(result, tuple) and result[1])
 
 
 # --- phase A

@@ -8,8 +8,12 @@ import glob
 import json
 import os
 import re
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -149,11 +153,31 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
             return
         from gpt2_data.build import build as run
 
-        with console.progress() as progress:
+        with _stoppable(), console.progress() as progress:
             result = run(config, progress)
         console.print_result(result, config, as_json)
     finally:
         engines.discard_early()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, and the command, with 128 + their number; the workers are ended, too."""
+    number = signal.SIGINT
+
+    def stop(received: int, _: FrameType | None) -> None:
+        nonlocal number
+        number = signal.Signals(received)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped by {number.name}: the same command goes on from what is done", err=True)
+        raise SystemExit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_names(source: tuple[str, ...]) -> None:

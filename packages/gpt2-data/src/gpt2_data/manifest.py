@@ -111,8 +111,10 @@ def load(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if not folder.exists():
+            raise ValueError(f"{folder} is not a dataset: there is no such folder") from None
         hint = ", but an unfinished build: run its command again" if (folder / ".build").exists() else ""
-        raise ValueError(f"{folder} is not a dataset: there is no {FILE_NAME} in it{hint}") from None
+        raise ValueError(f"{folder} is not a dataset of gpt2-data: there is no {FILE_NAME} in it{hint}") from None
     try:
         manifest = _parse(json.loads(data))
     except (KeyError, TypeError, ValueError, RecursionError) as error:

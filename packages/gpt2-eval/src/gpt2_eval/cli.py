@@ -140,7 +140,7 @@ def hellaswag(
         if rank == 0:
             _write(out_path, result.records)
             show = partial(tables.show_hellaswag, result, items.total)
-            _tell(result.as_dict(), show, as_json, model or hf, device, run)
+            _tell(result.as_dict(), show, as_json, model or hf, data, device, run)
 
 
 @main.command(short_help="LAMBADA, PIQA, ARC, WikiText and more, one at a time.")
@@ -187,7 +187,7 @@ def task(
             found = evaluate_corpus(loaded, text, stride=stride, encoder=encoder, **_scoring(run, None, rank))
             if rank == 0:
                 show = partial(tables.show_corpus, found, _size(loaded))
-                _tell(found.as_dict(), show, as_json, model or hf, device, run)
+                _tell(found.as_dict(), show, as_json, model or hf, data, device, run)
             return
         questions = load_task(name, data, limit=limit)
         loaded, encoder, device = _load(model, hf, run)
@@ -195,7 +195,7 @@ def task(
         if rank == 0:
             _write(out_path, result.records)
             show = partial(tables.show_task, result, questions.total, _size(loaded))
-            _tell(result.as_dict(), show, as_json, model or hf, device, run)
+            _tell(result.as_dict(), show, as_json, model or hf, data, device, run)
 
 
 @main.command(short_help="Loss, perplexity and bits per byte on a dataset.")
@@ -237,8 +237,8 @@ def loss(
         )
         if rank == 0:
             _write(out_path, result.records)
-            show = partial(tables.show_loss, result, split)
-            _tell({"split": split, **result.as_dict()}, show, as_json, model or hf, device, run)
+            found = {"task": "loss", "split": split, "dataset": dataset.manifest.hash, **result.as_dict()}
+            _tell(found, partial(tables.show_loss, result, split), as_json, model or hf, data, device, run)
 
 
 @main.command(short_help="Two models on the same items: which is better?")
@@ -344,16 +344,17 @@ def _scoring(run: Mapping[str, Any], out: Path | None, rank: int) -> dict[str, A
 
 
 def _tell(
-    result: dict[str, Any], show: Callable[[str], None], as_json: bool, model: str | None, device: str,
-    run: Mapping[str, Any],
+    result: dict[str, Any], show: Callable[[str], None], as_json: bool, model: str | None, data: str | None,
+    device: str, run: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """As JSON, or by `show`, which is told where and how it was computed."""
+    """As JSON, or by `show`, which is told where and how it was computed; no `data` is the published file."""
     dtype = "bf16" if run["dtype"] == "bf16" else "fp32"
     if not as_json:
-        return show(f"{device}, {dtype}")
+        show(f"{device}, {dtype}")
+        return click.echo(f"model {model}, data {data or 'as published'}")
     from .report import json_text
 
-    click.echo(json_text(result | {"model": model, "device": device, "dtype": dtype}, indent=2))
+    click.echo(json_text(result | {"model": model, "data": data, "device": device, "dtype": dtype}, indent=2))
 
 
 def _writable(name: str | None, data: str | None) -> Path | None:
@@ -375,6 +376,8 @@ def _write(path: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
         from .report import write_records
         from .unfinished import remove_unfinished
 
+        if path.exists():
+            click.echo(f"--out {path}: what was in it is replaced", err=True)
         try:
             write_records(path, records)
         except OSError as error:

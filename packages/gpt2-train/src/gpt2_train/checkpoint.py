@@ -62,6 +62,8 @@ def write_checkpoint(
         temporary.mkdir()
         model.save_pretrained(temporary)
         safetensors.torch.save_file(dict(optimizer), temporary / "optimizer.safetensors", {"format": "pt"})
+        # safetensors makes files that only their owner may read.
+        shutil.copymode(temporary / "config.json", temporary / "optimizer.safetensors")
         document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
         _write_json(temporary / "trainer.json", document)
         names = sorted(path.name for path in temporary.iterdir())
