@@ -82,8 +82,7 @@ def made_document(bench, ratio, difference):
 )
 def test_bars(bench, monkeypatch, tmp_path, ratio, difference, broken):
     document = made_document(bench, ratio, difference)
-    monkeypatch.setattr(bench, "_measured", lambda measure, work: document)
-    monkeypatch.setattr(bench, "provenance", lambda command, device: {})
+    monkeypatch.setattr(bench.bench_eval, "measure", lambda *_: document)
     result = CliRunner().invoke(bench.main, ["eval", "--check"])
     assert result.exit_code == (1 if broken else 0), result.output
     assert f"{ratio:.2f} times" in result.stdout
