@@ -69,7 +69,7 @@ def main(out: Path) -> None:
         "gpt2-eval", "hellaswag", "-m", checkpoint, "--data", items, "--protocol", "karpathy", "--json"
     )
 
-    heading(5, "New text, and the loss curve")
+    heading(5, "New text, of which two minutes teach indentation and common words; and the loss curve")
     command(
         "gpt2-model",
         "generate",
@@ -173,7 +173,8 @@ def summary(out: Path, checkpoint: Path, loss: dict[str, Any], score: dict[str, 
         f"""
                               untrained   trained
   validation loss             {untrained["val_loss"]:9.2f} {loss["loss"]:9.2f}   nats per token
-  right ending of four        {untrained["hellaswag_acc_norm"]:9.1%} {trained:9.1%}   +- {error:.1%}
+  right ending of four        {untrained["hellaswag_acc_norm"]:9.1%} {trained:9.1%}   +- {error:.1%}; an untrained
+                                                    model has its own leanings: 15 to 28 %
 
   {out / "loss.png"}        the loss curve
   {out / "data"}            the dataset: gpt2-data info {out / "data"}

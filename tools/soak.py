@@ -352,7 +352,8 @@ def _kill(children: Sequence[Child], victims: Sequence[Child]) -> list[str]:
         child.send(signal.SIGUSR2)  # faulthandler: where is it?
         child.poll(1)
         child.send(signal.SIGKILL)
-    return [f"a rank went on for {PATIENCE:.0f} s after another was killed: {child.output()[-2000:]}"]
+    said = "\n".join(child.output()[-2000:] for child in children)
+    return [f"a rank went on for {PATIENCE:.0f} s after another was killed: {said}"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,10 +6,14 @@ import json
 import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from encoder_growth import random_words
 
 from gpt2_data import fast, pydocs, tokenizer
 
@@ -124,31 +128,14 @@ def test_the_first_text_of_a_unit_is_checked(monkeypatch):
     tokenizer.encode_texts(pa.array(["some text"]), "gigatoken", first=1)
 
 
-def random_words(seed, size=1_000_000):
-    data = np.random.default_rng(seed).integers(97, 123, size, dtype=np.uint8)
-    data[::8] = 32
-    return data, np.array([0, size])
-
-
 @pytest.mark.skipif(fast._memory() is None, reason="only Linux says how much memory a process has")
-def growth(bound):
-    """Most bytes that an encoder took, and its renewals."""
-    encoder = fast.Encoder(tokenizer.token_ranks(), max_growth=bound)
-    encoder.encode(*random_words(0))
-    before = fast._memory()
-    most = 0
-    for seed in range(1, 30):
-        encoder.encode(*random_words(seed))
-        most = max(most, fast._memory() - before)
-    return most, encoder.renewals
-
-
 def test_memory_is_bounded():
     """30 MB of words that were never seen make a cache without bound grow by 350 MB."""
     bound = 40_000_000
     # In a process of its own: other tests' threads and heaps are in this one's memory, too.
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        most, renewals = pool.submit(growth, bound).result()
+    program = [sys.executable, Path(__file__).with_name("encoder_growth.py"), str(bound)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    most, renewals = json.loads(done.stdout)
     assert 2 <= renewals <= 20
     assert most < 3 * bound  # its table doubles at times, and the allocator keeps some
 

@@ -89,9 +89,16 @@ def test_the_command_and_all_its_workers_killed(corpus, expected, tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
     """One line, 128 + its number, no worker left behind, and nothing of Python's own housekeeping."""
+    (tmp_path / "sitecustomize.py").write_text(  # a unit takes half a second, so that there is time to stop
+        "import time\n"
+        "from gpt2_data import tokenizer\n"
+        "real = tokenizer.encode_texts\n"
+        "tokenizer.encode_texts = lambda *args, **more: (time.sleep(0.5), real(*args, **more))[1]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     out = tmp_path / "out"
     command = [*CLI, *arguments(corpus, out, "--workers", "2", "--tokenizer", "tiktoken")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     wait_until(lambda: any((out / ".build").rglob("unit*")) or process.poll() is not None)
     workers = children(process.pid)
     process.send_signal(sent)

@@ -214,7 +214,7 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         return
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
-        say(f"{change}, which does not change what is computed, but for rounding")
+        say(f"{change}, which changes nothing in what is learnt but rounding, if that")
     before = state["config"]["steps"]
     if before != config.steps:
         say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
