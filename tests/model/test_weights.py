@@ -187,3 +187,10 @@ print(loaded - before, peak() - loaded)
     loading, saving = map(int, result.stdout.split())
     assert loading < 2.3 * size
     assert saving < 0.3 * size
+
+
+def test_a_runs_folder_names_its_newest_model(tmp_path) -> None:
+    for step in (9, 10):
+        (tmp_path / f"run/checkpoints/step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"run is a run's folder: its newest model is .*step-00000010$"):
+        GPT.from_pretrained(tmp_path / "run")

@@ -100,6 +100,8 @@ def _open_folder(folder: Path) -> _Checkpoint:
             return _open_file(folder / name)
     if (folder / "hparams.json").is_file():
         return _Checkpoint(*read_openai(folder), folder, in_out=True)
+    if models := sorted((folder / "checkpoints").glob("step-*")):  # gpt2-train's: the likeliest slip
+        raise FileNotFoundError(f"{folder} is a run's folder: its newest model is {models[-1]}")
     raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} or hparams.json in it")
 
 

@@ -207,6 +207,8 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     if config.eval_every:
         tokens = validation_tokens(config, run.dataset)
         say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
+        if not tokens:
+            say("warning: the dataset has no tokens for validation: gpt2-data build --val-tokens sets some apart")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != "0":
         say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
