@@ -86,16 +86,22 @@ def test_the_command_and_all_its_workers_killed(corpus, expected, tmp_path):
     assert hashes(out) == expected
 
 
+def run_at_start(folder, program) -> dict[str, str]:
+    """An environment in which each Python, of the command and its workers, runs `program` before all else."""
+    (folder / "sitecustomize.py").write_text(program)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
     """One line, 128 + its number, no worker left behind, and nothing of Python's own housekeeping."""
-    (tmp_path / "sitecustomize.py").write_text(  # a unit takes half a second, so that there is time to stop
+    environment = run_at_start(  # a unit takes half a second, so that there is time to stop
+        tmp_path,
         "import time\n"
         "from gpt2_data import tokenizer\n"
         "real = tokenizer.encode_texts\n"
-        "tokenizer.encode_texts = lambda *args, **more: (time.sleep(0.5), real(*args, **more))[1]\n"
+        "tokenizer.encode_texts = lambda *args, **more: (time.sleep(0.5), real(*args, **more))[1]\n",
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     out = tmp_path / "out"
     command = [*CLI, *arguments(corpus, out, "--workers", "2", "--tokenizer", "tiktoken")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -133,7 +139,8 @@ def test_workers_killed_at_random_instants(corpus, expected, tmp_path):
 
 def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, monkeypatch):
     """A worker that meets a certain document dies, as a bug in a library or a lack of memory would make it."""
-    (tmp_path / "sitecustomize.py").write_text(
+    environment = run_at_start(
+        tmp_path,
         "import os, signal\n"
         "from gpt2_data import tokenizer\n"
         "real = tokenizer.encode_texts\n"
@@ -141,14 +148,13 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, mo
         "    if any('Two of the most useful' in text for text in texts.to_pylist()):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(texts, backend, first)\n"
-        "tokenizer.encode_texts = encode_texts\n"
+        "tokenizer.encode_texts = encode_texts\n",
     )
     bad = tmp_path / "bad.jsonl"
     lines = [f"document {i}" for i in range(300)]
     lines[217] = "Two of the most useful things"
     bad.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
     command = ["build", str(bad), f"{corpus}/000*.parquet", "--out", str(tmp_path / "out"), "--workers", "2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*CLI, *command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     assert re.search(

@@ -71,16 +71,22 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
         return _result(config, made, backend, True, started, 0)
     if config.part is not None:
         return _build_part(config, backend, started, progress)
-    with workfolder.locked(config.out):
-        if (made := history.finished(config)) is not None:  # by the build that held the lock before us
-            return _result(config, made, backend, True, started, 0)
-        return _build_all(config, backend, started, progress)
+    return _build_whole(config, backend, started, progress)
 
 
-def _build_all(
+def _build_whole(
     config: BuildConfig, backend: str, started: float, progress: Progress, tokenized: int = 0
 ) -> BuildResult:
     """`tokenized`: bytes of text that this process has tokenized before, as a part."""
+    with workfolder.locked(config.out):
+        if (made := history.finished(config)) is not None:  # by the build that held the lock before us
+            return _result(config, made, backend, True, started, 0)
+        return _build_all(config, backend, started, progress, tokenized)
+
+
+def _build_all(
+    config: BuildConfig, backend: str, started: float, progress: Progress, tokenized: int
+) -> BuildResult:
     work = config.out / WORK
     plan = make_plan(config)
     workfolder.prepare(work, plan.name)
@@ -116,14 +122,12 @@ def _build_part(config: BuildConfig, backend: str, started: float, progress: Pro
         tasks = _tasks(plan, work, backend)
         share = tasks[len(tasks) * (number - 1) // count : len(tasks) * number // count]
         results = _run(config, plan, share, progress)
-    # The lock is let go before looking: of parts that end together, the last to let go sees all done.
     text_bytes = _text_bytes(results)
+    # The lock is let go before looking: of parts that end together, the last to let go sees all done.
     if all(task.receipt_file.exists() for task in tasks):
-        whole = dataclasses.replace(config, part=None)
-        with contextlib.suppress(workfolder.Busy), workfolder.locked(config.out):  # or another part is at it
-            if (made := history.finished(whole)) is not None:
-                return _result(whole, made, backend, False, started, text_bytes)
-            return _build_all(whole, backend, started, progress, text_bytes)
+        with contextlib.suppress(workfolder.Busy):  # another part looked, too, and is at it
+            whole = dataclasses.replace(config, part=None)
+            return _build_whole(whole, backend, started, progress, text_bytes)
     receipts = [result[0] for result in results if isinstance(result, tuple)]
     seconds = time.monotonic() - started
     return BuildResult(

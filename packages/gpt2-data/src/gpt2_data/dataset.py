@@ -107,9 +107,7 @@ def load(path: Path) -> manifest.Manifest | foreign.ForeignManifest:
         return made
     found = foreign.sniff(path)
     if found is None and not path.exists():
-        raise ValueError(
-            f"{path} is not a dataset: there is no such folder; gpt2-data build --out {path} makes one"
-        )
+        raise ValueError(manifest.no_such_folder(path))
     if found is None:
         raise ValueError(
             f"{path} is not a dataset: there is no {manifest.FILE_NAME} in it, nor shards of "

@@ -112,7 +112,7 @@ def load(folder: Path) -> Manifest:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
-            raise ValueError(f"{folder} is not a dataset: there is no such folder") from None
+            raise ValueError(no_such_folder(folder)) from None
         hint = ", but an unfinished build: run its command again" if (folder / ".build").exists() else ""
         raise ValueError(f"{folder} is not a dataset of gpt2-data: there is no {FILE_NAME} in it{hint}") from None
     try:
@@ -123,6 +123,11 @@ def load(folder: Path) -> Manifest:
     if manifest.to_bytes() != data:
         raise ValueError(f"{path}: not as gpt2-data wrote it: totals or layout were changed")
     return manifest
+
+
+def no_such_folder(folder: Path) -> str:
+    """What is wrong with a dataset's folder that is not there."""
+    return f"{folder} is not a dataset: there is no such folder; gpt2-data build --out {folder} makes one"
 
 
 def shard_from_json(item: Any) -> Shard:
