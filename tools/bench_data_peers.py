@@ -125,7 +125,7 @@ def _keep(barrier: Barrier) -> None:
 
 def _alone(library: str, files: list[str], number: int, workers: int) -> tuple[int, list[tuple[float, float]]]:
     """The bytes that one process encoded in a pass, and when each pass started and ended."""
-    from gpt2_data.fast import Encoder
+    from gpt2_data.gigatoken import Encoder
     from gpt2_data.tokenizer import text_buffers, token_ranks
 
     texts = _share(files, number, workers)
@@ -231,7 +231,7 @@ def write_corpus(file: str, megabytes: int) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from gpt2_data.pydocs import documents
+    from gpt2_data.sources.pydocs import documents
 
     texts, size, copies = [text for _, text in documents()], 0, 0
     with pq.ParquetWriter(file, pa.schema([("text", pa.large_string())]), compression="zstd") as writer:

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_data import TokenLoader, formats, tokenizer
-from gpt2_data.manifest import Manifest, Shard, Sidecar
+from gpt2_data import TokenLoader, tokenizer
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.manifest import Manifest, Shard, Sidecar
 
 TOKENS, SHARDS = 1_000_000, 3
 BATCH, TIME = 64, 1024

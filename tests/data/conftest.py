@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, use
 
-from gpt2_data import BuildConfig, build, web
+from gpt2_data import BuildConfig, build
+from gpt2_data.sources import web
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 
-from gpt2_data import fast, tokenizer
+from gpt2_data import gigatoken as fast
+from gpt2_data import tokenizer
 
 
 def random_words(seed, size=1_000_000):

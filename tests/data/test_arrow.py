@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gpt2_data import BuildConfig, TokenLoader, arrow, build, manifest, open_dataset, verify
+from gpt2_data import BuildConfig, TokenLoader, build, open_dataset, verify
+from gpt2_data.formats import arrow, manifest
 
 SHUFFLED = {"order": "shuffled", "seed": 5, "shard_size": 700, "val_tokens": 900}
 

@@ -11,19 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt2_data import (
-    BuildConfig,
-    build,
-    estimate,
-    fast,
-    get_tokenizer,
-    open_dataset,
-    plan,
-    readers,
-    tokenizer,
-    verify,
-)
+from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, tokenizer, verify
+from gpt2_data import gigatoken as fast
+from gpt2_data.building import estimate, plan
 from gpt2_data.order import permute
+from gpt2_data.sources import files as readers
 
 
 def expected_splits(documents, val_tokens, seed=None):

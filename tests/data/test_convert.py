@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from gpt2_data import BuildConfig, build, convert, manifest, open_dataset, verify
+from gpt2_data import BuildConfig, build, convert, open_dataset, verify
 from gpt2_data.cli import main
+from gpt2_data.formats import manifest
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
 SHARDED = ("npy", "llmc", "arrow")
@@ -175,7 +176,7 @@ def test_others_become_ours(tmp_path):
 
 
 def test_a_stream_without_shards_is_cut(tmp_path, built, monkeypatch):
-    monkeypatch.setattr(sys.modules["gpt2_data.convert"], "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(sys.modules["gpt2_data.conversion"], "SHARD_TOKENS", 1000)
     convert(built / "from-uint16-nanogpt", tmp_path / "out", "llmc")
     sizes = [shard.tokens for shard in manifest.load(tmp_path / "out").split("train")]
     assert set(sizes[:-1]) == {1000}
@@ -185,7 +186,7 @@ def test_a_stream_without_shards_is_cut(tmp_path, built, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 7, 900])
 def test_chunks_do_not_matter(tmp_path, built, monkeypatch, chunk):
-    for module in "convert", "foreign":
+    for module in "conversion", "formats.foreign":
         monkeypatch.setattr(sys.modules[f"gpt2_data.{module}"], "_CHUNK", chunk)
     small = tmp_path / "small"
     small.mkdir()

@@ -16,10 +16,10 @@ import pytest
 from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
 from huggingface_hub import constants
 
-from gpt2_data import download, web
-from gpt2_data.download import Downloader, fetch
-from gpt2_data.hub import HubFile, HubSource, list_files
-from gpt2_data.web import WebFile
+from gpt2_data.sources import download, web
+from gpt2_data.sources.download import Downloader, fetch
+from gpt2_data.sources.hub import HubFile, HubSource, list_files
+from gpt2_data.sources.web import WebFile
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -40,7 +40,7 @@ def names(folder):
 def fetching(server, folder, **environment):
     """A process that fetches the file."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom gpt2_data import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
+        "import sys\nfrom pathlib import Path\nfrom gpt2_data.sources import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
         f"file = hub.HubFile('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
         f"try:\n    print(download.fetch(file, Path({str(folder)!r})))\n"
         "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pytest
 from encoder_growth import random_words
 
-from gpt2_data import fast, pydocs, tokenizer
+from gpt2_data import gigatoken as fast
+from gpt2_data import tokenizer
+from gpt2_data.sources import pydocs
 
 pytest.importorskip("gigatoken", reason="the extra gpt2-data[fast] is not installed")
 

@@ -8,7 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gpt2_data import TokenLoader, foreign, open_dataset, verify
+from gpt2_data import TokenLoader, open_dataset, verify
+from gpt2_data.formats import foreign
 
 DOCUMENTS = [[50256, 1, 2], [50256], [50256, 3, 4, 5, 6], [50256, 7]]
 STREAM = list(itertools.chain(*DOCUMENTS))

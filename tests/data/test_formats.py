@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from gpt2_data import formats
+from gpt2_data.formats import uint16 as formats
 
 
 def shard(count, tokens=(), magic=20240520, version=1):

@@ -9,8 +9,8 @@ import pytest
 from hub_server import FIRST, SECOND, Refuse
 from huggingface_hub import constants
 
-from gpt2_data import hub, remote, web
-from gpt2_data.hub import HubFile, HubSource, Listing, list_files
+from gpt2_data.sources import hub, remote, web
+from gpt2_data.sources.hub import HubFile, HubSource, Listing, list_files
 
 EDU = """---
 license: odc-by

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_data import BuildConfig, build, manifest, open_dataset, verify
+from gpt2_data import BuildConfig, build, open_dataset, verify
+from gpt2_data.formats import manifest
 
 
 @pytest.fixture(scope="module")

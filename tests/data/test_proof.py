@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from gpt2_data import fast, proof, tokenizer
+from gpt2_data import gigatoken as fast
+from gpt2_data import proof, tokenizer
 from gpt2_data.cli import main
 
 pytest.importorskip("gigatoken", reason="the extra gpt2-data[fast] is not installed")

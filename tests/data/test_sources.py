@@ -7,7 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_data import BuildConfig, encode_documents, plan, pydocs, readers, sources, tokenizer
+from gpt2_data import BuildConfig, encode_documents, tokenizer
+from gpt2_data.building import plan
+from gpt2_data.sources import catalog as sources
+from gpt2_data.sources import files as readers
+from gpt2_data.sources import pydocs
 
 
 def read(source, tmp_path, **options):

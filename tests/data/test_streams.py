@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from hub_server import SECOND, Drop, Refuse
 
-from gpt2_data import streams
-from gpt2_data.hub import HubFile, HubSource, Listing, list_files
+from gpt2_data.sources import streaming as streams
+from gpt2_data.sources.hub import HubFile, HubSource, Listing, list_files
 
 TEXTS = [
     [f"document {i} of {shard}, naïve 日本語" if i % 5 else (None if i % 2 else "") for i in range(700)]
@@ -28,7 +28,7 @@ def jsonl(texts, **row):
 def started(server, folder, code, *arguments):
     """A process that talks to `server` with an empty cache; `datasets` reads the environment on import."""
     head = (
-        "import json, sys, warnings\nwarnings.simplefilter('ignore')\nfrom gpt2_data import hub, streams\n"
+        "import json, sys, warnings\nwarnings.simplefilter('ignore')\nfrom gpt2_data.sources import hub\nfrom gpt2_data.sources import streaming as streams\n"
         "def read(listing, shard, column='text'):\n"
         "    return [text for batch in streams.documents(listing, shard, column) for text in batch]\n"
         "def said(function, *arguments):\n"

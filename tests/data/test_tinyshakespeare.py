@@ -6,9 +6,9 @@ import os
 import pytest
 from huggingface_hub import constants
 
-from gpt2_data import download
-from gpt2_data.download import tinyshakespeare
-from gpt2_data.web import WebFile
+from gpt2_data.sources import download
+from gpt2_data.sources.download import tinyshakespeare
+from gpt2_data.sources.web import WebFile
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import yaml
 from click.testing import CliRunner
 from hub_server import Drop, HubServer, Spoil
 
-from gpt2_data import hub as hub_names
-from gpt2_data import web
+from gpt2_data.sources import hub as hub_names
+from gpt2_data.sources import web
 from gpt2_eval import cli, files
 from gpt2_eval.corpora import CORPORA, detokenize, evaluate_corpus, load_corpus, split_pages, windows_of
 from gpt2_eval.files import Published, have

@@ -4,7 +4,8 @@ import fineweb_like
 import pytest
 import train_faults
 
-from gpt2_data import BuildConfig, build, fast
+from gpt2_data import BuildConfig, build
+from gpt2_data import gigatoken as fast
 
 FILES = 12
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2_data import get_tokenizer, pydocs
+from gpt2_data import get_tokenizer
+from gpt2_data.sources import pydocs
 
 ROWS = 500  # a row group
 

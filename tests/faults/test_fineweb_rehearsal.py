@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import SECOND, Drop, HubServer, Refuse, Spoil, use
 
-from gpt2_data import BuildConfig, build, download, get_tokenizer, open_dataset, verify, web
+from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, verify
+from gpt2_data.sources import download, web
 
 REPO = "HuggingFaceFW/fineweb-edu"
 CARD = b"""---

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 from fineweb_like import OPTIONS, arguments, hashes
 
-from gpt2_data import BuildConfig, build, engines, formats, plan, units
+from gpt2_data import BuildConfig, build
+from gpt2_data.building import plan
+from gpt2_data.building import tokenize_units as units
+from gpt2_data.building import workers as engines
+from gpt2_data.formats import uint16 as formats
 
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
@@ -22,7 +26,10 @@ CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 SOAK = """
 import json, os, random, signal, sys, time
 from gpt2_data import BuildConfig, build, tokenizer
-from gpt2_data import dataset, history, shards, workfolder
+from gpt2_data import dataset
+from gpt2_data.building import history
+from gpt2_data.building import cut_shards as shards
+from gpt2_data.building import workfolder
 
 sources, out, options, kills = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 config = BuildConfig([sources], out, workers=1, tokenizer="tiktoken", **options)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2_data import fast, pydocs
+from gpt2_data import gigatoken as fast
+from gpt2_data.sources import pydocs
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 

@@ -5,7 +5,9 @@ import os
 import pytest
 from fineweb_like import OPTIONS, hashes
 
-from gpt2_data import BuildConfig, build, engines, ray_engine
+from gpt2_data import BuildConfig, build
+from gpt2_data.building import ray_engine
+from gpt2_data.building import workers as engines
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 

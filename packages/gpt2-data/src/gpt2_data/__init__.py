@@ -4,17 +4,15 @@ The public names load on first use, so that `gpt2-data --help` pays for none of 
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gpt2_data.build import BuildResult, build
-    from gpt2_data.config import BuildConfig
-    from gpt2_data.convert import convert
+    from gpt2_data.building.build import BuildResult, build
+    from gpt2_data.building.config import BuildConfig
+    from gpt2_data.conversion import convert
     from gpt2_data.dataset import Dataset, open_dataset
+    from gpt2_data.formats.manifest import verify
     from gpt2_data.loader import TokenLoader
-    from gpt2_data.manifest import verify
     from gpt2_data.prefetch import Prefetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
@@ -37,17 +35,17 @@ __all__ = [
 
 _MODULE_OF = {
     "EOT": "tokenizer",
-    "BuildConfig": "config",
-    "BuildResult": "build",
+    "BuildConfig": "building.config",
+    "BuildResult": "building.build",
     "Dataset": "dataset",
     "Prefetch": "prefetch",
     "TokenLoader": "loader",
-    "build": "build",
-    "convert": "convert",
+    "build": "building.build",
+    "convert": "conversion",
     "encode_documents": "tokenizer",
     "get_tokenizer": "tokenizer",
     "open_dataset": "dataset",
-    "verify": "manifest",
+    "verify": "formats.manifest",
 }
 
 
@@ -63,14 +61,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, "__version__"])
-
-
-class _Package(types.ModuleType):
-    """Keeps `gpt2_data.build` the function: importing the module of that name would put itself in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -133,7 +133,8 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     An interrupted build goes on when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
     """
-    from gpt2_data import console, engines
+    from gpt2_data import console
+    from gpt2_data.building import workers as engines
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -145,13 +146,13 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     if workers > 1:  # before anything heavy is imported here
         engines.start_early(workers, options["tokenizer"])
     try:
-        from gpt2_data.config import BuildConfig
+        from gpt2_data.building.config import BuildConfig
 
         config = BuildConfig(sources=source, out=out, **options)
         if dry_run:
             console.print_plan(config, as_json)
             return
-        from gpt2_data.build import build as run
+        from gpt2_data.building.build import build as run
 
         with _stoppable(), console.progress() as progress:
             result = run(config, progress)
@@ -182,7 +183,8 @@ def _stoppable() -> Iterator[None]:
 
 def _check_names(source: tuple[str, ...]) -> None:
     """Raise ValueError for one that is none: more to the point than what else is missing."""
-    from gpt2_data import hub, sources
+    from gpt2_data.sources import catalog as sources
+    from gpt2_data.sources import hub
 
     for name in source:
         if hub.parse(name) is None:
@@ -191,7 +193,7 @@ def _check_names(source: tuple[str, ...]) -> None:
 
 def _workers(source: tuple[str, ...], wanted: int | None) -> int:
     """How many workers a build of these files will have at most; 1 for little, which may be done without any."""
-    from gpt2_data import engines
+    from gpt2_data.building import workers as engines
 
     size = sum(os.path.getsize(path) for name in source for path in glob.glob(name) if os.path.isfile(path))
     if size < WORTH_WORKERS:
@@ -214,7 +216,7 @@ DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Pat
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def verify(dataset: Path, level: str, as_json: bool) -> None:
     """Check a dataset's files against its dataset.json."""
-    from gpt2_data.manifest import verify as check
+    from gpt2_data.formats.manifest import verify as check
 
     report = check(dataset, level)
     if as_json:
@@ -233,7 +235,7 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def info(dataset: Path, as_json: bool) -> None:
     """Say what a dataset is made of."""
-    from gpt2_data.manifest import SPLITS, load
+    from gpt2_data.formats.manifest import SPLITS, load
 
     made = load(dataset)
     if as_json:
@@ -294,7 +296,8 @@ def prove(quick: bool, out: Path | None, as_json: bool) -> None:
     from then on build takes gigatoken, which is many times as fast; text with a character that the two treat
     differently is left to tiktoken. Versions that this package knows already need no proof.
     """
-    from gpt2_data import console, fast
+    from gpt2_data import console
+    from gpt2_data import gigatoken as fast
     from gpt2_data.proof import prove as run
 
     started = time.monotonic()
@@ -334,7 +337,7 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
     """
     from gpt2_data import console
-    from gpt2_data.convert import convert as run
+    from gpt2_data.conversion import convert as run
 
     with console.bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)

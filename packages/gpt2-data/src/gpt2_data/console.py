@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.build import BuildResult, Progress, Status
-    from gpt2_data.config import BuildConfig
+    from gpt2_data.building.build import BuildResult, Progress, Status
+    from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal: a short build says nothing there."""
@@ -21,8 +21,8 @@ _UNITS = {"writing": " tokens", "converting": " tokens", "comparing": " strings"
 
 def print_plan(config: "BuildConfig", as_json: bool) -> None:
     """What would be built, on what, and what it needs."""
-    from gpt2_data.estimate import estimate
-    from gpt2_data.plan import make_plan
+    from gpt2_data.building.estimate import estimate
+    from gpt2_data.building.plan import make_plan
     from gpt2_data.tokenizer import choose_backend
 
     backend = choose_backend(config.tokenizer)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import arrow, foreign, formats, manifest
+from gpt2_data.formats import arrow, foreign, manifest
+from gpt2_data.formats import uint16 as formats
 from gpt2_data.tokenizer import EOT
 
 _ITERATED = 1024  # document starts read at once

@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gpt2_data import fast, pydocs, tokenizer
-from gpt2_data.fast import Proof
+from gpt2_data import gigatoken as fast
+from gpt2_data import tokenizer
+from gpt2_data.gigatoken import Proof
+from gpt2_data.sources import pydocs
 
 CONTEXTS = (
     *("{}'s", "a{}'ll {}b", " {}{}'t", "x {} 're", "1{}2", "'{}s'd", "don't{}", "\n{}\n'm"),

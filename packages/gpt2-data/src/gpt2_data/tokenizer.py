@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from gpt2_data import fast
+from gpt2_data import gigatoken as fast
 
 if TYPE_CHECKING:
     import pyarrow as pa

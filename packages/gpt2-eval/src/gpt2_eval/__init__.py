@@ -8,15 +8,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .hellaswag import evaluate_hellaswag as evaluate_hellaswag
-    from .hellaswag import load_hellaswag as load_hellaswag
-    from .loss import evaluate_loss as evaluate_loss
-    from .packing import Row as Row
-    from .packing import RowScore as RowScore
-    from .report import HellaSwagResult as HellaSwagResult
-    from .report import LossResult as LossResult
-    from .scoring import Interrupted as Interrupted
-    from .scoring import score_items as score_items
+    from gpt2_eval.hellaswag import evaluate_hellaswag as evaluate_hellaswag
+    from gpt2_eval.hellaswag import load_hellaswag as load_hellaswag
+    from gpt2_eval.loss import evaluate_loss as evaluate_loss
+    from gpt2_eval.packing import Row as Row
+    from gpt2_eval.packing import RowScore as RowScore
+    from gpt2_eval.report import HellaSwagResult as HellaSwagResult
+    from gpt2_eval.report import LossResult as LossResult
+    from gpt2_eval.scoring import Interrupted as Interrupted
+    from gpt2_eval.scoring import score_items as score_items
 
 __version__ = version("gpt2-eval")
 

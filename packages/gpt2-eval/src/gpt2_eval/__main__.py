@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from .cli import main
+from gpt2_eval.cli import main
 
 
 def run(command: click.Command, name: str) -> None:

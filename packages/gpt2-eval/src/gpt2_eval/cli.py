@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
+from gpt2_eval import __version__
 from gpt2_model.cli import PATH, out_of_memory
 
-from . import __version__
-
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
-    from .scoring import LanguageModel
+    from gpt2_eval.scoring import LanguageModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -128,8 +127,8 @@ def hellaswag(
     """
     _check_model(model, hf)
     out_path = _writable(out, data)
-    from . import tables
-    from .hellaswag import evaluate_hellaswag, load_hellaswag
+    from gpt2_eval import tables
+    from gpt2_eval.hellaswag import evaluate_hellaswag, load_hellaswag
 
     with _ranks() as rank:
         items = load_hellaswag(data, limit=limit)  # before the model: bad data shows in a second
@@ -176,9 +175,9 @@ def task(
     if name not in CORPUS_NAMES and stride:
         raise click.UsageError(f"{name} has no windows for --stride")
     out_path = _writable(out, data)
-    from . import tables
-    from .corpora import evaluate_corpus, load_corpus
-    from .tasks import evaluate_task, load_task
+    from gpt2_eval import tables
+    from gpt2_eval.corpora import evaluate_corpus, load_corpus
+    from gpt2_eval.tasks import evaluate_task, load_task
 
     with _ranks() as rank:
         if name in CORPUS_NAMES:
@@ -222,9 +221,8 @@ def loss(
     _check_model(model, hf)
     out_path = _writable(out, data)
     from gpt2_data import open_dataset
-
-    from . import tables
-    from .loss import count_targets, evaluate_loss
+    from gpt2_eval import tables
+    from gpt2_eval.loss import count_targets, evaluate_loss
 
     dataset = open_dataset(data)
     count_targets(dataset, split, tokens)  # before the model: an empty split shows in a second
@@ -256,9 +254,9 @@ def compare(a: str, b: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from . import tables
-    from .compare import compare as compare_files
-    from .report import json_text
+    from gpt2_eval import tables
+    from gpt2_eval.compare import compare as compare_files
+    from gpt2_eval.report import json_text
 
     items, found = compare_files(a, b)
     if as_json:
@@ -287,7 +285,7 @@ def lm_eval(model: str, tasks: str, num_fewshot: int | None, limit: int | None, 
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("this needs lm-evaluation-harness: pip install 'gpt2-eval[lm-eval]'") from None
-    from .lm_eval_bridge import GPT2LM
+    from gpt2_eval.lm_eval_bridge import GPT2LM
 
     manager, names = TaskManager(), tasks.split(",")
     unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
@@ -315,9 +313,8 @@ def _check_model(model: str | None, hf: str | None) -> None:
 
 def _load(model: str | None, hf: str | None, run: Mapping[str, Any]) -> "tuple[Any, Any, str]":
     """(model, its encoder, its device)."""
+    from gpt2_eval.models import load_model
     from gpt2_model.allocator import keep_buffers
-
-    from .models import load_model
 
     keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
     loaded, encoder = load_model(model, hf, run["device"])
@@ -352,7 +349,7 @@ def _tell(
     if not as_json:
         show(f"{device}, {dtype}")
         return click.echo(f"model {model}, data {data or 'as published'}")
-    from .report import json_text
+    from gpt2_eval.report import json_text
 
     click.echo(json_text(result | {"model": model, "data": data, "device": device, "dtype": dtype}, indent=2))
 
@@ -373,8 +370,8 @@ def _writable(name: str | None, data: str | None) -> Path | None:
 
 def _write(path: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
     if path is not None:
-        from .report import write_records
-        from .unfinished import remove_unfinished
+        from gpt2_eval.report import write_records
+        from gpt2_eval.unfinished import remove_unfinished
 
         if path.exists():
             click.echo(f"--out {path}: what was in it is replaced", err=True)

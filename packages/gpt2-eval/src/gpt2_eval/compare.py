@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import read_items
-from .hellaswag import METRICS
-from .report import ratio_standard_error, standard_error
+from gpt2_eval.files import read_items
+from gpt2_eval.hellaswag import METRICS
+from gpt2_eval.report import ratio_standard_error, standard_error
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from .encoding import Encoder, gpt2_encoder
-from .files import Published, have, read_items
-from .packing import Row
-from .report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
-from .scoring import LanguageModel, ScoringOptions, score_items
+from gpt2_eval.encoding import Encoder, gpt2_encoder
+from gpt2_eval.files import Published, have, read_items
+from gpt2_eval.packing import Row
+from gpt2_eval.report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
+from gpt2_eval.scoring import LanguageModel, ScoringOptions, score_items
 
 
 @dataclass(frozen=True)

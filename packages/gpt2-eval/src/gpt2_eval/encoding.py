@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+from gpt2_eval.packing import Row
 from gpt2_model import EOT, get_tokenizer
-
-from .packing import Row
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpt2_data import hub, web
-from gpt2_data.download import fetch
+from gpt2_data.sources import hub, web
+from gpt2_data.sources.download import fetch
 
 T = TypeVar("T")
 

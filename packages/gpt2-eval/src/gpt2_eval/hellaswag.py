@@ -18,11 +18,11 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from .encoding import Encoder, apart, gpt2_encoder, joint
-from .files import Published, have, read_items, short_hash
-from .packing import Row
-from .report import HellaSwagResult, accuracy
-from .scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+from gpt2_eval.encoding import Encoder, apart, gpt2_encoder, joint
+from gpt2_eval.files import Published, have, read_items, short_hash
+from gpt2_eval.packing import Row
+from gpt2_eval.report import HellaSwagResult, accuracy
+from gpt2_eval.scoring import LanguageModel, ScoringOptions, count_truncated, score_items
 
 # 10,042 items, on which all published numbers are.
 PUBLISHED = Published(

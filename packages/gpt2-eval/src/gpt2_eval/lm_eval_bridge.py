@@ -13,12 +13,11 @@ from typing import Any, Unpack
 
 from lm_eval.api.model import TemplateLM
 
+from gpt2_eval.corpora import windows_of
+from gpt2_eval.encoding import Encoder, gpt2_encoder
+from gpt2_eval.packing import Row
+from gpt2_eval.scoring import ScoringOptions, score_items
 from gpt2_model import EOT, GPT, generate
-
-from .corpora import windows_of
-from .encoding import Encoder, gpt2_encoder
-from .packing import Row
-from .scoring import ScoringOptions, score_items
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]

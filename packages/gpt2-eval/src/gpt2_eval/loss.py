@@ -12,18 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2_model import EOT, get_tokenizer
-
-from .files import short_hash
-from .report import LossResult, perplexity_of, ratio_standard_error
-from .scoring import (
+from gpt2_eval.files import short_hash
+from gpt2_eval.report import LossResult, perplexity_of, ratio_standard_error
+from gpt2_eval.scoring import (
     LanguageModel,
     device_of,
     require_finite,
     score_batches,
     token_scores,
 )
-from .unfinished import Score
+from gpt2_eval.unfinished import Score
+from gpt2_model import EOT, get_tokenizer
 
 if TYPE_CHECKING:
     from gpt2_data import Dataset

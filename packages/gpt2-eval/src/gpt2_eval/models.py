@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt2_eval.encoding import Encoder, gpt2_encoder
+from gpt2_eval.packing import Layout
+from gpt2_eval.scoring import LanguageModel
 from gpt2_model import GPT
-
-from .encoding import Encoder, gpt2_encoder
-from .packing import Layout
-from .scoring import LanguageModel
 
 
 class Sizes:

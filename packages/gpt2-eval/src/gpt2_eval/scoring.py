@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from gpt2_eval.packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
+from gpt2_eval.unfinished import Score, fingerprint, going_on
 from gpt2_model import EOT, GPT
-
-from .packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
-from .unfinished import Score, fingerprint, going_on
 
 T = TypeVar("T")
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import click
 
-from .compare import Comparison
-from .corpora import CORPORA
-from .hellaswag import PUBLISHED
-from .report import CorpusResult, HellaSwagResult, LossResult, TaskResult
-from .tasks import TASKS
+from gpt2_eval.compare import Comparison
+from gpt2_eval.corpora import CORPORA
+from gpt2_eval.hellaswag import PUBLISHED
+from gpt2_eval.report import CorpusResult, HellaSwagResult, LossResult, TaskResult
+from gpt2_eval.tasks import TASKS
 
 HELLASWAG_METRICS = {
     ("karpathy", "acc"): "highest sum of log-probabilities; raw text (build-nanogpt, llm.c)",

@@ -13,11 +13,11 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from .encoding import Encoder, gpt2_encoder, joint
-from .files import Published, have, read_items, short_hash
-from .packing import RowScore
-from .report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
-from .scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+from gpt2_eval.encoding import Encoder, gpt2_encoder, joint
+from gpt2_eval.files import Published, have, read_items, short_hash
+from gpt2_eval.packing import RowScore
+from gpt2_eval.report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
+from gpt2_eval.scoring import LanguageModel, ScoringOptions, count_truncated, score_items
 
 # What acc_norm and acc_bytes divide by.
 LENGTHS: dict[str, Callable[[str], int]] = {"chars": len, "bytes": lambda text: len(text.encode())}

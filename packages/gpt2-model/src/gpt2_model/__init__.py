@@ -8,17 +8,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import PRESETS as PRESETS
-    from .config import GPTConfig as GPTConfig
-    from .config import flops_per_token as flops_per_token
-    from .decoding import KVCache as KVCache
-    from .generation import Completion as Completion
-    from .generation import Piece as Piece
-    from .generation import generate as generate
-    from .generation import stream as stream
-    from .model import GPT as GPT
-    from .tokenizer import EOT as EOT
-    from .tokenizer import get_tokenizer as get_tokenizer
+    from gpt2_model.config import PRESETS as PRESETS
+    from gpt2_model.config import GPTConfig as GPTConfig
+    from gpt2_model.config import flops_per_token as flops_per_token
+    from gpt2_model.decoding import KVCache as KVCache
+    from gpt2_model.generation import Completion as Completion
+    from gpt2_model.generation import Piece as Piece
+    from gpt2_model.generation import generate as generate
+    from gpt2_model.generation import stream as stream
+    from gpt2_model.model import GPT as GPT
+    from gpt2_model.tokenizer import EOT as EOT
+    from gpt2_model.tokenizer import get_tokenizer as get_tokenizer
 
 __version__ = version("gpt2-model")
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
 
 import click
 
-from . import __version__
+from gpt2_model import __version__
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     import torch
 
-    from .model import GPT
+    from gpt2_model.model import GPT
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,8 +118,8 @@ def generate(
         raise click.UsageError("--interactive takes at most one prompt, one sample, and no --json")
     if options["logprobs"] and not as_json:
         raise click.UsageError("--logprobs are shown by --json only")
-    from .sampling import Sampling
-    from .tokenizer import EOT
+    from gpt2_model.sampling import Sampling
+    from gpt2_model.tokenizer import EOT
 
     options["top_k"] = top_k or None
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
@@ -129,7 +129,7 @@ def generate(
     if interactive:
         _converse(gpt, texts[0] if texts else "", options)
     elif as_json:
-        from .generation import generate as complete
+        from gpt2_model.generation import generate as complete
 
         rows = (vars(row) for row in complete(gpt, texts or [[EOT]], **options))
         _print_json([{name: value for name, value in row.items() if value is not None} for row in rows])
@@ -138,7 +138,7 @@ def generate(
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
-    from .native import Unavailable, library, weight_type
+    from gpt2_model.native import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
         try:
@@ -175,8 +175,8 @@ def _is_piped() -> bool:
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
     """One row as it comes, a word at a time; several one after another, each when it and those before are done."""
-    from .generation import Completion, stream
-    from .tokenizer import EOT
+    from gpt2_model.generation import Completion, stream
+    from gpt2_model.tokenizer import EOT
 
     alone = max(1, len(texts)) * options["num_samples"] == 1
     waiting: dict[int, Completion] = {}
@@ -207,8 +207,8 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
 
 def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
     """Turns of person and model, one text that both go on writing."""
-    from .generation import stream
-    from .tokenizer import EOT
+    from gpt2_model.generation import stream
+    from gpt2_model.tokenizer import EOT
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
@@ -253,12 +253,12 @@ def info(model: str, as_json: bool) -> None:
     """Show the shape and the cost of MODEL, a model or a preset (124M, 350M, 774M, 1558M)."""
     from dataclasses import asdict
 
-    from .config import PRESETS, flops_per_token
+    from gpt2_model.config import PRESETS, flops_per_token
 
     if model in PRESETS:
         config = PRESETS[model]
     else:
-        from .weights import inspect
+        from gpt2_model.weights import inspect
 
         config = inspect(model)
     facts: dict[str, Any] = {
@@ -298,7 +298,7 @@ def convert(model: str, out: str, overwrite: bool) -> None:
 def _load(model: str, device: str, dtype: str) -> "GPT":
     import torch
 
-    from .model import GPT
+    from gpt2_model.model import GPT
 
     where = _device(device)
     if dtype == "auto":

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .model import GPT
-from .native import Engine, Unavailable
-from .quantize import Int8Matrix, dequantize
+from gpt2_model.model import GPT
+from gpt2_model.native import Engine, Unavailable
+from gpt2_model.quantize import Int8Matrix, dequantize
 
 PREFILL = 256  # tokens of prompts that go through the engine at once: enough to be bound by arithmetic
 

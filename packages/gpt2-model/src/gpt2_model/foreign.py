@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import GPTConfig
-from .tensor_files import map_file, piece, short, state_dict
-from .tokenizer import EOT
+from gpt2_model.config import GPTConfig
+from gpt2_model.tensor_files import map_file, piece, short, state_dict
+from gpt2_model.tokenizer import EOT
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
 _LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version; both pad the vocabulary

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import Decoder, make_decoder
-from .model import GPT
-from .sampling import Sampling, penalize, sample, uniforms
-from .tokenizer import EOT, TextDecoder, get_tokenizer
+from gpt2_model.decoding import Decoder, make_decoder
+from gpt2_model.model import GPT
+from gpt2_model.sampling import Sampling, penalize, sample, uniforms
+from gpt2_model.tokenizer import EOT, TextDecoder, get_tokenizer
 
 GPT2_IDS = 50257
 PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are no tokens

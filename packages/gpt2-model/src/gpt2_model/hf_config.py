@@ -4,9 +4,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import GPTConfig
-from .tensor_files import read_json, short
-from .tokenizer import EOT
+from gpt2_model.config import GPTConfig
+from gpt2_model.tensor_files import read_json, short
+from gpt2_model.tokenizer import EOT
 
 # GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
 _HF_NAMES = {

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from .config import GPTConfig
-from .tokenizer import EOT, vocabulary_file
+from gpt2_model.config import GPTConfig
+from gpt2_model.tokenizer import EOT, vocabulary_file
 
 
 def tokenizer_files(config: GPTConfig) -> dict[str, Any]:

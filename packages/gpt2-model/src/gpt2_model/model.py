@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import causal_attention
-from .config import GPTConfig
-from .head_loss import head_loss
-from .tied import look_up
+from gpt2_model.attention import causal_attention
+from gpt2_model.config import GPTConfig
+from gpt2_model.head_loss import head_loss
+from gpt2_model.tied import look_up
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -241,11 +241,11 @@ class GPT(nn.Module):
             OSError: the hub cannot be reached, or a download broke off.
             ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
-        from .weights import load  # here, since weights.py builds GPTs
+        from gpt2_model.weights import load  # here, since weights.py builds GPTs
 
         if dtype != torch.int8:
             return load(name_or_path, dtype)
-        from .quantize import quantize
+        from gpt2_model.quantize import quantize
 
         return quantize(load(name_or_path, torch.float32))
 
@@ -255,8 +255,8 @@ class GPT(nn.Module):
         Raises:
             ValueError: the model is quantised: its exact weights are those of the folder it came from.
         """
-        from .quantize import Int8Matrix
-        from .weights import save
+        from gpt2_model.quantize import Int8Matrix
+        from gpt2_model.weights import save
 
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")

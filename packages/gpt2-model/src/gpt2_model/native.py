@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import ACTIVATIONS
-from .model import GPT, Block
-from .quantize import Int8Matrix
+from gpt2_model.config import ACTIVATIONS
+from gpt2_model.model import GPT, Block
+from gpt2_model.quantize import Int8Matrix
 
 SOURCES = ("engine.c", "engine_math.h")
 # No -ffast-math: it lets the compiler reorder sums, and a row's logits would depend on the rows beside it.

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import GPTConfig
-from .tensor_files import map_file, piece, read_json, short
+from gpt2_model.config import GPTConfig
+from gpt2_model.tensor_files import map_file, piece, read_json, short
 
 _MAGIC = 0xDB4775248B80FB57  # the last 8 bytes of a table
 _MAX_INDEX = 1_000_000  # that of 124M has 5 kB

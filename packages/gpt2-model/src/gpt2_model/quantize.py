@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import GPT
+from gpt2_model.model import GPT
 
 PANEL, GROUP = 16, 4  # outputs side by side, and inputs of each: what one vector instruction multiplies
 

@@ -19,16 +19,16 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import PRESETS, GPTConfig
-from .foreign import LLMC_MAGIC, read_llmc, read_nanogpt
-from .hf_config import hf_config, read_config
-from .hf_tokenizer import tokenizer_files
-from .hub import HUB_NAMES as HUB_NAMES
-from .hub import WEIGHTS_FILES, download
-from .model import GPT
-from .openai import read_openai
-from .tensor_files import read_safetensors, read_shards, read_torch, short, state_dict
-from .tokenizer import EOT
+from gpt2_model.config import PRESETS, GPTConfig
+from gpt2_model.foreign import LLMC_MAGIC, read_llmc, read_nanogpt
+from gpt2_model.hf_config import hf_config, read_config
+from gpt2_model.hf_tokenizer import tokenizer_files
+from gpt2_model.hub import HUB_NAMES as HUB_NAMES
+from gpt2_model.hub import WEIGHTS_FILES, download
+from gpt2_model.model import GPT
+from gpt2_model.openai import read_openai
+from gpt2_model.tensor_files import read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.tokenizer import EOT
 
 OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -8,15 +8,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import find_checkpoint as find_checkpoint
-    from .checkpoint import verify_checkpoint as verify_checkpoint
-    from .config import RECIPES as RECIPES
-    from .config import TrainConfig as TrainConfig
-    from .config import load_config as load_config
-    from .distributed import World as World
-    from .loop import train as train
-    from .optimizer import lr_at as lr_at
-    from .optimizer import make_optimizer as make_optimizer
+    from gpt2_train.checkpoint import find_checkpoint as find_checkpoint
+    from gpt2_train.checkpoint import verify_checkpoint as verify_checkpoint
+    from gpt2_train.config import RECIPES as RECIPES
+    from gpt2_train.config import TrainConfig as TrainConfig
+    from gpt2_train.config import load_config as load_config
+    from gpt2_train.distributed import World as World
+    from gpt2_train.loop import train as train
+    from gpt2_train.optimizer import lr_at as lr_at
+    from gpt2_train.optimizer import make_optimizer as make_optimizer
 
 __version__ = version("gpt2-train")
 

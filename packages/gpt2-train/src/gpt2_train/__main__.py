@@ -1,8 +1,7 @@
 """`python -m gpt2_train` and `torchrun ... -m gpt2_train` are `gpt2-train`."""
 
 from gpt2_eval.__main__ import run
-
-from .cli import main
+from gpt2_train.cli import main
 
 if __name__ == "__main__":
     run(main, "gpt2-train")

@@ -31,9 +31,8 @@ import safetensors.torch
 import torch
 
 from gpt2_model import GPT
-
-from .config import CannotResume
-from .space import existing
+from gpt2_train.config import CannotResume
+from gpt2_train.space import existing
 
 FORMAT_VERSION = 2  # 1, of gpt2-train 0.1.0, had a loader's state that is no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")

@@ -12,10 +12,9 @@ import click
 
 from gpt2_model.cli import PATH, out_of_memory
 from gpt2_model.config import GPTConfig, with_fields
-
-from . import __version__
-from .config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
-from .space import check_out
+from gpt2_train import __version__
+from gpt2_train.config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
+from gpt2_train.space import check_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -131,7 +130,7 @@ def main(
 
         check_out(Path(run.out))
         open_dataset(run.data)
-        from .loop import train  # two seconds of torch, after everything that can be refused without it
+        from gpt2_train.loop import train  # two seconds of torch, after everything that can be refused without it
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -202,7 +201,7 @@ def _print_plan(config: TrainConfig, as_json: bool) -> int:
     """Exit status: 1 if a check failed. Under torchrun, or with WORLD_SIZE set, for that many processes."""
     if os.environ.get("RANK", "0") != "0":
         return 0  # rank 0 prints it
-    from .plan import make_plan, to_json, to_lines
+    from gpt2_train.plan import make_plan, to_json, to_lines
 
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
     click.echo(json.dumps(to_json(plan), indent=2) if as_json else "\n".join(to_lines(plan)))

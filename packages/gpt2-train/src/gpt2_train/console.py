@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .config import TrainConfig
+from gpt2_train.config import TrainConfig
 
 FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it runs
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere

@@ -12,14 +12,13 @@ import torch
 
 from gpt2_eval import Interrupted, evaluate_hellaswag, evaluate_loss
 from gpt2_model import stream
-
-from . import checkpoint, distributed
-from .config import TrainConfig
-from .distributed import World
-from .optimizer import lr_at
-from .profiling import Profiler
-from .setup import Run, compiled, loss_of, set_up
-from .stopping import StopSignal
+from gpt2_train import checkpoint, distributed
+from gpt2_train.config import TrainConfig
+from gpt2_train.distributed import World
+from gpt2_train.optimizer import lr_at
+from gpt2_train.profiling import Profiler
+from gpt2_train.setup import Run, compiled, loss_of, set_up
+from gpt2_train.stopping import StopSignal
 
 
 def train(config: TrainConfig) -> int:

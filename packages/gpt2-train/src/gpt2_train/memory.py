@@ -10,10 +10,9 @@ import torch.distributed as dist
 
 from gpt2_model import GPTConfig, attention
 from gpt2_model.head_loss import ROWS
-
-from .config import TrainConfig, micro_batches
-from .distributed import World
-from .space import matrix_parameters, optimizer_bytes
+from gpt2_train.config import TrainConfig, micro_batches
+from gpt2_train.distributed import World
+from gpt2_train.space import matrix_parameters, optimizer_bytes
 
 # Elsewhere than on CUDA memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
 MOST_TOKENS = 4096

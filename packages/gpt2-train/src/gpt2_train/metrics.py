@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import torch
 
-from .config import TrainConfig
-from .console import Console
-from .trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers, in_one_line
+from gpt2_train.config import TrainConfig
+from gpt2_train.console import Console
+from gpt2_train.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers, in_one_line
 
 # Dense bf16 with sums in fp32, TFLOP/s, of the makers' data sheets; the first that fits. Other GPUs, parts of one
 # (MIG) and the slower ones of the same name are not guessed at.

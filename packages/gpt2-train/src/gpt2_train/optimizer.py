@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import TrainConfig
+from gpt2_train.config import TrainConfig
 
 Optimizers = list[torch.optim.Optimizer]
 

@@ -12,13 +12,12 @@ from gpt2_data import TokenLoader, open_dataset
 from gpt2_eval import load_hellaswag
 from gpt2_model import PRESETS, GPTConfig, flops_per_token
 from gpt2_model.weights import OPENAI_NAMES, inspect
-
-from . import distributed
-from .config import RECIPES, TrainConfig, load_config, micro_batches
-from .memory import Memory, available_memory, most_that_fit, peak_memory
-from .setup import compiled, validation_tokens
-from .space import check_out, check_space, checkpoint_bytes, checkpoints_at_once, existing, in_gb
-from .speed import assumed_speed
+from gpt2_train import distributed
+from gpt2_train.config import RECIPES, TrainConfig, load_config, micro_batches
+from gpt2_train.memory import Memory, available_memory, most_that_fit, peak_memory
+from gpt2_train.setup import compiled, validation_tokens
+from gpt2_train.space import check_out, check_space, checkpoint_bytes, checkpoints_at_once, existing, in_gb
+from gpt2_train.speed import assumed_speed
 
 T = TypeVar("T")
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from gpt2_model import GPT
-
-from . import checkpoint
-from .distributed import World
-from .optimizer import Optimizers, own_state, state_shapes
+from gpt2_train import checkpoint
+from gpt2_train.distributed import World
+from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
 
 class Saver:

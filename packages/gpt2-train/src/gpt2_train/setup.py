@@ -12,18 +12,17 @@ from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import load_hellaswag
 from gpt2_eval.hellaswag import HellaSwag
 from gpt2_model import GPT, GPTConfig, flops_per_token
-
-from . import checkpoint, distributed
-from .config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
-from .distributed import World
-from .guard import Guard
-from .memory import choose_micro_batch
-from .metrics import RunLog
-from .optimizer import Optimizers, load_state, make_optimizers
-from .saving import Saver
-from .space import check_space, optimizer_bytes
-from .stopping import StopSignal
-from .watchdog import Watchdog
+from gpt2_train import checkpoint, distributed
+from gpt2_train.config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
+from gpt2_train.distributed import World
+from gpt2_train.guard import Guard
+from gpt2_train.memory import choose_micro_batch
+from gpt2_train.metrics import RunLog
+from gpt2_train.optimizer import Optimizers, load_state, make_optimizers
+from gpt2_train.saving import Saver
+from gpt2_train.space import check_space, optimizer_bytes
+from gpt2_train.stopping import StopSignal
+from gpt2_train.watchdog import Watchdog
 
 
 @dataclass

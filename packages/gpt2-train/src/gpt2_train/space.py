@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 from gpt2_model.config import GPTConfig
-
-from .config import TrainConfig
+from gpt2_train.config import TrainConfig
 
 FILES_BYTES = 4_000_000  # of a checkpoint beside its tensors: vocabulary, settings, hashes
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 
 from gpt2_model import GPTConfig
-
-from .config import TrainConfig
-from .metrics import peak_tflops
+from gpt2_train.config import TrainConfig
+from gpt2_train.metrics import peak_tflops
 
 GPU_SHARE = 0.40  # of the maker's peak: 124M reaches 38 % of it with llm.c on eight H100s, 56 % on eight A100s
 PRODUCT_SHARE = 0.70  # of the rate of a large matrix product, which a whole step reaches elsewhere

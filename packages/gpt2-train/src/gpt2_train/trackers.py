@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from .config import TrainConfig
+from gpt2_train.config import TrainConfig
 
 # Never written anywhere, though another's error message may quote one.
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")

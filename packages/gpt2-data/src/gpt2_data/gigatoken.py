@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import formats
+from gpt2_data.formats import uint16 as formats
 
 MAX_GROWTH = 250_000_000
 """Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_data import formats, sources, tokenizer
-from gpt2_data.readers import Batch
-from gpt2_data.sources import Unit
+from gpt2_data import tokenizer
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.sources import catalog as sources
+from gpt2_data.sources.catalog import Unit
+from gpt2_data.sources.files import Batch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from gpt2_data.hub import Listing
+from gpt2_data.sources.hub import Listing
 
 BATCH = 256  # rows
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from gpt2_data import download
-from gpt2_data.config import BuildConfig
-from gpt2_data.estimate import DOWNLOADS_AT_ONCE
-from gpt2_data.plan import Plan, folder_of
-from gpt2_data.units import HashTask, UnitTask
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
+from gpt2_data.building.plan import Plan, folder_of
+from gpt2_data.building.tokenize_units import HashTask, UnitTask
+from gpt2_data.sources import download
 
 
 class Fetcher:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_data import pydocs, readers, sources, tokenizer
-from gpt2_data.config import BuildConfig
-from gpt2_data.sources import Unit
+from gpt2_data import tokenizer
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.sources import catalog as sources
+from gpt2_data.sources import files as readers
+from gpt2_data.sources import pydocs
+from gpt2_data.sources.catalog import Unit
 
 if TYPE_CHECKING:
-    from gpt2_data.hub import HubFile, Listing
+    from gpt2_data.sources.hub import HubFile, Listing
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
@@ -116,7 +119,7 @@ def _check_different(inputs: tuple[Input, ...]) -> None:
 
 
 def _inputs(config: BuildConfig, source: str) -> Iterator[Input]:
-    from gpt2_data import hub
+    from gpt2_data.sources import hub
 
     wanted = hub.parse(source)
     if wanted is not None:
@@ -132,7 +135,7 @@ def local_input(kind: str, path: str) -> Input:
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
     if kind == "tinyshakespeare" and path == kind:
-        from gpt2_data import download
+        from gpt2_data.sources import download
 
         path = str(download.tinyshakespeare())
     status = os.stat(path)
@@ -150,7 +153,7 @@ def check_unchanged(plan: Plan) -> None:
 
 
 def _hub_inputs(config: BuildConfig, source: str, wanted: Any) -> Iterator[Input]:
-    from gpt2_data import hub, remote
+    from gpt2_data.sources import hub, remote
 
     listing, row_groups = _pinned(config, source)
     if listing is None:
@@ -188,7 +191,7 @@ def _pin_file(config: BuildConfig, source: str) -> Path:
 
 
 def _pinned(config: BuildConfig, source: str) -> "tuple[Listing | None, list[Any]]":
-    from gpt2_data import hub
+    from gpt2_data.sources import hub
 
     try:
         kept = json.loads(_pin_file(config, source).read_bytes())
@@ -198,7 +201,7 @@ def _pinned(config: BuildConfig, source: str) -> "tuple[Listing | None, list[Any
 
 
 def _pin(config: BuildConfig, source: str, listing: "Listing", row_groups: list[Any]) -> None:
-    from gpt2_data import formats
+    from gpt2_data.formats import uint16 as formats
 
     path = _pin_file(config, source)
     if path.parent.exists():  # else this is a dry run
@@ -269,7 +272,8 @@ def _cut_jsonl(item: Input, column: str) -> Iterator[Unit]:
 
 
 def _cut_stream(item: Input, column: str) -> Iterator[Unit]:
-    from gpt2_data import hub, streams
+    from gpt2_data.sources import hub
+    from gpt2_data.sources import streaming as streams
 
     count = streams.num_shards(hub.Listing.from_json(json.loads(item.path)))
     for i in range(count):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gpt2_data import readers, web
-from gpt2_data.hub import HubFile
+from gpt2_data.sources import files as readers
+from gpt2_data.sources import web
+from gpt2_data.sources.hub import HubFile
 
 
 class RemoteFile(io.RawIOBase):

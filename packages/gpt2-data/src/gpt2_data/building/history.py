@@ -10,11 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2_data import formats, hub, manifest, sources, units
-from gpt2_data.config import BuildConfig
-from gpt2_data.manifest import Manifest
-from gpt2_data.plan import WORK, Plan, json_sha256, local_input, make_plan
-from gpt2_data.units import Receipt
+from gpt2_data.building import tokenize_units as units
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.plan import WORK, Plan, json_sha256, local_input, make_plan
+from gpt2_data.building.tokenize_units import Receipt
+from gpt2_data.formats import manifest
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.manifest import Manifest
+from gpt2_data.sources import catalog as sources
+from gpt2_data.sources import hub
 
 FILE_NAME = "build.jsonl"
 

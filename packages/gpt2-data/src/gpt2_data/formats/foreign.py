@@ -26,8 +26,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import formats
-from gpt2_data.formats import TokenFile
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.uint16 import TokenFile
 from gpt2_data.tokenizer import EOT, VOCAB_SIZE
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}

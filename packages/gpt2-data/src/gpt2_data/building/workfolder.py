@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from gpt2_data import formats, manifest, units
-from gpt2_data.config import BuildConfig
-from gpt2_data.estimate import estimate
-from gpt2_data.plan import WORK, Plan, downloads
-from gpt2_data.shards import ShardTask
+from gpt2_data.building import tokenize_units as units
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.cut_shards import ShardTask
+from gpt2_data.building.estimate import estimate
+from gpt2_data.building.plan import WORK, Plan, downloads
+from gpt2_data.formats import manifest
+from gpt2_data.formats import uint16 as formats
 
 
 class Busy(ValueError):

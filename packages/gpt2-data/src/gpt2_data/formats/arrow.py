@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import formats
+from gpt2_data.formats import uint16 as formats
 
 ENDING = ".arrow"
 _ALIGN = 64

@@ -15,8 +15,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import arrow, formats, order
-from gpt2_data.manifest import Shard, Sidecar
+from gpt2_data import order
+from gpt2_data.formats import arrow
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.manifest import Shard, Sidecar
 
 DEFAULT_VAL_TOKENS = 100_000_000
 _CHUNK_DOCUMENTS = 1_000_000

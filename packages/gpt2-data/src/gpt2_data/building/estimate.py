@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpt2_data import formats, readers, shards
-from gpt2_data.config import BuildConfig
-from gpt2_data.plan import Input, Plan, text_bytes
+from gpt2_data.building import cut_shards as shards
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.plan import Input, Plan, text_bytes
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.sources import files as readers
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
@@ -115,7 +117,7 @@ def _token_counts(path: str, rows: int) -> int | None:
 
 
 def _remote_tokens(plan: Plan, progress: Callable[[int], object] | None) -> dict[str, int]:
-    from gpt2_data import remote
+    from gpt2_data.sources import remote
 
     wanted = [(item.path, file) for item, file in plan.remote]
     counts = remote.token_counts([file for _, file in wanted], progress=progress)

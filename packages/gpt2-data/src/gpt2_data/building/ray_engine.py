@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from gpt2_data.engines import LOOKS_EVERY, Job, killed_twice, take_ready
+from gpt2_data.building.workers import LOOKS_EVERY, Job, killed_twice, take_ready
 
 T = TypeVar("T")
 R = TypeVar("R")

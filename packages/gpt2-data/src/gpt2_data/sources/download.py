@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2_data import web
-from gpt2_data.formats import atomic, fsync_folder
-from gpt2_data.hub import HubFile
-from gpt2_data.web import WebFile
+from gpt2_data.formats.uint16 import atomic, fsync_folder
+from gpt2_data.sources import web
+from gpt2_data.sources.hub import HubFile
+from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 SECONDS_BETWEEN_LOOKS = 0.2  # at a lock that another holds

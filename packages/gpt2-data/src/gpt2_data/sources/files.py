@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gpt2_data import pages, tokenizer
+from gpt2_data import tokenizer
+from gpt2_data.sources import pages
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import engines, formats, sources
+from gpt2_data.building import workers as engines
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.sources import catalog as sources
 
 _WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
 _CHOICES = {

@@ -167,7 +167,7 @@ def _load(backend: str) -> None:
 
     from gpt2_data import tokenizer
 
-    for name in "pyarrow.parquet", "gpt2_data.units":
+    for name in "pyarrow.parquet", "gpt2_data.building.tokenize_units":
         importlib.import_module(name)
     with contextlib.suppress(ValueError):  # the caller will say so
         tokenizer.encode_texts(pa.array(["warm"]), tokenizer.choose_backend(backend))

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import arrow, engines, foreign, formats, tokenizer
+from gpt2_data import tokenizer
+from gpt2_data.building import workers as engines
+from gpt2_data.formats import arrow, foreign
+from gpt2_data.formats import uint16 as formats
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import arrow, dataset, foreign, formats, manifest, shards, tokenizer
+from gpt2_data import dataset, tokenizer
+from gpt2_data.building import cut_shards as shards
 from gpt2_data.dataset import Dataset
-from gpt2_data.formats import TokenFile
+from gpt2_data.formats import arrow, foreign, manifest
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.uint16 import TokenFile
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
 SHARD_TOKENS = 100_000_000

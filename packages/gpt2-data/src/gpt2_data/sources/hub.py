@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from gpt2_data import web
+from gpt2_data.sources import web
 
 SHORT = {  # name -> repository, config
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),

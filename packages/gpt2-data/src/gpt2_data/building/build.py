@@ -13,11 +13,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import engines, fetching, formats, history, manifest, shards, tokenizer, units, workfolder
-from gpt2_data.config import BuildConfig
-from gpt2_data.manifest import Manifest
-from gpt2_data.plan import WORK, Plan, check_unchanged, make_plan
-from gpt2_data.units import HashTask, Receipt, Result, Task, UnitTask, read_receipt
+from gpt2_data import tokenizer
+from gpt2_data.building import cut_shards as shards
+from gpt2_data.building import history, workfolder
+from gpt2_data.building import tokenize_units as units
+from gpt2_data.building import workers as engines
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan
+from gpt2_data.building.tokenize_units import HashTask, Receipt, Result, Task, UnitTask, read_receipt
+from gpt2_data.formats import manifest
+from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.manifest import Manifest
+from gpt2_data.sources import fetching
 
 _HASHED_AT_ONCE = 64_000_000  # bytes of small local files that one task hashes
 
@@ -201,7 +208,7 @@ def _run(config: BuildConfig, plan: Plan, tasks: list[Task], progress: Progress)
         job = engines.Job(units.do_task, units.do_task_again, units.blame, tell, ready)
         try:
             if config.engine == "ray":
-                from gpt2_data import ray_engine
+                from gpt2_data.building import ray_engine
 
                 return ray_engine.run(job, tasks, config.workers)
             return engines.run(job, tasks, config.num_workers(total))

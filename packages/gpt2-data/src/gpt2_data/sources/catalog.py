@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import pydocs, readers
-from gpt2_data.readers import Batch, Part
+from gpt2_data.sources import files as readers
+from gpt2_data.sources import pydocs
+from gpt2_data.sources.files import Batch, Part
 
 FILE_KINDS = {
     ".parquet": "parquet",
@@ -109,7 +110,8 @@ def _speeches(path: str) -> Iterator[Part]:
 
 
 def _streamed(unit: Unit) -> Iterator[Part]:
-    from gpt2_data import hub, streams
+    from gpt2_data.sources import hub
+    from gpt2_data.sources import streaming as streams
 
     listing = hub.Listing.from_json(json.loads(unit.files[0]))
     for texts in streams.documents(listing, unit.start, unit.column):

@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all, one writer at a time, and hashes."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+
+class Busy(ValueError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that appears as `path` whole and on the disk, or not at all.
+
+    Args:
+        temporary_folder: where the file grows, on the same file system; by default beside `path`. A killed process
+            leaves files there that match *.tmp-*.
+        durable: False skips fsync. A power loss may then leave anything under that name, so its reader must check
+            a hash.
+    """
+    name = f"{path.name}.tmp-{secrets.token_hex(8)}"  # several machines may write at once
+    temporary = (temporary_folder or path.parent) / name
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failing write does not say where
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
+    """Lock an open file without waiting; the kernel drops the lock with the process, however that ends.
+
+    Raises:
+        Busy: another process holds it; `message` says where and what to do.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(message) from None
+
+
+def sign(file: IO[str]) -> None:
+    """Write into a lock file which process holds it."""
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

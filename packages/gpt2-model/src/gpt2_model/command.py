@@ -1,0 +1,212 @@
+"""What every command of this project shares: one-line errors, sizes, devices, JSON, and files that appear whole.
+
+gpt2-eval and gpt2-train build their commands from these functions too. Nothing heavy is imported at the top, since
+`--help` must answer in under half a second.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PATH = click.Path(readable=False)
+"""The type of a path that may also be a hub name: a shell completes it, and the command checks it later."""
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""click's context settings: help is up to 100 columns wide."""
+
+_SUFFIXES = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class Size(click.ParamType[int]):
+    """A whole number of at least `minimum`, also written as 64k, 10M, 1.5B (decimal) or 10Mi (binary)."""
+
+    name = "size"
+
+    def __init__(self, minimum: int = 0) -> None:
+        self.minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number, scale = str(value).strip().replace("_", "").replace(",", "").lower(), 1
+        for suffix, factor in _SUFFIXES.items():
+            if number.endswith(suffix):
+                number, scale = number.removesuffix(suffix), factor
+                break
+        try:
+            count = float(number) * scale
+            if count != int(count):
+                raise ValueError
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not a whole number such as 1000, 64k, 10M or 1.5B", param, ctx)
+        if count < self.minimum:
+            self.fail(f"{value!r} is too small: the smallest is {self.minimum}", param, ctx)
+        return int(count)
+
+
+def format_size(number: int) -> str:
+    """The shortest exact form in which a person would type a number: 500000 is "500k", 10485760 is "10Mi"."""
+    for suffix, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3), ("Mi", 2**20)):
+        if number and number % factor == 0:
+            return f"{number // factor}{suffix}"
+    return str(number)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if memory ran out: a GPU's, a Mac's (MPS), or this machine's, as torch or Python report it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in ("backend out of memory", "DefaultCPUAllocator"))
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
+
+
+def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a command: what the user can mend becomes one line and exit status 1; `--debug` shows all of it.
+
+    ValueError and OSError are the user's. Memory that ran out is reported with `memory_advice`. Anything else is
+    our own bug and keeps its traceback. Ctrl-C ends with 130, as the shell expects.
+    """
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @wraps(command)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except BrokenPipeError:  # `| head` has seen enough: click ends quietly
+                raise
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                full = out_of_memory(error)
+                ours = not full and not isinstance(error, ValueError | OSError)
+                if ours or click.get_current_context().find_root().params["debug"]:
+                    raise
+                message = f"out of memory: {memory_advice}" if full else one_line(error)
+                raise click.ClickException(message) from None
+
+        return wrapped
+
+    return decorate
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a command as a program. One process of several leaves without tidying up.
+
+    One rank of a hundred died at exit, its work done: "terminate called without an active exception", by a thread
+    of torch.distributed that outlived its owner. Another hung for ever, when the other rank had been killed: while
+    it freed its process group, which waited for a thread that waited for the interpreter.
+    """
+    try:
+        command(prog_name=name)
+    except SystemExit as done:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(done.code, int | None):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(done.code or 0)
+
+
+def find_device(name: str) -> "torch.device":
+    """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    import torch
+
+    wanted = name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # "meta" is a device, too, but nothing comes back from it
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"this machine has no device {wanted!r}: use cpu, or auto") from None
+    return device
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document to stdout; a terminal that cannot show UTF-8 gets escapes."""
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=not utf8)
+    sys.stdout.write("\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    if os.name == "nt":  # Windows opens no folders, and journals its names itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears as `path` whole and on the disk, or not at all: a kill leaves the old one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a failing write does not say where
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be; the kernel drops the lock with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds it; the message names that process.
+        OSError: the folder cannot be made or written to.
+    """
+    import fcntl
+    import socket
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
+        file.flush()
+        yield
