@@ -82,13 +82,17 @@ class GPTConfig:
         return embeddings + head + self.n_layer * (attention + mlp + 4 * width) + 2 * width
 
 
-# The paper calls these 117M, 345M, 762M and 1542M; counted, they are 124, 355, 774 and 1558 million.
 PRESETS: Mapping[str, GPTConfig] = {
     "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "350M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
+# The paper's names; counted, the models have 124, 355, 774 and 1,558 million parameters.
+PAPER_NAMES = {"117M": "124M", "345M": "350M", "762M": "774M", "1542M": "1558M"}
+
+OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
+"""OpenAI's models of these sizes, as the hub calls them."""
 
 
 def preset(name: str) -> GPTConfig:
