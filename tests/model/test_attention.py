@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt2_model.attention import LONGEST, causal_attention, kept_bytes
+from gpt2_model.cpu.training import LONGEST, causal_attention, kept_bytes
 from gpt2_model.model import ACTIVATION_FUNCTIONS
 
 NAMES = ("output", "query", "key", "value")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gpt2_model import EOT, GPT, GPTConfig, KVCache, generate, get_tokenizer, stream
-from gpt2_model.decoding import EngineDecoder, TorchDecoder
-from gpt2_model.native import Unavailable, library
+from gpt2_model.cpu.engine import EngineDecoder, Unavailable, library
+from gpt2_model.decoding import TorchDecoder
 from gpt2_model.tokenizer import TextDecoder
 
 PROMPTS = [

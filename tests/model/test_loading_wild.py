@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from gpt2_model import GPT
-from gpt2_model.weights import read_config
+from gpt2_model.checkpoints.huggingface import read_config
 
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 317}
 SUMMARY = {

@@ -160,7 +160,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_files(folder, monkeypatch
     def full(_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt2_model.weights.os.fsync", full)
+    monkeypatch.setattr("gpt2_model.command.os.fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         GPT(SMALL).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

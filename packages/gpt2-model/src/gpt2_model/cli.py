@@ -117,7 +117,7 @@ def generate(
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
-    from gpt2_model.native import Unavailable, library, weight_type
+    from gpt2_model.cpu.engine import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
         try:
@@ -252,7 +252,7 @@ def info(model: str, as_json: bool) -> None:
     if size in PRESETS:
         config = PRESETS[size]
     else:
-        from gpt2_model.weights import inspect, read_progress
+        from gpt2_model.checkpoints.load_save import inspect, read_progress
 
         model = find_model(model)
         config, progress = inspect(model), read_progress(model)

@@ -1,4 +1,4 @@
-"""engine.c from Python: compiled once by the machine's own C compiler, then one call a token.
+"""engine.c from Python: compiled once by the machine's own C compiler, then one call per token.
 
 Where there is no compiler, generation runs on PyTorch's operations instead: fp32 at about two thirds of the speed,
 int8 as the fp32 that it is turned back into.
@@ -20,35 +20,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpt2_model.cache import KVCache
 from gpt2_model.config import ACTIVATIONS
+from gpt2_model.cpu.int8 import Int8Matrix
 from gpt2_model.model import GPT, Block
-from gpt2_model.quantize import Int8Matrix
 
 SOURCES = ("engine.c", "engine_math.h")
 # No -ffast-math: it lets the compiler reorder sums, and a row's logits would depend on the rows beside it.
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-Wno-psabi", "-lm", "-lpthread")
+PREFILL = 256  # tokens of prompts that go through the engine at once: enough to be bound by arithmetic
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class Unavailable(RuntimeError):
-    """Why the engine cannot be used here."""
+    """The engine cannot be used here; the message says why."""
 
 
 def weight_type(model: GPT) -> torch.dtype:
-    """How the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
+    """Return the type in which the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
     return torch.int8 if isinstance(model.wte, Int8Matrix) else model.wte.weight.dtype
 
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The engine for weights of one type, from the user's cache folder; compiled there first, in about 2 s.
+    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s.
 
     Raises:
         Unavailable: no compiler, or one that fails.
     """
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine has no {dtype}")
-    installed = (found for name in ("cc", "gcc", "clang") if (found := shutil.which(name)))
+    installed = filter(None, map(shutil.which, ("cc", "gcc", "clang")))
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
     except ValueError as error:
@@ -87,12 +89,13 @@ def _processor() -> str:
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
-    """The user's own, if nobody else may write there; else one for this process, gone once all is loaded."""
+    """The user's cache folder if nobody else may write there, else one that goes once the engine is loaded."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+        mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user numbers
+        if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return nullcontext(folder)
     except (OSError, RuntimeError):  # no home at all is a RuntimeError
         pass
@@ -156,7 +159,7 @@ class Engine:
 
     def __init__(self, model: GPT) -> None:
         self._library = library(weight_type(model))
-        self._kept: list[object] = []  # what the pointers point to
+        self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, model.h, strict=True):
@@ -232,29 +235,83 @@ class Engine:
             raise MemoryError
         return logits
 
-    def close(self) -> None:
-        """Let the threads go."""
-        if self._team:
-            self._library.gpt2_stop(self._team)
-            self._team = None
-
     def __del__(self) -> None:
-        if getattr(self, "_team", None):
-            self.close()
+        if getattr(self, "_team", None):  # end the threads
+            self._library.gpt2_stop(self._team)
 
     def _floats(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()
-        self._kept.append(tensor)
+        self._owners.append(tensor)
         return tensor.data_ptr()
 
     def _matrix(self, module: nn.Module) -> _Matrix:
         bias = getattr(module, "bias", None)
         address = None if bias is None else self._floats(bias)
         if isinstance(module, Int8Matrix):
-            self._kept.append(module)
+            self._owners.append(module)
             pointers = [getattr(module, name).data_ptr() for name in ("packed", "scale", "sums")]
             return _Matrix(*pointers, address, module.outs, module.ins)
         assert isinstance(module.weight, Tensor)
         weight = module.weight.detach().contiguous()
-        self._kept.append(weight)
+        self._owners.append(weight)
         return _Matrix(weight.data_ptr(), None, None, address, *weight.shape)
+
+
+class EngineDecoder:
+    """Decoding (see decoding.Decoder) by engine.c. A row's logits are bit-equal whatever rows are beside it."""
+
+    def __init__(self, model: GPT, capacity: int) -> None:
+        self._engine = Engine(model)
+        self._model, self._capacity = model, capacity
+        self._rows: list[int] = []  # row of the cache for each of ours
+        self._lengths: list[int] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
+        self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
+        return self._append(self._rows, prompts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        if len(set(rows)) < len(rows):
+            self._cache.select([self._rows[row] for row in rows])
+            self._rows = list(range(len(rows)))
+        else:  # rows that leave only lose their place: nothing is copied
+            self._rows = [self._rows[row] for row in rows]
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return self._call(range(len(tokens)), [[token] for token in tokens])
+
+    def refill(self, row: int, tokens: Sequence[int]) -> None:
+        self._lengths[row] = 0
+        self._append([row], [tokens])
+
+    def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
+        pieces = [
+            (place, ids[start : start + PREFILL])
+            for place, ids in enumerate(tokens)
+            for start in range(0, len(ids), PREFILL)
+        ]
+        logits = torch.empty(len(rows), self._model.config.vocab_size)
+        while pieces:
+            count, total = 1, len(pieces[0][1])
+            while count < len(pieces) and total + len(pieces[count][1]) <= PREFILL:
+                total += len(pieces[count][1])
+                count += 1
+            now, pieces = pieces[:count], pieces[count:]
+            places = [place for place, _ in now]
+            logits[places] = self._call([rows[place] for place in places], [ids for _, ids in now])
+        return logits
+
+    def _call(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        logits = self._engine.forward(
+            tokens,
+            [self._rows[row] for row in rows],
+            [self._lengths[row] for row in rows],
+            self._cache.keys,
+            self._cache.values,
+        )
+        for row, ids in zip(rows, tokens, strict=True):
+            self._lengths[row] += len(ids)
+        return logits
