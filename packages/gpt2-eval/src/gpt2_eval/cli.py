@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from gpt2_eval import __version__
-from gpt2_model.cli import PATH, out_of_memory
+from gpt2_model.command import PATH, out_of_memory
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_eval.scoring import LanguageModel

@@ -14,7 +14,6 @@ import cloup
 
 from gpt2_model import __version__
 from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
-from gpt2_model.command import out_of_memory as out_of_memory
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_model.model import GPT

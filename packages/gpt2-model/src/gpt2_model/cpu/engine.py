@@ -147,18 +147,24 @@ class _Call(ctypes.Structure):
     )
 
 
-class Engine:
-    """A model on the CPU, as engine.c sees it: pointers to its weights, and threads. Nothing large is copied.
+class EngineDecoder:
+    """Decoding (see decoding.Decoder) by engine.c. A row's logits are bit-equal whatever rows are beside it.
+
+    Nothing large is copied: the engine gets pointers to the model's weights.
 
     Args:
-        model: on the CPU, in fp32, bf16 or int8; not to be changed while the engine lives.
+        model: on the CPU, in fp32, bf16 or int8; not to be changed while the decoder lives.
+        capacity: longest row, in tokens.
 
     Raises:
         Unavailable: see `library`.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, capacity: int) -> None:
         self._library = library(weight_type(model))
+        self._model, self._capacity = model, capacity
+        self._rows: list[int] = []  # row of the cache for each of ours
+        self._lengths: list[int] = []
         self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
         layers = (_Layer * config.n_layer)()
@@ -170,7 +176,7 @@ class Engine:
             layer.c_fc, layer.mlp_c_proj = self._matrix(block.mlp.c_fc), self._matrix(block.mlp.c_proj)
             layer.attention_scale = block.attn.scale
         wte = self._matrix(model.wte)
-        self._model = _Model(
+        self._pointers = _Model(
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_embd=config.n_embd,
@@ -184,60 +190,76 @@ class Engine:
             ln_f=self._floats(model.ln_f.weight),
             ln_f_bias=self._floats(model.ln_f.bias),
         )
-        self._vocab_size = config.vocab_size
-        self._team = self._library.gpt2_start(ctypes.addressof(self._model), torch.get_num_threads())
+        self._team = self._library.gpt2_start(ctypes.addressof(self._pointers), torch.get_num_threads())
         if not self._team:
             raise MemoryError
-
-    def forward(
-        self,
-        tokens: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
-        """Append tokens to rows of the cache.
-
-        Args:
-            tokens: for each row, one or more ids.
-            rows: which row of the cache each continues.
-            lengths: how many tokens that row holds already.
-            keys, values: (n_layer, batch, n_head, capacity, head_dim), fp32.
-
-        Returns:
-            (len(rows), vocab_size) in fp32: the logits that follow each row's last token.
-        """
-        counts = [len(ids) for ids in tokens]
-        capacity = keys.shape[3]
-        assert all(length + count <= capacity for length, count in zip(lengths, counts, strict=True))
-        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        numbers = [
-            [token for ids in tokens for token in ids],
-            [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
-            [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)],
-            starts,
-        ]
-        arrays = [(ctypes.c_int64 * len(column))(*column) for column in numbers]
-        logits = torch.empty(len(rows), self._vocab_size)
-        call = _Call(
-            starts[-1],
-            *(ctypes.addressof(array) for array in arrays[:3]),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[1],
-            capacity,
-            len(rows),
-            ctypes.addressof(arrays[3]),
-            logits.data_ptr(),
-        )
-        if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
-            raise MemoryError
-        return logits
 
     def __del__(self) -> None:
         if getattr(self, "_team", None):  # end the threads
             self._library.gpt2_stop(self._team)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
+        self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
+        return self._append(self._rows, prompts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        if len(set(rows)) < len(rows):
+            self._cache.select([self._rows[row] for row in rows])
+            self._rows = list(range(len(rows)))
+        else:  # rows that leave only lose their place: nothing is copied
+            self._rows = [self._rows[row] for row in rows]
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return self._call([(row, [token]) for row, token in enumerate(tokens)])
+
+    def refill(self, row: int, tokens: Sequence[int]) -> None:
+        self._lengths[row] = 0
+        self._append([row], [tokens])
+
+    def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
+        pieces = [
+            (row, ids[start : start + PREFILL])
+            for row, ids in zip(rows, tokens, strict=True)
+            for start in range(0, len(ids), PREFILL)
+        ]
+        last: dict[int, Tensor] = {}  # row -> its logits so far
+        while pieces:
+            count, total = 1, len(pieces[0][1])
+            while count < len(pieces) and total + len(pieces[count][1]) <= PREFILL:
+                total += len(pieces[count][1])
+                count += 1
+            now, pieces = pieces[:count], pieces[count:]
+            last |= zip([row for row, _ in now], self._call(now), strict=True)
+        return torch.stack([last[row] for row in rows])
+
+    def _call(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Append tokens to rows, (row, ids) each; return the logits that follow, (pieces, vocab_size) in fp32."""
+        tokens: list[int] = []
+        sequences: list[int] = []
+        positions: list[int] = []
+        starts = [0]
+        for row, ids in pieces:
+            start, end = self._lengths[row], self._lengths[row] + len(ids)
+            assert end <= self._capacity
+            tokens += ids
+            sequences += [self._rows[row]] * len(ids)
+            positions += range(start, end)
+            starts.append(len(tokens))
+            self._lengths[row] = end
+        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
+        addresses = [ctypes.addressof(array) for array in arrays]
+        logits = torch.empty(len(pieces), self._model.config.vocab_size)
+        keys, values = self._cache.keys, self._cache.values
+        call = _Call(
+            len(tokens), *addresses[:3], keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3],
+            len(pieces), addresses[3], logits.data_ptr(),
+        )  # fmt: skip
+        if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
+            raise MemoryError
+        return logits
 
     def _floats(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()
@@ -255,63 +277,3 @@ class Engine:
         weight = module.weight.detach().contiguous()
         self._owners.append(weight)
         return _Matrix(weight.data_ptr(), None, None, address, *weight.shape)
-
-
-class EngineDecoder:
-    """Decoding (see decoding.Decoder) by engine.c. A row's logits are bit-equal whatever rows are beside it."""
-
-    def __init__(self, model: GPT, capacity: int) -> None:
-        self._engine = Engine(model)
-        self._model, self._capacity = model, capacity
-        self._rows: list[int] = []  # row of the cache for each of ours
-        self._lengths: list[int] = []
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
-        self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
-        return self._append(self._rows, prompts)
-
-    def select(self, rows: Sequence[int]) -> None:
-        if len(set(rows)) < len(rows):
-            self._cache.select([self._rows[row] for row in rows])
-            self._rows = list(range(len(rows)))
-        else:  # rows that leave only lose their place: nothing is copied
-            self._rows = [self._rows[row] for row in rows]
-        self._lengths = [self._lengths[row] for row in rows]
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        return self._call(range(len(tokens)), [[token] for token in tokens])
-
-    def refill(self, row: int, tokens: Sequence[int]) -> None:
-        self._lengths[row] = 0
-        self._append([row], [tokens])
-
-    def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
-        pieces = [
-            (place, ids[start : start + PREFILL])
-            for place, ids in enumerate(tokens)
-            for start in range(0, len(ids), PREFILL)
-        ]
-        logits = torch.empty(len(rows), self._model.config.vocab_size)
-        while pieces:
-            count, total = 1, len(pieces[0][1])
-            while count < len(pieces) and total + len(pieces[count][1]) <= PREFILL:
-                total += len(pieces[count][1])
-                count += 1
-            now, pieces = pieces[:count], pieces[count:]
-            places = [place for place, _ in now]
-            logits[places] = self._call([rows[place] for place in places], [ids for _, ids in now])
-        return logits
-
-    def _call(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        logits = self._engine.forward(
-            tokens,
-            [self._rows[row] for row in rows],
-            [self._lengths[row] for row in rows],
-            self._cache.keys,
-            self._cache.values,
-        )
-        for row, ids in zip(rows, tokens, strict=True):
-            self._lengths[row] += len(ids)
-        return logits
