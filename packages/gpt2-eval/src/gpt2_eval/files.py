@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2_data.sources import hub, web
-from gpt2_data.sources.download import fetch
+from gpt2_data.sources.download import download_file as fetch
 
 T = TypeVar("T")
 
