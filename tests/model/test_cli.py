@@ -115,7 +115,7 @@ def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
     assert again != second  # another seed
     assert more.startswith(again)
     assert fresh.startswith("Three")
-    assert "/agian is none of /again and /reset" in result.stderr
+    assert "/agian is not a command: there are /again and /reset" in result.stderr
 
 
 def test_generate_from_nothing(tiny_hf_folder) -> None:
@@ -180,14 +180,14 @@ def test_output_that_is_not_utf8_gets_whole_json(tiny_hf_folder) -> None:
         (("generate", "Hi"), 2, "Missing option '-m'"),
         (("generate", "-m", "x", "--temperature", "-1", "Hi"), 1, "temperature must be 0"),
         (("generate", "-m", "x", "--dtype", "int3", "Hi"), 2, "'int3' is not one of"),
-        (("generate", "-m", "x", "-d", "tpu", "Hi"), 1, "device 'tpu' is not to be had here"),
+        (("generate", "-m", "x", "-d", "tpu", "Hi"), 1, "this machine has no device 'tpu': use cpu"),
         (("generate", "-m", "x", "--file", "nowhere.txt"), 2, "'nowhere.txt': No such file"),
         (("generate", "-m", "x", "--file", "-", "Hi"), 2, "give prompts as arguments or with --file, not both"),
         (("generate", "-m", "x", "-i", "-n", "2"), 2, "--interactive takes at most one prompt, one sample"),
         (("generate", "-m", "x", "-i", "--json"), 2, "--interactive takes at most one prompt"),
         (("generate", "-m", "x", "--repetition-penalty", "0", "Hi"), 1, "repetition_penalty must be above 0"),
         ((), 2, "Usage"),
-        (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "device 'meta' is not to be had here"),
+        (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "this machine has no device 'meta'"),
         (("generate", "-m", "x", "--max-new-tokens", "0", "Hi"), 2, "0 is not in the range"),
         (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs are shown by --json only"),
         (("generate", "-m", "124M", "Hi"), 1, "124M is a size, not a model: OpenAI's of that size is gpt2"),

@@ -1,14 +1,17 @@
 """Model folders: what is read, what is written, and what is refused with one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
 from gpt2_model import GPT, GPTConfig
+from gpt2_model.cli import main
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
 
@@ -167,7 +170,10 @@ def test_memory_of_loading_and_saving(tmp_path) -> None:
     """Loading: the file, mapped, and the model. Saving: one tensor more than the model. The rest is slack."""
     program = f"""
 import resource, sys, torch
+from click.testing import CliRunner
+
 from gpt2_model import GPT, GPTConfig
+from gpt2_model.cli import main
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -189,8 +195,18 @@ print(loaded - before, peak() - loaded)
     assert saving < 0.3 * size
 
 
-def test_a_runs_folder_names_its_newest_model(tmp_path) -> None:
-    for step in (9, 10):
-        (tmp_path / f"run/checkpoints/step-{step:08d}").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"run is a run's folder: its newest model is .*step-00000010$"):
-        GPT.from_pretrained(tmp_path / "run")
+def test_a_runs_folder_stands_for_its_newest_whole_checkpoint(tiny_hf_folder, tmp_path, capsys) -> None:
+    for step in (9, 10, 11):
+        folder = tmp_path / f"run/checkpoints/step-{step:08d}"
+        shutil.copytree(tiny_hf_folder, folder)
+        (folder / "trainer.json").write_text(json.dumps({"step": step, "tokens": 512 * step}))
+        if step < 11:  # which is still being written
+            (folder / "manifest.json").write_text("{}")
+    GPT(GPTConfig(16, 64, 1, 1, 16)).save_pretrained(tmp_path / "run/checkpoints/step-00000010")
+    assert GPT.from_pretrained(tmp_path / "run").config.n_layer == 1
+    result = CliRunner().invoke(main, ["info", str(tmp_path / "run"), "--json"])
+    facts = json.loads(result.stdout)
+    assert (facts["step"], facts["tokens"], facts["n_layer"]) == (10, 5120, 1)
+    assert result.stderr.endswith(
+        "taking its newest checkpoint, " + str(tmp_path / "run/checkpoints/step-00000010\n")
+    )

@@ -314,7 +314,7 @@ def _check_model(model: str | None, hf: str | None) -> None:
 def _load(model: str | None, hf: str | None, run: Mapping[str, Any]) -> "tuple[Any, Any, str]":
     """(model, its encoder, its device)."""
     from gpt2_eval.models import load_model
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
 
     keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
     loaded, encoder = load_model(model, hf, run["device"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_model.activations import activation_bytes
 from gpt2_model.attention import causal_attention
 from gpt2_model.config import GPTConfig
 from gpt2_model.head_loss import head_loss
@@ -124,6 +125,7 @@ class GPT(nn.Module):
     """
 
     activation_checkpointing: bool = False
+    activation_bytes = staticmethod(activation_bytes)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -248,6 +250,16 @@ class GPT(nn.Module):
         from gpt2_model.quantize import quantize
 
         return quantize(load(name_or_path, torch.float32))
+
+    @staticmethod
+    def inspect(name_or_path: str | Path) -> GPTConfig:
+        """The config of what `from_pretrained` would load, checked likewise, but for the weights' values.
+
+        Raises: what `from_pretrained` raises.
+        """
+        from gpt2_model.weights import inspect
+
+        return inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load.

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_model.config import PRESETS, GPTConfig
+from gpt2_model.command import newest_checkpoint
+from gpt2_model.config import OPENAI_NAMES, PRESETS, GPTConfig
 from gpt2_model.foreign import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.hf_config import hf_config, read_config
 from gpt2_model.hf_tokenizer import tokenizer_files
@@ -27,10 +28,9 @@ from gpt2_model.hub import HUB_NAMES as HUB_NAMES
 from gpt2_model.hub import WEIGHTS_FILES, download
 from gpt2_model.model import GPT
 from gpt2_model.openai import read_openai
-from gpt2_model.tensor_files import read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.tensor_files import read_json, read_safetensors, read_shards, read_torch, short, state_dict
 from gpt2_model.tokenizer import EOT
 
-OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
@@ -100,8 +100,8 @@ def _open_folder(folder: Path) -> _Checkpoint:
             return _open_file(folder / name)
     if (folder / "hparams.json").is_file():
         return _Checkpoint(*read_openai(folder), folder, in_out=True)
-    if models := sorted((folder / "checkpoints").glob("step-*")):  # gpt2-train's: the likeliest slip
-        raise FileNotFoundError(f"{folder} is a run's folder: its newest model is {models[-1]}")
+    if checkpoint := newest_checkpoint(folder):
+        return _open_folder(checkpoint)
     raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} or hparams.json in it")
 
 
@@ -236,3 +236,14 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_progress(model: str) -> dict[str, int]:
+    """The step and the tokens so far in the trainer.json of a checkpoint; {} where there is none.
+
+    Raises:
+        ValueError: a trainer.json that holds no JSON object.
+    """
+    path = Path(model) / "trainer.json"
+    state = read_json(path) if path.is_file() else {}
+    return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
