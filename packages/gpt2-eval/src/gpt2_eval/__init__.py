@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_eval.hellaswag import HellaSwag as HellaSwag
     from gpt2_eval.hellaswag import evaluate_hellaswag as evaluate_hellaswag
     from gpt2_eval.hellaswag import load_hellaswag as load_hellaswag
     from gpt2_eval.loss import evaluate_loss as evaluate_loss
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = version("gpt2-eval")
 
 _MODULE_OF = {
+    "HellaSwag": "hellaswag",
     "HellaSwagResult": "report",
     "Interrupted": "scoring",
     "LossResult": "report",
