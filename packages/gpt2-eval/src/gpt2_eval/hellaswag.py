@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_eval.encoding import Encoder, apart, gpt2_encoder, joint
-from gpt2_eval.files import Published, have, read_items, short_hash
+from gpt2_eval.models import LanguageModel
 from gpt2_eval.packing import Row
+from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import HellaSwagResult, accuracy
-from gpt2_eval.scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
 # 10,042 items, on which all published numbers are.
 PUBLISHED = Published(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-    "hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
 )
 
@@ -49,7 +49,7 @@ class HellaSwagItem:
         rows: protocol -> one row an ending.
         chars: characters of each ending as lm-eval counts them: cleaned, without the blank before it.
         bytes: the same in UTF-8.
-        hash: of its texts; `compare` knows by it that two models answered the same question.
+        hash: of its texts, by which `compare` knows that two models answered the same question.
     """
 
     ind: int
@@ -86,11 +86,9 @@ def load_hellaswag(
 
     Raises:
         OSError: no such file, or it cannot be downloaded.
-        ValueError: lines that are not HellaSwag items with a label: the first as file:line, and how many.
+        ValueError: lines are not HellaSwag items with a label; the message names the first, and how many.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
-    file, sha256 = have(PUBLISHED, None if path is None else str(path))
+    file, sha256 = find_file(PUBLISHED, path)
     encoder = encoder or gpt2_encoder()
     items, total = read_items(file, lambda record: _item(record, encoder), limit)
     return HellaSwag(items, total, sha256)
@@ -104,14 +102,14 @@ def evaluate_hellaswag(
     limit: int | None = None,
     **options: Unpack[ScoringOptions],
 ) -> HellaSwagResult:
-    """Score `data`, a file or what `load_hellaswag` made of it, by one protocol or by both in one pass.
+    """Score `data`, a file or the items that `load_hellaswag` read, by one protocol or by both in one pass.
 
     Where torch.distributed is initialised, every rank must call this; each gets the whole result.
 
     Args:
         protocol: "karpathy", "lm-eval" or "both".
-        limit: the first so many items only; the result is then marked partial.
-        options: as of `score_items`; an item of four rows for each protocol.
+        limit: score the first so many items only; the result is then marked partial.
+        options: those of `score_items`, which is given an item of four rows for each protocol.
 
     Raises:
         FileNotFoundError: no such file.
@@ -153,7 +151,7 @@ def evaluate_hellaswag(
 def _scores(
     protocol: str, items: Sequence[HellaSwagItem], sums: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per-item scores by name, each (items, 4)."""
+    """Scores of each item by name, each (items, 4)."""
     if protocol == "karpathy":
         lengths = np.array([[len(row.continuation) for row in item.rows[protocol]] for item in items])
         return {"sum": sums, "mean": sums / lengths}
@@ -190,7 +188,7 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
 
 
 def _fields(record: dict[str, Any]) -> tuple[int, int, dict[str, str], list[str]]:
-    """ind, label, texts and endings of a record; ValueError says what is wrong with it."""
+    """Return ind, label, texts and endings of a record; a ValueError says what is wrong with it."""
     names = ("activity_label", "ctx_a", "ctx_b", "ctx")
     missing = [name for name in ("ind", *names, "endings") if name not in record]
     missing += ["label"] * (record.get("label", "") == "")  # as the hub's copy of the test split has it
