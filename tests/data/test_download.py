@@ -16,8 +16,9 @@ import pytest
 from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
 from huggingface_hub import constants
 
+import gpt2_data
 from gpt2_data.sources import download, web
-from gpt2_data.sources.download import Downloader, fetch
+from gpt2_data.sources.download import Downloader, download_file
 from gpt2_data.sources.hub import HubFile, HubSource, list_files
 from gpt2_data.sources.web import WebFile
 
@@ -40,9 +41,10 @@ def names(folder):
 def fetching(server, folder, **environment):
     """A process that fetches the file."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom gpt2_data.sources import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from gpt2_data.sources import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
         f"file = hub.HubFile('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
-        f"try:\n    print(download.fetch(file, Path({str(folder)!r})))\n"
+        f"try:\n    print(download.download_file(file, Path({str(folder)!r})))\n"
         "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"
     )
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -61,7 +63,7 @@ def until(condition):
 
 def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
     seen = []
-    path = fetch(file, tmp_path, lambda done, size: seen.append((done, size)))
+    path = download_file(file, tmp_path, lambda done, size: seen.append((done, size)))
     assert path == tmp_path / "data" / "big.parquet"
     assert path.read_bytes() == CONTENT
     assert names(path.parent) == ["big.parquet", "big.parquet.json", "big.parquet.lock"]
@@ -72,22 +74,22 @@ def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
     assert len(server.asked("resolve")) == 1  # the hub limits the rate of these
 
     server.requests.clear()
-    assert fetch(file, tmp_path) == path
+    assert download_file(file, tmp_path) == path
     (tmp_path / "data" / "big.parquet.json").unlink()  # killed before it was written: hashed, not fetched
-    assert fetch(file, tmp_path) == path
+    assert download_file(file, tmp_path) == path
     assert download.is_done(path, file)
     assert server.requests == []
 
 
 def test_a_file_that_changed_on_the_disk_is_fetched_anew(server, file, tmp_path):
-    path = fetch(file, tmp_path)
+    path = download_file(file, tmp_path)
     before = path.stat()
     path.write_bytes(OTHER)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert not download.is_done(path, file)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     path.write_bytes(CONTENT[:-1])
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
 
 
 def test_killed_and_resumed_in_another_process(server, file, tmp_path):
@@ -125,7 +127,7 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
 def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, faults):
     server.faults = faults
     server.chunk = 10_000
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert server.sent("big.parquet") == SIZE
     assert not any(fault.times for fault in faults)
 
@@ -135,20 +137,20 @@ def test_a_rate_limit_is_waited_for(server, file, tmp_path, date):
     after = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "1"
     server.faults = [Refuse(status=429, headers={"Retry-After": after})]
     before = time.monotonic()
-    fetch(file, tmp_path)
+    download_file(file, tmp_path)
     assert 0.9 < time.monotonic() - before < 4
 
 
 def test_patience_ends(server, file, tmp_path, monkeypatch):
     server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
     with pytest.raises(OSError, match=r"HTTP 429\), and asks to wait 86400 seconds; gave up after one try"):
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     monkeypatch.setattr(web, "PATIENCE", 0.3)
     server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
     with pytest.raises(
         OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command again"
     ):
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     assert (tmp_path / "data" / "big.parquet.part").read_bytes() == CONTENT[:1000]
 
 
@@ -156,21 +158,21 @@ def test_a_stalled_connection_is_noticed(server, file, tmp_path, monkeypatch):
     monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
     server.faults = [Stall(at=100_000)]
     before = time.monotonic()
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert time.monotonic() - before < 5
     assert server.sent("big.parquet") == SIZE
 
 
 def test_wrong_content_once_and_always(server, file, tmp_path):
     server.faults = [Spoil()]
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert server.sent("big.parquet") == 2 * SIZE
     server.faults, folder = [Spoil(times=100)], tmp_path / "other"
     wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
     with pytest.raises(
         OSError, match=f"big.parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
     ):
-        fetch(file, folder)
+        download_file(file, folder)
     assert names(folder / "data") == ["big.parquet.lock"]
     assert server.faults[0].times == 97
 
@@ -181,7 +183,7 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     part.parent.mkdir()
     for left in (OTHER[:1_000_000], OTHER + b"more", OTHER, b""):
         part.write_bytes(left)
-        path = fetch(file, tmp_path)
+        path = download_file(file, tmp_path)
         assert path.read_bytes() == CONTENT
         download.remove(path)
         assert names(path.parent) == ["big.parquet.lock"]
@@ -200,19 +202,19 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
 
     # The first request only asks where the file is.
     server.faults = [Drop(store=False, path="page", at=1), Change(store=False, path="page", at=100_000)]
-    assert fetch(small, tmp_path).read_bytes() == CONTENT
+    assert download_file(small, tmp_path).read_bytes() == CONTENT
     assert [request.range for request in server.asked("page")] == ["bytes=0-0", None, "bytes=100000-", None]
 
 
 def test_a_server_without_ranges_starts_over(server, file, tmp_path):
     server.faults = [Drop(at=1_000_000), NoRanges()]
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
     server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
     with pytest.raises(
         OSError, match="given up after 3 downloads: the server does not go on at byte 1,000,000 of 3,00"
     ):
-        fetch(file, tmp_path / "other")
+        download_file(file, tmp_path / "other")
 
 
 def test_a_file_of_another_size(server, file, tmp_path):
@@ -221,11 +223,11 @@ def test_a_file_of_another_size(server, file, tmp_path):
         with pytest.raises(
             OSError, match=f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
         ):
-            fetch(meant, tmp_path)
+            download_file(meant, tmp_path)
     assert len(server.asked("cdn")) == 6
     (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)
     with pytest.raises(OSError, match="should have 3,000,001"):
-        fetch(meant, tmp_path)
+        download_file(meant, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +250,7 @@ def test_refusals_are_final(server, file, tmp_path, fault, message):
     server.requests.clear()
     fault.times, server.faults = 100, [fault]
     with pytest.raises(OSError, match=message) as error:
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     assert str(error.value).startswith(file.url)
     assert "\n" not in str(error.value)
     assert len(server.requests) <= 3
@@ -260,7 +262,7 @@ def test_the_token_goes_to_the_hub_alone(server, file, tmp_path, monkeypatch, ca
     server.faults = [Drop(at=1000), Refuse(status=429, headers={"Retry-After": "0"})]
     monkeypatch.setenv("HF_TOKEN", "secret")
     server.requests.clear()
-    fetch(file, tmp_path)
+    download_file(file, tmp_path)
     sent = {(request.store, request.headers.get("authorization")) for request in server.requests}
     assert sent == {(False, "Bearer secret"), (True, None)}
     assert "secret" not in caplog.text + "".join(capfd.readouterr())
@@ -277,14 +279,14 @@ def test_a_full_disk(server, file, tmp_path):
     assert process.returncode == 1
     assert err.startswith(f"OSError {part}: [Errno 27] File too large"), err
     assert part.read_bytes() == CONTENT[:1_000_000]
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-"]
 
 
 def test_a_folder_that_cannot_be_written(server, file, tmp_path):
     (tmp_path / "data").write_text("in the way")
     with pytest.raises(OSError, match="data") as error:
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     assert error.value.filename is not None
 
 
@@ -299,11 +301,11 @@ def test_several_processes_fetch_a_file_once(server, file, tmp_path):
 
 
 def test_offline(server, file, tmp_path, monkeypatch):
-    fetch(file, tmp_path)
+    download_file(file, tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch(file, tmp_path).exists()
+    assert download_file(file, tmp_path).exists()
     with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        fetch(file, tmp_path / "empty")
+        download_file(file, tmp_path / "empty")
 
 
 @pytest.fixture
@@ -328,7 +330,7 @@ def test_no_more_are_there_than_asked_for(server, files, tmp_path):
 
 
 def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
-    fetch(*files[0])
+    download_file(*files[0])
     server.requests.clear()
     with Downloader(files) as downloader:
         until(lambda: downloader.ready(downloader.paths[-1]))
@@ -387,7 +389,7 @@ def test_closing_in_the_middle(server, file, tmp_path):
     server.stopping.set()
     downloader._thread.join(5)
     assert not downloader._thread.is_alive()
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert server.sent("big.parquet") == SIZE - kept
 
 
@@ -395,5 +397,37 @@ def test_a_stop_before_the_first_byte(server, file, tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(web.Stopped):
-        fetch(file, tmp_path, stop=stop)
+        download_file(file, tmp_path, stop=stop)
     assert not (tmp_path / "data" / "big.parquet").exists()
+
+
+def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypatch):
+    """What other packages use: by default the file's own name, known again by its hash without the network."""
+    server.pages["texts/page.txt"] = OTHER
+    address, digest = f"{server.url}/texts/page.txt", hashlib.sha256(OTHER).hexdigest()
+    assert gpt2_data.fetch(address, tmp_path, sha256=digest) == tmp_path / "page.txt"
+    assert (tmp_path / "page.txt").read_bytes() == OTHER
+    assert gpt2_data.fetch(address, tmp_path, name="again").read_bytes() == OTHER  # checked by its size alone
+    for name, place in ((None, "a--b/data/big.parquet"), ("big", "big")):
+        path = gpt2_data.fetch("hf:a/b", tmp_path, name=name, sha256=SHA256)
+        assert path == tmp_path / place
+        assert path.read_bytes() == CONTENT
+    server.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert gpt2_data.fetch(address, tmp_path, sha256=digest) == tmp_path / "page.txt"
+    assert gpt2_data.fetch("hf:a/b", tmp_path, name="big", sha256=SHA256) == tmp_path / "big"
+    with pytest.raises(OSError, match=r"^hf:a/b::train: HF_HUB_OFFLINE is set"):
+        gpt2_data.fetch("hf:a/b", tmp_path, name="big")
+    assert server.requests == []
+
+
+def test_fetch_says_what_is_wrong(server, file, tmp_path):
+    server.pages["page.txt"] = OTHER
+    with pytest.raises(OSError, match="given up after 3 downloads: SHA-256 is"):
+        gpt2_data.fetch(f"{server.url}/page.txt", tmp_path, sha256="0" * 64)
+    with pytest.raises(OSError, match=r"none.txt: no such file \(HTTP 404\)"):
+        gpt2_data.fetch(f"{server.url}/none.txt", tmp_path)
+    server.add("two/files", {"a.parquet": b"a", "b.parquet": b"b"})
+    for source, message in (("hf:two/files", "has 2 files on the hub, not one"), ("page.txt", "write an address")):
+        with pytest.raises(ValueError, match=message):
+            gpt2_data.fetch(source, tmp_path)

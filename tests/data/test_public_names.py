@@ -16,6 +16,7 @@ NAMES = [
     "build",
     "convert",
     "encode_documents",
+    "fetch",
     "get_tokenizer",
     "open_dataset",
     "verify",

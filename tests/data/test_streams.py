@@ -28,7 +28,8 @@ def jsonl(texts, **row):
 def started(server, folder, code, *arguments):
     """A process that talks to `server` with an empty cache; `datasets` reads the environment on import."""
     head = (
-        "import json, sys, warnings\nwarnings.simplefilter('ignore')\nfrom gpt2_data.sources import hub\nfrom gpt2_data.sources import streaming as streams\n"
+        "import json, sys, warnings\nwarnings.simplefilter('ignore')\n"
+        "from gpt2_data.sources import hub\nfrom gpt2_data.sources import streaming as streams\n"
         "def read(listing, shard, column='text'):\n"
         "    return [text for batch in streams.documents(listing, shard, column) for text in batch]\n"
         "def said(function, *arguments):\n"

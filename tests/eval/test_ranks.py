@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from gpt2_eval import load_hellaswag, score_items
-from gpt2_eval.scoring import gather_records
+from gpt2_eval.ranks import gather_records
 from gpt2_model import GPT
 
 model, items, out = sys.argv[1:]

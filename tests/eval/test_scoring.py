@@ -7,8 +7,9 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_eval import Interrupted, Row, RowScore, score_items
 from gpt2_eval.packing import fill_lines, lay_out, pack
-from gpt2_eval.scoring import CPU_HEAD_BLOCK, count_truncated, gather_records, plan_batches, token_scores
-from gpt2_eval.unfinished import remove_unfinished
+from gpt2_eval.ranks import gather_records
+from gpt2_eval.resume import remove_scores
+from gpt2_eval.scoring import CPU_HEAD_BLOCK, count_truncated, plan_batches, token_scores
 from gpt2_model import EOT
 
 
@@ -171,7 +172,7 @@ def test_scores_of_a_killed_call_are_not_computed_again(model, items, tmp_path):
     expected = score_items(model, items, batch_size=2)
     whole = Counted(model)
     assert score_items(whole, items, **options) == expected
-    remove_unfinished(out)
+    remove_scores(out)
     with pytest.raises(KeyboardInterrupt):
         score_items(Counted(model, fail_at=4), items, **options)
     [file] = tmp_path.iterdir()
@@ -185,7 +186,7 @@ def test_scores_of_a_killed_call_are_not_computed_again(model, items, tmp_path):
     third = Counted(model)
     assert score_items(third, items, **options) == expected
     assert third.calls == 0
-    remove_unfinished(out)
+    remove_scores(out)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gpt2_data.formats.manifest import verify
     from gpt2_data.loader import TokenLoader
     from gpt2_data.prefetch import Prefetch
+    from gpt2_data.sources.download import fetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
     __version__: str
@@ -28,6 +29,7 @@ __all__ = [
     "build",
     "convert",
     "encode_documents",
+    "fetch",
     "get_tokenizer",
     "open_dataset",
     "verify",
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "build": "building.build",
     "convert": "conversion",
     "encode_documents": "tokenizer",
+    "fetch": "sources.download",
     "get_tokenizer": "tokenizer",
     "open_dataset": "dataset",
     "verify": "formats.manifest",

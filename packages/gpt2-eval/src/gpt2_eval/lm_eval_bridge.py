@@ -21,13 +21,13 @@ from gpt2_model import EOT, GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A GPT as the harness wants it; its tokenisation of pairs is the harness' own.
+    """A GPT as the harness wants it; the harness itself tokenises pairs.
 
     Under torchrun every rank must evaluate: each scores its share, and all get the same results.
 
     Args:
         model: on its device, in eval mode.
-        options: as of `score_items`.
+        options: those of `score_items`.
     """
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
@@ -72,7 +72,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             context, options = request.args
             if options.get("do_sample"):
-                raise ValueError("a task that samples (do_sample) is not to be had by this bridge")
+                raise ValueError("a task that samples (do_sample) does not run by this bridge: it is greedy")
             stop = options.get("until") or []
             new = int(options.get("max_gen_toks") or 256)
             room = max(1, self.model.config.block_size - new)

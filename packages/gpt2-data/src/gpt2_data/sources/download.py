@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2_data.formats.uint16 import atomic, fsync_folder
-from gpt2_data.sources import web
+from gpt2_data.disk import sha256 as sha256_of
+from gpt2_data.disk import sync_folder, write_whole
+from gpt2_data.sources import hub, web
 from gpt2_data.sources.hub import HubFile
 from gpt2_data.sources.web import WebFile
 
@@ -29,7 +30,46 @@ class _Wrong(Exception):
     """What the server sends is not the file."""
 
 
-def fetch(
+def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
+    """Download a file, unless it is there already, and return its path.
+
+    A download that broke resumes where it was, in another process too. The file is there whole and checked, or not
+    at all; several processes that ask at once fetch it once.
+
+    Args:
+        source: an address (https://...), or a split of a dataset on the Hugging Face hub that is a single file, as
+            hf:REPO[@REVISION][:CONFIG[:SPLIT]].
+        folder: where the file is kept; it is created if need be.
+        name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
+        sha256: of the file, in hex. A file of that name and hash is taken without asking the network. Without it
+            the hub's own hash is checked; of another address only the size can be.
+
+    Raises:
+        ValueError: the source is malformed, or the hub has no such dataset, config or split, or several files.
+        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
+    """
+    source_on_hub = hub.parse(source)
+    if source_on_hub is None and not source.startswith(("http://", "https://")):
+        raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+    if name is None:
+        name = "" if source_on_hub else source.partition("?")[0].rpartition("/")[2]
+    if name and sha256 is not None:
+        path = folder / name
+        if path.is_file() and sha256_of(path) == sha256:
+            return path
+    if source_on_hub is None:
+        file: HubFile | WebFile = WebFile(source, name, web.size_of(source), sha256)
+    else:
+        files = hub.list_files(source_on_hub).files
+        if len(files) != 1:
+            raise ValueError(f"{source} has {len(files)} files on the hub, not one")
+        listed = files[0]
+        name = name or f"{source_on_hub.repo.replace('/', '--')}/{listed.path}"
+        file = WebFile(listed.url, name, listed.size, sha256 or listed.sha256)
+    return download_file(file, folder, unreachable=web.UNREACHABLE)
+
+
+def download_file(
     file: HubFile | WebFile,
     folder: Path,
     progress: Progress | None = None,
@@ -55,7 +95,7 @@ def fetch(
             return path
         digest = _download(file, path.with_name(path.name + ".part"), progress, patience)
         path.with_name(path.name + ".part").replace(path)
-        fsync_folder(path.parent)
+        sync_folder(path.parent)
         _write_receipt(path, file, digest)
     return path
 
@@ -86,7 +126,7 @@ def _receipt(path: Path) -> Path:
 def _write_receipt(path: Path, file: HubFile | WebFile, digest: str) -> None:
     found = path.stat()
     receipt = {"size": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns, "url": file.url}
-    with atomic(_receipt(path), path.parent) as out:
+    with write_whole(_receipt(path)) as out:
         out.write((json.dumps(receipt) + "\n").encode())
 
 
@@ -256,7 +296,7 @@ class Downloader:
                     self._changed.wait_for(self._room)
                 if self._stop.is_set():
                     return
-                path = fetch(file, folder, self._note, self._stop)
+                path = download_file(file, folder, self._note, self._stop)
                 with self._changed:
                     self._complete, self._current = self._complete + file.size, 0
                     self._finished.add(path)
@@ -289,7 +329,7 @@ def tinyshakespeare() -> Path:
             return path
         remove(path)
     try:
-        return fetch(TINYSHAKESPEARE, cache, unreachable=web.UNREACHABLE)
+        return download_file(TINYSHAKESPEARE, cache, unreachable=web.UNREACHABLE)
     except OSError as error:
         if error.filename is not None:
             raise

@@ -177,6 +177,20 @@ class Link:
             return address
 
 
+def size_of(url: str) -> int:
+    """Bytes of the file at an address. Raises OSError in one line."""
+    patience = Patience(url, unreachable=UNREACHABLE)
+    while True:
+        try:
+            with Link(url).open(0, 1) as response:
+                size = total_size(response)
+            if size is None:
+                raise OSError(f"{url}: the server does not say how long the file is")
+            return size
+        except Again as again:
+            patience.wait(again)
+
+
 def read_range(link: Link, start: int, stop: int, patience: Patience) -> bytes:
     """Bytes [start, stop) of a file, whatever happens on the way. Raises OSError."""
     data = bytearray()
