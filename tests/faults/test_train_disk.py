@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
     code, said, files = told["continue"]
     assert code == 0, said
     assert "warning: cannot write" in said
-    assert "training goes on, as on_save_error asks for" in said
+    assert "training continues, as on_save_error asks for" in said
     runs.must_equal_whole(saved)
 
 

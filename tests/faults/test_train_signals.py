@@ -14,7 +14,7 @@ def stopped(runs, out, ranks=1, code=143) -> int:
     """The newest checkpoint's step, once it has been checked that the run told it and stopped there."""
     said = runs.said(out)
     step = good_steps(out)[-1] if (out / "checkpoints").exists() else 0
-    onward = "goes on from there" if step else "begins anew"
+    onward = "resumes from there" if step else "begins anew"
     assert f"stopped by signal {code - 128} at step {step}; the same command {onward}" in said, said
     assert "Traceback" not in said
     assert [row["step"] for row in rows(out)] == list(range(1, step + 1))

@@ -67,13 +67,34 @@ def test_batches_that_do_not_divide_say_what_would() -> None:
         micro_batches(TrainConfig(micro_batch="48"), 1, 64)
 
 
+def test_the_rate_at_the_end_follows_a_low_peak() -> None:
+    """Runs of 0.1 that did not name it had 6e-5: where that is possible it stays, so that they resume."""
+    assert [TrainConfig(lr=lr).min_lr for lr in (6e-4, 1e-4, 6e-5, 3e-5)] == [6e-5, 6e-5, 6e-5, 3e-5 / 10]
+
+
+def test_an_option_given_twice_is_refused() -> None:
+    result = CliRunner().invoke(main, ["--data", "a", "--data", "b", "--out", "o"])
+    assert result.exit_code == 2
+    assert "--data is given 2 times: give it once; a run trains on one dataset" in result.output
+
+
+def test_help_has_groups_and_the_defaults_a_person_types() -> None:
+    usual, full = (CliRunner().invoke(main, [flag]).output for flag in ("--help", "--help-all"))
+    assert "[default: 10Mi]" in usual
+    assert "[default: 524288]" in usual
+    assert "--spike-sigma" not in usual
+    assert "--spike-sigma" in full
+    for group in ("Data and run folder:", "Model:", "Optimisation:", "Hardware:"):
+        assert group in usual
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"lr": -1.0}, "lr must not be negative"),
         ({"lr": float("nan")}, "lr must not be negative or infinite, and is nan"),
-        ({"lr": 1e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
+        ({"lr": 1e-5, "min_lr": 6e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
         ({"micro_batch": "many"}, "micro_batch must be auto or a positive whole number, not 'many'"),
         ({"grad_compression": "fp16"}, "grad_compression must be one of none, bf16, not 'fp16'"),
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16"),
@@ -119,17 +140,9 @@ def test_flag_before_environment_before_file_before_recipe(dataset, tmp_path, mo
     monkeypatch.setenv("GPT2_TRAIN_WARMUP", "30")
     monkeypatch.setenv("GPT2_TRAIN_STEPS", "3000")
     arguments = [
-        "--recipe",
-        "350M",
-        "--config",
-        str(tmp_path / "c.toml"),
-        "--steps",
-        "4k",
-        "--data",
-        str(dataset),
-        "--out",
-        str(tmp_path / "o"),
-    ]
+        "--recipe", "350M", "--config", str(tmp_path / "c.toml"), "--steps", "4k", "--data", str(dataset),
+        "--out", str(tmp_path / "o"),
+    ]  # fmt: skip
     result = CliRunner().invoke(main, [*arguments, "--model", "n_head=4"])
     assert result.exit_code == 0, result.output
     config = seen[0]

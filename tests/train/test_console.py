@@ -84,11 +84,33 @@ def test_in_a_pipe_plain_lines_every_ten_seconds(tmp_path, monkeypatch, capsys) 
     said = capsys.readouterr().err
     assert "\r" not in said
     assert "%|" not in said
-    lines = said.splitlines()[1:]
+    lines = said.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 3, *range(13, 100, 10), 100]
     assert lines[3] == (
-        "step  13/100   loss 0.7692   norm 1.000   lr 1.00e-03   1.00 s   1,000 tokens/s   1:27 left"
+        "step  13/100  loss 0.7692  norm 1.000  lr 1.00e-03  1.00k tok/s  1:27 left"
     )
+
+
+def test_a_line_of_a_long_run_fits_80_columns(tmp_path, capsys) -> None:
+    log = open_log(tmp_path, steps=19073, batch_tokens=524288, peak_tflops=2000.0)
+    log.train(train_row(12345, loss=10.1234, seconds=0.3))
+    (line,) = capsys.readouterr().err.splitlines()
+    line = line.partition(" left")[0].rpartition("  ")[0]  # a terminal has the time left in the bar
+    assert "MFU" in line
+    assert len(line) < 80, line
+
+
+def test_a_validation_is_shown_on_a_terminal(tmp_path, monkeypatch) -> None:
+    terminal = Terminal(monkeypatch)
+    log = open_log(tmp_path)
+    log.working("step 0: validation")
+    log.train(train_row(1))
+    log.working("step 5: validation")
+    said = terminal.read()
+    assert "step 0: validation ..." in said
+    assert "1/100, step 5: validation" in said
+    log.close()
+    terminal.close()
 
 
 def test_a_text_cannot_drive_the_terminal(tmp_path, capsys) -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gpt2_train.guard import FEWEST, WINDOW, Guard, deviations
+from gpt2_train.faults import FEWEST, WINDOW, Guard, deviations
 
 
 def filled(sigma: float = 6.0) -> Guard:

@@ -5,7 +5,7 @@ import time
 import torch
 
 from gpt2_train import TrainConfig, loop, train
-from gpt2_train.guard import Guard
+from gpt2_train.faults import Guard
 from gpt2_train.metrics import RunLog
 
 

@@ -12,7 +12,7 @@ import gpt2_train.memory
 from gpt2_model import GPT, PRESETS, GPTConfig
 from gpt2_train import TrainConfig, World, make_optimizer
 from gpt2_train.memory import available_memory, choose_micro_batch, most_that_fit, peak_memory
-from gpt2_train.space import optimizer_bytes
+from gpt2_train.optimizer import optimizer_bytes
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 300}
 
@@ -84,7 +84,7 @@ def test_estimate_is_within_a_tenth_of_a_real_run(dataset, tmp_path) -> None:
     }  # fmt: skip
     code = (
         "import resource, sys; from gpt2_train import TrainConfig, checkpoint, train; "
-        "checkpoint._sha256 = lambda path: path.name; "
+        "checkpoint.sha256 = lambda path: path.name; "
         f"train(TrainConfig(**{settings!r})); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
     )

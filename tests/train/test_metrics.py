@@ -11,7 +11,7 @@ from run_rows import FLOPS, open_log, rows_of, train_row, write_run
 
 from gpt2_train import metrics
 from gpt2_train.config import TrainConfig
-from gpt2_train.metrics import RunLog, peak_tflops
+from gpt2_train.metrics import peak_tflops
 
 
 def test_speed_is_of_the_step_alone_and_mfu_follows_llm_c(tmp_path) -> None:
@@ -41,23 +41,11 @@ def test_speed_is_of_the_step_alone_and_mfu_follows_llm_c(tmp_path) -> None:
 )  # fmt: skip
 def test_peak_is_of_exactly_that_gpu(monkeypatch, device, peak) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
-    found = peak_tflops(TrainConfig(precision="bf16"), torch.device("cuda"))
-    assert (found[1] if found else None) == peak
+    known = peak_tflops(TrainConfig(precision="bf16"), torch.device("cuda"))
+    assert (known[1] if known else None) == peak
     assert peak_tflops(TrainConfig(precision="fp32"), torch.device("cuda")) is None
-    told = peak_tflops(TrainConfig(precision="fp32", peak_tflops=20.0), torch.device("cuda"))
-    assert told == (device, 20.0)
-
-
-def test_start_names_the_formula_and_the_peak(tmp_path, monkeypatch, capsys) -> None:
-    open_log(tmp_path)
-    assert capsys.readouterr().err == (
-        "MFU: 6N + 6LCT = 803 MFLOP a token; no peak known of CPU in bf16: --peak-tflops gives one\n"
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    RunLog(TrainConfig(precision="bf16"), tmp_path, -1, 8, torch.device("cuda"), FLOPS, True)
-    assert capsys.readouterr().err == (
-        "MFU: 6N + 6LCT = 803 MFLOP a token of 8 x H100's 989 TFLOP/s (bf16 dense)\n"
-    )
+    given = peak_tflops(TrainConfig(precision="fp32", peak_tflops=20.0), torch.device("cuda"))
+    assert given == (device, 20.0)
 
 
 def test_numbers_that_are_not_finite_stay_json(tmp_path, capsys) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +12,11 @@ import pytest
 from click.testing import CliRunner
 from tiny_run import TINY, flags
 
-import gpt2_train.space
+import gpt2_train.memory
 from gpt2_model import GPT, PRESETS, flops_per_token
-from gpt2_train import TrainConfig, train
+from gpt2_train import RECIPES, TrainConfig, load_config, train
 from gpt2_train.cli import main
-from gpt2_train.memory import peak_memory
-from gpt2_train.plan import recipe_table
-from gpt2_train.space import check_space, checkpoint_bytes, checkpoints_at_once
+from gpt2_train.memory import check_space, checkpoint_bytes, checkpoints_at_once, most_that_fit, peak_memory
 
 README = Path(__file__).parents[2] / "packages/gpt2-train/README.md"
 
@@ -33,7 +32,7 @@ def dry_run(data, out, *more: str, **changes):
 
 
 def free_disk(monkeypatch, free: float) -> None:
-    monkeypatch.setattr(gpt2_train.space.shutil, "disk_usage", lambda _path: SimpleNamespace(free=int(free)))
+    monkeypatch.setattr(gpt2_train.memory.shutil, "disk_usage", lambda _path: SimpleNamespace(free=int(free)))
 
 
 def test_figures(dataset, tmp_path, monkeypatch) -> None:
@@ -61,9 +60,10 @@ def test_lines_and_a_measured_speed(dataset, tmp_path) -> None:
     result = dry_run(dataset, tmp_path / "run")
     assert result.exit_code == 0, result.output
     for fact in ("12 of 64 tokens, 768 in all", "1 on cpu, fp32", "1 x 4 x 16 tokens on each process",
-                 "6 N + 6 L C T", "with --activation-checkpointing", "copy for checkpoints 0.01 GB",
-                 "3 at once: 0.04 GB of", "GFLOP/s of a matrix product, measured here"):  # fmt: skip
-        assert fact in result.stdout
+                 "6 N + 6 L C T", "with --activation-checkpointing", "copy for checkpoints 9.7 MB",
+                 "3 at once: 41.2 MB of", "GFLOP/s of a matrix product, measured here"):  # fmt: skip
+        assert fact in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_bytes_that_cross_the_processes(dataset, tmp_path, monkeypatch, processe
     result = dry_run(dataset, tmp_path / "run", **changes)
     assert result.exit_code == 0, result.output
     size = share * 4 * TrainConfig(**TINY).model_config.num_parameters
-    line = f"exchange      {size / 1e9:.2f} GB of gradients that each process sends a step, in a ring"
+    line = f"exchange      {size / 1e6:.1f} MB of gradients that each process sends a step, in a ring"
     assert (line in result.stdout.splitlines()) == (processes > 1)
     assert ("exchange" in result.stdout) == (processes > 1)
 
@@ -122,6 +122,46 @@ def test_init_brings_its_shape(dataset, tmp_path) -> None:
     assert "has another shape than --model" in other.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {}, "init": "gpt2-nosuch"}, "gpt2-nosuch"),
+        ({"model": {}, "init": "START", "seq_len": 64}, "longer than the context of START, 32: use --seq-len 32"),
+        ({"out": "DONE", "lr": 0.5}, "was trained with other settings (lr: 0.01 -> 0.5)"),
+        ({"out": "DONE", "resume": "never"}, "holds a run, and --resume never was given"),
+    ],
+)
+def test_what_stops_a_start_stops_the_dry_run(dataset, tmp_path, monkeypatch, changes, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    GPT(TrainConfig(**TINY).model_config).save_pretrained(Path("START"))
+    if changes.get("out"):
+        assert train(TrainConfig(**{**TINY, "steps": 1}, data=str(dataset), out="DONE")) == 0
+    before = sorted(tmp_path.rglob("*"))
+    settings = {"out": "run", "peak_tflops": 1.0, "steps": 1, **changes}
+    out = settings.pop("out")
+    planned = dry_run(dataset, out, **settings)
+    assert (planned.exit_code, message in planned.stderr) == (1, True), planned.output
+    started = CliRunner().invoke(main, flags(dataset, out, **settings))
+    assert started.exit_code in (1, 2)
+    assert message in started.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # nor does a start that failed leave a folder behind
+
+
+def test_a_run_that_is_there_is_said(dataset, tmp_path) -> None:
+    assert train(TrainConfig(**TINY, data=str(dataset), out=str(tmp_path))) == 0
+    result = dry_run(dataset, tmp_path, peak_tflops=1.0)
+    assert result.exit_code == 0, result.output
+    assert "which is done already: " in " ".join(result.stdout.split())
+
+
+def test_what_is_unwise_is_a_warning(dataset, tmp_path) -> None:
+    settings = {"steps": 10**7, "warmup": 10**7, "peak_tflops": 1e-6}
+    result = dry_run(dataset, tmp_path / "run", **settings)
+    assert result.exit_code == 0, result.output
+    for words in ("each text is seen ", "never reaches its peak", "try --warmup 1000000", " days here"):
+        assert words in result.stderr
+
+
 def test_json_is_for_dry_runs(dataset, tmp_path) -> None:
     result = CliRunner().invoke(main, [*flags(dataset, tmp_path / "run"), "--json"])
     assert result.exit_code == 2
@@ -162,6 +202,29 @@ def test_space_for_the_checkpoints_that_will_be_there(tmp_path, monkeypatch) -> 
 )
 def test_no_space_is_asked_for_that_is_not_needed(steps, every, keep, expected) -> None:
     assert checkpoints_at_once(TrainConfig(steps=steps, checkpoint_every=every, keep=keep)) == expected
+
+
+def recipe_table() -> list[str]:
+    """Peak memory of each recipe on one process, as the README has it: lines of Markdown."""
+    lines = [
+        "| recipe | parameters | 80 GB GPU, bf16, compiled | the same, activation checkpointing | CPU, fp32 |",
+        "|---|---|---|---|---|",
+    ]
+    for name in RECIPES:
+        config = TrainConfig(**load_config(recipe=name))
+        cells = [name, f"{config.model_config.num_parameters / 1e6:,.0f}M"]
+        for kind, precision, checkpointing in (
+            ("cuda", "bf16", False), ("cuda", "bf16", True), ("cpu", "fp32", False)
+        ):  # fmt: skip
+            settings = replace(config, activation_checkpointing=checkpointing)
+            case = (1, kind, kind == "cuda", precision)
+            free = 0.95 * 80e9 if kind == "cuda" else float("inf")
+            micro_batch = most_that_fit(settings, config.model_config, *case, free)
+            memory = peak_memory(settings, config.model_config, micro_batch, *case)
+            size = memory.device_bytes if kind == "cuda" else memory.host_bytes
+            cells.append(f"{micro_batch} x {config.seq_len:,}: {size / 1e9:.1f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def test_readme_has_the_table() -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gpt2_train.profiling import Profiler
+from gpt2_train.trackers import profiling
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,10 @@ from gpt2_train.profiling import Profiler
 def test_profile_is_a_chrome_trace_of_those_steps(tmp_path, steps, left, name) -> None:
     said: list[str] = []
     weight = torch.ones(16, 16, requires_grad=True)
-    with Profiler(tmp_path, steps, left, True, said.append) as profiler:
-        for step in range(101, 101 + left):
-            with profiler.step(step):
-                (weight @ weight).sum().backward()
+    with profiling(tmp_path, steps, 101, 100 + left, said.append) as step_done:
+        for _ in range(left):
+            (weight @ weight).sum().backward()
+            step_done()
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == f"{name}.json.gz"
     assert said == [f"profile: {path}, for chrome://tracing and ui.perfetto.dev"]
@@ -28,7 +28,7 @@ def test_profile_is_a_chrome_trace_of_those_steps(tmp_path, steps, left, name) -
     first, last = (int(part) for part in name.split("-")[1:])
     annotations = [event for event in events if event.get("cat") == "user_annotation"]
     spans = {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in annotations}
-    assert set(spans) == {f"step {step}" for step in range(first, last + 1)}
+    assert set(spans) == {f"ProfilerStep#{step - 101}" for step in range(first, last + 1)}
     products = [event["ts"] for event in events if event.get("name") == "aten::mm"]
     for start, end in spans.values():
         assert sum(start <= moment <= end for moment in products) >= 3  # forward, and two of backward
@@ -38,11 +38,11 @@ def test_a_run_that_stops_early_has_its_trace(tmp_path) -> None:
     said: list[str] = []
 
     def run() -> None:
-        with Profiler(tmp_path, 5, 100, True, said.append) as profiler:
+        with profiling(tmp_path, 5, 1, 100, said.append) as step_done:
             for step in range(1, 13):
-                with profiler.step(step):
-                    if step == 12:
-                        raise RuntimeError
+                if step == 12:
+                    raise RuntimeError
+                step_done()
 
     with pytest.raises(RuntimeError):
         run()
@@ -52,16 +52,15 @@ def test_a_run_that_stops_early_has_its_trace(tmp_path) -> None:
 def test_a_profile_that_cannot_be_written_stops_nothing(tmp_path) -> None:
     (tmp_path / "profile").write_text("a file")
     said: list[str] = []
-    with Profiler(tmp_path, 1, 1, True, said.append) as profiler, profiler.step(1):
-        pass
+    with profiling(tmp_path, 1, 1, 1, said.append) as step_done:
+        step_done()
     assert said
     assert said[0].startswith("warning: no profile: ")
 
 
-@pytest.mark.parametrize(("steps", "left", "enabled"), [(0, 10, True), (3, 0, True), (3, 10, False)])
-def test_no_profile_where_none_is_asked_for(tmp_path, steps, left, enabled) -> None:
-    with Profiler(tmp_path, steps, left, enabled, pytest.fail) as profiler:
-        for step in range(1, left + 1):
-            with profiler.step(step):
-                pass
+@pytest.mark.parametrize(("steps", "last"), [(0, 10), (3, 0)])
+def test_no_profile_where_none_is_asked_for(tmp_path, steps, last) -> None:
+    with profiling(tmp_path, steps, 1, last, pytest.fail) as step_done:
+        for _ in range(last):
+            step_done()
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,10 @@ import torch
 from tiny_run import TINY, fingerprint
 
 from gpt2_model import GPT
-from gpt2_train import TrainConfig, checkpoint, find_checkpoint, loop, saving, train, verify_checkpoint
+from gpt2_train import TrainConfig, checkpoint, find_checkpoint, loop, train, verify_checkpoint
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import make_optimizers
-from gpt2_train.saving import Saver
+from gpt2_train.checkpoint import Saver
 
 WORLD = World(0, 1, torch.device("cpu"))
 TRAINER = {"updates": 1, "loader": {}, "guard": {}, "dataset": "", "config": {}}
@@ -153,7 +153,7 @@ def test_older_checkpoints_go_only_after_the_new_one_was_read_back(dataset, tmp_
 def test_the_copy_is_made_once(model, tmp_path, monkeypatch) -> None:
     made = []
     monkeypatch.setattr(
-        saving.Saver, "_allocate", lambda self, *a, original=Saver._allocate: (made.append(1), original(self, *a))
+        Saver, "_allocate", lambda self, *a, original=Saver._allocate: (made.append(1), original(self, *a))
     )
     optimizers, saver = make_optimizers(model, TrainConfig(**TINY)), Saver(tmp_path, 2, WORLD)
     for step in (1, 2, 3):

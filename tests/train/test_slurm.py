@@ -66,7 +66,7 @@ def test_a_job_that_is_out_of_time_is_saved_and_queued_again(dataset, tmp_path, 
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 1, output  # torchrun's, whose processes ended with 138
     last = losses(out)[-1][0]
-    assert f"stopped by signal 10 at step {last}; the same command goes on from there" in output
+    assert f"stopped by signal 10 at step {last}; the same command resumes from there" in output
     assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == [f"step-{last:08d}"]
     assert verify_checkpoint(out / "checkpoints" / f"step-{last:08d}") == []

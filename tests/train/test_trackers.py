@@ -12,8 +12,7 @@ from run_rows import CPU, FLOPS, open_log, rows_of, train_row, write_run
 
 from gpt2_train.config import TrainConfig
 from gpt2_train.metrics import RunLog
-from gpt2_train.profiling import Profiler
-from gpt2_train.trackers import check_trackers
+from gpt2_train.trackers import check_trackers, profiling
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path) -> None:
@@ -98,7 +97,7 @@ def test_wandb_that_fails_on_the_way_stops_nothing(tmp_path, wandb, capsys, monk
     log.close()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warnings == [
-        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY>): the run goes on without it; "
+        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY>): the run continues without it; "
         "metrics.jsonl has all rows"
     ]
     assert len(rows_of(tmp_path)) == 7
@@ -137,10 +136,10 @@ def test_secrets_are_in_no_file(tmp_path, monkeypatch, wandb, capfd) -> None:
     with open_log(tmp_path, tensorboard=True, wandb="gpt2") as log:
         write_run(log, 1, 5)
         log.flush()
-        with Profiler(tmp_path, 1, 2, True, log.say) as profiler:
-            for step in (1, 2):
-                with profiler.step(step):
-                    torch.ones(8, 8) @ torch.ones(8, 8)
+        with profiling(tmp_path, 1, 1, 2, log.say) as step_done:
+            for _ in (1, 2):
+                torch.ones(8, 8) @ torch.ones(8, 8)
+                step_done()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".jsonl", ".gz"}
     for path in files:

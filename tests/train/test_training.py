@@ -131,7 +131,7 @@ def test_a_signal_to_a_whole_process(dataset, tmp_path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     last = losses(tmp_path)[-1][0]
-    assert f"stopped by signal {number.value} at step {last}; the same command goes on from there" in output
+    assert f"stopped by signal {number.value} at step {last}; the same command resumes from there" in output
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 

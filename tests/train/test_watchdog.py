@@ -17,7 +17,7 @@ HANGS = {
 def test_a_hang_ends_the_process_with_stacks(hang) -> None:
     program = f"""
 import ctypes, threading, time
-from gpt2_train.watchdog import Watchdog
+from gpt2_train.faults import Watchdog
 def where_it_hangs():
     {hang}
 dog = Watchdog(1, 0.5)
@@ -36,7 +36,7 @@ with dog.watching("update", 7): where_it_hangs()
 def test_what_takes_its_usual_time_does_not() -> None:
     program = """
 import time
-from gpt2_train.watchdog import Watchdog
+from gpt2_train.faults import Watchdog
 dog = Watchdog(0, 0.3)
 for step in range(3):
     with dog.watching("evaluation", step, first_seconds=float("inf")): time.sleep(0.6)

@@ -11,18 +11,15 @@ There is no generator state: after the first weights nothing draws from one. The
 depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
-import socket
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,10 @@ import safetensors.torch
 import torch
 
 from gpt2_model import GPT
-from gpt2_train.config import CannotResume
-from gpt2_train.space import existing
+from gpt2_model.command import locked, sha256
+from gpt2_train.config import CannotResume, existing
+from gpt2_train.distributed import World
+from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
 FORMAT_VERSION = 2  # 1, of gpt2-train 0.1.0, had a loader's state that is no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -67,7 +66,7 @@ def write_checkpoint(
         _write_json(temporary / "trainer.json", document)
         names = sorted(path.name for path in temporary.iterdir())
         files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
             for name in names
         }
         _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
@@ -91,12 +90,12 @@ def write_checkpoint(
 
 
 def versions() -> dict[str, str]:
-    """Of what the bits of a run hang on besides its config."""
+    """Return the versions on which the bits of a run depend besides its config."""
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Return the folder of a step's checkpoint, whether it exists or not."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -107,7 +106,7 @@ def remove_abandoned(run: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a finding; an empty list when every byte is as it was written."""
+    """Return what is wrong with a checkpoint, a line each; an empty list if every byte is as it was written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -128,21 +127,21 @@ def verify_checkpoint(folder: Path) -> list[str]:
             problems.append(f"{path} is missing")
         elif path.stat().st_size != size:
             problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
-        elif (found := _sha256(path)) != digest:
+        elif (actual := sha256(path)) != digest:
             problems.append(
-                f"{path} is damaged: its SHA-256 is {found[:12]}..., not the recorded {str(digest)[:12]}..."
+                f"{path} is damaged: its SHA-256 is {actual[:12]}..., not the recorded {str(digest)[:12]}..."
             )
     return problems
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, whatever their state, lowest step first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
+    """Return the checkpoint folders of a run, whatever their state, lowest step first."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in folders if _STEP_FOLDER.fullmatch(path.name))
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint with the highest step that verifies, and what was wrong with those above it.
+    """Return the checkpoint with the highest step that verifies, and what was wrong with those above it.
 
     By step, not by time: clocks jump.
 
@@ -151,11 +150,11 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
-        found = verify_checkpoint(folder)
-        if not found:
+        damage = verify_checkpoint(folder)
+        if not damage:
             return folder, problems
         _refuse_newer(folder)
-        problems += found
+        problems += damage
     return None, problems
 
 
@@ -172,11 +171,11 @@ def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
 
 
 def choose_checkpoint(run: Path, resume: str) -> Path | None:
-    """The verified checkpoint that a run goes on from; None to begin at step 0.
+    """Return the verified checkpoint that a run resumes from; None to begin at step 0.
 
     Args:
         resume: "auto" for the newest good one in `run`, "never", or a checkpoint folder: the newest good one of
-            `run`, or another run's, from which `run` begins (and, once it has checkpoints of its own, goes on).
+            `run`, or another run's, from which `run` begins until it has checkpoints of its own.
 
     Raises:
         CannotResume: the one asked for is damaged or not the newest, all of them are, or "never" would write over
@@ -188,7 +187,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         return None
     asked = Path(resume)
     inside = asked.absolute().parent == (run / "checkpoints").absolute()
-    if resume != "auto" and (inside or not checkpoints(run)):  # else it was begun from before: go on with it
+    if resume != "auto" and (inside or not checkpoints(run)):  # else resume our own
         _refuse_newer(asked)
         if not (asked / "manifest.json").exists():
             raise CannotResume(
@@ -205,19 +204,19 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
                 f"{asked.name} away"
             )
         return asked
-    found, problems = find_checkpoint(run)
-    if found is None and problems:
+    newest, problems = find_checkpoint(run)
+    if newest is None and problems:
         raise CannotResume(
             f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or delete "
             f"{run / 'checkpoints'} to begin again at step 0"
         )
     for problem in problems:
-        print(f"warning: {problem}; going back to {found}", file=sys.stderr)
-    return found
+        print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
+    return newest
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer.json of a verified checkpoint. Raises CannotResume if a newer program wrote it."""
+    """Return the trainer.json of a verified checkpoint. Raises CannotResume if a newer program wrote it."""
     state: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     _refuse_newer(folder, "trainer.json")
     return state
@@ -262,41 +261,100 @@ def _remove(folder: Path) -> None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def hold_folder(run: Path) -> Iterator[None]:
     """Hold a run's folder, made if need be: two trainers in one folder would mix their checkpoints.
 
-    The kernel drops the lock with the process, however that ends.
+    A folder that is new is removed again if the run fails before it writes anything.
 
     Raises:
         ValueError: another process holds it.
         OSError: the folder cannot be made or written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
+    is_new = not run.exists()
+    with locked(run):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(f"{run} is in use by {owner}: wait for it, or choose another --out") from None
-        file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
-        file.flush()
-        yield
+            yield
+        finally:
+            with suppress(OSError):  # the folder may have been moved away
+                if is_new and [path.name for path in run.iterdir()] == [".lock"]:
+                    (run / ".lock").unlink()
+                    run.rmdir()
+
+
+class Saver:
+    """Saves a run while it trains on: a copy in host memory, then a thread that writes and verifies it.
+
+    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes a
+    parameter of rank 0's host memory, from the first save on: page-locked, for a GPU.
+
+    Attributes:
+        error: what went wrong in the thread, until `take_error` takes it.
+    """
+
+    def __init__(self, run: Path, keep: int, world: World) -> None:
+        self.run, self.keep, self.world = run, keep, world
+        self.error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self._model: GPT | None = None
+        self._optimizer: dict[str, torch.Tensor] = {}
+        self._verified: set[str] = set()  # names of good checkpoints, by this process's own reading
+
+    def save(self, step: int, model: GPT, optimizers: Optimizers, trainer: Mapping[str, Any]) -> None:
+        """Copy the state as it is now, and begin to write it. Every rank must call it, after `wait`."""
+        assert self._thread is None, "a checkpoint is still being written from the copy"
+        if self.world.is_main and self._model is None:
+            self._allocate(model, optimizers)
+        if self._model is not None:
+            for copy, tensor in zip(self._model.parameters(), model.parameters(), strict=True):
+                copy.data.copy_(tensor.data, non_blocking=True)
+        shapes = state_shapes(model, optimizers)
+        self.world.collect(own_state(model, optimizers), self._optimizer or dict.fromkeys(shapes, torch.empty(0)))
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self._model is not None:
+            self._thread = threading.Thread(target=self._write, args=(step, self._model, trainer), name="saver")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in work is written, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_error(self) -> Exception | None:
+        """Return what went wrong since the last call."""
+        error, self.error = self.error, None
+        return error
+
+    def _allocate(self, model: GPT, optimizers: Optimizers) -> None:
+        def empty(shape: torch.Size) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, pin_memory=self.world.device.type == "cuda")
+
+        with torch.device("meta"):
+            self._model = GPT(model.config)
+        weights = {name: empty(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._model.load_state_dict(weights, assign=True)
+        self._optimizer = {name: empty(shape) for name, shape in state_shapes(model, optimizers).items()}
+
+    def _write(self, step: int, model: GPT, trainer: Mapping[str, Any]) -> None:
+        try:
+            for name, tensor in (*model.named_parameters(), *self._optimizer.items()):
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"{name} is not finite at step {step}: the checkpoints before it are the last good ones"
+                    )
+            self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
+            prune(self.run, self.keep, self._verified)
+        except Exception as error:  # whatever it is, the loop must learn of it
+            self.error = error
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fsync(path: Path) -> None:
-    """Have the disk hold it, and the page cache forget it: what is read to verify it then comes from the disk."""
+    """Make the disk hold it, and the page cache forget it: what is read to verify it then comes from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,125 +3,133 @@
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import click
+import cloup
+from click.core import ParameterSource
 
-from gpt2_model import GPTConfig
-from gpt2_model.command import PATH, out_of_memory
+from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
 from gpt2_train import __version__
-from gpt2_train.config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
-from gpt2_train.space import check_out
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from gpt2_train.config import (
+    CHOICES,
+    GROUPS,
+    RARE,
+    RECIPES,
+    CannotResume,
+    TrainConfig,
+    check_out,
+    load_config,
+    model_shape,
+)
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
-_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
-class Count(click.ParamType[int]):
-    """A whole number, also written 64k, 10M or 1.5B."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        number, scale = value.replace("_", "").replace(",", ""), 1
-        if number[-1:].lower() in _SUFFIXES:
-            number, scale = number[:-1], _SUFFIXES[number[-1].lower()]
-        try:
-            count = float(number) * scale
-        except ValueError:
-            count = 0.5
-        if count != int(count):
-            self.fail(f"{value!r} is no whole number (like 1000, 64k, 10M or 1.5B)", param, ctx)
-        return int(count)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def config_options(command: Callable[P, R]) -> Callable[P, R]:
-    """A flag for each field of TrainConfig, in its order; --model takes FIELD=VALUE. Rare ones: see --help-all."""
-    for item in reversed(fields(TrainConfig)):
-        if item.name == "model":
-            option = click.option(
-                "--model", "model", multiple=True, metavar="FIELD=VALUE", help="Of the model's shape; repeatable."
-            )  # fmt: skip
-        else:
-            name = item.name.replace("_", "-")
-            flags = [f"--{name}/--no-{name}"] if isinstance(item.default, bool) else [f"--{name}"]
-            flags = ["-d", *flags] if item.name == "device" else flags
-            kind: Any = {int: Count(), float: float, str: str, bool: bool}[type(item.default)]
-            kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
-            kind = PATH if item.name in PATHS else kind
-            option = click.option(
-                *flags, item.name, type=kind, default=item.default, help=item.metadata["help"],
-                show_default=item.default not in ("", False), hidden=item.metadata["rare"],
-            )  # fmt: skip
-        command = option(command)
-    return command
+class Command(cloup.Command):
+    """A command that refuses an option given twice, where click silently takes the last one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for option, times in Counter(order).items():
+            single = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if single and times > 1 and not ctx.resilient_parsing:
+                advice = "; a run trains on one dataset" if option.name == "data" else ""
+                raise click.UsageError(f"{option.opts[-1]} is given {times} times: give it once{advice}", ctx)
+        return super().parse_args(ctx, args)
+
+
+def _option(item: "Field[Any]") -> Any:
+    """The flag of a field of TrainConfig; --model takes FIELD=VALUE."""
+    text = item.metadata["help"]
+    if item.name == "model":
+        return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
+    name = item.name.replace("_", "-")
+    flags = [f"--{name}/--no-{name}"] if isinstance(item.default, bool) else [f"--{name}"]
+    flags = ["-d", *flags] if item.name == "device" else flags
+    kind: Any = {int: Size(), float: float, str: str, bool: bool}[type(item.default)]
+    kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
+    kind = PATH if item.name in PATHS else kind
+    is_size = type(item.default) is int
+    if is_size:
+        text += f"  [default: {format_size(item.default)}]"
+    elif item.name == "min_lr":
+        text += "  [default: 6e-05; a tenth of --lr if --lr is lower]"
+    shown = not is_size and item.name != "min_lr" and item.default not in ("", False)
+    return cloup.option(
+        *flags, item.name, type=kind, default=item.default, help=text, show_default=shown, hidden=item.name in RARE
+    )
+
+
+def _config_options() -> Callable[[F], F]:
+    """Decorate a command with a group of flags for each group of fields; rare flags are shown by --help-all."""
+
+    def decorate(command: F) -> F:
+        for group in reversed(GROUPS):
+            options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
+            command = cloup.option_group(group, *options)(command)
+        return command
+
+    return decorate
 
 
 def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    for option in ctx.command.params:
-        if isinstance(option, click.Option) and option.name in {item.name for item in fields(TrainConfig)}:
+    assert isinstance(ctx.command, Command)
+    for group in ctx.command.option_groups:
+        group.hidden = False
+        for option in group.options:
             option.hidden = False
     click.echo(ctx.get_help())
     ctx.exit()
 
 
-def _use_file(ctx: click.Context, _param: click.Parameter, _value: Any) -> Any:
-    """Make the recipe and the config file the defaults that flags and environment override."""
-    try:
-        keys = load_config(ctx.params.get("config"), ctx.params.get("recipe"))
-    except (ValueError, OSError) as error:
-        raise click.UsageError(str(error)) from None
-    model = keys.pop("model", {})
-    ctx.default_map = keys
-    ctx.obj = model
-    return None
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_TRAIN"})
-@click.version_option(__version__, prog_name="gpt2-train")
-@click.option("--recipe", type=click.Choice(RECIPES), is_eager=True, help="Start from a published run's settings.")
-@click.option("--config", type=click.Path(), is_eager=True, help="TOML file; a run's config.toml reruns it.")
-@click.option("--read-files", is_eager=True, expose_value=False, hidden=True, callback=_use_file)
-@config_options
-@click.option("--dry-run", is_flag=True, help="Print the plan and check what can be checked; train nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option(
-    "--help-all",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_help_all,
-    help="Show the flags that few need, too.",
+@cloup.command(cls=Command, context_settings={**SETTINGS, "auto_envvar_prefix": "GPT2_TRAIN"})
+@cloup.option_group(
+    "Start from",
+    cloup.option("--recipe", type=click.Choice(RECIPES), help="Start from a published run's settings."),
+    cloup.option(
+        "--config", type=PATH, help="Read settings from a TOML file; a run's config.toml repeats the run."
+    ),
 )
+@_config_options()
+@cloup.option_group(
+    "What to do",
+    cloup.option("--dry-run", is_flag=True, help="Print the plan, make the checks of a start, train nothing."),
+    cloup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document."),
+    cloup.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    cloup.option(
+        "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
+        help="Show all flags, also those that few need.",
+    ),
+    cloup.version_option(__version__, prog_name="gpt2-train"),
+)  # fmt: skip
 @click.pass_context
 def main(
     ctx: click.Context, /, recipe: str | None, config: str | None, model: tuple[str, ...], dry_run: bool,
     as_json: bool, debug: bool, **settings: Any,
 ) -> None:  # fmt: skip
-    """Train GPT-2 on a dataset folder; a run that was killed goes on by the same command.
+    """Train GPT-2 on a dataset folder; the same command resumes a run that was killed.
 
     \b
     gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_head=4 --model n_embd=128
     torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/fineweb-edu --out runs/a
 
-    A flag goes before its environment variable (GPT2_TRAIN_LR), that before --config, that before --recipe.
+    A flag wins over its environment variable (GPT2_TRAIN_LR), that over --config, that over --recipe.
     """
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
-        run = _config(model, ctx.obj, settings)
+        run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
             raise click.UsageError("--json goes with --dry-run: a run writes its figures to metrics.jsonl")
         if dry_run:
@@ -140,20 +148,47 @@ def main(
         code, rank = 2 if isinstance(error, CannotResume) else 1, os.environ.get("RANK", "0")
         if rank != "0" and not full:
             sys.exit(code)  # rank 0 says it
-        message = " ".join(str(error).split())
+        message = one_line(error)
         if full:
             message = (
                 f"out of memory on rank {rank} ({message[:200]}): use a smaller --micro-batch or "
-                "--activation-checkpointing, with which a run goes on that has a checkpoint"
+                "--activation-checkpointing; a run that has a checkpoint resumes with either"
             )
         elif isinstance(error, RuntimeError):
-            message = f"another process of this run is gone ({message[:200]}); the same command goes on"
+            message = f"another process of this run is gone ({message[:200]}); the same command resumes"
         click.echo(f"Error: {message}", err=True)
         sys.exit(code)
 
 
+def _resolve(
+    ctx: click.Context, recipe: str | None, config: str | None, assignments: tuple[str, ...],
+    settings: dict[str, Any],
+) -> TrainConfig:  # fmt: skip
+    """The run: flags and environment over the config file, that over the recipe."""
+    try:
+        keys = load_config(config, recipe)
+        shape = keys.pop("model", {})
+        for name, value in keys.items():
+            if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+                settings[name] = value
+        for name in ("data", "out"):
+            if not settings[name]:
+                raise click.UsageError(f"--{name} is missing")
+        texts = {}
+        for assignment in assignments:
+            name, equals, text = assignment.partition("=")
+            if not equals:
+                raise click.UsageError(f"--model {name!r} must be FIELD=VALUE")
+            texts[name] = text
+        asked = model_shape(shape).with_fields(texts)
+        model = {name: getattr(asked, name) for name in {**shape, **texts}}
+        return TrainConfig(**settings, model=model)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+
+
 def _lost_contact(error: Exception) -> bool:
-    """Whether an exchange failed since another process is gone: gloo has no type of error of its own."""
+    """True if an exchange failed since another process is gone: gloo has no type of error of its own."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or any(word in str(error) for word in ("gloo", "Connection closed by peer"))
 
@@ -177,34 +212,16 @@ def _check_environment(command: click.Command) -> None:
             )
 
 
-def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:
-    for name in ("data", "out"):
-        if not settings[name]:
-            raise click.UsageError(f"--{name} is missing")
-    pairs = [assignment.partition("=") for assignment in assignments]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise click.UsageError(f"--model {name!r} must be FIELD=VALUE")
-    try:
-        asked = GPTConfig().with_fields({**_as_text(base), **{name: value for name, _, value in pairs}})
-        model = {name: getattr(asked, name) for name in {*base, *(name for name, _, _ in pairs)}}
-        return TrainConfig(**settings, model=model)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _as_text(values: dict[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
-
-
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
-    """Exit status: 1 if a check failed. Under torchrun, or with WORLD_SIZE set, for that many processes."""
+    """Print the plan for WORLD_SIZE processes, as torchrun sets it; the exit status is 1 if a check failed."""
     if os.environ.get("RANK", "0") != "0":
         return 0  # rank 0 prints it
-    from gpt2_train.plan import make_plan, to_json, to_lines
+    from gpt2_train.plan import make_plan, to_lines
 
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
-    click.echo(json.dumps(to_json(plan), indent=2) if as_json else "\n".join(to_lines(plan)))
-    for problem in plan.problems:
+    click.echo(json.dumps(plan, indent=2) if as_json else "\n".join(to_lines(plan)))
+    for warning in plan["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    for problem in plan["problems"]:
         click.echo(f"Error: {problem}", err=True)
-    return 1 if plan.problems else 0
+    return 1 if plan["problems"] else 0

@@ -1,5 +1,7 @@
 """What a run is: TrainConfig, the recipes it can start from, and the TOML it is written as. No torch here."""
 
+import math
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -7,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gpt2_model.config import GPTConfig
+from gpt2_model import GPTConfig
 
 RECIPES = ("124M", "350M", "774M", "1558M", "GPT-3-125M")
 # What may differ when a run is resumed: it changes neither the samples nor the maths of a step, but for rounding.
@@ -30,12 +32,23 @@ CHOICES = {
 }
 
 
+# Groups of options in --help; and fields that few need, which --help-all shows.
+DATA, MODEL, BATCH, OPTIM = "Data and run folder", "Model", "Length and batch", "Optimisation"
+EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING = "Evaluation", "Checkpoints", "Hardware", "Faults", "Logging"
+GROUPS = (DATA, MODEL, BATCH, OPTIM, EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING)
+RARE = {
+    *("order", "decay_steps", "weight_decay", "beta1", "beta2", "eps", "grad_clip"),
+    *("grad_compression", "deterministic", "sample_prompt", "num_samples", "on_save_error", "max_skips"),
+    *("spike_sigma", "hang_seconds", "peak_tflops"),
+}
+
+
 class CannotResume(ValueError):
-    """What is in the run's folder cannot be gone on with as asked, and must not be written over."""
+    """The run in the folder cannot be resumed as asked, and must not be written over."""
 
 
-def _option(default: Any, help: str, *, rare: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "rare": rare})
+def _option(default: Any, group: str, help: str) -> Any:
+    return field(default=default, metadata={"group": group, "help": help})
 
 
 @dataclass(frozen=True)
@@ -43,71 +56,68 @@ class TrainConfig:
     """A whole run. Each field is a key of the TOML file and, with dashes, a flag of the command.
 
     `model` holds GPTConfig fields that differ from the 124M defaults. A step is one update of the weights.
+    Each field is described by its help line. The order of the fields is that of config.toml.
+
+    Raises:
+        ValueError: values that are out of range or do not go together; the message says what would do.
     """
 
-    data: str = _option("", "Dataset folder, as gpt2-data build makes it.")
-    out: str = _option("", "Run folder; a run that is in it already is resumed.")
-    steps: int = _option(19073, "Updates of the weights in all.")
-    batch_tokens: int = _option(524288, "Tokens an update sees, over all processes and micro-batches.")
-    micro_batch: str = _option("auto", "Sequences a process computes at once; auto: the most that fit.")
-    seq_len: int = _option(1024, "Tokens of a training sequence.")
-    order: str = _option("shuffled", "Order of the training sequences.", rare=True)
-
-    optimizer: str = _option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest.")
-    lr: float = _option(6e-4, "Peak learning rate.")
-    min_lr: float = _option(6e-5, "Learning rate at the end.")
-    warmup: int = _option(715, "Steps of linear warmup.")
-    schedule: str = _option("cosine", "From the peak to --min-lr; wsd: warmup, stable, decay.")
-    decay_steps: int = _option(0, "Last steps, in which wsd falls; 0 for a fifth of all.", rare=True)
-    weight_decay: float = _option(0.1, "On matrices; biases and norms have none.", rare=True)
-    beta1: float = _option(0.9, "AdamW's, of the mean of gradients.", rare=True)
-    beta2: float = _option(0.95, "AdamW's, of the mean of their squares.", rare=True)
-    eps: float = _option(1e-8, "AdamW's.", rare=True)
-    grad_clip: float = _option(1.0, "Largest norm of the gradient; 0 for no clipping.", rare=True)
-    seed: int = _option(0, "Of the initial weights, the order of the data and the samples.")
-    init: str = _option("", "Start from these weights (hub name or model folder) instead of random ones.")
-
-    precision: str = _option("auto", "auto: bf16 where the processor has it, else fp32.")
-    compile: str = _option("auto", "torch.compile; auto: on CUDA.")
-    device: str = _option("auto", "cuda, mps, cpu, or auto.")
-    activation_checkpointing: bool = _option(False, "Compute activations twice instead of keeping them.")
-    shard_optimizer: bool = _option(False, "Share the optimizer's state out over the processes (ZeRO stage 1).")
-    grad_compression: str = _option("none", "bf16: gradients cross the processes in bf16.", rare=True)
-    deterministic: bool = _option(False, "On CUDA: only kernels that give the same bits each time.", rare=True)
-
-    eval_every: int = _option(250, "Steps between validations and samples; 0 for never.")
-    eval_tokens: int = _option(10_485_760, "Validation tokens, the same ones every time.")
-    hellaswag: str = _option("", "HellaSwag-format JSONL file to score at every validation.")
-    sample_prompt: str = _option("Hello, I'm a language model,", "Prompt that the samples continue.", rare=True)
-    num_samples: int = _option(4, "Samples at every validation.", rare=True)
-
-    checkpoint_every: int = _option(1000, "Steps between checkpoints; the last step always has one.")
-    keep: int = _option(3, "Checkpoints to keep, the newest.")
-    resume: str = _option("auto", "auto (newest good checkpoint in --out), never, or a checkpoint folder.")
-    on_save_error: str = _option("abort", "continue: go on training if a checkpoint cannot be written.", rare=True)
-
-    max_skips: int = _option(
-        10,
-        "Updates in a row that are left out, for a loss or gradient that is not finite, before giving up.",
-        rare=True,
+    data: str = _option("", DATA, "Dataset folder, as gpt2-data build writes it.")
+    out: str = _option("", DATA, "Run folder; if it holds a run already, that run is resumed.")
+    steps: int = _option(19073, BATCH, "Number of updates of the weights.")
+    batch_tokens: int = _option(524288, BATCH, "Tokens of one update, over all processes and micro-batches.")
+    micro_batch: str = _option("auto", BATCH, "Sequences a process computes at once; auto: the most that fit.")
+    seq_len: int = _option(1024, BATCH, "Tokens of a training sequence.")
+    order: str = _option("shuffled", DATA, "Order of the training sequences.")
+    optimizer: str = _option("adamw", OPTIM, "muon trains the blocks' matrices by Muon, the rest by AdamW.")
+    lr: float = _option(6e-4, OPTIM, "Peak learning rate.")
+    min_lr: float = _option(math.nan, OPTIM, "Learning rate at the end.")
+    warmup: int = _option(715, OPTIM, "Steps of linear warmup.")
+    schedule: str = _option("cosine", OPTIM, "Way from --lr down to --min-lr; wsd is warmup, stable, decay.")
+    decay_steps: int = _option(0, OPTIM, "Last steps, in which wsd falls; 0 means a fifth of all steps.")
+    weight_decay: float = _option(0.1, OPTIM, "Weight decay of matrices; biases and norms have none.")
+    beta1: float = _option(0.9, OPTIM, "Decay of AdamW's mean of gradients.")
+    beta2: float = _option(0.95, OPTIM, "Decay of AdamW's mean of squared gradients.")
+    eps: float = _option(1e-8, OPTIM, "Epsilon of AdamW.")
+    grad_clip: float = _option(1.0, OPTIM, "Largest norm of the gradient; 0 turns clipping off.")
+    seed: int = _option(0, OPTIM, "Seed of the initial weights, of the data's order and of the samples.")
+    init: str = _option("", MODEL, "Hub name, model folder or run folder whose weights the run starts from.")
+    precision: str = _option("auto", HARDWARE, "Number format; auto is bf16 where the processor has it.")
+    compile: str = _option("auto", HARDWARE, "Use torch.compile; auto means on CUDA.")
+    device: str = _option("auto", HARDWARE, "Device: cuda, mps, cpu or auto.")
+    activation_checkpointing: bool = _option(False, HARDWARE, "Save memory: compute activations twice.")
+    shard_optimizer: bool = _option(False, HARDWARE, "Spread the optimizer's state over the processes (ZeRO 1).")
+    grad_compression: str = _option("none", HARDWARE, "bf16 sends gradients between processes in bf16.")
+    deterministic: bool = _option(False, HARDWARE, "Use only CUDA kernels that give the same bits each time.")
+    eval_every: int = _option(250, EVALUATION, "Steps between validations, which also write samples; 0 for never.")
+    eval_tokens: int = _option(10_485_760, EVALUATION, "Validation tokens, the same ones every time.")
+    hellaswag: str = _option("", EVALUATION, "HellaSwag-format JSONL file to score at every validation.")
+    sample_prompt: str = _option("Hello, I'm a language model,", EVALUATION, "Prompt that the samples continue.")
+    num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
+    checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
+    keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
+    resume: str = _option(
+        "auto", CHECKPOINTS, "auto (the newest good one in --out), never, or a checkpoint folder."
     )
+    on_save_error: str = _option("abort", CHECKPOINTS, "continue trains on if a checkpoint cannot be written.")
+    max_skips: int = _option(10, FAULTS, "Updates left out in a row, for numbers not finite, that end the run.")
     spike_sigma: float = _option(
-        0.0, "Leave out updates whose loss or gradient norm is this many deviations above the last 128; 0: none.",
-        rare=True,
-    )  # fmt: skip
-    hang_seconds: float = _option(
-        300.0,
-        "A step that takes this long, and ten times the usual, ends the run with all stacks; 0: never.",
-        rare=True,
+        0.0, FAULTS, "Deviations above the last 128 steps (20 at least) that leave an update out; 0: none."
     )
-
-    tensorboard: bool = _option(False, "Write TensorBoard's files into --out, too.")
-    wandb: str = _option("", "Weights & Biases project to report to.")
-    profile: int = _option(0, "Steps to write a profiler's trace of, after the first ten; 0 for none.")
-    peak_tflops: float = _option(0.0, "The device's peak, for MFU; 0: from a table of GPUs.", rare=True)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    hang_seconds: float = _option(
+        300.0, FAULTS, "Seconds, and ten times the usual, after which a step hangs; 0: never."
+    )
+    tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
+    wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
+    profile: int = _option(0, LOGGING, "Steps to write a profiler's trace of, after the first ten; 0 for none.")
+    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0: from a table of GPUs.")
+    model: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"group": MODEL, "help": "Change a field of the model's shape; repeatable."}
+    )
 
     def __post_init__(self) -> None:
+        if math.isnan(self.min_lr):  # a run of 0.1 that did not name it has 6e-5, and must stay resumable
+            object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
         for name in ("steps", "batch_tokens", "seq_len", "keep", "eval_tokens", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -123,23 +133,32 @@ class TrainConfig:
                 raise ValueError(f"{name} must be from 0 to below 1, and is {getattr(self, name)}")
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
             raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.seq_len > self.model_config.block_size:
+        self._check_choices()
+        # Weights to begin with bring their own context: set_up and --dry-run compare that.
+        if not self.init and self.seq_len > self.model_config.block_size:
             raise ValueError(
                 f"seq_len {self.seq_len} is longer than the model's context of {self.model_config.block_size}: "
                 f"add --model block_size={self.seq_len}"
             )
 
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
     @property
     def model_config(self) -> GPTConfig:
         """The model's shape. Raises ValueError for an unknown field or a value that is not of its type."""
-        known = {field.name for field in fields(GPTConfig)}
-        for name in self.model:
-            if name not in known:
-                raise ValueError(f"unknown model field {name!r}: choose from {', '.join(sorted(known))}")
-        return GPTConfig(**self.model)
+        return model_shape(self.model)
+
+
+def model_shape(values: Mapping[str, Any]) -> GPTConfig:
+    """Return the 124M shape with some fields replaced. Raises ValueError for an unknown field or a wrong value."""
+    known = {field.name for field in fields(GPTConfig)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(sorted(known))}")
+    return GPTConfig(**values)
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
@@ -252,3 +271,17 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
                 f"use --micro-batch {max((n for n in fits if n <= micro), default=1)}"
             )
     return micro, rows // micro
+
+
+def check_out(out: Path) -> None:
+    """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
+    parent = existing(out)
+    if not parent.is_dir():
+        raise NotADirectoryError(f"--out {out}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {parent} cannot be written to")
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

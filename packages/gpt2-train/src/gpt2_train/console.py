@@ -1,4 +1,4 @@
-"""What a run says on stderr: lines above a bar on a terminal, plain lines anywhere else.
+"""What a run writes to stderr: lines above a bar on a terminal, plain lines anywhere else.
 
 Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
 Intervals are of the monotonic clock, since the other one is set back now and then. That is also why tqdm is told
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpt2_train.config import TrainConfig
 
-FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it runs
+FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it trains
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
 BAR_SECONDS = 0.1
 
@@ -32,7 +32,7 @@ class Console:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.steps, self.left = config.steps, TimeLeft(config)
+        self.steps, self.time_left = config.steps, TimeLeft(config)
         self.stream: TextIO | None = sys.stderr  # None where a shell closed it
         self.shown, self.last_line, self.last_bar = 0, -float("inf"), -float("inf")
         self.bar: tqdm[Any] | None = None
@@ -52,15 +52,15 @@ class Console:
         )
 
     def step(self, row: dict[str, Any]) -> None:
-        """A training row: a line of it if one is due, and the bar."""
+        """Show a training row: as a line if one is due, and in the bar."""
         now = time.monotonic()
-        seconds = self.left.after(row["step"], row["seconds"], now)
+        seconds = self.time_left.after(row["step"], row["seconds"], now)
         self.shown += 1
         due = now - self.last_line >= LINE_SECONDS[self.on_terminal]
         if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row:
             self.last_line = now
-            left = "" if self.on_terminal or seconds is None else f"   {clock(seconds)} left"
-            self.say(step_line(row, self.steps) + left)
+            rest = "" if self.on_terminal or seconds is None else f"  {clock(seconds)} left"
+            self.say(step_line(row, self.steps) + rest)
         if self.on_terminal and self.bar is None:  # not before: what is said of the start needs none
             self._quietly(self._open_bar)
         if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or row["step"] == self.steps):
@@ -68,12 +68,20 @@ class Console:
             self.bar.set_postfix_str("" if seconds is None else f"{clock(seconds)} left", refresh=False)
             self._quietly(self.bar.refresh)
 
+    def working(self, what: str) -> None:
+        """Show on a terminal what takes a while: in the bar, or, before there is one, on a line."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(what, refresh=False)
+            self._quietly(self.bar.refresh)
+        elif self.on_terminal:
+            self.say(f"{what} ...")
+
     def say(self, text: str) -> None:
-        """One line, above the bar."""
+        """Write one line, above the bar."""
         self._quietly(lambda: tqdm.write(text, file=self.stream))
 
     def close(self) -> None:
-        """Take the bar away. Lines may still be said."""
+        """Remove the bar. Lines may still be said."""
         if self.bar is not None:
             self._quietly(self.bar.close)
             self.bar.disable = True
@@ -95,7 +103,7 @@ class Console:
 
 
 def _takes_more(stream: TextIO) -> bool:
-    """Whether a line can be written without waiting for a reader. A line is lost rather than a step's time."""
+    """True if a line can be written without waiting for a reader. A line is lost rather than a step's time."""
     try:
         descriptor = stream.fileno()
     except (OSError, AttributeError):  # not a file: a notebook's, or a test's
@@ -104,7 +112,7 @@ def _takes_more(stream: TextIO) -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what is written to a dead stream from here on, by whomever, go nowhere.
+    """Send what is written to a dead stream from here on, by whomever, nowhere.
 
     What is left in its buffer would fail once more at exit and make a good run's exit status 120.
     """
@@ -116,7 +124,7 @@ def _discard(stream: TextIO) -> None:
 
 
 class TimeLeft:
-    """Seconds to the end of a run: its steps, and evaluations and checkpoints as long as those seen so far.
+    """The seconds to the end of a run: its steps, and evaluations and checkpoints as long as those seen so far.
 
     Medians of the last ones: a stall of an hour is not the pace.
     """
@@ -130,20 +138,17 @@ class TimeLeft:
         self.before: tuple[int, float] | None = None
 
     def evaluated(self, seconds: float) -> None:
-        """Take an evaluation in."""
+        """Note an evaluation."""
         self.evaluations.append(seconds)
         self.evaluating += seconds
 
     def after(self, step: int, seconds: float | None, now: float) -> float | None:
-        """Take a step in.
+        """Note a step, and return the seconds left; None as long as no step is known.
 
         Args:
-            step: the one just done.
-            seconds: it took; None for one that is not like the others.
+            step: number of the step just done.
+            seconds: time it took; None for one that is not like the others.
             now: the monotonic clock, before the step's evaluation and checkpoint.
-
-        Returns:
-            Seconds left; None as long as no step has told.
         """
         if seconds is not None:
             rest = 0.0  # spent between this step and the one before
@@ -156,31 +161,37 @@ class TimeLeft:
         self.before, self.evaluating = (step, now), 0.0
         if not self.recent:
             return None
-        left = (self.steps - step) * median(self.recent)
-        left += _times(step, self.steps, self.eval_every) * median(self.evaluations or [0.0])
-        return left + _times(step, self.steps, self.save_every) * median(self.checkpoints or [0.0])
+        rest = (self.steps - step) * median(self.recent)
+        rest += _times(step, self.steps, self.eval_every) * median(self.evaluations or [0.0])
+        return rest + _times(step, self.steps, self.save_every) * median(self.checkpoints or [0.0])
 
 
 def _times(step: int, last: int, every: int) -> int:
-    """How often something is still to be done that falls on each `every`-th step and on the last."""
+    """How many times remain for what is done every `every` steps and at the last."""
     return last // every - (step - 1) // every + (last % every > 0) if every else 0
 
 
 def step_line(row: dict[str, Any], steps: int) -> str:
-    """A training row as one line: what is not known is left out."""
-    parts = [f"step {row['step']:>{len(f'{steps:,}')},}/{steps:,}"]
+    """Return a training row as one line, without what is not known; 78 columns with five-digit steps on a GPU."""
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
     for name, form in (("loss", "loss {:.4f}"), ("grad_norm", "norm {:.3f}"), ("lr", "lr {:.2e}")):
         if row.get(name) is not None:
             parts.append(form.format(row[name]))
-    seconds = row["seconds"]
-    parts.append(f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s")
     if row.get("tokens_per_second") is not None:
-        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{_short(row['tokens_per_second'])} tok/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     if "skipped" in row:
         parts.append(f"update left out: {row['skipped']}")
-    return "   ".join(parts)
+    return "  ".join(parts)
+
+
+def _short(number: float) -> str:
+    """A number in three or four digits: 950, 12.3k, 1.27M."""
+    for scale, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.{2 if number < 10 * scale else 1 if number < 100 * scale else 0}f}{letter}"
+    return f"{number:.0f}"
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, on which device, and the few sums that they share."""
+"""The processes of a run: which one this is, on which device, and the few sums that they share."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_model.command import keep_buffers
+from gpt2_model.command import find_device, keep_buffers
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class World:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """What rank 0 passes here, on every rank."""
+        """Return, on every rank, the value that rank 0 passes."""
         if self.size == 1:
             return value
         box = [value]
@@ -49,7 +49,7 @@ class World:
         return box[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do it on rank 0, and have its result, or its error, on every rank: none is left waiting."""
+        """Do the work on rank 0; return its result, or raise its error, on every rank: none is left waiting."""
         result: Any = None
         if self.is_main:
             try:
@@ -62,7 +62,7 @@ class World:
         return result  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, on every rank."""
+        """Return, on every rank, the values of all ranks in their order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -70,7 +70,7 @@ class World:
         return values
 
     def collect(self, own: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors, each of which one rank or every rank has, into those of rank 0 of the same names.
+        """Copy tensors, each of which one rank or every rank has, into rank 0's tensors of the same names.
 
         Every rank must call it, with all names in `into`, in one order.
         """
@@ -100,13 +100,15 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
             same bits.
 
     Raises:
-        ValueError: the device is not to be had.
+        ValueError: this machine has no such device.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
         torch.use_deterministic_algorithms(True)
-    where = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    where = find_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
     if where.type == "cpu":
         keep_buffers()
     if size > 1:
@@ -118,7 +120,7 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
 
 
 def _store_of_this_life() -> Any:
-    """Where the processes find each other, if torchrun has started them on one node; None: as torch has it.
+    """The store in which the processes find each other, if torchrun started them on one node; None: torch's own.
 
     torchrun (2.13) starts workers again with the store that the dead ones left their addresses in: who comes first
     connects to one of those, and is refused. On several nodes the agents count restarts differently, so there
@@ -133,7 +135,7 @@ def _store_of_this_life() -> Any:
 
 
 def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataParallel:
-    """The model as each of several processes calls it: its backward leaves the mean gradients of all of them.
+    """Return the model as each of several processes calls it: its backward leaves the mean gradients of all.
 
     Args:
         compression: "none", or "bf16": gradients, and their sums on the way, are rounded to bf16; half the bytes.
@@ -150,7 +152,7 @@ def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.
 
 
 def gradient_bytes_sent(parameters: int, processes: int, compression: str) -> int:
-    """That each process sends in a step, and receives: a ring's all-reduce has 2 (n - 1) / n of them all."""
+    """Return the bytes each process sends in a step, and receives: 2 (n - 1) / n of all, in a ring."""
     return 2 * (processes - 1) * parameters * {"none": 4, "bf16": 2}[compression] // processes
 
 
@@ -160,21 +162,8 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not to be had here: use --device cpu, or auto") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def has_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 matrices itself.
+    """True if the processor multiplies bf16 matrices itself.
 
     On a CPU that does not, torch emulates: 44 GFLOP/s instead of 166 in fp32, measured on two AVX-512 cores.
     """

@@ -15,14 +15,14 @@ from gpt2_model import stream
 from gpt2_train import checkpoint, distributed
 from gpt2_train.config import TrainConfig
 from gpt2_train.distributed import World
+from gpt2_train.faults import StopSignal
 from gpt2_train.optimizer import lr_at
-from gpt2_train.profiling import Profiler
-from gpt2_train.setup import Run, compiled, loss_of, set_up
-from gpt2_train.stopping import StopSignal
+from gpt2_train.setup import Run, compiled, set_up
+from gpt2_train.trackers import profiling
 
 
 def train(config: TrainConfig) -> int:
-    """Train, or go on training, the run in `config.out`.
+    """Train the run in `config.out`, or resume it.
 
     A step is one batch: an update of the weights, unless its loss or gradient was not finite. The same call
     resumes a run that was killed: it ends with the same weights, bit for bit, as one that was not.
@@ -39,20 +39,18 @@ def train(config: TrainConfig) -> int:
     with StopSignal().listening() as stop:
         world = distributed.start(config.device, deterministic=config.deterministic)
         try:
-            with ExitStack() as held:  # rank 0 holds the folder; all ranks learn if it cannot
-                world.on_main(lambda: held.enter_context(checkpoint.locked(Path(config.out))))
+            with ExitStack() as stack:  # rank 0 holds the folder; all ranks learn if it cannot
+                world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
                 return _train(config, world, stop)
         finally:
             distributed.stop(world)
 
 
 def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
-    run = set_up(config, world, stop)
+    run = set_up(config, world, stop, loss_of)
     try:
-        tracing = Profiler(
-            run.folder, config.profile, left=config.steps - run.step, enabled=world.is_main, say=run.log.say
-        )
-        with run.batches, tracing as profiler:
+        profiled = config.profile if world.is_main else 0
+        with run.batches, profiling(run.folder, profiled, run.step + 1, config.steps, run.log.say) as step_done:
             _agree_to_stop(run)  # a signal may have come before there was a step
             while True:
                 if _evaluation_is_due(run):
@@ -61,8 +59,8 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
                     _save(run)
                 if run.step == config.steps or run.stopped_by:
                     break
-                with profiler.step(run.step + 1):
-                    _update(run)
+                _update(run)
+                step_done()
         with run.watchdog.watching("checkpoint", run.step):
             run.saver.wait()
             # Without its last checkpoint a run is not done, whatever on_save_error says.
@@ -72,7 +70,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
         run.watchdog.close()
         run.log.close()
     if run.step < config.steps:
-        onward = "goes on from there" if run.step else "begins anew"
+        onward = "resumes from there" if run.step else "begins anew"
         run.log.say(f"stopped by signal {run.stopped_by} at step {run.step}; the same command {onward}")
         return 128 + run.stopped_by
     run.log.say(f"done: step {run.step}, {checkpoint.checkpoint_folder(run.folder, run.step)}")
@@ -80,7 +78,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
 
 
 def _update(run: Run) -> None:
-    """One step: gradients of the whole batch, clipped, and applied if they are sound."""
+    """Do one step: gradients of the whole batch, clipped, and applied if they are sound."""
     with run.watchdog.watching("update", run.step + 1):
         started = time.perf_counter()
         config, world = run.config, run.world
@@ -93,9 +91,9 @@ def _update(run: Run) -> None:
 
         # One exchange a step: the mean loss and norm, whether a signal came to any process, or a save failed. From
         # here on all know the same numbers, and so decide alike.
-        mine = [loss_sum, norm, float(run.stop.number > 0), float(run.saver.error is not None)]
+        own = [loss_sum, norm, float(run.stop.number > 0), float(run.saver.error is not None)]
         shared = world.sum(
-            torch.stack([torch.as_tensor(v, device=world.device).float() for v in mine]) / world.size
+            torch.stack([torch.as_tensor(v, device=world.device).float() for v in own]) / world.size
         )
         loss, grad_norm, signals, failures = shared.tolist()
         reason = run.guard.judge(loss, grad_norm)
@@ -137,7 +135,7 @@ def _update(run: Run) -> None:
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:
-    """Gradients of a whole batch, its mean loss () on this process, and the seconds spent waiting for data."""
+    """Add up a whole batch's gradients; return its mean loss () here, and the seconds spent waiting for data."""
     world = run.world
     loss_sum, data_seconds = torch.zeros((), device=world.device), 0.0
     for micro_step in range(run.accumulation):
@@ -149,24 +147,31 @@ def _backward(run: Run) -> tuple[torch.Tensor, float]:
         # it is where DDP decides whether the backward will send.
         waits = world.size > 1 and micro_step < run.accumulation - 1
         with run.parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            loss = loss_of(run.config, run.parallel, world, x, y)
+            loss = loss_of(run.config, run.parallel, x, y)
             (loss / run.accumulation).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach() / run.accumulation
     return loss_sum, data_seconds
 
 
+def loss_of(config: TrainConfig, parallel: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss () of a micro-batch of tokens x and targets y, each (B, T), in the run's precision."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        _, loss = parallel(x, y, return_logits=False)
+    return loss  # type: ignore[no-any-return]
+
+
 def _evaluation_is_due(run: Run) -> bool:
-    """At step 0, every so often, and at the end; also after a resume, if a kill or a signal came before it."""
+    """True at step 0, every `eval_every` steps and at the end; after a resume, too, if a kill came before it."""
     if not run.config.eval_every or run.stopped_by or run.evaluated == run.step:
         return False
     return run.step % run.config.eval_every == 0 or run.step == run.config.steps
 
 
 def _evaluate(run: Run) -> None:
-    """Validation loss, HellaSwag where a file is given, and samples, each shared out over the processes.
+    """Measure validation loss and, with a file, HellaSwag, and write samples, shared out over the processes.
 
     Where a step is compiled, so are these, on shapes of their own that do not vary; the samples are written by the
-    plain module, whose weights are the same. A signal ends it; it is then done after the resume.
+    plain module, whose weights are the same. A signal ends it; the resumed run repeats it.
     """
     config, started = run.config, time.perf_counter()
     dtype = torch.bfloat16 if config.precision == "bf16" else None
@@ -176,6 +181,7 @@ def _evaluate(run: Run) -> None:
     def stop() -> bool:
         return run.stop.number > 0
 
+    run.log.working(f"step {run.step}: validation")
     with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
         try:
             if run.dataset.tokens("val") > 1:
@@ -200,10 +206,10 @@ def _evaluate(run: Run) -> None:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Texts that continue the prompt. Each process writes some of the rows: they are the same on any number."""
+    """Continue the prompt. Each process writes some of the rows, and the rows do not depend on which."""
     config, world = run.config, run.world
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
-    mine = []
+    own = []
     if last > first:
         pieces = stream(
             run.model, [config.sample_prompt], num_samples=last - first, first_row=first, max_new_tokens=32,
@@ -213,8 +219,8 @@ def _samples(run: Run) -> list[dict[str, Any]]:
             if run.stop.number:
                 break
             if (text := piece.completion) is not None:
-                mine.append({"step": run.step, "row": text.row, "prompt": text.prompt, "text": text.text})
-    gathered = world.gather((run.stop.number > 0, mine))
+                own.append({"step": run.step, "row": text.row, "prompt": text.prompt, "text": text.text})
+    gathered = world.gather((run.stop.number > 0, own))
     if any(stopped for stopped, _ in gathered):
         raise Interrupted
     return sorted((row for _, rows in gathered for row in rows), key=lambda row: int(row["row"]))
@@ -233,7 +239,7 @@ def _checkpoint_is_due(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
-    """Begin a checkpoint of the state as it is now; training goes on while it is written."""
+    """Begin a checkpoint of the state as it is now; training continues while it is written."""
     trainer = {
         "updates": run.updates,
         "processes": run.world.size,
@@ -254,20 +260,20 @@ def _save(run: Run) -> None:
 
 
 def _check_saving(run: Run, *, may_go_on: bool) -> None:
-    """If a checkpoint could not be written: end the run, on all ranks, or say so."""
+    """End the run on all ranks if a checkpoint could not be written, or say so."""
 
     def check() -> None:
         error = run.saver.take_error()
         if error is not None and not may_go_on:
             raise error if isinstance(error, ValueError | OSError) else OSError(f"saving failed: {error!r}")
         if error is not None:
-            run.log.say(f"warning: {error}; training goes on, as on_save_error asks for")
+            run.log.say(f"warning: {error}; training continues, as on_save_error asks for")
 
     run.world.on_main(check)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, else of the whole process."""
+    """Bytes of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

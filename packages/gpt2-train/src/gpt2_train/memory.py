@@ -1,6 +1,7 @@
-"""How much memory a step takes, from what autograd keeps; and the largest micro-batch that there is room for."""
+"""How much memory a step takes, the largest micro-batch that fits, and the disk space of the checkpoints."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,49 +10,56 @@ import torch
 import torch.distributed as dist
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_train.config import TrainConfig, micro_batches
+from gpt2_train.config import TrainConfig, existing, micro_batches
 from gpt2_train.distributed import World
-from gpt2_train.space import optimizer_bytes
+from gpt2_train.optimizer import optimizer_bytes
 
 # Elsewhere than on CUDA memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
 MOST_TOKENS = 4096
-PROGRAM = (
-    270_000_000  # Python, torch, the libraries of this package, and a step's small tensors: measured on Linux
-)
+# Python, torch, the libraries of this package, and a step's small tensors: measured on Linux.
+PROGRAM = 270_000_000
+FILES_BYTES = 4_000_000  # of a checkpoint beside its tensors: vocabulary, settings, hashes
 CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's."""
+    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's.
+
+    Attributes:
+        weights: the parameters in fp32.
+        gradients: as much again, or less where they come as the activations go.
+        optimizer: this process's share of the optimizer's state.
+        activations: what the backward pass of a micro-batch needs, and under autocast the weights in bf16.
+        head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
+        heap: holes between tensors that the allocator cannot use.
+        checkpoint_copy: weights and optimizer state in the memory of rank 0's host, from the first checkpoint on.
+        program: Python, torch and the libraries.
+        on_host: True if the device is the host.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """What the backward pass of a micro-batch needs, and under autocast the weights in bf16."""
     head: int
-    """Logits or blocks of them, the loss, and the gradients of the output projection and the token embedding."""
     heap: int
-    """Holes between tensors, which the allocator cannot use."""
     checkpoint_copy: int
-    """Of weights and optimizer state, in the memory of rank 0's host, from the first checkpoint on."""
     program: int
     on_host: bool
-    """Whether the device is the host."""
 
     @property
     def device_bytes(self) -> int:
-        """On the accelerator; without one, 0."""
+        """Bytes on the accelerator; without one, 0."""
         return 0 if self.on_host else self._step + CUDA_CONTEXT
 
     @property
     def host_bytes(self) -> int:
-        """On the host of rank 0; other ranks have no `checkpoint_copy`."""
+        """Bytes on the host of rank 0; other ranks have no `checkpoint_copy`."""
         return self.checkpoint_copy + self.program + (self._step if self.on_host else 0)
 
     def needed_on_host(self) -> int:
-        """Of all processes on this machine, rank 0 among them."""
+        """Return the bytes of all processes on this machine, rank 0 among them."""
         step = 0 if self.on_host else self.device_bytes  # MPS shares the host's memory
         return processes_here() * (self.host_bytes - self.checkpoint_copy + step) + self.checkpoint_copy
 
@@ -64,20 +72,18 @@ def peak_memory(
     config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: int, device_type: str, compiled: bool,
     precision: str,
 ) -> Memory:  # fmt: skip
-    """The peak of training with micro-batches of `micro_batch` sequences, on each of `world_size` processes.
-
-    Counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them).
+    """Return the peak of training with `micro_batch` sequences at once on each of `world_size` processes.
 
     Args:
         device_type: "cpu", "cuda" or "mps". CPU figures are held to 10 % by a test; those of others are counted in
             the same way, and measured by `choose_micro_batch` where it matters.
         precision: "fp32" or "bf16".
     """
-    activations = GPT.activation_bytes(
+    blocks, head, heap = GPT.activation_bytes(
         shape, micro_batch, config.seq_len, device_type=device_type, bf16=precision == "bf16", compiled=compiled,
         checkpointing=config.activation_checkpointing,
     )  # fmt: skip
-    weights, gradients = 4 * shape.num_parameters, 4 * shape.num_parameters
+    weights = gradients = 4 * shape.num_parameters
     on_host = device_type == "cpu"
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
@@ -86,9 +92,9 @@ def peak_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer_bytes(config, shape, world_size),
-        activations=activations.blocks,
-        head=activations.head,
-        heap=activations.heap,
+        activations=blocks,
+        head=head,
+        heap=heap,
         checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
         program=PROGRAM,
         on_host=on_host,
@@ -96,9 +102,9 @@ def peak_memory(
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that a process may still take: what the kernel counts as free, within its cgroup.
+    """Return the bytes of host memory that a process may still take, as the kernel and its cgroup say.
 
-    Without /proc (macOS) all the memory that there is, since nothing tells how much is free.
+    Without /proc (macOS) it is all the memory of the machine, since nothing tells how much is free.
     """
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
@@ -140,7 +146,7 @@ def most_that_fit(
     config: TrainConfig, shape: GPTConfig, world_size: int, device_type: str, compiled: bool, precision: str,
     free: float,
 ) -> int:  # fmt: skip
-    """The largest micro-batch, in sequences, that the estimate has room for in `free` bytes; 0 if none.
+    """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does.
 
     Raises:
         ValueError: the batch does not divide over the processes.
@@ -158,7 +164,7 @@ def choose_micro_batch(
     config: TrainConfig, shape: GPTConfig, world: World, try_one: Callable[[int], None] | None, *, compiled: bool,
     precision: str, reserve: int = 0,
 ) -> int:  # fmt: skip
-    """Sequences that a process computes at once: `config.micro_batch`, or for "auto" the most that fit.
+    """Return the sequences that a process computes at once: `config.micro_batch`, or for "auto" the most that fit.
 
     All processes get the same number: the least that any of them has room for.
 
@@ -214,12 +220,51 @@ def _least(world: World, number: int) -> int:
 
 
 def _free(world: World, shape: GPTConfig) -> float:
-    """Bytes for the whole of a run on this process's device: what is free, and what the run itself has taken."""
+    """Bytes for a whole run on this process's device: what is free, and what the run itself has taken."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT
     return available_memory() + processes_here() * (PROGRAM + 4 * shape.num_parameters)
 
 
 def processes_here() -> int:
-    """Processes of the run on this machine, which share its memory: torchrun says how many."""
+    """Return how many processes of the run share this machine's memory, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def checkpoint_bytes(config: TrainConfig, shape: GPTConfig) -> int:
+    """Return the size of a checkpoint: 12 bytes a parameter with AdamW, and the vocabulary's files."""
+    return 4 * shape.num_parameters + optimizer_bytes(config, shape, 1) + FILES_BYTES
+
+
+def checkpoints_at_once(config: TrainConfig) -> int:
+    """Return how many are on the disk at most: those to keep, and one that is written before the oldest goes."""
+    written = config.steps // config.checkpoint_every if config.checkpoint_every else 0
+    last = 1 if not config.checkpoint_every or config.steps % config.checkpoint_every else 0
+    return min(config.keep + 1, written + last)
+
+
+def check_space(run: Path, config: TrainConfig, shape: GPTConfig) -> None:
+    """Check that the checkpoints which will be there at once fit on the disk of the run's folder.
+
+    What the run has there counts as free: it makes room as new ones are written.
+
+    Raises:
+        OSError: they do not fit; says how much is needed and free.
+    """
+    each, number = checkpoint_bytes(config, shape), checkpoints_at_once(config)
+    own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing(run)).free
+    if number * each > free + own:
+        fewer = " or a lower --keep" if config.keep > 1 else ""
+        raise OSError(
+            f"{run} will need {in_gb(number * each)} for {number} checkpoints of {in_gb(each)}, and "
+            f"{in_gb(free)} are free{f' beside the {in_gb(own)} it has' if own else ''}: free some, or choose "
+            f"another --out{fewer}"
+        )
+
+
+def in_gb(size: float) -> str:
+    """Return bytes as "1.50 GB", small ones as "12.3 MB"."""
+    if size < 0.1e9:
+        return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.2f} GB" if size < 99.5e9 else f"{size / 1e9:,.0f} GB"

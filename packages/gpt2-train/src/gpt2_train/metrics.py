@@ -1,20 +1,24 @@
-"""What a run records: metrics.jsonl and samples.jsonl in its folder, the terminal, TensorBoard, W&B.
+"""What a run records: metrics.jsonl and samples.jsonl in its folder, the terminal, TensorBoard, W&B; its speed.
 
 A row is one write of one line, so that a kill leaves at most the last one in pieces. Rows reach the disk before a
-checkpoint does (flush), and a run that goes on from it drops the later ones, which are about to be written again.
+checkpoint does (flush), and a run that resumes from it drops the later ones, which are about to be written again.
 """
 
 import json
 import math
 import os
 import re
+import time
 import weakref
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from gpt2_model import GPTConfig
+from gpt2_model.command import sync_folder, write_whole
 from gpt2_train.config import TrainConfig
 from gpt2_train.console import Console
 from gpt2_train.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers, in_one_line
@@ -26,24 +30,26 @@ PEAK_TFLOPS = {
     "H800": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0,
     "L40": 181.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0, "MI300X": 1307.0,
 }  # fmt: skip
+GPU_SHARE = 0.40  # of the maker's peak: 124M reaches 38 % of it with llm.c on eight H100s, 56 % on eight A100s
+PRODUCT_SHARE = 0.70  # of the rate of a large matrix product, which a whole step reaches elsewhere
 _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
 class RunLog:
-    """All that a run tells. Made on every rank; it does nothing on those where it is not enabled.
+    """Everything that a run reports. Each rank has one; it does nothing on ranks where it is not enabled.
 
     Args:
         config: the run, its precision resolved.
-        folder: of the run.
-        first_step: the step that training goes on from; rows of later steps are dropped. -1: a fresh start, no
+        folder: the run's folder.
+        first_step: the step that training resumes from; rows of later steps are dropped. -1: a fresh start, no
             row is kept.
         world_size: processes of the run.
-        device: this process's.
+        device: this process's device.
         flops_per_token: llm.c's count, forward and backward.
-        enabled: on rank 0.
+        enabled: True on rank 0.
 
     Attributes:
-        last_evaluation: step of the newest evaluation that was kept, None if there is none. Of rank 0 alone:
+        last_evaluation: step of the newest evaluation in the file, None if there is none. Only rank 0 knows it:
             share it before deciding by it.
 
     Raises:
@@ -70,13 +76,12 @@ class RunLog:
         evaluated, broken = _repair(folder, first_step)
         self.last_evaluation = max(evaluated, default=None)
         self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
-        _sync_folder(folder)
+        sync_folder(folder)
         self.console = Console(config)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
         peak = peak_tflops(config, device)
         self.peak = peak[1] * 1e12 * world_size if peak else None
-        self.say(_about_mfu(config, device, world_size, flops_per_token, peak))
         if config.tensorboard:
             self.trackers.append(TensorBoard(folder, first_step))
         if config.wandb:
@@ -86,10 +91,10 @@ class RunLog:
         try:
             self.trackers.append(WeightsAndBiases(self.config, folder, first_step))
         except RuntimeError as error:
-            # Whoever starts a run wants to know. One that goes on, at night after a restart, goes on without.
+            # Whoever starts a run wants to know. A resumed one, at night after a restart, trains without.
             if first_step < 0:
-                raise ValueError(f"{error}; leave --wandb away, or set WANDB_MODE=offline") from None
-            self.say(f"warning: {error}; the run goes on without it")
+                raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
+            self.say(f"warning: {error}; the run continues without it")
 
     def train(self, row: dict[str, Any]) -> None:
         """Record a step.
@@ -113,14 +118,14 @@ class RunLog:
     def evaluation(self, row: dict[str, Any]) -> None:
         """Record an evaluation: step, tokens, val_loss and hellaswag_acc_norm where they were measured, seconds.
 
-        Its samples come before it: without this row, they are dropped when the run goes on.
+        Its samples come before it: without this row, they are dropped when the run is resumed.
         """
         if not self.enabled:
             return
         row = finite(row)
         self.metrics.append(row)
         self.last_evaluation = row["step"]
-        self.console.left.evaluated(row.get("seconds", 0.0))
+        self.console.time_left.evaluated(row.get("seconds", 0.0))
         parts = []
         for name, title, form in (
             ("val_loss", "validation loss", ".4f"),
@@ -145,19 +150,24 @@ class RunLog:
             self.say(f"  {text}"[:160])
 
     def say(self, text: str) -> None:
-        """One line on stderr. Never fails."""
+        """Write one line to stderr. Never fails."""
         if self.enabled:
             self.console.say(text)
 
+    def working(self, what: str) -> None:
+        """Show on a terminal what takes a while between two steps."""
+        if self.enabled:
+            self.console.working(what)
+
     def flush(self) -> None:
-        """Have all rows on the disk: a checkpoint must not be older than they are."""
+        """Force all rows to the disk: a checkpoint must not be newer than they are."""
         if self.enabled:
             self.metrics.sync()
             self.samples.sync()
             self._track("flush")
 
     def close(self) -> None:
-        """End it; once is enough. Lines may still be said."""
+        """End the log; once is enough. Lines may still be said."""
         if not self.enabled:
             return
         self.console.close()
@@ -175,20 +185,20 @@ class RunLog:
         self.close()
 
     def _track(self, method: str, *arguments: Any) -> None:
-        """Tell the trackers; one that fails is told no more, and the run goes on."""
+        """Tell the trackers; one that fails is dropped, and the run continues."""
         for tracker in list(self.trackers):
             try:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
                 self.trackers.remove(tracker)
                 self.say(
-                    f"warning: {tracker.name} failed ({in_one_line(error)}): the run goes on without it; "
+                    f"warning: {tracker.name} failed ({in_one_line(error)}): the run continues without it; "
                     "metrics.jsonl has all rows"
                 )
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
-    """The device's name and its peak in TFLOP/s, by --peak-tflops or, in bf16, by the table; None if not known."""
+    """Return the device's name and peak in TFLOP/s: --peak-tflops or, in bf16, the table's; None: not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if config.peak_tflops:
         return name, config.peak_tflops
@@ -199,31 +209,56 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] 
     )
 
 
-def _about_mfu(
-    config: TrainConfig, device: torch.device, world_size: int, flops: int, peak: tuple[str, float] | None
-) -> str:
-    formula = f"MFU: 6N + 6LCT = {flops / 1e6:,.0f} MFLOP a token"
-    if peak is None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        return f"{formula}; no peak known of {name} in {config.precision}: --peak-tflops gives one"
-    source = "as --peak-tflops says" if config.peak_tflops else "bf16 dense"
-    times = f"{world_size} x " if world_size > 1 else ""
-    return f"{formula} of {times}{peak[0]}'s {peak[1]:,.4g} TFLOP/s ({source})"
+def assumed_speed(
+    config: TrainConfig, shape: GPTConfig, device: torch.device, here: bool
+) -> tuple[float | None, str]:
+    """Return the operations a second to expect of one process, None if nothing is known; and where this is from.
+
+    Args:
+        config: the run, its precision resolved.
+        here: True if this machine has the device. One whose peak is not known is measured for a second.
+    """
+    share = GPU_SHARE if device.type == "cuda" else PRODUCT_SHARE
+    if config.peak_tflops:
+        return config.peak_tflops * 1e12 * share, f"{share:.0%} (assumed) of --peak-tflops {config.peak_tflops:g}"
+    if not here:
+        return None, "not known, since this machine has no such device: give --peak-tflops"
+    if known := peak_tflops(config, device):
+        name, peak = known
+        return peak * 1e12 * share, f"{share:.0%} (assumed) of the {peak:,.0f} TFLOP/s of {name}"
+    rate = _product_rate(device, config.precision, shape)
+    return rate * PRODUCT_SHARE, (
+        f"{PRODUCT_SHARE:.0%} (assumed) of the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
+    )
+
+
+def _product_rate(device: torch.device, precision: str, shape: GPTConfig, seconds: float = 1.0) -> float:
+    """Operations a second of the product that a step has most of: activations by the MLP's first matrix."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
+    weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        (x @ weight).sum().item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * x.shape[0] * shape.n_embd * shape.mlp_dim / median(times)
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as JSON can hold it: a number that is not finite is null, and `skipped` tells what it was.
+    """Return the row as JSON can hold it: a number that is not finite is null, and `skipped` says what it was.
 
-    In a row that was not skipped, `not_finite` tells.
+    In a row that was not skipped, `not_finite` says it.
     """
     odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if not odd:
         return row
-    told = ", ".join(f"{name} {row[name]}" for name in odd)
+    values = ", ".join(f"{name} {row[name]}" for name in odd)
     nulls: dict[str, Any] = {**row, **dict.fromkeys(odd)}
     if "skipped" not in row:
-        return {**nulls, "not_finite": told}
-    return {**nulls, "skipped": f"{row['skipped']} ({told})"}
+        return {**nulls, "not_finite": values}
+    return {**nulls, "skipped": f"{row['skipped']} ({values})"}
 
 
 class _Lines:
@@ -255,7 +290,7 @@ class _Lines:
             raise self._cannot(error) from None
 
     def _cannot(self, error: OSError) -> OSError:
-        text = f"{self.path} cannot be written ({error.strerror}): mend that, and the same command goes on"
+        text = f"{self.path} cannot be written ({error.strerror}): mend that, and the same command resumes"
         return OSError(error.errno, text)
 
 
@@ -263,14 +298,14 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
     """Drop rows after first_step, samples without an evaluation, and lines that a kill cut short.
 
     Returns:
-        The steps whose evaluation was kept, and the number of lines that were broken.
+        The steps whose evaluation is still there, and the number of lines that were broken.
     """
     rows, broken = _read(folder / "metrics.jsonl")
-    kept = [(line, row) for line, row in rows if row["step"] <= first_step]
-    evaluated = {row["step"] for _, row in kept if "loss" not in row}
+    remaining = [(line, row) for line, row in rows if row["step"] <= first_step]
+    evaluated = {row["step"] for _, row in remaining if "loss" not in row}
     samples, broken_samples = _read(folder / "samples.jsonl")
     texts = [line for line, row in samples if row["step"] in evaluated]
-    _replace(folder / "metrics.jsonl", [line for line, _ in kept])
+    _replace(folder / "metrics.jsonl", [line for line, _ in remaining])
     _replace(folder / "samples.jsonl", texts)
     return evaluated, broken + broken_samples
 
@@ -296,20 +331,6 @@ def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
 
 def _replace(path: Path, lines: list[bytes]) -> None:
     content = b"".join(lines)
-    if not path.exists() or path.read_bytes() == content:
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if path.exists() and path.read_bytes() != content:
+        with write_whole(path) as file:
+            file.write(content)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2_model import GPTConfig
 from gpt2_train.config import TrainConfig
 
 Optimizers = list[torch.optim.Optimizer]
@@ -21,7 +22,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with decay on matrices and embeddings, none on biases and norms.
+    """Return AdamW (Loshchilov and Hutter 2019) with decay on matrices and embeddings, none on biases and norms.
 
     Fused: one kernel updates all tensors. Betas and eps are GPT-3's (Brown et al. 2020, appendix B).
     """
@@ -30,7 +31,7 @@ def make_optimizer(
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = False) -> Optimizers:
-    """What updates a run's weights: AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return what updates a run's weights: AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) is torch's own, scaled to the size of AdamW's updates (Liu et al. 2025), so that one
     learning rate and decay serve both.
@@ -51,11 +52,11 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
         of_muon = set(matrices)
         rest = [p for _, p in parameters if p not in of_muon]
         wanted = [(torch.optim.Muon, matrices, muon), (torch.optim.AdamW, rest, adamw)]
-    made: Optimizers = []
+    optimizers: Optimizers = []
     for kind, own, settings in wanted:
         groups = own if kind is not torch.optim.AdamW else _decay_groups(own, config.weight_decay)
-        made.append(_sharded(groups, kind, settings) if sharded else kind(groups, **settings))
-    return made
+        optimizers.append(_sharded(groups, kind, settings) if sharded else kind(groups, **settings))
+    return optimizers
 
 
 def _sharded(groups: Any, kind: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -73,12 +74,12 @@ def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[d
 
 
 def state_shapes(model: nn.Module, optimizers: Optimizers) -> dict[str, torch.Size]:
-    """Every tensor of the state, on whichever process it is: "exp_avg.h.0.ln_1.weight" -> its shape."""
+    """Return the shape of each tensor of the whole state, by names like "exp_avg.wte.weight"."""
     return {name: parameter.shape for name, parameter, _ in _states(model, optimizers)}
 
 
 def own_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The state tensors that this process keeps: all, or its share; zeros where nothing was updated yet."""
+    """Return the state tensors that this process keeps: all, or its share; zeros where nothing was updated yet."""
     tensors = {}
     for name, parameter, state in _states(model, [_local(optimizer) for optimizer in optimizers]):
         tensor = state[parameter].get(name.partition(".")[0])
@@ -90,8 +91,8 @@ def load_state(model: nn.Module, optimizers: Optimizers, updates: int, tensors: 
     """Give each process's share of the state the values that were saved, bit for bit.
 
     Args:
-        updates: how many the state has seen.
-        tensors: by name, by `[...]`; only those of this process are asked for.
+        updates: number of updates that the state has seen.
+        tensors: looked up by name, by `[...]`; only the names of this process are.
     """
     for name, parameter, state in _states(model, [_local(optimizer) for optimizer in optimizers]):
         key = name.partition(".")[0]
@@ -101,12 +102,12 @@ def load_state(model: nn.Module, optimizers: Optimizers, updates: int, tensors: 
 
 
 def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Of a sharded optimizer, the one that updates this process's share."""
+    """The optimizer that updates this process's share, if it is a sharded one."""
     return getattr(optimizer, "optim", optimizer)
 
 
 def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.Parameter, Any]]:
-    """(name of the tensor, its parameter, the optimizer's state) for each tensor, in the model's order."""
+    """Yield (name of the tensor, its parameter, the optimizer's state) of each tensor, in the model's order."""
     optimizer_of = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if (optimizer := optimizer_of.get(parameter)) is not None:
@@ -115,10 +116,22 @@ def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.
                 yield f"{key}.{name}", parameter, optimizer.state
 
 
+def optimizer_bytes(config: TrainConfig, shape: GPTConfig, world_size: int) -> int:
+    """Return the bytes of state on a process: AdamW has two fp32 moments, Muon one, for the blocks' matrices.
+
+    Shared out, whole tensors go to the processes, so that one has at least the token embedding's.
+    """
+    muon = shape.matrix_parameters if config.optimizer == "muon" else 0
+    total = 8 * shape.num_parameters - 4 * muon
+    if not config.shard_optimizer:
+        return total
+    return max(-(-total // world_size), 8 * shape.vocab_size * shape.n_embd)
+
+
 def lr_at(
     step: int, *, lr: float, min_lr: float, warmup: int, steps: int, schedule: str = "cosine", decay_steps: int = 0
 ) -> float:
-    """Learning rate of the update number `step`, counted from 0.
+    """Return the learning rate of update number `step`, counted from 0.
 
     `lr * (step + 1) / warmup` during the warmup, then from `lr` down to `min_lr` at `steps`:
 

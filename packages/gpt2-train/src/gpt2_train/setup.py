@@ -1,6 +1,7 @@
-"""Everything a run needs before its first step: where it stands, its model, optimizer and batches."""
+"""Everything a run needs before its first step: its starting point, model, optimizer and batches."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,73 +10,99 @@ import numpy as np
 import torch
 
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
-from gpt2_eval import load_hellaswag
-from gpt2_eval.hellaswag import HellaSwag
+from gpt2_eval import HellaSwag, load_hellaswag
 from gpt2_model import GPT, GPTConfig, flops_per_token
+from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
+from gpt2_train.checkpoint import Saver
 from gpt2_train.config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
 from gpt2_train.distributed import World
-from gpt2_train.guard import Guard
-from gpt2_train.memory import choose_micro_batch
+from gpt2_train.faults import Guard, StopSignal, Watchdog
+from gpt2_train.memory import check_space, choose_micro_batch
 from gpt2_train.metrics import RunLog
-from gpt2_train.optimizer import Optimizers, load_state, make_optimizers
-from gpt2_train.saving import Saver
-from gpt2_train.space import check_space, optimizer_bytes
-from gpt2_train.stopping import StopSignal
-from gpt2_train.watchdog import Watchdog
+from gpt2_train.optimizer import Optimizers, load_state, make_optimizers, optimizer_bytes
+
+MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
+
+LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""loop.loss_of, which is given to `set_up`: a micro-batch is tried, and a run warmed up, by the very forward."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """What a step works on."""
+    """What a step works on.
+
+    Attributes:
+        config: the settings, resolved: precision and the model's shape are known.
+        parallel: the model as a step calls it: compiled, and wrapped by DDP.
+        loader: where the data stands; `batches` moves it.
+        micro_batch: sequences that this process computes at once.
+        accumulation: micro-batches of a step on each process.
+        stop: the signal that came to this process.
+        hellaswag: the items of config.hellaswag, None without them.
+        step: batches trained on: updates, and those left out.
+        updates: updates that were made.
+        stopped_by: a signal's number, once all processes know of it.
+        saved: the newest step that has a checkpoint, or whose checkpoint is being written.
+        evaluated: the newest step that has been evaluated.
+    """
 
     config: TrainConfig
     world: World
     folder: Path
     dataset: Dataset
     model: GPT
-    parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
+    parallel: torch.nn.Module
     optimizers: Optimizers
     loader: TokenLoader
-    micro_batch: int  # sequences at once
-    accumulation: int  # micro-batches of a step on each process
+    micro_batch: int
+    accumulation: int
     log: RunLog
     saver: Saver
     guard: Guard
     watchdog: Watchdog
-    stop: StopSignal  # what came to this process
-    hellaswag: HellaSwag | None  # the items of config.hellaswag
-    batches: Prefetch = field(init=False)  # of the loader, which moves with it
-    step: int = 0  # batches trained on: updates, and those left out
-    updates: int = 0
-    stopped_by: int = 0  # a signal's number, once all processes know
-    saved: int = 0  # the newest step that has a checkpoint, or is about to
-    evaluated: int | None = None  # the newest step that has been evaluated
+    stop: StopSignal
+    hellaswag: HellaSwag | None
+    batches: Prefetch = field(init=False)
+    step: int
+    updates: int
+    stopped_by: int = 0
+    saved: int
+    evaluated: int | None
 
 
-def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
+def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
     """Build a run, or read it from its newest good checkpoint.
 
     Raises:
         ValueError: a config, dataset, model and number of processes that do not go together.
-        CannotResume: a run is in the folder that cannot be gone on with.
+        CannotResume: a run is in the folder that cannot be resumed as asked.
         OSError: files that cannot be read or written.
     """
     folder, dataset = Path(config.out), open_dataset(config.data)
     config = replace(config, precision=_precision(config, world))
-    start = world.on_main(lambda: _starting_point(config, dataset))
+    world.on_main(lambda: checkpoint.remove_abandoned(folder))
+    start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
 
     torch.manual_seed(config.seed)
-    model = _initial_model(config, start)
+    source = start or config.init
+    model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
+    check_shape(config, model.config, dataset, start)
     config = replace(config, model=asdict(model.config))
-    _check_vocabulary(model, dataset)
     world.on_main(lambda: check_space(folder, config, model.config))
     model.to(world.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config, sharded=config.shard_optimizer and world.size > 1)
     stepped: Any = torch.compile(model, dynamic=False) if compiled(config, world.device) else model
-    micro_batch = _micro_batch(config, state, model, stepped, world)
+
+    def one_pass(module: torch.nn.Module, rows: int) -> None:
+        """A forward and backward pass over nothing in particular."""
+        tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=world.device)
+        # Two tensors: for one in both places torch.compile makes a graph that no step can use, and then another.
+        loss_of(config, module, tokens, tokens.clone()).backward()  # type: ignore[no-untyped-call]
+
+    micro_batch = _micro_batch(config, state, model, world, lambda rows: one_pass(stepped, rows))
     if start is not None:
         load_state(model, optimizers, state["updates"], checkpoint.OptimizerFile(start))
     _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
@@ -86,17 +113,15 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
             # Compiled anew, within DDP, it is cut where a bucket is full.
             torch.compiler.reset()
         parallel = distributed.data_parallel(stepped, config.grad_compression)
-    loader = TokenLoader(
-        config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=world.rank,
-        world_size=world.size, order=config.order,  # type: ignore[arg-type]
-    )  # fmt: skip
+    loader = make_loader(config, micro_batch, world.rank, world.size)
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
     step = state.get("step", 0)
     log = _open_log(config, world, model.config, step if state else -1)
     run = Run(
-        config, world, folder, dataset, model, parallel, optimizers, loader, micro_batch, accumulation, log,
-        Saver(folder, config.keep, world), Guard(**state.get("guard", {"sigma": config.spike_sigma})),
-        Watchdog(world.rank, config.hang_seconds), stop, hellaswag,
+        config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=parallel,
+        optimizers=optimizers, loader=loader, micro_batch=micro_batch, accumulation=accumulation, log=log,
+        saver=Saver(folder, config.keep, world), guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
+        watchdog=Watchdog(world.rank, config.hang_seconds), stop=stop, hellaswag=hellaswag,
         step=step, updates=state.get("updates", 0), saved=step,
         evaluated=world.on_main(lambda: log.last_evaluation),
     )  # fmt: skip
@@ -104,129 +129,19 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal) -> Run:
         loader.restore(state["loader"])
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start, state)
-    _warm_up(run)
+    _warm_up(run, one_pass)
     # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
     # filled again before as many batches later as a step has.
     run.batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
     return run
 
 
-def _open_log(config: TrainConfig, world: World, shape: GPTConfig, first_step: int) -> RunLog:
-    """Rank 0's; if it cannot be had, all ranks learn why. Those of the others do nothing."""
+def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
+    """Return the verified checkpoint to resume from, if it is of this run: same data, same maths. Writes nothing.
 
-    def make(enabled: bool) -> RunLog:
-        flops = flops_per_token(shape, config.seq_len)
-        return RunLog(config, Path(config.out), first_step, world.size, world.device, flops, enabled)
-
-    log = make(enabled=False)
-
-    def open_it() -> None:
-        nonlocal log
-        log = make(enabled=True)
-
-    world.on_main(open_it)
-    return log
-
-
-def _micro_batch(
-    config: TrainConfig, state: dict[str, Any], model: GPT, stepped: torch.nn.Module, world: World
-) -> int:
-    """Sequences at once: those of the run before, whose sums the same bits need, if it had as many processes.
-
-    On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+    Raises:
+        CannotResume: it is not, or it is damaged, newer or beyond the last step; the message says what to do.
     """
-    if config.micro_batch == "auto" and state.get("processes") == world.size:
-        return int(state["micro_batch"])
-
-    def try_one(rows: int) -> None:
-        _pass(config, stepped, world, rows)
-
-    on_gpu = world.device.type == "cuda"
-    chosen = choose_micro_batch(
-        config, model.config, world, try_one if on_gpu else None, compiled=compiled(config, world.device),
-        precision=config.precision, reserve=optimizer_bytes(config, model.config, world.size),
-    )  # fmt: skip
-    model.zero_grad(set_to_none=True)
-    return chosen
-
-
-def _pass(config: TrainConfig, stepped: torch.nn.Module, world: World, rows: int) -> None:
-    """A forward and backward pass over nothing in particular."""
-    tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=world.device)
-    # Two tensors: for one in both places torch.compile makes a graph that no step can use, and then another.
-    loss_of(config, stepped, world, tokens, tokens.clone()).backward()  # type: ignore[no-untyped-call]
-
-
-def compiled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a step is compiled."""
-    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-
-
-def _warm_up(run: Run) -> None:
-    """A forward and backward pass that trains nothing, where the first is not like the others.
-
-    It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks: with this, the first step after a resume is
-    already like any other.
-    """
-    if run.world.size == 1 and not compiled(run.config, run.world.device):
-        return
-    if compiled(run.config, run.world.device):
-        run.log.say("compiling")
-    with run.watchdog.watching("warm-up", run.step):
-        _pass(run.config, run.parallel, run.world, run.micro_batch)
-        run.model.zero_grad(set_to_none=True)
-
-
-def loss_of(
-    config: TrainConfig, parallel: torch.nn.Module, world: World, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
-    """Mean loss of a micro-batch, in the run's precision."""
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        _, loss = parallel(x, y, return_logits=False)
-    return loss  # type: ignore[no-any-return]
-
-
-def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
-    """That each validation predicts: as many as asked for, or all after the split's first."""
-    return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
-
-
-def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
-    config, model, say = run.config, run.model, run.log.say
-    epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
-    say(
-        f"{model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
-        f"{run.world.device.type}; "
-        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:.2f} epochs; "
-        f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process"
-    )
-    if 0 < config.warmup >= config.steps:
-        say(f"warning: the learning rate never comes to its peak: --warmup {config.warmup} is as long as the run")
-    if config.eval_every:
-        tokens = validation_tokens(config, run.dataset)
-        say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
-        if not tokens:
-            say("warning: the dataset has no tokens for validation: gpt2-data build --val-tokens sets some apart")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0":
-        say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
-    if start is None:
-        return
-    say(f"resuming from {start}")
-    for change in changed_fields(state["config"], config)[1]:
-        say(f"{change}, which changes nothing in what is learnt but rounding, if that")
-    before = state["config"]["steps"]
-    if before != config.steps:
-        say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
-    for name, value in checkpoint.versions().items():
-        if (old := state["versions"].get(name)) != value:
-            say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
-
-
-def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """The verified checkpoint to go on from, if it is of this run: same data, same maths."""
-    checkpoint.remove_abandoned(Path(config.out))
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
         return None
@@ -244,23 +159,146 @@ def _starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     return start
 
 
-def _initial_model(config: TrainConfig, start: Path | None) -> GPT:
-    source = start or config.init
-    if not source:
-        return GPT(config.model_config)
-    model = GPT.from_pretrained(source).train()
-    if config.model and model.config != config.model_config:
-        raise ValueError(f"--init {source} has another shape than --model, --recipe or --config asks for")
-    return model
+def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: Path | None) -> None:
+    """Check that the model which a run begins with goes with its settings and its data.
 
-
-def _check_vocabulary(model: GPT, dataset: Dataset) -> None:
-    largest = max(shard.max_token for shard in dataset.manifest.shards)
-    if largest >= model.config.vocab_size:
+    Raises:
+        ValueError: another shape than asked for, too short a context, or too small a vocabulary.
+    """
+    if config.model and shape != config.model_config:
+        source = f"{start}" if start else f"--init {config.init}"
+        raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for")
+    if config.seq_len > shape.block_size:
         raise ValueError(
-            f"the dataset holds token id {largest:,}, and the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1:,}"
+            f"seq_len {config.seq_len} is longer than the context of {config.init or start}, {shape.block_size}: "
+            f"use --seq-len {shape.block_size}"
         )
+    largest = max(shard.max_token for shard in dataset.manifest.shards)
+    if largest >= shape.vocab_size:
+        raise ValueError(
+            f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at "
+            f"{shape.vocab_size - 1:,}"
+        )
+
+
+def make_loader(config: TrainConfig, micro_batch: int, rank: int, world_size: int) -> TokenLoader:
+    """Return the training batches of a process. Raises ValueError if the data is too short for one sample."""
+    order: Any = config.order
+    return TokenLoader(
+        config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=rank, world_size=world_size,
+        order=order,
+    )  # fmt: skip
+
+
+def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Return what is unwise in a run though it can start, a line each."""
+    lines = []
+    if 0 < config.warmup >= config.steps:
+        lines.append(
+            f"the learning rate never reaches its peak: --warmup {config.warmup} is as long as the run; "
+            f"try --warmup {config.steps // 10}"
+        )
+    if config.eval_every and not validation_tokens(config, dataset):
+        lines.append("the dataset has no tokens for validation: gpt2-data build --val-tokens sets some apart")
+    train_tokens = dataset.tokens("train")
+    epochs = config.steps * config.batch_tokens / max(1, train_tokens)
+    if epochs > MANY_EPOCHS:
+        steps = max(1, 10 * train_tokens // config.batch_tokens)
+        advice = f"--steps {steps} is ten" if steps > 1 else "lower --batch-tokens, too"
+        lines.append(f"each text is seen {epochs:,.0f} times, and the model will learn it by heart: {advice}")
+    return lines
+
+
+def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
+    """Return the tokens each validation predicts: as many as asked for, or all after the split's first."""
+    return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
+
+
+def compiled(config: TrainConfig, device: torch.device) -> bool:
+    """True if a step is compiled."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+def _open_log(config: TrainConfig, world: World, shape: GPTConfig, first_step: int) -> RunLog:
+    """Rank 0's log; if it cannot be opened, all ranks learn why. The logs of the others do nothing."""
+
+    def make(enabled: bool) -> RunLog:
+        flops = flops_per_token(shape, config.seq_len)
+        return RunLog(config, Path(config.out), first_step, world.size, world.device, flops, enabled)
+
+    log = make(enabled=False)
+
+    def open_it() -> None:
+        nonlocal log
+        log = make(enabled=True)
+
+    world.on_main(open_it)
+    return log
+
+
+def _micro_batch(
+    config: TrainConfig, state: dict[str, Any], model: GPT, world: World, try_one: Callable[[int], None]
+) -> int:
+    """Sequences at once: those of the run before, whose sums the same bits need, if it had as many processes.
+
+    On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+    """
+    if config.micro_batch == "auto" and state.get("processes") == world.size:
+        return int(state["micro_batch"])
+    chosen = choose_micro_batch(
+        config, model.config, world, try_one if world.device.type == "cuda" else None,
+        compiled=compiled(config, world.device), precision=config.precision,
+        reserve=optimizer_bytes(config, model.config, world.size),
+    )  # fmt: skip
+    model.zero_grad(set_to_none=True)
+    return chosen
+
+
+def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
+    """A forward and backward pass that trains nothing, where the first is not like the others.
+
+    It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
+    anew, which changes the order of sums over three or more ranks: with this, the first step after a resume is
+    already like any other.
+    """
+    if run.world.size == 1 and not compiled(run.config, run.world.device):
+        return
+    if compiled(run.config, run.world.device):
+        run.log.say("compiling")
+    with run.watchdog.watching("warm-up", run.step):
+        one_pass(run.parallel, run.micro_batch)
+        run.model.zero_grad(set_to_none=True)
+
+
+def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
+    """Say what the run is, in short lines, and what differs from the run that it resumes."""
+    config, say = run.config, run.log.say
+    epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
+    say(
+        f"{run.model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
+        f"{run.world.device.type}"
+    )
+    say(f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:,.2f} epochs")
+    say(f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process")
+    if config.eval_every:
+        tokens = validation_tokens(config, run.dataset)
+        say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
+    for warning in warnings_of(config, run.dataset):
+        say(f"warning: {warning}")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0":
+        say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
+    if start is None:
+        return
+    say(f"resuming from {start}")
+    for change in changed_fields(state["config"], config)[1]:
+        say(f"{change}, which changes nothing in what is learnt but rounding, if that")
+    before = state["config"]["steps"]
+    if before != config.steps:
+        say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
+    for name, value in checkpoint.versions().items():
+        if (old := state["versions"].get(name)) != value:
+            say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
 
 
 def _precision(config: TrainConfig, world: World) -> str:
@@ -277,9 +315,5 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:
-    temporary = folder / ".config.toml.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(to_toml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / "config.toml")
+    with write_whole(folder / "config.toml") as file:
+        file.write(to_toml(config).encode())

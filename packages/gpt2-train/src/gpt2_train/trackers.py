@@ -1,15 +1,17 @@
-"""TensorBoard and Weights & Biases, by choice: what of a run's rows they are told.
-
-Both are missing where they were not asked for, and neither may stop a run (metrics.RunLog sees to that).
-"""
+"""TensorBoard, Weights & Biases and a profiler's trace, each by choice; none may stop a run."""
 
 import os
 import secrets
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from gpt2_train.config import TrainConfig
 
@@ -17,10 +19,11 @@ from gpt2_train.config import TrainConfig
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # W&B uploads at the end; a run that was asked to stop has seconds for it. What is not sent, `wandb sync` sends.
 FINISH_SECONDS = 20.0
+UNPROFILED = 10  # steps: the first ones of a process compile, choose kernels and fill caches
 
 
 class Tracker(Protocol):
-    """What RunLog tells."""
+    """What RunLog reports to."""
 
     name: str
 
@@ -59,7 +62,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of project `config.wandb`, its files in `folder`/wandb; a run that goes on, goes on there too.
+    """A run of project `config.wandb`, its files in `folder`/wandb; a resumed run resumes there too.
 
     Raises:
         ValueError: wandb is not installed.
@@ -94,14 +97,14 @@ class WeightsAndBiases:
             self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def flush(self) -> None:
-        """It has what it was told: another process sends it."""
+        """Do nothing: another process sends what W&B was given."""
 
     def close(self) -> None:
         self.run.finish()
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Import what the run is going to tell. Every rank can do it, and then all of them fail alike.
+    """Import the trackers that the run asks for. Every rank can do it, and then all of them fail alike.
 
     Raises:
         ValueError: a package is missing; says how to install it.
@@ -123,9 +126,64 @@ def _need(package: str, flag: str) -> Any:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error of another's code, short, and without what must not be told."""
+    """Return an error of another's code on one short line, without any secret of the environment."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     for name in SECRETS:
         if value := os.environ.get(name):
             text = text.replace(value, f"<{name}>")
     return text[:300]
+
+
+@contextmanager
+def profiling(
+    folder: Path, steps: int, first: int, last: int, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """Trace some steps of this process into `folder`/profile/steps-A-B.json.gz, in Chrome's trace format.
+
+    The first ten steps are passed over, or, if that leaves too few, the first one. A run that stops in between has
+    its trace too.
+
+    Args:
+        folder: the run's folder.
+        steps: number of steps to trace; 0 for none.
+        first: the first step that this process is going to do.
+        last: the last one.
+        say: is given the trace's path, or why there is none: no reason to stop a run.
+
+    Yields:
+        What must be called after each step.
+    """
+    remaining = last - first + 1
+    if steps == 0 or remaining < 1:
+        yield lambda: None
+        return
+    skipped = UNPROFILED if remaining >= UNPROFILED + steps else min(1, remaining - 1)
+    steps, done = min(steps, remaining - skipped), 0
+
+    def step_done() -> None:
+        nonlocal done
+        done += 1
+        if done <= skipped + steps:
+            tracer.step()
+
+    def write(tracer: profile) -> None:
+        end = first + min(done, skipped + steps) - 1
+        if end < first + skipped:
+            return
+        path = folder / "profile" / f"steps-{first + skipped}-{end}.json.gz"
+        temporary = path.with_name(f".tmp-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tracer.export_chrome_trace(str(temporary))
+            temporary.replace(path)
+            say(f"profile: {path}, for chrome://tracing and ui.perfetto.dev")
+        except OSError as error:
+            say(f"warning: no profile: {error}")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    warmup = min(1, skipped)
+    with warnings.catch_warnings():  # torch warns of no warmup, which a run's only step cannot have
+        warnings.simplefilter("ignore", UserWarning)
+        plan = schedule(wait=skipped - warmup, warmup=warmup, active=steps, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as tracer:
+        yield step_done
