@@ -1,24 +1,23 @@
-"""Faults that a test plants in the process of a run, before gpt2-train begins; see soak.ForkServer.start.
+"""Faults that a test plants in the process of a run, before gpt2-train begins; see ForkServer.start.
 
-Each runs on the rank asked for, or on all. What is patched are names of torch, os and the loop; nothing in the
-product knows of it.
+Each runs on the rank asked for, or on all. What is patched are names of torch and os, and functions of the product
+that are to fail; where a run stands is read from its metrics.jsonl. Nothing in the product knows of it.
 """
 
 import ctypes
 import errno
+import json
 import os
 import resource
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 
 RANK = int(os.environ.get("RANK", 0))
-at = {
-    "step": 0
-}  # the update that is being computed, counted from 1; what follows it until the next one has its number
 
 
 def act(what):
@@ -50,22 +49,40 @@ def wrap(module, name, before=None, after=None):
     setattr(module, name, wrapped)
 
 
-def follow_steps(reached=lambda step: None):
-    """Know the step, by the learning rate that is asked for once an update."""
-    from gpt2_train import loop
+def out() -> Path:
+    """The run's folder, as the command line names it."""
+    return Path(sys.argv[sys.argv.index("--out") + 1])
 
-    def note(step, *_):
-        at["step"] = step + 1
-        reached(step + 1)
 
-    wrap(loop, "lr_at", before=note)
+def now() -> int:
+    """The update that is being computed, counted from 1: the one after the last row of metrics.jsonl.
+
+    Rank 0 writes a row before it begins the next update, and no rank gets through a backward pass without it: so
+    this holds from the backward pass on, and in the first forward of a process.
+    """
+    rows = out() / "metrics.jsonl"
+    lines = rows.read_bytes().split(b"\n")[:-1] if rows.exists() else []
+    steps = [row["step"] for row in map(json.loads, lines[-20:]) if "loss" in row]
+    return 1 + max(steps, default=0)
+
+
+def in_forward():
+    """Return a function that says, in a forward pass, in which update it is."""
+    last = []
+    wrap(torch.nn.utils, "get_total_norm", before=lambda *_: last.append(now()))
+    return lambda: last[-1] + 1 if last else now()
+
+
+def follow_steps(reached):
+    """Call reached(step) in the middle of each update, between its gradients and what is made of them."""
+    wrap(torch.nn.utils, "get_total_norm", before=lambda *_: reached(now()))
 
 
 def in_update(step, do, rank=None, life=None):
     """In the middle of an update; `life`: only in that run of torchrun's restarts, counted from 0."""
     if rank not in (None, RANK) or life not in (None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
         return
-    follow_steps(lambda now: act(do) if now == step else None)
+    follow_steps(lambda number: act(do) if number == step else None)
 
 
 def in_evaluation(number, do, rank=None, life=None):
@@ -110,7 +127,7 @@ def before_joining(do, rank=None):
     if rank in (None, RANK):
         from gpt2_train import distributed
 
-        wrap(distributed, "_device", before=lambda *_: act(do))
+        wrap(distributed, "find_device", before=lambda *_: act(do))
 
 
 def file_events(folder, do, first=1, last=10**9):
@@ -150,8 +167,6 @@ def kill_at_change(folder, number):
 
 def observe_changes(folder, report):
     """Before every change of the run's folder, write a line: which checkpoints are good at that instant."""
-    from pathlib import Path
-
     from gpt2_train import checkpoint
 
     lock = threading.Lock()
@@ -170,20 +185,17 @@ def unsound(steps, kind, where="loss", rank=None):
         return
     from gpt2_train import loop
 
-    follow_steps()
     factor = float(kind)
-
     if where == "loss":
-        wrap(loop, "loss_of", after=lambda loss: loss * factor if at["step"] in steps else loss)
+        step = in_forward()
+        wrap(loop, "loss_of", after=lambda loss: loss * factor if step() in steps else loss)
     else:
-        real = torch.nn.utils.get_total_norm
 
-        def norm(gradients, *arguments, **options):
-            if at["step"] in steps:
+        def spoil(gradients, *_):
+            if now() in steps:
                 gradients[3].view(-1)[1] = factor
-            return real(gradients, *arguments, **options)
 
-        torch.nn.utils.get_total_norm = norm
+        wrap(torch.nn.utils, "get_total_norm", before=spoil)
 
 
 def dump_state(folder, steps):
@@ -211,13 +223,15 @@ def record_tokens(path):
     """A line for each micro-batch that an update takes: step, and the tokens of each of its rows."""
     from gpt2_train import loop
 
-    follow_steps()
+    step = in_forward()
 
     def note(*arguments):
         x, y = arguments[-2:]
+        if not x.any():  # the pass before the first step, over nothing in particular
+            return
         with open(f"{path}.{RANK}", "a") as file:
             for row in torch.cat([x, y[:, -1:]], 1).tolist():
-                file.write(f"{at['step']} {row}\n")
+                file.write(f"{step()} {row}\n")
 
     wrap(loop, "loss_of", before=note)
 
@@ -228,7 +242,7 @@ def clock_jumps(step):
     back = {"s": 0}
     time.time = lambda: real() - back["s"]
     time.time_ns = lambda: real_ns() - back["s"] * 10**9
-    follow_steps(lambda now: back.update(s=86400) if now == step else None)
+    follow_steps(lambda number: back.update(s=86400) if number == step else None)
 
 
 def in_step(step, call, arguments, rank=None):
@@ -237,24 +251,26 @@ def in_step(step, call, arguments, rank=None):
 
     if rank in (None, RANK):
         function = getattr(os, call, None) or getattr(shutil, call)
-        follow_steps(lambda now: function(*arguments) if now == step else None)
+        follow_steps(lambda number: function(*arguments) if number == step else None)
 
 
 def limit_at(step, size):
     """From a step on no file may grow beyond `size` bytes: a write fails in the middle, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     follow_steps(
-        lambda now: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) if now == step else 0
+        lambda number: (
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) if number == step else 0
+        )
     )
 
 
 def fill_disk(step, path, clear=0):
     """From a step on the disk has room for rows of metrics but for no checkpoint; from another on, it has."""
 
-    def reached(now):
-        if now == clear:
+    def reached(number):
+        if number == clear:
             os.unlink(path)
-        elif now >= step and (now < clear or not clear):  # at each step: rotation makes room
+        elif number >= step and (number < clear or not clear):  # at each step: rotation makes room
             for thread in threading.enumerate():
                 if thread.name == "saver":  # what it writes and removes meanwhile would make the room's size wrong
                     thread.join()
@@ -283,7 +299,7 @@ def no_access(path):
 
 def no_descriptors(step):
     """From a step on no file can be opened."""
-    follow_steps(lambda now: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)) if now == step else None)
+    follow_steps(lambda number: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)) if number == step else None)
 
 
 def closed_stderr():

@@ -8,9 +8,7 @@ import sys
 
 import pytest
 from test_disk import own_mounts
-from train_faults import checkpoint, good_steps, rows, snapshot
-
-import soak
+from train_faults import PLANTED, checkpoint, command_line, good_steps, planted_environment, rows, snapshot
 
 # In a mount namespace of its own: a small disk that somebody fills in mid-run and, in the second run, clears.
 SCRIPT = """
@@ -28,14 +26,6 @@ for name, faults in faults.items():
 subprocess.run(["cp", "-r", disk / "out", saved], check=True)
 print(json.dumps(told))
 """
-PLANTED = """
-import json, sys, inside
-for name, options in json.loads(sys.argv.pop(1)):
-    getattr(inside, name)(**options)
-from gpt2_model.command import run_command as run
-from gpt2_train.cli import main
-run(main, "gpt2-train")
-"""
 
 
 @pytest.mark.slow
@@ -48,12 +38,11 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
         "abort": [["fill_disk", {"step": 20, "path": filler}]],
         "continue": [["fill_disk", {"step": 30, "path": filler, "clear": 40}]],
     }
-    words = soak.command_line(runs.data, disk / "out")
+    words = command_line(runs.data, disk / "out")
     script = f"PLANTED = {PLANTED!r}\n{SCRIPT}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-c", script, disk, saved, json.dumps(faults), *words],
-        capture_output=True, text=True, check=False, env=environment,
+        capture_output=True, text=True, check=False, env=planted_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -156,7 +145,7 @@ def test_a_folder_that_cannot_be_is_told_before_torch_is_loaded(tmp_path, runs, 
         else:
             out.chmod(0o555)
     log = tmp_path / "log"
-    child = runs.server.start(soak.command_line(runs.data, out), log, faults)
+    child = runs.server.start(command_line(runs.data, out), log, faults)
     assert child.wait() == 1
     said = log.read_text()
     assert said.count("\n") == 1
@@ -170,7 +159,7 @@ def test_a_link_to_a_folder_and_a_parent_that_is_not_there(tmp_path, runs) -> No
     assert good_steps(tmp_path / "real") == [54, 57, 60]
     deep = tmp_path / "not" / "there" / "run"
     log = tmp_path / "log"
-    child = runs.server.start(soak.command_line(runs.data, deep), log)
+    child = runs.server.start(command_line(runs.data, deep), log)
     assert child.wait() == 0, log.read_text()
 
 

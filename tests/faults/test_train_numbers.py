@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from train_faults import checkpoint, good_steps, rows, steps_of
-
-import soak
+from train_faults import checkpoint, good_steps, loss_log, outcome, rows, steps_of
 
 
 def all_finite(out: Path) -> bool:
@@ -60,7 +58,7 @@ def test_a_skipped_step_and_a_resume_after_it(tmp_path, runs) -> None:
         assert runs.run(out, fault, ("in_update", {"step": step, "do": "SIGKILL"})) == -9
     assert runs.run(out, fault) == 0
     assert skipped(out) == [9, 10, 20]
-    assert soak.outcome(out) == soak.outcome(whole)
+    assert outcome(out) == outcome(whole)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -109,5 +107,5 @@ def test_the_window_is_not_poisoned_and_is_resumed(tmp_path, runs, ranks) -> Non
     stop = ("in_update", {"step": 43, "do": "SIGTERM", "rank": 0})
     assert runs.run(out, *faults, stop, **changes) == 143
     assert runs.run(out, *faults, **changes) == 0
-    assert soak.loss_log(out) == soak.loss_log(whole)
-    assert soak.outcome(out) == soak.outcome(whole)
+    assert loss_log(out) == loss_log(whole)
+    assert outcome(out) == outcome(whole)

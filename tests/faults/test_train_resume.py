@@ -8,9 +8,18 @@ import time
 
 import numpy as np
 import pytest
-from train_faults import checkpoint, good_steps, rows, snapshot, wait_for_step, wait_until
-
-import soak
+from fork_server import start_ranks
+from train_faults import (
+    SETTINGS,
+    checkpoint,
+    command_line,
+    good_steps,
+    outcome,
+    rows,
+    snapshot,
+    wait_for_step,
+    wait_until,
+)
 
 
 def tokens_of_steps(path, ranks) -> dict[int, str]:
@@ -28,7 +37,7 @@ def tokens_of_steps(path, ranks) -> dict[int, str]:
 def test_on_another_number_of_ranks(tmp_path, runs, path, shard) -> None:
     """The same sequences each step, and losses that differ by the rounding of a sum."""
     out, seen = tmp_path / "run", {}
-    stops = np.linspace(0, soak.SETTINGS["steps"], len(path) + 1).astype(int)[1:]
+    stops = np.linspace(0, SETTINGS["steps"], len(path) + 1).astype(int)[1:]
     for ranks, stop in zip(path, stops, strict=True):
         tokens = tmp_path / f"tokens-{stop}"
         faults = [("record_tokens", {"path": str(tokens)})]
@@ -84,13 +93,13 @@ def test_a_second_trainer_is_refused_by_the_name_of_the_first(tmp_path, runs) ->
     out = tmp_path / "run"
     (first,) = runs.begin(out, ("in_update", {"step": 8, "do": "sleep"}))
     wait_for_step(out, 7)
-    second = runs.server.start(soak.command_line(runs.data, out), tmp_path / "second.log")
+    second = runs.server.start(command_line(runs.data, out), tmp_path / "second.log")
     assert second.wait() == 1
     said = second.output()
     assert f"{out} is in use by process {first.pid} on {socket.gethostname()}" in said
     assert "Traceback" not in said
     # Two ranks of another run: both end.
-    pair = soak.start_ranks(runs.server, soak.command_line(runs.data, out), tmp_path / "pair.log", 2)
+    pair = start_ranks(runs.server, command_line(runs.data, out), tmp_path / "pair.log", 2)
     assert [child.wait(20) for child in pair] == [1, 1]
     first.send(signal.SIGKILL)
     first.wait()
@@ -101,7 +110,7 @@ def test_two_at_the_same_moment(tmp_path, runs) -> None:
     """One of them trains, and the other is refused, whoever comes first."""
     out = tmp_path / "run"
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
-    both = [runs.server.start(soak.command_line(runs.data, out), log) for log in logs]
+    both = [runs.server.start(command_line(runs.data, out), log) for log in logs]
     assert sorted(child.wait() for child in both) == [0, 1]
     runs.must_equal_whole(out)
 
@@ -174,5 +183,5 @@ def test_stopped_at_the_end_of_an_epoch(tmp_path, runs, step) -> None:
     assert runs.run(whole, **changes) == 0
     assert runs.run(out, ("in_update", {"step": step, "do": "SIGTERM"}), **changes) == 143
     assert runs.run(out, **changes) == 0
-    assert soak.outcome(out, 100) == soak.outcome(whole, 100)
+    assert outcome(out, 100) == outcome(whole, 100)
     wait_until(lambda: len(rows(out)) == 100, 1)

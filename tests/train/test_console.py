@@ -86,9 +86,7 @@ def test_in_a_pipe_plain_lines_every_ten_seconds(tmp_path, monkeypatch, capsys) 
     assert "%|" not in said
     lines = said.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 3, *range(13, 100, 10), 100]
-    assert lines[3] == (
-        "step  13/100  loss 0.7692  norm 1.000  lr 1.00e-03  1.00k tok/s  1:27 left"
-    )
+    assert lines[3] == ("step  13/100  loss 0.7692  norm 1.000  lr 1.00e-03  1.00k tok/s  1:27 left")
 
 
 def test_a_line_of_a_long_run_fits_80_columns(tmp_path, capsys) -> None:

@@ -8,9 +8,9 @@ from tiny_run import TINY, fingerprint
 
 from gpt2_model import GPT
 from gpt2_train import TrainConfig, checkpoint, find_checkpoint, loop, train, verify_checkpoint
+from gpt2_train.checkpoint import Saver
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import make_optimizers
-from gpt2_train.checkpoint import Saver
 
 WORLD = World(0, 1, torch.device("cpu"))
 TRAINER = {"updates": 1, "loader": {}, "guard": {}, "dataset": "", "config": {}}
@@ -95,7 +95,7 @@ def test_a_run_may_go_on_without_one_checkpoint_but_not_without_the_last(
     monkeypatch.setattr(checkpoint, "write_checkpoint", fail)
     config = TrainConfig(**TINY, data=str(dataset), out=str(tmp_path), on_save_error="continue")
     assert train(config) == 0
-    assert "no space left; training goes on" in capsys.readouterr().err
+    assert "no space left; training continues" in capsys.readouterr().err
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["step-00000008", "step-00000012"]
     failing.add(14)
     with pytest.raises(OSError, match="no space left"):
