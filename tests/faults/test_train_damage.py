@@ -77,6 +77,7 @@ MANIFESTS = {
     "negative size": b'{"format_version": 2, "files": {"model.safetensors": {"bytes": -1, "sha256": 5}}}',
     "outside": b'{"format_version": 2, "files": {"../../../../etc/passwd": {"bytes": 1, "sha256": ""}}}',
     "version is text": b'{"format_version": "new", "files": {}}',
+    "an older format": b'{"format_version": 1, "files": {}}',
     "huge number": b'{"format_version": 1e999, "files": {}}',
 }
 
@@ -87,8 +88,8 @@ def test_an_absurd_manifest_is_a_damaged_one(tmp_path, runs, content) -> None:
 
     out = runs.copy(tmp_path / "run")
     (checkpoint(out, 60) / "manifest.json").write_bytes(content)
-    found, problems = find_checkpoint(out)
-    assert found == checkpoint(out, 57)
+    folder, problems = find_checkpoint(out)
+    assert folder == checkpoint(out, 57)
     assert problems
 
 

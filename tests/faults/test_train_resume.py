@@ -150,6 +150,7 @@ def test_another_lr_ends_with_2_and_leaves_all_as_it_was(runs) -> None:
         ({"eps": 1e-7}, "eps: 1e-08 -> 1e-07"),
         ({"grad_clip": 2.0}, "grad_clip: 1.0 -> 2.0"),
         ({"seed": 1}, "seed: 0 -> 1"),
+        ({"grad_compression": "bf16"}, "grad_compression: none -> bf16"),
         ({"precision": "bf16"}, "precision: fp32 -> bf16"),
         ({"spike_sigma": 6.0}, "spike_sigma: 0.0 -> 6.0"),
         ({"model": {"n_layer": 3}}, "n_layer: 2 -> 3"),

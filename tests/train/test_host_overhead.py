@@ -5,7 +5,6 @@ import time
 import torch
 
 from gpt2_train import TrainConfig, loop, train
-from gpt2_train.faults import Guard
 from gpt2_train.metrics import RunLog
 
 
@@ -49,13 +48,3 @@ def test_the_host_adds_less_than_two_percent_to_a_step(dataset, tmp_path, monkey
     assert len(waits) == 6
     host = spent["all"] - spent["work"] + sum(waits)
     assert 0 < host < 0.02 * spent["all"], f"{host / spent['all']:.2%} of {spent['all']:.2f} s"
-
-
-def test_judging_a_step_takes_microseconds() -> None:
-    guard = Guard(6.0)
-    for _ in range(128):
-        guard.judge(3.0, 1.0)
-    started = time.perf_counter()
-    for _ in range(100):
-        guard.judge(3.0, 1.0)
-    assert (time.perf_counter() - started) / 100 < 0.005

@@ -49,24 +49,20 @@ class Command(cloup.Command):
 
 def _option(item: "Field[Any]") -> Any:
     """The flag of a field of TrainConfig; --model takes FIELD=VALUE."""
-    text = item.metadata["help"]
+    text, default, flag = item.metadata["help"], item.default, item.name.replace("_", "-")
     if item.name == "model":
         return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
-    name = item.name.replace("_", "-")
-    flags = [f"--{name}/--no-{name}"] if isinstance(item.default, bool) else [f"--{name}"]
+    flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
     flags = ["-d", *flags] if item.name == "device" else flags
-    kind: Any = {int: Size(), float: float, str: str, bool: bool}[type(item.default)]
+    kind: Any = Size() if type(default) is int else type(default)
     kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
     kind = PATH if item.name in PATHS else kind
-    is_size = type(item.default) is int
-    if is_size:
-        text += f"  [default: {format_size(item.default)}]"
-    elif item.name == "min_lr":
-        text += "  [default: 6e-05; a tenth of --lr if --lr is lower]"
-    shown = not is_size and item.name != "min_lr" and item.default not in ("", False)
-    return cloup.option(
-        *flags, item.name, type=kind, default=item.default, help=text, show_default=shown, hidden=item.name in RARE
-    )
+    shown: Any = format_size(default) if type(default) is int else default
+    if item.name == "min_lr":
+        shown = "6e-05; a tenth of --lr if --lr is lower"
+    if shown not in ("", False):
+        text += f"  [default: {shown}]"
+    return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
 
 def _config_options() -> Callable[[F], F]:

@@ -58,15 +58,9 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        first_step: int,
-        world_size: int,
-        device: torch.device,
-        flops_per_token: int,
-        enabled: bool,
-    ) -> None:
+        self, config: TrainConfig, folder: Path, first_step: int, world_size: int, device: torch.device,
+        flops_per_token: int, enabled: bool,
+    ) -> None:  # fmt: skip
         self.config, self.enabled, self.flops_per_token = config, enabled, flops_per_token
         self.last_evaluation: int | None = None
         self.trackers: list[Tracker] = []

@@ -13,19 +13,10 @@ from gpt2_data import Dataset, open_dataset
 from gpt2_eval import load_hellaswag
 from gpt2_model import GPT, GPTConfig, flops_per_token
 from gpt2_model.command import find_device
-from gpt2_train import checkpoint
+from gpt2_train import checkpoint, memory
 from gpt2_train.config import TrainConfig, check_out, existing, micro_batches
 from gpt2_train.distributed import gradient_bytes_sent, has_bf16
-from gpt2_train.memory import (
-    Memory,
-    available_memory,
-    check_space,
-    checkpoint_bytes,
-    checkpoints_at_once,
-    in_gb,
-    most_that_fit,
-    peak_memory,
-)
+from gpt2_train.memory import Memory, available_memory, in_gb, most_that_fit, peak_memory
 from gpt2_train.metrics import assumed_speed
 from gpt2_train.setup import check_shape, compiled, make_loader, starting_point, validation_tokens, warnings_of
 from gpt2_train.trackers import check_trackers
@@ -67,7 +58,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         check(lambda: check_shape(config, shape, dataset, start))
         check(lambda: make_loader(config, micro_batch or 1, 0, world_size))
     check(lambda: check_out(out))
-    check(lambda: check_space(out, config, shape))
+    check(lambda: memory.check_space(out, config, shape))
     check(lambda: check_trackers(config))
     if config.hellaswag:
         check(lambda: load_hellaswag(config.hellaswag))
@@ -77,9 +68,9 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
                     compiled(config, device), config.precision)
         for chosen in (False, True)
     )  # fmt: skip
-    memory = checkpointed if config.activation_checkpointing else plain
-    if memory is not None:
-        check(lambda: _check_memory(memory, free_device, free_host))
+    peak = checkpointed if config.activation_checkpointing else plain
+    if peak is not None:
+        check(lambda: _check_memory(peak, free_device, free_host))
     speed, source = assumed_speed(config, shape, device, here is not None)
     plan = {
         "parameters": shape.num_parameters,
@@ -94,7 +85,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "micro_batch": micro_batch,
         "accumulation": accumulation,
         "gradient_bytes_sent": gradient_bytes_sent(shape.num_parameters, world_size, config.grad_compression),
-        "memory": memory and _memory_document(memory),
+        "memory": peak and {**asdict(peak), "device_bytes": peak.device_bytes, "host_bytes": peak.host_bytes},
         "activation_bytes": plain and plain.activations,
         "activation_bytes_checkpointed": checkpointed and checkpointed.activations,
         "free_device_bytes": free_device,
@@ -102,8 +93,8 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "flops_formula": FORMULA,
         "flops_per_second": speed,
         "speed_source": source,
-        "checkpoint_bytes": checkpoint_bytes(config, shape),
-        "checkpoints_at_once": checkpoints_at_once(config),
+        "checkpoint_bytes": memory.checkpoint_bytes(config, shape),
+        "checkpoints_at_once": memory.checkpoints_at_once(config),
         "free_disk_bytes": shutil.disk_usage(existing(out)).free,
         "out": config.out,
         "resumes_from": str(start) if start else None,
@@ -159,22 +150,18 @@ def _split(
     return micro_batches(config, world_size, most)
 
 
-def _check_memory(memory: Memory, free_device: int | None, free_host: int) -> None:
+def _check_memory(peak: Memory, free_device: int | None, free_host: int) -> None:
     advice = "use --activation-checkpointing, a smaller --micro-batch or --seq-len, or a smaller model"
-    if free_device is not None and memory.device_bytes > free_device:
+    if free_device is not None and peak.device_bytes > free_device:
         raise ValueError(
-            f"a process needs about {in_gb(memory.device_bytes)} of the GPU's memory, and "
+            f"a process needs about {in_gb(peak.device_bytes)} of the GPU's memory, and "
             f"{in_gb(free_device)} are free: {advice}"
         )
-    if memory.needed_on_host() > free_host:
+    if peak.needed_on_host() > free_host:
         raise ValueError(
-            f"the run needs about {in_gb(memory.needed_on_host())} of this machine's memory, and "
+            f"the run needs about {in_gb(peak.needed_on_host())} of this machine's memory, and "
             f"{in_gb(free_host)} are free: {advice}"
         )
-
-
-def _memory_document(memory: Memory) -> dict[str, Any]:
-    return {**asdict(memory), "device_bytes": memory.device_bytes, "host_bytes": memory.host_bytes}
 
 
 def to_lines(plan: dict[str, Any]) -> list[str]:
@@ -223,16 +210,16 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _memory_facts(plan: dict[str, Any]) -> dict[str, str]:
-    memory, facts = plan["memory"], {}
+    peak, facts = plan["memory"], {}
     parts = ("weights", "gradients", "optimizer", "activations", "head")
-    split = ", ".join(f"{name} {in_gb(memory[name])}" for name in parts).replace("head", "logits and loss")
-    program = f"torch {in_gb(memory['program'])}, copy for checkpoints {in_gb(memory['checkpoint_copy'])}"
-    if not memory["on_host"]:
+    split = ", ".join(f"{name} {in_gb(peak[name])}" for name in parts).replace("head", "logits and loss")
+    program = f"torch {in_gb(peak['program'])}, copy for checkpoints {in_gb(peak['checkpoint_copy'])}"
+    if not peak["on_host"]:
         free = in_gb(plan["free_device_bytes"] or 0)
-        facts["device memory"] = f"{in_gb(memory['device_bytes'])} of {free}: {split}"
-    split = f"{split}, {program}" if memory["on_host"] else program
+        facts["device memory"] = f"{in_gb(peak['device_bytes'])} of {free}: {split}"
+    split = f"{split}, {program}" if peak["on_host"] else program
     free = in_gb(plan["free_host_bytes"])
-    facts["host memory"] = f"{in_gb(memory['host_bytes'])} of {free} free, on rank 0: {split}"
+    facts["host memory"] = f"{in_gb(peak['host_bytes'])} of {free} free, on rank 0: {split}"
     plain, again = in_gb(plan["activation_bytes"]), in_gb(plan["activation_bytes_checkpointed"])
     facts["activations"] = f"{plain}; with --activation-checkpointing {again}"
     return facts

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -20,18 +20,6 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # W&B uploads at the end; a run that was asked to stop has seconds for it. What is not sent, `wandb sync` sends.
 FINISH_SECONDS = 20.0
 UNPROFILED = 10  # steps: the first ones of a process compile, choose kernels and fill caches
-
-
-class Tracker(Protocol):
-    """What RunLog reports to."""
-
-    name: str
-
-    def scalars(self, step: int, values: dict[str, float | None]) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -101,6 +89,9 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish()
+
+
+Tracker = TensorBoard | WeightsAndBiases
 
 
 def check_trackers(config: TrainConfig) -> None:
