@@ -9,8 +9,15 @@ from train_faults import good_steps, kill, rows, wait_for_step
 LIMITS = {"hang_seconds": 3}
 
 
-@pytest.mark.parametrize("do", ["sleep", "hold the GIL"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("do", "ranks"),
+    [
+        ("sleep", 2),
+        ("hold the GIL", 1),
+        pytest.param("sleep", 1, marks=pytest.mark.long),
+        pytest.param("hold the GIL", 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_rank_that_hangs(tmp_path, runs, do, ranks) -> None:
     out = tmp_path / "run"
     children = runs.begin(out, ("in_update", {"step": 20, "do": do, "rank": ranks - 1}), ranks=ranks, **LIMITS)
@@ -61,10 +68,7 @@ def test_slow_is_not_hung(tmp_path, runs) -> None:
     """Ten times the usual time is allowed, however short --hang-seconds is."""
     out = tmp_path / "run"
     faults = [("slow_steps", {"seconds": 0.15})]
-    only_steps = {
-        "eval_every": 0,
-        "checkpoint_every": 0,
-    }  # a checkpoint's usual time, 0.02 s, is a busy disk's tenth
+    only_steps = {"eval_every": 0, "checkpoint_every": 0}  # a checkpoint's usual 0.02 s is a busy disk's tenth
     assert runs.run(out, *faults, steps=12, hang_seconds=0.1, **only_steps) == 0, runs.said(out)
     assert len(rows(out)) == 12
 

@@ -72,10 +72,10 @@ def test_the_rate_at_the_end_follows_a_low_peak() -> None:
     assert [TrainConfig(lr=lr).min_lr for lr in (6e-4, 1e-4, 6e-5, 3e-5)] == [6e-5, 6e-5, 6e-5, 3e-5 / 10]
 
 
-def test_an_option_given_twice_is_refused() -> None:
+def test_a_second_dataset_is_refused() -> None:
     result = CliRunner().invoke(main, ["--data", "a", "--data", "b", "--out", "o"])
     assert result.exit_code == 2
-    assert "--data is given 2 times: give it once; a run trains on one dataset" in result.output
+    assert "--data is given more than once: a run trains on one dataset" in result.output
 
 
 def test_help_has_groups_and_the_defaults_a_person_types() -> None:
