@@ -97,6 +97,7 @@ def test_a_later_second_interrupt_ends_at_once(tmp_path, runs) -> None:
     wait_for_step(out, 7)
     os.kill(child.pid, signal.SIGINT)
     assert child.poll(1.3) is None, "the step is not at its end"
+    assert "finishing the step, then saving; Ctrl-C again ends at once" in runs.said(out)
     # On a busy machine the first was perhaps noted so late that the next is within a second of it.
     codes = (os.kill(child.pid, signal.SIGINT) or child.poll(1.3) for _ in range(10))
     assert next(code for code in codes if code is not None) == 130
