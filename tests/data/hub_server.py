@@ -173,6 +173,14 @@ class HubServer:
             found["lfs"] = {"oid": self.sha256(content), "size": size, "pointerSize": 135}
         return found
 
+    def sibling(self, path: str, content: bytes | Path) -> dict[str, object]:
+        """The same as the description of a whole dataset lists it (?blobs=True)."""
+        entry = self.entry(path, content)
+        lfs = (
+            {"sha256": self.sha256(content), "size": entry["size"], "pointerSize": 135} if "lfs" in entry else None
+        )
+        return {"rfilename": path, "size": entry["size"], "blobId": entry["oid"], "lfs": lfs}
+
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -269,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_json(list(self.tree(files, folder.rstrip("/"), "recursive=True" in self.path)))
         else:
             card = bytes(files.get("README.md", b"")).decode().split("---\n")
-            siblings = [{"rfilename": path} for path in sorted(files)]
+            siblings = [hub.sibling(path, files[path]) for path in sorted(files)]
             info = {"_id": "0", "id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []}
             self.send_json(info | {"cardData": yaml.safe_load(card[1]) if len(card) > 2 else None})
 

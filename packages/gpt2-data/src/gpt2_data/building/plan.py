@@ -21,7 +21,8 @@ from gpt2_data.sources import pydocs
 from gpt2_data.sources.catalog import Unit
 
 if TYPE_CHECKING:
-    from gpt2_data.sources.hub import HubFile, Listing
+    from gpt2_data.sources.hub import Listing
+    from gpt2_data.sources.web import WebFile as HubFile
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken

@@ -122,7 +122,7 @@ def _streamed(unit: Unit) -> Iterator[Part]:
 def document_name(unit: Unit, number: int) -> str:
     """Where the unit's document `number`, counted from 0, stands: for messages."""
     if unit.kind == "parquet":
-        with readers.parquet_file(unit.files[0], unit.column) as file:
+        with readers.open_parquet(unit.files[0], unit.column) as file:
             rows = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
         return f"{unit.files[0]}: row {rows + number:,}, counted from 0"
     if unit.kind == "txt" and number < len(unit.files):

@@ -5,7 +5,6 @@ receipt by which a rerun knows the file without hashing it again; NAME.lock keep
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2_data.disk import Busy, lock, sync_folder, write_whole
 from gpt2_data.disk import sha256 as sha256_of
-from gpt2_data.disk import sync_folder, write_whole
 from gpt2_data.sources import hub, web
-from gpt2_data.sources.hub import HubFile
 from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
@@ -58,7 +56,7 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
         if path.is_file() and sha256_of(path) == sha256:
             return path
     if source_on_hub is None:
-        file: HubFile | WebFile = WebFile(source, name, web.size_of(source), sha256)
+        file = WebFile(source, name, web.size_of(source), sha256)
     else:
         files = hub.list_files(source_on_hub).files
         if len(files) != 1:
@@ -70,7 +68,7 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
 
 
 def download_file(
-    file: HubFile | WebFile,
+    file: WebFile,
     folder: Path,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -78,9 +76,13 @@ def download_file(
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError in one line: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong
-    content TRIES times over, no room (what is there is kept). Raises web.Stopped once `stop` is set.
-    `unreachable`: seconds to try a server that does not answer at all, if not web.PATIENCE.
+    Args:
+        unreachable: seconds to try a server that does not answer, if not web.PATIENCE.
+
+    Raises:
+        OSError: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong content TRIES
+            times, or no room (what is there is kept).
+        web.Stopped: `stop` is set.
     """
     path = folder / file.path
     if is_done(path, file):
@@ -90,27 +92,26 @@ def download_file(
     with _locked(path.with_name(path.name + ".lock"), patience):
         if is_done(path, file):  # by another process meanwhile
             return path
-        if path.exists() and path.stat().st_size == file.size and _hash(path, patience) == file.sha256:
+        if path.exists() and path.stat().st_size == file.size and _hash_file(path, patience) == file.sha256:
             _write_receipt(path, file, file.sha256)  # killed before the receipt, or put there by hand
             return path
-        digest = _download(file, path.with_name(path.name + ".part"), progress, patience)
-        path.with_name(path.name + ".part").replace(path)
+        part = path.with_name(path.name + ".part")
+        digest = _download(file, part, progress, patience)
+        part.replace(path)
         sync_folder(path.parent)
         _write_receipt(path, file, digest)
     return path
 
 
-def is_done(path: Path, file: HubFile | WebFile) -> bool:
-    """Whether the file is there, by its size and its receipt."""
+def is_done(path: Path, file: WebFile) -> bool:
+    """True if the file is there, by its size and its receipt."""
     try:
-        found, receipt = path.stat(), json.loads(_receipt(path).read_text())
+        status, receipt = path.stat(), json.loads(_receipt(path).read_text())
     except (OSError, ValueError):
         return False
-    here = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    meant = (
-        {"size": file.size, "url": file.url} if file.sha256 is None else {"size": file.size, "sha256": file.sha256}
-    )
-    return isinstance(receipt, dict) and (here | meant).items() <= receipt.items() and found.st_size == file.size
+    expected = {"size": file.size, "mtime_ns": status.st_mtime_ns}
+    expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
+    return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
 def remove(path: Path) -> None:
@@ -123,19 +124,19 @@ def _receipt(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _write_receipt(path: Path, file: HubFile | WebFile, digest: str) -> None:
-    found = path.stat()
-    receipt = {"size": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns, "url": file.url}
+def _write_receipt(path: Path, file: WebFile, digest: str) -> None:
+    status = path.stat()
+    receipt = {"size": status.st_size, "sha256": digest, "mtime_ns": status.st_mtime_ns, "url": file.url}
     with write_whole(_receipt(path)) as out:
         out.write((json.dumps(receipt) + "\n").encode())
 
 
-def _hash(path: Path, patience: web.Patience) -> str:
+def _hash_file(path: Path, patience: web.Patience) -> str:
     with path.open("rb") as file:
-        return _hash_of(file, patience).hexdigest()
+        return _hash_rest(file, patience).hexdigest()
 
 
-def _hash_of(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
+def _hash_rest(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
     digest = hashlib.sha256()
     while block := file.read(2**20):
         patience.check()
@@ -144,22 +145,22 @@ def _hash_of(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
 
 
 @contextlib.contextmanager
-def _locked(lock: Path, patience: web.Patience) -> Iterator[None]:
-    """Alone with a file; the lock goes with the process, however it ends. NAME.lock stays: to delete it races."""
-    with lock.open("ab") as file:
+def _locked(path: Path, patience: web.Patience) -> Iterator[None]:
+    """Lock a file; the lock goes with the process, however it ends. NAME.lock stays, since to delete it races."""
+    with path.open("a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, f"{path} is locked")
                 break
-            except BlockingIOError:
+            except Busy:
                 patience.check()
                 patience.stop.wait(SECONDS_BETWEEN_LOOKS)
         patience.progress()  # another's time is not ours
         yield
 
 
-def _download(file: HubFile | WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
-    """Complete `part`; its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
+def _download(file: WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
+    """Complete `part` and return its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
     link = web.Link(file.url)
     problem = ""
     for attempt in range(TRIES):
@@ -184,9 +185,9 @@ def _download(file: HubFile | WebFile, part: Path, progress: Progress | None, pa
 
 
 def _receive(
-    file: HubFile | WebFile, link: web.Link, out: BinaryIO, progress: Progress | None, patience: web.Patience
+    file: WebFile, link: web.Link, out: BinaryIO, progress: Progress | None, patience: web.Patience
 ) -> str:
-    """Append to `out` what is missing of the file; the SHA-256 of the whole.
+    """Append to `out` what is missing of the file, and return the SHA-256 of the whole.
 
     What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process
     starts anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
@@ -194,33 +195,36 @@ def _receive(
     out.seek(0)
     if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
         out.truncate(0)
-    digest = _hash_of(out, patience)
-    have, etag = out.tell(), None
-    while have < file.size:
+    digest = _hash_rest(out, patience)
+    size, etag = out.tell(), None
+
+    def receive_more() -> None:
+        nonlocal size, etag
         patience.check()
-        try:
-            with link.open(have, etag=etag) as response:
-                size = web.total_size(response)
-                if size not in (None, file.size):
-                    raise _Wrong(f"the file has {size:,} bytes, should have {file.size:,}")
-                if response.status_code == 416 or (have and web.range_start(response) != have):
-                    raise _Wrong(f"the server does not go on at byte {have:,} of {file.size:,}")
-                if file.sha256 is None:  # else the hash tells, and stores do not always agree on an ETag
-                    etag = web.strong_etag(response)
-                for block in web.blocks(response, file.url):
-                    patience.check()
-                    if have + len(block) > file.size:
-                        raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
-                    out.write(block)
-                    digest.update(block)
-                    have += len(block)
-                    patience.progress()
-                    if progress is not None:
-                        progress(have, file.size)
-            if have < file.size:
-                raise web.Again(f"the connection closed after {have:,} of {file.size:,} bytes")
-        except web.Again as again:
-            patience.wait(again)
+        with link.open(size, etag=etag) as response:
+            total = web.total_size(response)
+            if total not in (None, file.size):
+                raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
+            if response.status_code == 416 or (size and web.range_start(response) != size):
+                raise _Wrong(f"the server does not go on at byte {size:,} of {file.size:,}")
+            tag = response.headers.get("ETag", "")
+            if file.sha256 is None and tag.startswith('"'):  # a strong one stands for these very bytes
+                etag = tag
+            for block in web.blocks(response):
+                patience.check()
+                if size + len(block) > file.size:
+                    raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
+                out.write(block)
+                digest.update(block)
+                size += len(block)
+                patience.progress()
+                if progress is not None:
+                    progress(size, file.size)
+        if size < file.size:
+            raise web.Again(f"the connection closed after {size:,} of {file.size:,} bytes")
+
+    if size < file.size:
+        patience.call(receive_more)
     return digest.hexdigest()
 
 
@@ -236,7 +240,7 @@ class Downloader:
     """
 
     def __init__(
-        self, files: Sequence[tuple[HubFile | WebFile, Path]], ahead: int | None = None, delete: bool = False
+        self, files: Sequence[tuple[WebFile, Path]], ahead: int | None = None, delete: bool = False
     ) -> None:
         self.files, self.ahead, self.delete = list(files), ahead, delete
         self.paths = [folder / file.path for file, folder in files]

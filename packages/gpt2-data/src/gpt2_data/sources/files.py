@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from gpt2_data import tokenizer
-from gpt2_data.sources import pages
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
@@ -117,18 +116,18 @@ def _count_empty(texts: Any) -> int:
 # --- Parquet
 
 
-def parquet_file(path: str, column: str) -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings, or say why not."""
+def open_parquet(path: str, column: str) -> Any:
+    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as plain:
-            metadata, schema = plain.metadata, plain.schema_arrow
-        check_text_column(schema, column)
-        return _open(path, metadata, [])
+        # The column of a row group is read in pieces, since it may be gigabytes.
+        file = pq.ParquetFile(path, buffer_size=_READ, page_checksum_verification=True)
+        check_text_column(file.schema_arrow, column)
+        return file
     except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
             raise
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     except ValueError as error:
@@ -149,88 +148,45 @@ def check_text_column(schema: Any, column: str) -> None:
         raise ValueError(f"column {column!r} holds {kind}, not strings")
 
 
-def _open(path: str, metadata: Any, dictionaries: list[str]) -> Any:
-    import pyarrow.parquet as pq
+def row_groups(path: str, column: str) -> list[tuple[int, int]]:
+    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer."""
+    with open_parquet(path, column) as file:
+        groups = row_groups_of(file.metadata, column)
+    for i, (rows, size) in enumerate(groups):
+        if not 0 <= rows < 2**31 or size < 0:
+            raise ValueError(f"{path}: row group {i} is damaged: {rows:,} rows of {size:,} bytes cannot be")
+    return groups
 
-    # The column of a row group is read in pieces: it may be gigabytes.
-    return pq.ParquetFile(
-        path, metadata=metadata, read_dictionary=dictionaries, buffer_size=_READ, page_checksum_verification=True
-    )
+
+def row_groups_of(metadata: Any, column: str) -> list[tuple[int, int]]:
+    """The same of a file whose footer is read."""
+    # Nested columns before it count for several leaves.
+    number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
-    """Row groups [start, stop)."""
+    """Yield the documents of row groups [start, stop)."""
     import pyarrow as pa
 
-    with contextlib.ExitStack() as stack:
-        plain = stack.enter_context(parquet_file(path, column))
-        raw = stack.enter_context(open(path, "rb"))
-        number = column_number(plain.metadata, column)
-        # Where few bytes can stand for many copies a dictionary stays one: that takes a seventh more time. Arrow
-        # cannot do it where DELTA encodings are used, too.
-        has_delta = _has_delta(plain.metadata, column)
+    with open_parquet(path, column) as file:
+        sizes = row_groups_of(file.metadata, column)
         for group in range(start, stop):
+            rows, size = sizes[group]
+            at_once = max(1, min(8 * _BATCH_PARTS, 4 * BLOCK * rows // max(size, 1)))
             try:
-                found = pages.read_pages(raw, plain.metadata.row_group(group).column(number))
-                few = pages.copies_are_few(found)
-                file = plain if few or has_delta else stack.enter_context(_open(path, plain.metadata, [column]))
-                # Many, for what is read of the dictionary is copied for each time.
-                rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, has_delta)
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-                    yield from map(_from_column, _plain(batch.column(0)))
+                for batch in file.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
+                    yield _from_column(batch.column(0))
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise ValueError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
-
-
-def _has_delta(metadata: Any, column: str) -> bool:
-    number = column_number(metadata, column)
-    chunks = (metadata.row_group(i).column(number) for i in range(metadata.num_row_groups))
-    return any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)
-
-
-def row_groups(path: str, column: str) -> list[tuple[int, int]]:
-    """(rows, bytes of text uncompressed) of each row group by the footer. Raises ValueError if it cannot be."""
-    with parquet_file(path, column) as file:
-        number = column_number(file.metadata, column)
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        for i, group in enumerate(groups):
-            try:
-                pages.check_claims(group, number, Path(path).stat().st_size)
-            except ValueError as error:
-                raise ValueError(f"{path}: row group {i} is damaged: {error}") from error
-        return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
-
-
-def column_number(metadata: Any, column: str) -> int:
-    """Which of the leaf columns it is: nested ones before it count for several."""
-    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-
-
-def _plain(column: Any) -> Iterator[Any]:
-    """A dictionary array as arrays of strings, of BLOCK bytes or a row."""
-    import pyarrow as pa
-
-    if not pa.types.is_dictionary(column.type):
-        yield column
-        return
-    import pyarrow.compute as pc  # takes 0.2 s, once
-
-    lengths = pc.binary_length(column.dictionary).take(column.indices)
-    if lengths.null_count:
-        lengths = lengths.fill_null(0)
-    sums = pc.cumulative_sum(lengths.cast(pa.int64()))
-    ends = np.frombuffer(sums.buffers()[1], np.int64)  # to_numpy would import pandas
-    start = 0
-    while start < len(column):
-        done = int(ends[start - 1]) if start else 0
-        stop = max(int(np.searchsorted(ends, done + BLOCK, "right")), start + 1)
-        yield column.dictionary.take(column.indices.slice(start, stop - start))
-        start = stop
 
 
 def _from_column(column: Any) -> Batch:
     import pyarrow as pa
 
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if column.null_count:
         column = column.fill_null("")
     replaced: tuple[int, ...] = ()
