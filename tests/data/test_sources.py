@@ -231,21 +231,12 @@ def test_python_s_own_text():
     documents = pydocs.documents()
     ids = [name for name, _ in documents]
     assert len(set(ids)) == len(ids)
-    assert {"topic:assignment", "source:json/decoder.py", "doc:math", "doc:builtins"} <= set(ids)
+    assert {"topic:assignment", "source:json/decoder.py"} <= set(ids)
     assert sum(len(text) for _, text in documents) > 5_000_000
-    assert "math.acos(x, /)\nReturn the arc cosine" in dict(documents)["doc:math"]
     # Topics stand once: not again in the source of the module that holds them.
     assert not any(name.startswith("source:pydoc_data") or "/tests/" in name for name in ids)
     pydocs.documents.cache_clear()
     assert pydocs.documents() == documents
-
-
-def test_python_s_own_text_is_the_same_where_a_host_has_replaced_functions(monkeypatch):
-    before = pydocs.documents()
-    monkeypatch.setattr("builtins.input", lambda prompt="": "")  # as a notebook's kernel does
-    monkeypatch.setattr("faulthandler.enable", lambda **options: None)
-    pydocs.documents.cache_clear()
-    assert pydocs.documents() == before
 
 
 def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):

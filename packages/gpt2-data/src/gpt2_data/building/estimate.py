@@ -17,6 +17,9 @@ DOWNLOADS_AT_ONCE = 2
 """Fetched files on the disk at a time if they are deleted: one at work, and one that is ready or on its way."""
 
 
+MAX_SHARDS = 100_000
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Sizes of what a plan will make, and of what it needs meanwhile."""
@@ -33,8 +36,19 @@ class Estimate:
     def shards(self, config: BuildConfig) -> int:
         """How many shards, validation's and training's."""
         val = config.shard_size if config.compat else config.val_tokens
-        val = min(self.tokens // 10, shards.DEFAULT_VAL_TOKENS) if val is None else min(self.tokens, val)
+        if val is None:  # a single document is not split
+            val = min(self.tokens // 10, shards.DEFAULT_VAL_TOKENS) if self.documents > 1 else 0
+        val = min(self.tokens, val)
         return -(-val // config.shard_size) + -(-(self.tokens - val) // config.shard_size)
+
+    def check_shards(self, config: BuildConfig) -> None:
+        """Raise ValueError if there would be more files than a file system likes: the M of 100M was forgotten."""
+        count = self.shards(config)
+        if count > MAX_SHARDS:
+            raise ValueError(
+                f"shard_size {config.shard_size:,} would make about {count:,} shards: "
+                f"take a larger one, such as 100M; {MAX_SHARDS:,} are the most"
+            )
 
     def dataset_bytes(self) -> int:
         """Size of the finished dataset."""

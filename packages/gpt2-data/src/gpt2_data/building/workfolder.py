@@ -129,7 +129,9 @@ def check_space(plan: Plan, config: BuildConfig) -> None:
     if fetched.is_relative_to(config.out):
         there += [path for path in fetched.rglob("*") if path.is_file()]
     there += [path for path in config.out.iterdir() if manifest.is_shard_name(path.name)]
-    needed = estimate(plan, config).peak_bytes() - sum(path.stat().st_size for path in there)
+    guess = estimate(plan, config)
+    guess.check_shards(config)
+    needed = guess.peak_bytes() - sum(path.stat().st_size for path in there)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise OSError(

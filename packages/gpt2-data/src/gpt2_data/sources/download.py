@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
 
@@ -231,7 +232,11 @@ def _receive(
 class Downloader:
     """Fetches files in order in a background thread, while the caller works on those that are there.
 
-    No more than `ahead` files are finished and not yet released (None: no limit). With `delete`, release deletes.
+    Args:
+        files: each with its folder.
+        uses: how many times each path is released before its file is done with; 1 if it is not named.
+        ahead: how many files may be there that are not done with; None: all.
+        delete: True deletes a file that is done with.
 
         with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
             while not downloader.ready(path): ...      # raises what stopped the thread
@@ -240,17 +245,21 @@ class Downloader:
     """
 
     def __init__(
-        self, files: Sequence[tuple[WebFile, Path]], ahead: int | None = None, delete: bool = False
+        self,
+        files: Sequence[tuple[WebFile, Path]],
+        uses: Mapping[Path, int] | None = None,
+        ahead: int | None = None,
+        delete: bool = False,
     ) -> None:
-        self.files, self.ahead, self.delete = list(files), ahead, delete
-        self.paths = [folder / file.path for file, folder in files]
+        self.delete = delete
+        self.files = {folder / file.path: (file, folder) for file, folder in files}
         self.bytes_total = sum(file.size for file, _ in files)
-        self._finished: set[Path] = set()
-        self._released: set[Path] = set()
         self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
-        self._error: BaseException | None = None
+        self._uses = {path: (uses or {}).get(path, 1) for path in self.files}
+        self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
+        self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
-        self._changed = threading.Condition()
+        # A daemon, since a server that is silent must not hold up the end of the program.
         self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
@@ -260,28 +269,26 @@ class Downloader:
         return self._complete + self._current
 
     def ready(self, path: Path) -> bool:
-        """Whether the file is there. Raises the thread's OSError if it never will be."""
-        if path in self._finished:
-            return True
-        if self._error is not None:
-            raise self._error
-        return False
+        """True if the file is there, or is none of these. Raises the thread's OSError if it never will be."""
+        arrived = self._arrived.get(path)
+        if arrived is not None and arrived.done():
+            arrived.result()
+        return arrived is None or arrived.done()
 
     def release(self, path: Path) -> None:
-        """The caller is done with the file: room for another."""
-        assert path in self._finished, path
-        if self.delete:
-            remove(path)
-        with self._changed:
-            self._released.add(path)
-            self._changed.notify_all()
+        """Take note that a use of a file is over."""
+        if path not in self.files:
+            return
+        self._uses[path] -= 1
+        if self._uses[path] == 0:
+            if self.delete:
+                remove(path)
+            self._room.release()
 
     def close(self) -> None:
-        """Stop soon; the part that is half there stays, to be resumed by the next one."""
+        """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
         self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-        # A thread that waits for a silent server ends with its read's timeout, without writing anything more.
+        self._room.release()
         self._thread.join(2.0)
 
     def __enter__(self) -> "Downloader":
@@ -290,27 +297,22 @@ class Downloader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _room(self) -> bool:
-        return self._stop.is_set() or self.ahead is None or len(self._finished - self._released) < self.ahead
-
     def _run(self) -> None:
-        try:
-            for file, folder in self.files:
-                with self._changed:
-                    self._changed.wait_for(self._room)
-                if self._stop.is_set():
-                    return
-                path = download_file(file, folder, self._note, self._stop)
-                with self._changed:
-                    self._complete, self._current = self._complete + file.size, 0
-                    self._finished.add(path)
-                    self._changed.notify_all()
-        except web.Stopped:
-            pass
-        except BaseException as error:  # the caller's thread raises it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        for path, (file, folder) in self.files.items():
+            self._room.acquire()
+            if self._stop.is_set():
+                return
+            try:
+                download_file(file, folder, self._note, self._stop)
+            except web.Stopped:
+                return
+            except BaseException as error:  # the caller's thread raises it
+                for arrived in self._arrived.values():
+                    if not arrived.done():
+                        arrived.set_exception(error)
+                return
+            self._complete, self._current = self._complete + file.size, 0
+            self._arrived[path].set_result(None)
 
     def _note(self, done: int, _: int) -> None:
         self._current = done
@@ -325,11 +327,11 @@ TINYSHAKESPEARE = WebFile(
 
 
 def tinyshakespeare() -> Path:
-    """TinyShakespeare, downloaded once into the user's cache and checked each time. Raises OSError in one line."""
+    """Have TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
     path = cache / TINYSHAKESPEARE.path
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == TINYSHAKESPEARE.sha256:
+        if sha256_of(path) == TINYSHAKESPEARE.sha256:
             return path
         remove(path)
     try:
