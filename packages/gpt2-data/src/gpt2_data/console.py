@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult, Progress, Status
+    from gpt2_data.building.build import BuildResult, Progress
     from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0

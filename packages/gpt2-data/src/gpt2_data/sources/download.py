@@ -20,7 +20,6 @@ from gpt2_data.sources import hub, web
 from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
-SECONDS_BETWEEN_LOOKS = 0.2  # at a lock that another holds
 
 Progress = Callable[[int, int], object]  # (bytes on disk, bytes of the file)
 
@@ -93,7 +92,7 @@ def download_file(
     with _locked(path.with_name(path.name + ".lock"), patience):
         if is_done(path, file):  # by another process meanwhile
             return path
-        if path.exists() and path.stat().st_size == file.size and _hash_file(path, patience) == file.sha256:
+        if path.exists() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
             _write_receipt(path, file, file.sha256)  # killed before the receipt, or put there by hand
             return path
         part = path.with_name(path.name + ".part")
@@ -126,15 +125,9 @@ def _receipt(path: Path) -> Path:
 
 
 def _write_receipt(path: Path, file: WebFile, digest: str) -> None:
-    status = path.stat()
-    receipt = {"size": status.st_size, "sha256": digest, "mtime_ns": status.st_mtime_ns, "url": file.url}
+    receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
     with write_whole(_receipt(path)) as out:
         out.write((json.dumps(receipt) + "\n").encode())
-
-
-def _hash_file(path: Path, patience: web.Patience) -> str:
-    with path.open("rb") as file:
-        return _hash_rest(file, patience).hexdigest()
 
 
 def _hash_rest(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
@@ -155,7 +148,7 @@ def _locked(path: Path, patience: web.Patience) -> Iterator[None]:
                 break
             except Busy:
                 patience.check()
-                patience.stop.wait(SECONDS_BETWEEN_LOOKS)
+                patience.stop.wait(0.2)
         patience.progress()  # another's time is not ours
         yield
 
@@ -203,10 +196,10 @@ def _receive(
         nonlocal size, etag
         patience.check()
         with link.open(size, etag=etag) as response:
-            total = web.total_size(response)
+            first, total = web.span(response)
             if total not in (None, file.size):
                 raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
-            if response.status_code == 416 or (size and web.range_start(response) != size):
+            if response.status_code == 416 or first != size:
                 raise _Wrong(f"the server does not go on at byte {size:,} of {file.size:,}")
             tag = response.headers.get("ETag", "")
             if file.sha256 is None and tag.startswith('"'):  # a strong one stands for these very bytes

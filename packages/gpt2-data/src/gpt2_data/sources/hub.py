@@ -55,7 +55,7 @@ class Listing:
 
     @property
     def parquet(self) -> bool:
-        """Whether the files can be read as they are; otherwise streams.py reads them."""
+        """True if the files can be read as they are; otherwise streaming.py reads them."""
         return all(file.path.endswith(".parquet") for file in self.files)
 
     @property
@@ -64,18 +64,16 @@ class Listing:
         return sum(file.size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """What from_json takes, for json.dump."""
+        """Return what from_json takes, for json.dump."""
         files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files]
         return asdict(self) | {"files": files}
 
     @classmethod
     def from_json(cls, data: Any) -> "Listing":
-        """A listing that was kept. Raises ValueError where it is none."""
+        """Return a listing that was kept. Raises ValueError if it is none."""
         try:
-            repo, commit = (
-                _matching(_NAME + f"(/{_NAME})?", data["repo"]),
-                _matching("[0-9a-f]{40}", data["commit"]),
-            )
+            repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
+            commit = _matching("[0-9a-f]{40}", data["commit"])
             config = None if data["config"] is None else _matching(r"\S+", data["config"])
             files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
             return cls(repo, commit, config, _matching(r"[\w.]+", data["split"]), files)
@@ -84,7 +82,7 @@ class Listing:
 
 
 def parse(text: str) -> HubSource | None:
-    """What a SOURCE argument names on the hub, or None. Raises ValueError where it is meant so but malformed."""
+    """Return what a SOURCE names on the hub, or None. Raises ValueError if it is meant so but malformed."""
     short, colon, config = text.partition(":")
     if short in SHORT:
         if colon and not re.fullmatch(r"[^\s:]+", config):
@@ -160,7 +158,7 @@ def _dataset_info(source: HubSource) -> Any:
 
 
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
-    """(config as the card has it, split -> files) of the source."""
+    """Return the config as the card has it, and the files of each split."""
     known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
     config = source.config
     if config is None and known:
@@ -184,7 +182,10 @@ def _named(known: dict[str, Any]) -> str:
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """split -> files by an entry of the card's `configs:`; data_files is a string, a list, or a list of splits."""
+    """Return the files of each split by an entry of the card's `configs:`.
+
+    data_files is a string, a list, or a list of splits.
+    """
     folder = str(entry.get("data_dir") or "").strip("/")
     base = f"{folder}/" if folder else ""
     given = entry.get("data_files")
@@ -195,24 +196,24 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
     for row in rows:
         split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
         patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
-    found = {}
+    splits = {}
     for split, globs in patterns.items():
         for pattern in globs:
             if not isinstance(pattern, str) or "://" in pattern:
                 raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
         regex = re.compile("|".join(_glob(base + pattern.removeprefix("./")) for pattern in globs))
-        found[split] = [name for name in names if regex.fullmatch(name)]
-    return found
+        splits[split] = [name for name in names if regex.fullmatch(name)]
+    return splits
 
 
 def _glob(pattern: str) -> str:
-    """A glob as a regular expression: `*` stays in a folder, `**` does not."""
+    """Turn a glob into a regular expression: `*` stays in a folder, `**` does not."""
     parts = {"**/": r"(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    found = []
+    regex = ""
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern):
         sets = piece.replace("[!", "[^", 1) if len(piece) > 1 else re.escape(piece)
-        found.append(parts.get(piece, sets))
-    return "".join(found)
+        regex += parts.get(piece, sets)
+    return regex
 
 
 _KEYWORDS = {
@@ -220,13 +221,8 @@ _KEYWORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
-_NO_DATA = {
-    "README.md",
-    "config.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dummy_data.zip",
-    "dataset_dict.json",
+_NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip"} | {
+    "dataset_dict.json"
 }
 
 
@@ -236,7 +232,7 @@ def _data_names(names: list[str]) -> list[str]:
 
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
-    """split -> files by the hub's naming: data/train-00000-of-00002*, folders or files named train, else train."""
+    """Return the files of each split by their names: data/train-00000-of-00002*, folders or files named train."""
     sharded: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
@@ -245,17 +241,19 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     if sharded:
         return sharded
     for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
-        found = {}
+        splits = {}
         for split, words in _KEYWORDS.items():
             regex = re.compile(where.format(words))
-            found[split] = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
-        if any(found.values()):
-            return {split: inside for split, inside in found.items() if inside}
+            inside = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
+            if inside:
+                splits[split] = inside
+        if splits:
+            return splits
     return {"train": names} if names else {}
 
 
 def _one_kind(names: list[str]) -> list[str]:
-    """Without a licence or a picture among Parquet files, as `datasets` does."""
+    """Leave out a licence or a picture among Parquet files, as `datasets` does."""
     endings = Counter(PurePosixPath(name).suffix for name in names)
     if endings and max(endings, key=lambda ending: endings[ending]) == ".parquet":
         return [name for name in names if name.endswith(".parquet")]

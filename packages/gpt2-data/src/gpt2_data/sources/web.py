@@ -48,16 +48,11 @@ class WebFile:
 
 
 class Again(Exception):
-    """A try failed in a way that another may not.
+    """A try failed in a way that another may not; the server asks to wait `after` seconds, or was not reached."""
 
-    Attributes:
-        after: seconds that the server asks to wait.
-        answered: False if no server was reached.
-    """
-
-    def __init__(self, problem: str, after: float | None = None, answered: bool = True) -> None:
+    def __init__(self, problem: str, after: float | None = None, reached: bool = True) -> None:
         super().__init__(problem)
-        self.after, self.answered = after, answered
+        self.after, self.reached = after, reached
 
 
 class Stopped(Exception):
@@ -93,7 +88,7 @@ class Patience:
     def wait(self, again: Again) -> None:
         """Sleep before the next try. Raises OSError if that would be longer than patience lasts."""
         self.tries += 1
-        total = PATIENCE if again.answered else self.unreachable
+        total = PATIENCE if again.reached else self.unreachable
         delay = again.after
         if delay is None:
             delay = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (self.tries - 1)) * random.uniform(0.5, 1.0)
@@ -132,9 +127,7 @@ class Link:
             response = stack.enter_context(_get(target, headers))
             if target != self.url and response.status_code in _EXPIRED:
                 response = stack.enter_context(_get(self.url, headers))
-            raise_again(response)
-            if response.status_code not in (200, 206, 416):
-                raise OSError(f"{self.url}: {_refusal(response)} (HTTP {response.status_code})")
+            _check(response, self.url)
             self._target = str(response.url)
             yield response
 
@@ -144,7 +137,7 @@ def size_of(url: str) -> int:
 
     def ask() -> int | None:
         with Link(url).open(0, 1) as response:
-            return total_size(response)
+            return span(response)[1]
 
     size = Patience(url, unreachable=UNREACHABLE).call(ask)
     if size is None:
@@ -160,13 +153,13 @@ def read_range(link: Link, start: int, stop: int) -> bytes:
     def read_on() -> None:
         first = start + len(data)
         with link.open(first, stop) as response:
-            if response.status_code != 206 or range_start(response) != first:
+            if response.status_code != 206 or span(response)[0] != first:
                 raise OSError(f"{link.url}: the server sends no ranges of a file: download it instead")
             for block in blocks(response):
                 data.extend(block)
                 patience.progress()
-                if len(data) > stop - start:
-                    raise OSError(f"{link.url}: the server sends more than it was asked for")
+        if len(data) > stop - start:
+            raise OSError(f"{link.url}: the server sends more than it was asked for")
         if len(data) < stop - start:
             raise Again(f"connection closed after {len(data):,} of {stop - start:,} bytes")
 
@@ -180,19 +173,15 @@ def blocks(response: httpx2.Response) -> Iterator[bytes]:
         yield from response.iter_raw()  # a size here would hold back, and lose, what came before a break
 
 
-def range_start(response: httpx2.Response) -> int | None:
-    """The first byte of a 206's range; None if it does not say."""
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else None
-
-
-def total_size(response: httpx2.Response) -> int | None:
-    """The bytes of the whole file by the headers of a 200 or 206; None if they do not say."""
+def span(response: httpx2.Response) -> tuple[int | None, int | None]:
+    """Return the first byte that is sent and the bytes of the whole file, by the headers; None if not said."""
     if response.status_code == 200:
         size = response.headers.get("Content-Length", "")
-    else:
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]
-    return int(size) if size.isdigit() else None
+        return 0, int(size) if size.isdigit() else None
+    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if match is None:
+        return None, None
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] != "*" else None
 
 
 @contextlib.contextmanager
@@ -213,7 +202,7 @@ def transport(url: str) -> Iterator[None]:
             problem = f"no answer from {host} in {READ_TIMEOUT if reached else CONNECT_TIMEOUT:g} seconds"
         else:
             problem = f"the connection to {host} broke: {why}" if reached else f"{host} cannot be reached: {why}"
-        raise Again(problem, answered=reached) from error
+        raise Again(problem, reached=reached) from error
 
 
 def raise_again(response: httpx2.Response) -> None:
@@ -256,12 +245,18 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
         yield response
 
 
-def _refusal(response: httpx2.Response) -> str:
+def _check(response: httpx2.Response, url: str) -> None:
+    """Raise Again or OSError unless the response can be used."""
+    raise_again(response)
+    status = response.status_code
+    if status in (200, 206, 416):
+        return
+    why = "no such file" if status in (404, 410) else "refused"
     if response.headers.get("X-Error-Code") == "GatedRepo":
-        return f"access is to be asked for on the dataset's page, then {LOGIN}"
-    if response.status_code in (401, 403):
-        return f"not allowed: {LOGIN}, with an account that has access"
-    return "no such file" if response.status_code in (404, 410) else "refused"
+        why = f"access is to be asked for on the dataset's page, then {LOGIN}"
+    elif status in (401, 403):
+        why = f"not allowed: {LOGIN}, with an account that has access"
+    raise OSError(f"{url}: {why} (HTTP {status})")
 
 
 def _host(url: str) -> str:
