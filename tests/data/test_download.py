@@ -1,6 +1,5 @@
 """Large files to disk, whatever happens on the way, against a hub on this machine."""
 
-import email.utils
 import hashlib
 import json
 import os
@@ -12,13 +11,15 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
 from huggingface_hub import constants
 
 import gpt2_data
-from gpt2_data.sources import download, web
-from gpt2_data.sources.download import Downloader, download_file
+from gpt2_data.sources import download, remote, web
+from gpt2_data.sources.download import Downloader, download_file, tinyshakespeare
 from gpt2_data.sources.hub import HubSource, hub_file, list_files
 from gpt2_data.sources.web import WebFile
 
@@ -132,15 +133,6 @@ def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_pa
     assert not any(fault.times for fault in faults)
 
 
-@pytest.mark.parametrize("date", [False, True])
-def test_a_rate_limit_is_waited_for(server, file, tmp_path, date):
-    after = email.utils.formatdate(time.time() + 2, usegmt=True) if date else "1"
-    server.faults = [Refuse(status=429, headers={"Retry-After": after})]
-    before = time.monotonic()
-    download_file(file, tmp_path)
-    assert 0.9 < time.monotonic() - before < 4
-
-
 def test_patience_ends(server, file, tmp_path, monkeypatch):
     server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
     with pytest.raises(OSError, match=r"HTTP 429\), and asks to wait 86400 seconds; gave up after one try"):
@@ -192,16 +184,10 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     (tmp_path / "small.txt.part").write_bytes(OTHER[:1000])  # without a hash nothing could tell
     server.pages["page"] = OTHER
 
-    class Change(Drop):
-        """Another file appears behind the same address while the first is on its way."""
-
-        def __getattribute__(self, name):
-            if name == "at":
-                server.pages["page"] = CONTENT
-            return super().__getattribute__(name)
-
-    server.faults = [Change(store=False, path="page", at=100_000)]
-    assert download_file(small, tmp_path).read_bytes() == CONTENT
+    # Another file appears behind the same address while the first is on its way.
+    server.faults = [Drop(store=False, path="page", at=100_000)]
+    path = download_file(small, tmp_path, lambda done, size: server.pages.update(page=CONTENT))
+    assert path.read_bytes() == CONTENT
     assert [request.range for request in server.asked("page")] == [None, "bytes=100000-", None]
 
 
@@ -229,25 +215,22 @@ def test_a_file_of_another_size(server, file, tmp_path):
         download_file(meant, tmp_path)
 
 
+GATED = {"X-Error-Code": "GatedRepo"}
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("store", "status", "headers", "message"),
     [
-        (
-            Refuse(store=False, status=401),
-            r"not allowed: log in by `hf auth login` or set HF_TOKEN, with an account",
-        ),
-        (
-            Refuse(store=False, status=403, headers={"X-Error-Code": "GatedRepo"}),
-            "access is to be asked for on the",
-        ),
-        (Refuse(status=403), r"not allowed: .*\(HTTP 403\)"),
-        (Refuse(store=False, status=404), r"no such file \(HTTP 404\)"),
-        (Refuse(status=418), r"refused \(HTTP 418\)"),
+        (False, 401, {}, "not allowed: log in by `hf auth login` or set HF_TOKEN, with an account"),
+        (False, 403, GATED, "access is to be asked for on the"),
+        (True, 403, {}, r"not allowed: .*\(HTTP 403\)"),
+        (False, 404, {}, r"no such file \(HTTP 404\)"),
+        (True, 418, {}, r"refused \(HTTP 418\)"),
     ],
 )
-def test_refusals_are_final(server, file, tmp_path, fault, message):
+def test_refusals_are_final(server, file, tmp_path, store, status, headers, message):
     server.requests.clear()
-    fault.times, server.faults = 100, [fault]
+    server.faults = [Refuse(store=store, status=status, headers=headers, times=100)]
     with pytest.raises(OSError, match=message) as error:
         download_file(file, tmp_path)
     assert str(error.value).startswith(file.url)
@@ -255,13 +238,17 @@ def test_refusals_are_final(server, file, tmp_path, fault, message):
     assert len(server.requests) <= 3
 
 
-def test_the_token_goes_to_the_hub_alone(server, file, tmp_path, monkeypatch, caplog, capfd):
+def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog, capfd):
+    """In a listing, in a download, and where a file is read by ranges."""
     caplog.set_level(0)
+    pq.write_table(pa.table({"text": ["a"] * 1000}), tmp_path / "a.parquet")
+    server.add("a/b", {"a.parquet": tmp_path / "a.parquet"})
     server.private.add("a/b")
-    server.faults = [Drop(at=1000), Refuse(status=429, headers={"Retry-After": "0"})]
     monkeypatch.setenv("HF_TOKEN", "secret")
-    server.requests.clear()
-    download_file(file, tmp_path)
+    (file,) = list_files(HubSource("a/b")).files
+    server.faults = [Drop(at=100), Refuse(status=429, headers={"Retry-After": "0"})]
+    download_file(file, tmp_path / "out")
+    assert remote.row_groups(file)[0][0] == 1000
     sent = {(request.store, request.headers.get("authorization")) for request in server.requests}
     assert sent == {(False, "Bearer secret"), (True, None)}
     assert "secret" not in caplog.text + "".join(capfd.readouterr())
@@ -297,14 +284,6 @@ def test_several_processes_fetch_a_file_once(server, file, tmp_path):
         assert out.strip() == str(tmp_path / "data" / "big.parquet"), err
     assert server.sent("big.parquet") == SIZE
     assert (tmp_path / "data" / "big.parquet").read_bytes() == CONTENT
-
-
-def test_offline(server, file, tmp_path, monkeypatch):
-    download_file(file, tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert download_file(file, tmp_path).exists()
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        download_file(file, tmp_path / "empty")
 
 
 @pytest.fixture
@@ -417,6 +396,8 @@ def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypa
     assert gpt2_data.fetch("hf:a/b", tmp_path, name="big", sha256=SHA256) == tmp_path / "big"
     with pytest.raises(OSError, match=r"^hf:a/b::train: HF_HUB_OFFLINE is set"):
         gpt2_data.fetch("hf:a/b", tmp_path, name="big")
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
+        download_file(file, tmp_path / "empty")
     assert server.requests == []
 
 
@@ -430,3 +411,54 @@ def test_fetch_says_what_is_wrong(server, file, tmp_path):
     for source, message in (("hf:two/files", "has 2 files on the hub, not one"), ("page.txt", "write an address")):
         with pytest.raises(ValueError, match=message):
             gpt2_data.fetch(source, tmp_path)
+
+
+# --- TinyShakespeare, in the user's cache
+
+
+@pytest.fixture
+def shakespeare(server, tmp_path, monkeypatch):
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
+    server.pages["input.txt"] = text
+    meant = WebFile(f"{server.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(download, "TINYSHAKESPEARE", meant)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return text
+
+
+def test_tinyshakespeare_is_fetched_once(server, shakespeare, tmp_path, monkeypatch):
+    path = tinyshakespeare()
+    assert path == tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
+    assert path.read_bytes() == shakespeare
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.requests.clear()
+    assert tinyshakespeare() == path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = path.stat()
+    path.write_bytes(bytes(len(shakespeare)))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # its receipt would not tell
+    assert server.requests == []
+    assert tinyshakespeare().read_bytes() == shakespeare
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tinyshakespeare() == tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
+
+
+def test_tinyshakespeare_put_there_by_hand(server, shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
+    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
+        tinyshakespeare()
+    path.write_bytes(shakespeare)
+    assert tinyshakespeare() == path
+    assert server.requests == []
+
+
+def test_which_file_tinyshakespeare_is():
+    """As nanoGPT and llm.c fetch it."""
+    file = download.TINYSHAKESPEARE
+    assert file.url == (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    )
+    assert file.size == 1_115_394
+    assert file.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

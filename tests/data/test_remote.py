@@ -105,17 +105,6 @@ def test_reads_outlast_faults(server, tmp_path):
         remote.RemoteFile(file).read(10)
 
 
-def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog):
-    server.private.add("a/b")
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    caplog.set_level(0)
-    (file,) = listed(server, write(tmp_path / "a.parquet"))
-    remote.row_groups(file)
-    sent = {(request.store, request.headers.get("authorization")) for request in server.requests}
-    assert sent == {(False, "Bearer secret"), (True, None)}
-    assert "secret" not in caplog.text
-
-
 def test_parquet_that_cannot_be_used(server, tmp_path):
     numbers, other, words, broken = (
         tmp_path / f"{name}.parquet" for name in ("numbers", "other", "words", "broken")

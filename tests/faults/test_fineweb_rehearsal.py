@@ -76,7 +76,7 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
     sizes = {path.name: path.stat().st_size for path in corpus.iterdir()}
     hub.faults = [
         Refuse(store=False, path="api", status=429, headers={"Retry-After": "1"}),
-        Refuse(path="001_", status=429, headers={"Retry-After": "1"}, method="GET"),
+        Refuse(path="001_", status=429, headers={"Retry-After": "1"}),
     ]
     hub.bytes_a_second = 1e6
     killed = subprocess.Popen(
