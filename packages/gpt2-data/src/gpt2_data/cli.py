@@ -89,6 +89,9 @@ def _choice(*names: str) -> Any:
 
 
 AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
+FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
 
 
 @main.command()
@@ -96,7 +99,7 @@ AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON d
 @cloup.option_group(
     "Source",
     cloup.option("--column", default="text", show_default=True, help="Column or JSON key of the text."),
-    cloup.option("--limit-docs", type=click.IntRange(1), metavar="N", help="Take only the first N documents."),
+    cloup.option("--limit-docs", **COUNT, help="Take only the first N documents."),
     cloup.option(
         "--order",
         type=click.Choice(["shuffled", "source"]),
@@ -106,37 +109,26 @@ AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON d
 )
 @cloup.option_group(
     "Shards",
-    cloup.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: data/SOURCE]"),
-    cloup.option(
-        "--shard-size", type=size, metavar="SIZE", default="100M", show_default=True, help="Tokens a shard."
-    ),
+    cloup.option("--out", **FOLDER, help="Folder to make.  [default: data/SOURCE]"),
+    cloup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard."),
     cloup.option(
         "--val-tokens",
-        type=size,
-        metavar="SIZE",
-        help="Tokens for validation, 0 for none.  [default: 100M, or a tenth of a small source]",
+        **SIZE,
+        help="Tokens for validation, 0 for none.  [default: 100M or, if less, a tenth of all]",
     ),
     cloup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow."),
-    cloup.option(
-        "--compat", type=click.Choice(["build-nanogpt"]), help="Order, split and cut as its fineweb.py does."
-    ),
+    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Order, split and cut as its fineweb.py."),
 )
 @cloup.option_group(
     "Work",
-    cloup.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: one a core]"),
-    cloup.option(
-        "--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library; the tokens are the same."
-    ),
+    cloup.option("--workers", **COUNT, help="Processes.  [default: one a core]"),
+    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library for the same tokens."),
     cloup.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS)."),
     cloup.option("--part", metavar="I/N", callback=_part, help="Do share I of N, for N jobs with one --out."),
 )
 @cloup.option_group(
     "Downloads",
-    cloup.option(
-        "--downloads",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Folder for fetched files.  [default: OUT/downloads]",
-    ),
+    cloup.option("--downloads", **FOLDER, help="Folder for fetched files.  [default: OUT/downloads]"),
     cloup.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized."),
 )
 @cloup.option_group(

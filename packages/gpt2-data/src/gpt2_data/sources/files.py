@@ -1,4 +1,4 @@
-"""Files -> batches of documents as Arrow arrays, in the file's own order and in bounded memory.
+"""Files read as batches of documents in Arrow arrays, in the file's own order and in bounded memory.
 
 A batch is about 4 MB of text, or one document where that is longer; a text file is cut further. Arrow arrays, not
 Python strings: the tokenizers take UTF-8, and making a str of each document costs as much as reading Parquet does.
@@ -6,7 +6,6 @@ Python strings: the tokenizers take UTF-8, and making a str of each document cos
 
 import codecs
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -33,25 +32,32 @@ _SHOWN = 300  # characters of a list in a message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other."""
+    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other.
+
+    Attributes:
+        replaced: True if bytes that are not UTF-8 became U+FFFD.
+        continues: True if it belongs to the document of the part before.
+    """
 
     text: str | None
-    replaced: bool = False  # bytes that are not UTF-8 became U+FFFD
-    continues: bool = False  # goes on with the document of the part before
+    replaced: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents, or of a long one a part."""
+    """Documents, or of a long one a part.
+
+    Attributes:
+        texts: pyarrow string or large_string array: valid UTF-8, no nulls.
+        replaced: which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became
+            U+FFFD.
+        continues: True if the only text belongs to the last document of the batch before.
+    """
 
     texts: Any
-    """pyarrow string or large_string array: valid UTF-8, no nulls."""
-    empty: int
-    """Documents without text in it; they are kept."""
     replaced: tuple[int, ...]
-    """Which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became U+FFFD."""
     continues: bool = False
-    """The only text goes on with the last document of the batch before."""
 
     @property
     def documents(self) -> int:
@@ -59,58 +65,56 @@ class Batch:
         return len(self.texts) - self.continues
 
     @property
+    def empty(self) -> int:
+        """How many documents have no text; they are kept."""
+        _, offsets = tokenizer.text_buffers(self.texts)
+        return 0 if self.continues else int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+
+    @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes."""
+        """The bytes of all texts in UTF-8."""
         _, offsets = tokenizer.text_buffers(self.texts)
         return int(offsets[-1] - offsets[0])
 
     def head(self, documents: int) -> "Batch":
         """The first `documents` of it."""
-        texts = self.texts.slice(0, documents)
-        return Batch(texts, _count_empty(texts), tuple(i for i in self.replaced if i < documents))
+        return Batch(self.texts.slice(0, documents), tuple(i for i in self.replaced if i < documents))
 
     def row(self, i: int) -> "Batch":
         """Document i of it alone."""
-        texts = self.texts.slice(i, 1)
-        return Batch(texts, _count_empty(texts), (0,) if i in self.replaced else ())
+        return Batch(self.texts.slice(i, 1), (0,) if i in self.replaced else ())
 
 
 def gather(parts: Iterable[Part]) -> Iterator[Batch]:
-    """Parts -> batches. A part that continues a document is a batch of its own."""
-    texts: list[str] = []
-    replaced: list[int] = []
+    """Yield parts in batches. A part that continues a document is a batch of its own."""
+    some: list[Part] = []
     characters = 0
     for part in parts:
-        text = part.text or ""
-        if texts and (part.continues or characters + len(text) > BLOCK or len(texts) >= _BATCH_PARTS):
-            yield _batch(texts, replaced)
-            texts, replaced, characters = [], [], 0
-        if part.replaced:
-            replaced.append(len(texts))
-        texts.append(text)
-        characters += len(text)
+        size = len(part.text or "")
+        if some and (part.continues or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+            yield _batch(some)
+            some, characters = [], 0
+        some.append(part)
+        characters += size
         if part.continues:
-            yield dataclasses.replace(_batch(texts, replaced), empty=0, continues=True)
-            texts, replaced, characters = [], [], 0
-    if texts:
-        yield _batch(texts, replaced)
+            yield _batch(some)
+            some, characters = [], 0
+    if some:
+        yield _batch(some)
 
 
-def _batch(texts: list[str], replaced: list[int]) -> Batch:
+def _batch(parts: list[Part]) -> Batch:
     import pyarrow as pa
 
+    texts = [part.text or "" for part in parts]
+    replaced = {i for i, part in enumerate(parts) if part.replaced}
     try:
         array = pa.array(texts, pa.large_string())
     except UnicodeEncodeError:  # surrogates, which JSON can write as "\ud800"
         fixed = [tokenizer.repair_surrogates(text) for text in texts]
-        replaced = [i for i, text in enumerate(fixed) if ("\ufffd" in text and text != texts[i]) or i in replaced]
+        replaced |= {i for i, text in enumerate(fixed) if "\ufffd" in text and text != texts[i]}
         array = pa.array(fixed, pa.large_string())
-    return Batch(array, _count_empty(array), tuple(replaced))
-
-
-def _count_empty(texts: Any) -> int:
-    _, offsets = tokenizer.text_buffers(texts)
-    return int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+    return Batch(array, tuple(sorted(replaced)), parts[0].continues)
 
 
 # --- Parquet
@@ -196,14 +200,14 @@ def _from_column(column: Any) -> Batch:
         pairs = [_decode(data) for data in column.cast(pa.large_binary()).to_pylist()]
         column = pa.array([text for text, _ in pairs], pa.large_string())
         replaced = tuple(i for i, (_, bad) in enumerate(pairs) if bad)
-    return Batch(column, _count_empty(column), replaced)
+    return Batch(column, replaced)
 
 
 # --- JSON lines
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """A file for reading, decompressed if its name says so. A cut-short stream raises OSError on reading."""
+    """Open a file, decompressed if its name says so. A cut-short stream raises OSError on reading."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
     if codec is None:
         return open(path, "rb")
@@ -214,12 +218,12 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file can be read from its start only."""
+    """True if the file can be read from its start only."""
     return path.endswith((".gz", ".zst"))
 
 
 def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
-    """Bytes [start, stop) of the file, both at the starts of lines; stop 0: to the end."""
+    """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0: to the end."""
     for number, line in enumerate(_lines(path, start, stop), 1):
         if not line.isspace():
             part = _json_part(line, key)
@@ -229,7 +233,7 @@ def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
 
 
 def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """The lines of bytes [start, stop) of a file, without a byte order mark."""
+    """Yield the lines of bytes [start, stop) of a file, without a byte order mark."""
     with naming(path), open_bytes(path) as file:
         position = start
         if position:
@@ -242,7 +246,7 @@ def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 
 def next_line(file: BinaryIO) -> int:
-    """Where the next line begins, or the file ends; nothing is held. A line that is refused is not read on."""
+    """Return where the next line begins, or the file ends; stop in a line that is too long."""
     read = 0
     while (some := file.readline(BLOCK)) and not some.endswith(b"\n") and read < MAX_LINE:
         read += len(some)
@@ -250,7 +254,7 @@ def next_line(file: BinaryIO) -> int:
 
 
 def _json_part(line: bytes, key: str) -> Part | str:
-    """The document, or what is wrong."""
+    """Return the document, or what is wrong."""
     # A number or bracket becomes 20 times its size in memory, a string of a text no more than 10 times.
     if len(line) > _LONG_LINE and len(_STRINGS.sub(b"", line)) > _LONG_LINE:
         return f"more than {_LONG_LINE:,} bytes of JSON that are not in strings"
@@ -272,7 +276,7 @@ def _json_part(line: bytes, key: str) -> Part | str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, of which a file may have any number."""
+    """Join names for a message; a file may have any number."""
     text = ""
     for name in names:
         if len(text) + len(name) > _SHOWN:
@@ -282,7 +286,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _lines_before(path: str, position: int) -> int:
-    """How many lines of the file stand before a byte; counted only to name a faulty one."""
+    """Count the lines of the file before a byte; done only to name a faulty one."""
     count = 0
     with open_bytes(path) as file:
         for _ in range(-(-position // BLOCK)):
@@ -291,7 +295,7 @@ def _lines_before(path: str, position: int) -> int:
 
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:
-    """How many documents bytes [start, stop) of a JSON lines file hold, counted no further than `limit`."""
+    """Count the documents in bytes [start, stop) of a JSON lines file, no further than `limit`."""
     documents = (1 for line in _lines(path, start, stop) if not line.isspace())
     return sum(itertools.islice(documents, limit))
 
@@ -300,7 +304,7 @@ def count_lines(path: str, start: int, stop: int, limit: int) -> int:
 
 
 def read_text(path: str) -> Iterator[Part]:
-    """The file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
+    """Yield the file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
     with naming(path), open_bytes(path) as file:
         continues = False
         rest = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
@@ -327,13 +331,13 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text: Arrow's go on for several."""
+    """The first line of an error's text: Arrow's have several."""
     return str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Arrow's errors about a compressed stream do not say of which file; here they do."""
+    """Name the file in Arrow's errors about a compressed stream."""
     try:
         yield
     except OSError as error:
