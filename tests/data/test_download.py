@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -371,14 +370,6 @@ def test_closing_in_the_middle(server, file, tmp_path):
     assert server.sent("big.parquet") == SIZE - kept
 
 
-def test_a_stop_before_the_first_byte(server, file, tmp_path):
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(web.Stopped):
-        download_file(file, tmp_path, stop=stop)
-    assert not (tmp_path / "data" / "big.parquet").exists()
-
-
 def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypatch):
     """What other packages use: by default the file's own name, known again by its hash without the network."""
     server.pages["texts/page.txt"] = OTHER
@@ -427,38 +418,18 @@ def shakespeare(server, tmp_path, monkeypatch):
 
 
 def test_tinyshakespeare_is_fetched_once(server, shakespeare, tmp_path, monkeypatch):
-    path = tinyshakespeare()
-    assert path == tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
-    assert path.read_bytes() == shakespeare
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    server.requests.clear()
-    assert tinyshakespeare() == path
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    found = path.stat()
-    path.write_bytes(bytes(len(shakespeare)))
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # its receipt would not tell
+    path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
+            tinyshakespeare()
+        path.write_bytes(shakespeare)
+        assert tinyshakespeare() == path
     assert server.requests == []
+    status = path.stat()
+    path.write_bytes(bytes(len(shakespeare)))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # its receipt would not tell
     assert tinyshakespeare().read_bytes() == shakespeare
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert tinyshakespeare() == tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
-
-
-def test_tinyshakespeare_put_there_by_hand(server, shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
-    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
-        tinyshakespeare()
-    path.write_bytes(shakespeare)
-    assert tinyshakespeare() == path
-    assert server.requests == []
-
-
-def test_which_file_tinyshakespeare_is():
-    """As nanoGPT and llm.c fetch it."""
-    file = download.TINYSHAKESPEARE
-    assert file.url == (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    )
-    assert file.size == 1_115_394
-    assert file.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

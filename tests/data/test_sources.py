@@ -82,19 +82,6 @@ def test_jsonl_in_byte_ranges(tmp_path, monkeypatch):
         assert documents == whole[1]
 
 
-def test_compressed_files_are_read_as_their_contents(tmp_path):
-    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(2000)).encode()
-    (tmp_path / "a.jsonl").write_bytes(lines)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]))
-    with pa.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as file:
-        file.write(lines)
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(lines))
-    plain = read(tmp_path / "a.jsonl", tmp_path)[1]
-    assert read(tmp_path / "b.jsonl.gz", tmp_path)[1] == plain
-    assert read(tmp_path / "c.jsonl.zst", tmp_path)[1] == plain
-    assert read(tmp_path / "d.txt.gz", tmp_path)[1] == [(lines.decode(), False)]
-
-
 def test_a_blank_line_with_a_byte_order_mark_is_no_document(tmp_path):
     for name in "a", "b":
         lines = [json.dumps({"text": f"{name}{i}"}) for i in range(2)]
@@ -128,17 +115,6 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
     assert read(tmp_path / "a.txt", tmp_path)[1] == [("caf\ufffd ok", True)]
     assert read(tmp_path / "b.jsonl", tmp_path)[1] == [("caf\ufffd", True), ("fine", False)]
     assert read(tmp_path / "c.parquet", tmp_path)[1] == [("caf\ufffd", True), ("fine", False), ("", False)]
-
-
-def test_surrogates_that_json_can_write(tmp_path):
-    """A pair is the character that it stands for; a half alone is U+FFFD, as tiktoken makes of it."""
-    lines = [r'{"text": "a \ud83d\ude00 b"}', r'{"text": "a \ud83d b"}', '{"text": "fine"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert read(tmp_path / "a.jsonl", tmp_path)[1] == [
-        ("a \U0001f600 b", False),
-        ("a \ufffd b", True),
-        ("fine", False),
-    ]
 
 
 def test_another_column(tmp_path):
@@ -225,6 +201,12 @@ def test_sources_that_are_none(tmp_path):
             read(source, tmp_path)
     with pytest.raises(ValueError, match="named twice"):
         read([tmp_path / "a.txt", tmp_path / "*.txt"], tmp_path)
+
+
+def test_tinyshakespeare_in_documents_as_llm_c_has_them(tmp_path):
+    (tmp_path / "input.txt").write_text("First Citizen:\nBefore.\n\nAll:\nSpeak.\n\nThe end.")
+    (batch,) = sources.read(sources.Unit(0, "tinyshakespeare", (str(tmp_path / "input.txt"),)))
+    assert batch.texts.to_pylist() == ["First Citizen:\nBefore.\n\n", "All:\nSpeak.\n\n", "The end."]
 
 
 def test_python_s_own_text():

@@ -17,7 +17,7 @@ from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset
 
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()", "build"]
 EOT = 50256
-OPTIONS = {"val_tokens": 0, "workers": 1}
+OPTIONS = {"val_tokens": 0, "workers": 1, "order": "source"}
 
 
 def tokens_of(folder):
@@ -78,14 +78,6 @@ def test_awkward_documents_from_every_kind_of_file(tmp_path, library):
         assert (result.documents, result.documents_empty, result.documents_replaced) == (11, 2, 1), kind
         all_tokens = [token for document in tokens_of(out) for token in document]
         assert all_tokens.count(EOT) == 11
-
-
-def test_a_mark_at_the_start_of_a_file_is_not_text(tmp_path, library):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\r\n\r\n{"text": "there"}')
-    sources = [tmp_path / "a.txt", tmp_path / "a.jsonl"]
-    build(BuildConfig(sources, tmp_path / "out", tokenizer=library, **OPTIONS))
-    assert tokens_of(tmp_path / "out") == expected(["hello", "hello", "there"])
 
 
 def test_surrogates_and_keys_that_stand_twice(tmp_path, library):
@@ -320,7 +312,6 @@ def test_every_encoding_of_parquet(tmp_path, library):
             (plain, {}),
             (plain, {"use_dictionary": False, "data_page_version": "2.0"}),
             (plain, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}),
-            (plain, {"use_dictionary": False, "column_encoding": "DELTA_LENGTH_BYTE_ARRAY"}),
             (plain, {"write_page_checksum": True, "row_group_size": 300, "data_page_size": 500}),
             (plain.cast(pa.large_string()), {"dictionary_pagesize_limit": 1000, "write_batch_size": 10}),
             (plain.dictionary_encode(), {}),

@@ -1,6 +1,5 @@
 """The whole way of FineWeb-Edu, from a hub on this machine with its troubles to verified shards."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import fineweb_like
 import pyarrow.parquet as pq
 import pytest
-from hub_server import SECOND, Drop, HubServer, Refuse, Spoil, use
+from hub_server import SECOND, Drop, HubServer, Refuse, Spoil
 
-from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, verify
-from gpt2_data.sources import download, web
+from gpt2_data import BuildConfig, build, open_dataset, verify
 
 REPO = "HuggingFaceFW/fineweb-edu"
 CARD = b"""---
@@ -168,28 +166,6 @@ def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
     done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "body" in done.stderr
-
-
-def test_tinyshakespeare(hub, tmp_path, monkeypatch):
-    """In documents as llm.c has them; the file here stands for the real one."""
-    use(hub, monkeypatch)
-    text = "First Citizen:\nBefore we proceed.\n\nAll:\nSpeak, speak.\n\n" * 50 + "The end."
-    hub.pages["input.txt"] = text.encode()
-    file = web.WebFile(
-        f"{hub.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text.encode()).hexdigest()
-    )
-    monkeypatch.setattr(download, "TINYSHAKESPEARE", file)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    result = build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1))
-    assert result.documents == 101
-    assert 0 < result.val_tokens < result.tokens / 5
-    data = open_dataset(tmp_path / "out")
-    tokens = [*data.read("val", 0, result.val_tokens), *data.read("train", 0, result.tokens - result.val_tokens)]
-    assert "".join(get_tokenizer().decode([t for t in map(int, tokens) if t != 50256])) == text
-    asked = len(hub.requests)
-    assert build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1)).already_built
-    build(BuildConfig(["tinyshakespeare"], tmp_path / "again", workers=1))
-    assert len(hub.requests) == asked
 
 
 def is_planned(out):

@@ -128,7 +128,12 @@ FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
 )
 @cloup.option_group(
     "Downloads",
-    cloup.option("--downloads", **FOLDER, help="Folder for fetched files.  [default: OUT/downloads]"),
+    cloup.option(
+        "--downloads",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Folder for fetched files.  [default: OUT/downloads]",
+    ),
     cloup.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized."),
 )
 @cloup.option_group(
