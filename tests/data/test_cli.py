@@ -108,7 +108,7 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_shard_size_without_its_m_is_refused(run, source, tmp_path, monkeypatch, dry):
-    monkeypatch.setattr(estimate, "MAX_SHARDS", 100)
+    monkeypatch.setattr(estimate, "MAX_SHARDS", 1000)
     done = run("build", source, "--out", tmp_path / "out", "--shard-size", 100, "--workers", 1, *dry)
     assert done.exit_code == 0
     done = run("build", source, "--out", tmp_path / "out2", "--shard-size", 10, "--workers", 1, *dry)

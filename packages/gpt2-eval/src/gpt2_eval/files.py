@@ -60,7 +60,7 @@ def have(published: Published, path: str | None = None) -> tuple[Path, str]:
 def _download(published: Published, cache: Path) -> Path:
     source = hub.parse(published.source)
     if source is None:
-        size = _size(published.source)
+        size = web.size_of(published.source)
         return fetch(
             web.WebFile(published.source, published.name, size, published.sha256),
             cache,
@@ -70,19 +70,6 @@ def _download(published: Published, cache: Path) -> Path:
     if len(files) != 1:
         raise ValueError(f"{published.source} has {len(files)} files on the hub now, not one: give --data FILE")
     return fetch(files[0], cache / source.repo.replace("/", "--"), unreachable=web.UNREACHABLE)
-
-
-def _size(url: str) -> int:
-    patience = web.Patience(url, unreachable=web.UNREACHABLE)
-    while True:
-        try:
-            with web.Link(url).open(0, 1) as response:
-                size = web.total_size(response)
-            if size is None:
-                raise OSError(f"{url}: the server does not say how long the file is")
-            return size
-        except web.Again as again:
-            patience.wait(again)
 
 
 def short_hash(*parts: object) -> str:

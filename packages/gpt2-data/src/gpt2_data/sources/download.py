@@ -109,7 +109,7 @@ def is_done(path: Path, file: WebFile) -> bool:
         status, receipt = path.stat(), json.loads(_receipt(path).read_text())
     except (OSError, ValueError):
         return False
-    expected = {"size": file.size, "mtime_ns": status.st_mtime_ns}
+    expected: dict[str, object] = {"size": file.size, "mtime_ns": status.st_mtime_ns}
     expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 

@@ -61,7 +61,7 @@ def token_counts(
     parquet_files: list[WebFile],
     column: str = "token_count",
     threads: int = 16,
-    progress: Callable[[int], object] = lambda row_groups: None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[int | None]:
     """Yield for each file the sum of an integer column, or None if it has none; a few kB a row group are read.
 
@@ -91,7 +91,8 @@ def token_counts(
                         where = f"{remote.file.path}: row group {group}"
                         raise ValueError(f"{where}: {files.first_line(error)}") from error
                     total += pc.sum(values).as_py() or 0
-                    progress(1)
+                    if progress is not None:
+                        progress(1)
                 return total
 
             yield sum(pool.map(count, range(min(threads, metadata.num_row_groups))))

@@ -215,7 +215,7 @@ def raise_again(response: httpx2.Response) -> None:
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, by Retry-After (seconds or a date, RFC 9110) or by the hub's header."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     value = headers.get("Retry-After", "").strip()
     if value.isdigit():
