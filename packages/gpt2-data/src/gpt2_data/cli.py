@@ -4,9 +4,7 @@ Nothing heavy is imported here at the top: help must answer at once. Results go 
 """
 
 import errno
-import glob
 import json
-import os
 import re
 import signal
 import time
@@ -20,8 +18,6 @@ import click
 
 from gpt2_data.console import gb
 
-WORTH_WORKERS = 64_000_000
-"""Bytes of files from which on several processes are used for sure."""
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_DATA"}
 
 
@@ -99,7 +95,9 @@ def _choice(*names: str) -> Any:
 @click.option("--format", **_choice("uint16", "arrow"), help="Of the shards: llm.c's, or Arrow.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: one a core]")
 @click.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library; the tokens are the same.")
-@click.option("--order", **_choice("source", "shuffled"), help="Order of the documents.")
+@click.option(
+    "--order", type=click.Choice(["shuffled", "source"]), help="Order of the documents.  [default: shuffled]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --order shuffled.")
 @click.option("--column", default="text", show_default=True, help="Column or JSON key of the text.")
 @click.option(
@@ -134,7 +132,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     number of workers, parts, machines and interruptions.
     """
     from gpt2_data import console
-    from gpt2_data.building import workers as engines
+    from gpt2_data.building.config import BuildConfig
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -142,23 +140,15 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
             _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    workers = 1 if dry_run or options["engine"] != "local" else _workers(source, options["workers"])
-    if workers > 1:  # before anything heavy is imported here
-        engines.start_early(workers, options["tokenizer"])
-    try:
-        from gpt2_data.building.config import BuildConfig
+    config = BuildConfig(sources=source, out=out, **options)
+    if dry_run:
+        console.print_plan(config, as_json)
+        return
+    from gpt2_data.building.build import build as run
 
-        config = BuildConfig(sources=source, out=out, **options)
-        if dry_run:
-            console.print_plan(config, as_json)
-            return
-        from gpt2_data.building.build import build as run
-
-        with _stoppable(), console.progress() as progress:
-            result = run(config, progress)
-        console.print_result(result, config, as_json)
-    finally:
-        engines.discard_early()
+    with _stoppable(), console.progress() as progress:
+        result = run(config, progress)
+    console.print_result(result, config, as_json)
 
 
 @contextmanager
@@ -191,16 +181,6 @@ def _check_names(source: tuple[str, ...]) -> None:
             sources.expand(name)
 
 
-def _workers(source: tuple[str, ...], wanted: int | None) -> int:
-    """How many workers a build of these files will have at most; 1 for little, which may be done without any."""
-    from gpt2_data.building import workers as engines
-
-    size = sum(os.path.getsize(path) for name in source for path in glob.glob(name) if os.path.isfile(path))
-    if size < WORTH_WORKERS:
-        return 1
-    return wanted or min(engines.cores(), size // 4_000_000)
-
-
 DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
 
 
@@ -216,7 +196,7 @@ DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Pat
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def verify(dataset: Path, level: str, as_json: bool) -> None:
     """Check a dataset's files against its dataset.json."""
-    from gpt2_data.formats.manifest import verify as check
+    from gpt2_data.formats.verification import verify as check
 
     report = check(dataset, level)
     if as_json:

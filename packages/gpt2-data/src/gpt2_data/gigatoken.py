@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.disk import write_whole
 
 MAX_GROWTH = 250_000_000
 """Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.
@@ -106,7 +106,7 @@ def keep_proof(proof: Proof, file: Path) -> None:
     """Add a proof to a file, in place of one for the same versions."""
     proofs = [other for other in read_proofs(file) if other.versions != proof.versions] + [proof]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with formats.atomic(file, file.parent) as out:
+    with write_whole(file) as out:
         out.write(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1).encode() + b"\n")
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data import order
-from gpt2_data.formats import arrow
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.disk import write_whole
+from gpt2_data.formats import arrow, uint16
 from gpt2_data.formats.manifest import Shard, Sidecar
 
 DEFAULT_VAL_TOKENS = 100_000_000
@@ -27,7 +27,7 @@ _CHUNK_TOKENS = 4_000_000
 
 @dataclass(frozen=True)
 class UnitFiles:
-    """A tokenized unit: raw uint16 tokens, and the u64 length of each document. EOTs are in both."""
+    """A tokenized unit: raw uint16 tokens, and the u64 length of each document, EOTs counted in both."""
 
     tokens: Path
     lengths: Path
@@ -37,7 +37,11 @@ class UnitFiles:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stream of all documents in order; the first `val_tokens` of it are validation's."""
+    """The stream of all documents in order; its first `val_tokens` are for validation.
+
+    Attributes:
+        seed: of the documents' order. None: the source's order.
+    """
 
     units: tuple[UnitFiles, ...]
     positions: Path
@@ -45,7 +49,7 @@ class Layout:
     num_documents: int
     num_tokens: int
     val_tokens: int
-    seed: int | None  # of the documents' order; None: the source's
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,27 @@ class ShardTask:
 def lay_out(
     units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int | None, exact: int | None = None
 ) -> Layout:
-    """Put the documents in order: the source's, or for a seed the one it stands for.
+    """Put the documents in order.
 
-    Validation takes the first, as many whole ones as reach `val_tokens`; None: DEFAULT_VAL_TOKENS, or a tenth of
-    all tokens where that is less, and nothing where that would take more than half. `exact`: it takes so many
-    tokens and shares a document with training. Raises ValueError, saying what would do, if that leaves nothing for
-    training.
+    Args:
+        seed: of the order. None: the source's order.
+        val_tokens: validation takes the first documents, as many whole ones as reach this many tokens. None:
+            DEFAULT_VAL_TOKENS, or a tenth of all tokens if that is less, and nothing if that takes more than half.
+        exact: validation takes this many tokens, and may share a document with training.
+
+    Raises:
+        ValueError: nothing is left for training.
     """
     source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
     with source.open("wb") as file:
-        num_documents = _write_sums(file, (np.fromfile(unit.lengths, formats.OFFSET) for unit in units))
-    if num_documents == sum(unit.num_tokens for unit in units):  # an <|endoftext|> each
-        raise ValueError("there is no text in the source")
+        num_documents = _write_sums(file, (np.fromfile(unit.lengths, uint16.OFFSET) for unit in units))
     begins = _map(source)
     if seed is None:
         positions = starts = source
     else:
         with starts.open("wb") as file:
             for chosen in _permuted(num_documents, seed):
-                file.write(begins[chosen].astype(formats.OFFSET).data)
+                file.write(begins[chosen].astype(uint16.OFFSET).data)
         with positions.open("wb") as file:
             chunks = (begins[chosen + 1] - begins[chosen] for chosen in _permuted(num_documents, seed))
             _write_sums(file, chunks)
@@ -102,13 +108,13 @@ def lay_out(
 
 
 def _write_sums(file: BinaryIO, chunks: Iterator[NDArray[np.uint64]]) -> int:
-    """Write 0 and the running sums of the numbers in `chunks`; returns how many numbers there were."""
+    """Write 0 and the running sums of the numbers in `chunks`; return how many numbers there were."""
     total = count = 0
-    file.write(np.zeros(1, formats.OFFSET).data)
+    file.write(np.zeros(1, uint16.OFFSET).data)
     for chunk in chunks:
         if len(chunk):
             sums = total + np.cumsum(chunk, dtype=np.uint64)
-            file.write(sums.astype(formats.OFFSET).data)
+            file.write(sums.astype(uint16.OFFSET).data)
             total, count = int(sums[-1]), count + len(chunk)
     return count
 
@@ -119,7 +125,7 @@ def _permuted(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _map(path: Path) -> NDArray[np.uint64]:
-    return np.memmap(path, formats.OFFSET, "r")
+    return np.memmap(path, uint16.OFFSET, "r")
 
 
 def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
@@ -127,18 +133,22 @@ def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
     proposal = tokens // 20
     if proposal > 0:
         proposal = round(proposal, 2 - len(str(proposal)))  # two digits are enough to type
-    if int(np.searchsorted(sums, proposal)) >= documents:
+    if documents > 1 and int(np.searchsorted(sums, proposal)) >= documents:
         proposal = 0
-    return (
-        f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
-        f"{val_tokens:,} are wanted for validation: try --val-tokens {proposal}"
-    )
+    start = f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
+    start += f"{val_tokens:,} are wanted for validation: "
+    if documents == 1:
+        return start + (
+            "a document is not split, so write the text as several documents (files, or lines of JSON), or cut it "
+            f"anywhere with --compat build-nanogpt --shard-size {max(proposal, 1)}, or do without: --val-tokens 0"
+        )
+    return start + f"try --val-tokens {proposal}"
 
 
 def shard_tasks(
     layout: Layout, shard_size: int, folder: Path, temporary_folder: Path, format: str = "uint16"
 ) -> list[ShardTask]:
-    """The shards: validation's first, one running number in the names. A document may go on in the next shard."""
+    """Cut the shards: validation's first, numbered as one series. A document may continue in the next shard."""
     ends = {"val": (0, layout.val_tokens), "train": (layout.val_tokens, layout.num_tokens)}
     ranges = [
         (split, start, min(start + shard_size, last))
@@ -152,17 +162,17 @@ def shard_tasks(
 
 
 def shard_name(split: str, number: int, format: str) -> str:
-    """The file name of a shard in a dataset of ours."""
+    """Return the file name of a shard."""
     return f"{split}_{number:06d}{arrow.ENDING if format == 'arrow' else '.bin'}"
 
 
 def document_ids(numbers: NDArray[np.int64], num_documents: int, seed: int | None) -> NDArray[np.int64]:
-    """The number in the source's order of each of the documents `numbers` of the stream."""
+    """Return the numbers in the source's order of the documents `numbers` of the stream."""
     return numbers if seed is None else order.permute(numbers, num_documents, seed)
 
 
 def write_shard(task: ShardTask) -> Shard:
-    """Write one shard: uint16 with its sidecar, or Arrow. Holds a chunk of its tokens and 20 bytes a document."""
+    """Write one shard: uint16 with its sidecar, or Arrow. Memory: a chunk of tokens and 20 bytes a document."""
     layout, num_tokens = task.layout, task.stop - task.start
     sums = _map(layout.positions)
     begin, end = (int(i) for i in np.searchsorted(sums[:-1], [task.start, task.stop]))  # documents that start here
@@ -170,8 +180,8 @@ def write_shard(task: ShardTask) -> Shard:
     tokens = _tokens(task, sums)
     ids = None
     if task.format == "arrow":
-        goes_on = int(begin == end or starts[0] > 0)  # the first row is what is left of the document before
-        numbers = np.arange(begin - goes_on, end)
+        continues = int(begin == end or starts[0] > 0)  # the first row is the rest of the document before
+        numbers = np.arange(begin - continues, end)
         ids = document_ids(numbers, layout.num_documents, layout.seed)
     path = task.folder / task.file
     return write_documents(path, task.temporary_folder, task.split, num_tokens, tokens, starts, ids)
@@ -188,17 +198,18 @@ def write_documents(
 ) -> Shard:
     """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
 
-    `starts` are those of the documents that start in it, in tokens; `ids` are the rows', one more if the first row
-    goes on with the document before.
+    Args:
+        starts: where documents start in it, in tokens.
+        ids: of the rows, one more than `starts` if the first row continues the document before.
     """
     sidecar = None
     if ids is None:
-        with formats.atomic(path.with_suffix(".docs"), temporary_folder) as file:
-            docs = formats.write_docs(file, starts)
+        with write_whole(path.with_suffix(".docs"), temporary_folder) as file:
+            docs = uint16.write_docs(file, starts)
         sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
-    with formats.atomic(path, temporary_folder) as file:
+    with write_whole(path, temporary_folder) as file:
         if ids is None:
-            written = formats.write_shard(file, num_tokens, chunks)
+            written = uint16.write_shard(file, num_tokens, chunks)
         else:
             rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
             written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
@@ -216,10 +227,10 @@ def write_documents(
 
 
 def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.uint16]]:
-    """Tokens [start, stop) of the stream in chunks; a chunk is good until the next is asked for."""
+    """Yield tokens [start, stop) of the stream in chunks; a chunk is valid until the next is asked for."""
     units = task.layout.units
     unit_starts = list(itertools.accumulate((unit.num_tokens for unit in units), initial=0))
-    files = formats.TokenFiles([formats.TokenFile(unit.tokens, unit.num_tokens, 0) for unit in units])
+    files = uint16.TokenFiles([uint16.TokenFile(unit.tokens, unit.num_tokens, 0) for unit in units])
     buffer = np.empty(min(_CHUNK_TOKENS, task.stop - task.start), np.uint16)
     filled = 0
     for start, length in _runs(task, sums):
@@ -237,7 +248,7 @@ def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.ui
 
 
 def _runs(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """(start, length) in the units' tokens of what the shard is made of; neighbours that adjoin are one."""
+    """Yield (start, length) in the units' tokens of the shard's pieces; pieces that adjoin are one."""
     first = int(np.searchsorted(sums, task.start, side="right")) - 1  # may have started before the shard
     last = int(np.searchsorted(sums[:-1], task.stop))
     bounds = np.clip(sums[first : last + 1].astype(np.int64), task.start, task.stop)

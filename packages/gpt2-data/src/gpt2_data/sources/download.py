@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2_data.formats.uint16 import atomic, fsync_folder
+from gpt2_data.disk import sync_folder as fsync_folder
+from gpt2_data.disk import write_whole as atomic
 from gpt2_data.sources import web
 from gpt2_data.sources.hub import HubFile
 from gpt2_data.sources.web import WebFile
