@@ -24,7 +24,7 @@ def source(write_jsonl, texts):
 
 def test_build_verify_info_show(run, source, texts, tmp_path):
     out = tmp_path / "out"
-    arguments = ["build", source, "--out", out, "--val-tokens", "1k", "--shard-size", "5k", "--workers", 1]
+    arguments = ["build", source, "--out", out, "--val-tokens", "1k", "--shard-size", "5k", "--order", "source"]
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)

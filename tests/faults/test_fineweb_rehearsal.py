@@ -180,15 +180,15 @@ def test_tinyshakespeare(hub, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(download, "TINYSHAKESPEARE", file)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    result = build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1))
+    result = build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1, order="source"))
     assert result.documents == 101
     assert 0 < result.val_tokens < result.tokens / 5
     data = open_dataset(tmp_path / "out")
     tokens = [*data.read("val", 0, result.val_tokens), *data.read("train", 0, result.tokens - result.val_tokens)]
     assert "".join(get_tokenizer().decode([t for t in map(int, tokens) if t != 50256])) == text
     asked = len(hub.requests)
-    assert build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1)).already_built
-    build(BuildConfig(["tinyshakespeare"], tmp_path / "again", workers=1))
+    assert build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1, order="source")).already_built
+    build(BuildConfig(["tinyshakespeare"], tmp_path / "again", workers=1, order="source"))
     assert len(hub.requests) == asked
 
 

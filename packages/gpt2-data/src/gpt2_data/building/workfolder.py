@@ -236,8 +236,8 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
             continue
         if key == "order" and value == "shuffled":
             raise ValueError(
-                f"{out} is built in the source's order, and shuffled is the default now: add --order source to keep "
-                "it as it is, or choose another --out"
+                f"{out} is built in the source's order, and shuffled is the default now: add --order source to "
+                "keep it, or choose another --out"
             )
         how = f"its {key} is {dataset.options.get(key)}, {value} is wanted"
         raise ValueError(f"{out} holds another dataset ({how}): choose another --out")
