@@ -17,7 +17,7 @@ from pathlib import Path
 from gpt2_data import disk, tokenizer
 from gpt2_data.building import workers, workfolder
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import ShardTask, UnitFiles, lay_out, shard_tasks, write_shard
+from gpt2_data.building.cut_shards import lay_out, shard_tasks
 from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
 from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan, request_name
 from gpt2_data.building.tokenize_units import (
@@ -270,29 +270,14 @@ class _Downloads(contextlib.ExitStack):
 
 
 def _write_shards(this: _Build, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
-    config = this.config
-    units = [
-        UnitFiles(task.tokens_file, task.lengths_file, receipt.tokens, receipt.documents)
-        for task, receipt in zip(this.tasks, receipts, strict=True)
-    ]
-    seed = config.seed if config.order == "shuffled" else None
-    exact = config.shard_size if config.compat is not None else None
-    layout = lay_out(units, this.work, seed, config.val_tokens, exact)
-    cuts = shard_tasks(layout, config.shard_size, config.out, this.work, config.format)
-    workfolder.remove_other_shards(config.out, [cut.file for cut in cuts])
+    layout = lay_out(this.config, this.tasks, receipts)
+    cuts = shard_tasks(layout, this.config, this.work)
+    workfolder.remove_other_shards(this.config.out, [cut.file for cut in cuts])
     done = 0
-
-    def write(cut: ShardTask) -> Shard:
-        shard = workfolder.valid_shard(cut, key)
-        if shard is None:
-            shard = write_shard(cut)
-            workfolder.note_shard(cut, key, shard)
-        return shard
-
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
     # to write. Twice as many as cores, since half of them wait for the disk.
-    with ThreadPoolExecutor(2 * config.num_workers(2 * layout.num_tokens)) as pool:
-        futures = [pool.submit(write, cut) for cut in cuts]
+    with ThreadPoolExecutor(2 * this.config.num_workers(2 * layout.num_tokens)) as pool:
+        futures = [pool.submit(workfolder.make_shard, cut, key) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 done += future.result().tokens

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from gpt2_data import disk
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import ShardTask
+from gpt2_data.building.cut_shards import ShardTask, write_shard
 from gpt2_data.building.estimate import estimate
 from gpt2_data.building.plan import WORK, Plan, downloads, json_sha256
 from gpt2_data.building.tokenize_units import Receipt
@@ -169,10 +169,11 @@ def remove_other_shards(out: Path, files: list[str]) -> None:
             entry.unlink()
 
 
-def valid_shard(cut: ShardTask, key: str) -> Shard | None:
-    """Return the shard, if a build with the same key has written it and its files are whole by their hashes."""
+def make_shard(cut: ShardTask, key: str) -> Shard:
+    """Write a shard, unless a build with the same key has and the shard's files are whole by their hashes."""
+    receipt_file = cut.work / f"shard-{cut.file}.json"
     try:
-        receipt = json.loads(_shard_receipt(cut).read_bytes())
+        receipt = json.loads(receipt_file.read_bytes())
         shard = manifest.shard_from_json(receipt["shard"])
         same = receipt["key"] == key and (shard.file, shard.tokens) == (cut.file, cut.stop - cut.start)
         hashes = {shard.file: shard.sha256}
@@ -182,16 +183,9 @@ def valid_shard(cut: ShardTask, key: str) -> Shard | None:
             return shard
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return None
-
-
-def note_shard(cut: ShardTask, key: str, shard: Shard) -> None:
-    """Write down that the shard is whole."""
-    _write_json(_shard_receipt(cut), {"key": key, "shard": dataclasses.asdict(shard)})
-
-
-def _shard_receipt(cut: ShardTask) -> Path:
-    return cut.temporary_folder / f"shard-{cut.file}.json"
+    shard = write_shard(cut)
+    _write_json(receipt_file, {"key": key, "shard": dataclasses.asdict(shard)})
+    return shard
 
 
 # --- what a finished dataset says of its making

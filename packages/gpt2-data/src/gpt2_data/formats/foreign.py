@@ -18,7 +18,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -119,25 +119,20 @@ def sniff(path: Path) -> ForeignManifest | None:
     names = sorted(entry.name for entry in path.iterdir())
     if any(name.endswith(".docs") for name in names):
         return None  # ours, and it has lost its dataset.json
-    pairs = [(path / name, path / f"{name[:-4]}.idx") for name in names if name.endswith(".bin")]
-    pairs = [pair for pair in pairs if pair[1].name in names]
-    paired = {pair[0].name for pair in pairs}
-    matches = [match for name in names if name not in paired and (match := _SHARD.fullmatch(name))]
-    kinds = {match.string: _kind(path / match.string) for match in matches}
-    kinds |= dict.fromkeys(paired, "megatron")
-    if len(set(kinds.values())) > 1:
-        one, other = (
-            next(name for name, kind in kinds.items() if kind == k) for k in sorted(set(kinds.values()))[:2]
-        )
-        raise ValueError(
-            f"{path} may be more than one dataset: {one} is {NAMES[kinds[one]]}'s and {other} is "
-            f"{NAMES[kinds[other]]}'s: keep one kind in a folder"
-        )
-    if not kinds:
-        return None
+    pairs = [name for name in names if name.endswith(".bin") and f"{name[:-4]}.idx" in names]
+    matches = [match for name in names if name not in pairs and (match := _SHARD.fullmatch(name))]
+    kinds = {_kind(path / match.string): match.string for match in matches}
     if pairs:
-        return _megatron(pairs)
-    return _shards(path, kinds[matches[0].string], matches)
+        kinds["megatron"] = pairs[0]
+    if len(kinds) > 1:
+        (one, file), (other, other_file) = sorted(kinds.items())[:2]
+        raise ValueError(
+            f"{path} may be more than one dataset: {file} is {NAMES[one]}'s and {other_file} is {NAMES[other]}'s: "
+            "keep one kind in a folder"
+        )
+    if pairs:
+        return _megatron([(path / name, path / f"{name[:-4]}.idx") for name in pairs])
+    return _shards(path, *kinds, matches) if kinds else None
 
 
 def _kind(path: Path) -> str:
@@ -244,16 +239,20 @@ def check_megatron(tokens: Path, index: Path) -> TokenFile:
     sequences, documents = _read_idx_header(index)
     size = tokens.stat().st_size
     position = 0
-    for lengths, positions in _idx_parts(index, (0, "<i4", sequences), (4 * sequences, "<i8", sequences)):
-        ends = position + 2 * np.cumsum(lengths, dtype=np.int64)
-        if (lengths < 0).any() or ends[-1] > size or (positions != ends - 2 * lengths.astype(np.int64)).any():
+    for start in range(0, sequences, _CHUNK):
+        count = min(_CHUNK, sequences - start)
+        lengths = _idx_array(index, "<i4", 4 * start, count)
+        ends = position + 2 * np.cumsum(lengths)
+        positions = _idx_array(index, "<i8", 4 * sequences + 8 * start, count)
+        if (lengths < 0).any() or ends[-1] > size or (positions != ends - 2 * lengths).any():
             raise ValueError(f"{index}: its sequences do not lie one after the other in {tokens.name}: damaged")
         position = int(ends[-1])
     uint16.check_size(tokens, size, position, f"{position // 2:,} tokens")
     if position == 0:
         raise ValueError(f"{tokens}: holds no tokens")
     before = 0
-    for (numbers,) in _idx_parts(index, (12 * sequences, "<i8", documents)):
+    for start in range(0, documents, _CHUNK):
+        numbers = _idx_array(index, "<i8", 12 * sequences + 8 * start, min(_CHUNK, documents - start))
         if (np.diff(numbers, prepend=before) < 0).any() or numbers[-1] > sequences:
             raise ValueError(
                 f"{index}: its documents are out of order or outside the {sequences:,} sequences: damaged"
@@ -278,16 +277,9 @@ def _read_idx_header(index: Path) -> tuple[int, int]:
     return sequences, documents
 
 
-def _idx_parts(index: Path, *arrays: tuple[int, str, int]) -> Iterator[list[NDArray[np.int64]]]:
-    """Read arrays of an .idx side by side in chunks; each is (byte behind the header, number type, length)."""
-    with index.open("rb") as file:
-        for start in range(0, arrays[0][2], _CHUNK):
-            parts = []
-            for place, kind, length in arrays:
-                dtype, count = np.dtype(kind), min(_CHUNK, length - start)
-                file.seek(IDX_HEADER_BYTES + place + dtype.itemsize * start)
-                parts.append(np.frombuffer(file.read(dtype.itemsize * count), dtype).astype(np.int64))
-            yield parts
+def _idx_array(index: Path, kind: str, position: int, count: int) -> NDArray[np.int64]:
+    """Read `count` numbers of an .idx from byte `position` behind the header on."""
+    return np.fromfile(index, kind, count, offset=IDX_HEADER_BYTES + position).astype(np.int64)
 
 
 def megatron_starts(description: ForeignManifest, split: str) -> NDArray[np.int64]:
@@ -295,7 +287,10 @@ def megatron_starts(description: ForeignManifest, split: str) -> NDArray[np.int6
     starts, before = [np.empty(0, np.int64)], 0
     for (name, file), index in zip(description.files, description.indexes, strict=True):
         if name == split:
-            starts.append(_idx_starts(index) + before)
+            sequences, documents = _read_idx_header(index)
+            positions = _idx_array(index, "<i8", 4 * sequences, sequences) // 2
+            numbers = _idx_array(index, "<i8", 12 * sequences, documents)[:-1]
+            starts.append(positions[numbers[numbers < sequences]] + before)  # behind the last are empty ones
             before += file.tokens
     return np.concatenate(starts)
 
@@ -310,15 +305,6 @@ def write_idx(file: BinaryIO, begins: NDArray[np.int64]) -> None:
         file.write((2 * begins[start : min(start + _CHUNK, count)]).astype("<i8").data)
     for start in range(0, count + 1, _CHUNK):
         file.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").data)
-
-
-def _idx_starts(index: Path) -> NDArray[np.int64]:
-    sequences, documents = _read_idx_header(index)
-    at = IDX_HEADER_BYTES + 4 * sequences
-    positions = np.fromfile(index, "<i8", sequences, offset=at) // 2
-    numbers = np.fromfile(index, "<i8", documents, offset=at + 8 * sequences)[:-1]
-    starts: NDArray[np.int64] = positions[numbers[numbers < sequences]]  # behind the last there may be empty ones
-    return starts
 
 
 # --- documents

@@ -9,7 +9,6 @@ that starts in the shard the offset of its first token, u64. Arrow shards have t
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +170,6 @@ class TokenFiles:
             if count == 0:
                 raise self._cut_short(number, offset)
             wanted, position = wanted[count:], position + count
-        if sys.byteorder == "big":
-            out.byteswap(inplace=True)
 
     def read_rows(self, out: NDArray[np.uint16], numbers: list[int], offsets: list[int]) -> None:
         """Fill row i of `out`, contiguous, with the tokens of file numbers[i] from token offsets[i] on."""
@@ -185,8 +182,6 @@ class TokenFiles:
             start, end = end, end + row_bytes
             if os.preadv(descriptor, (data[start:end],), position) != row_bytes:
                 raise self._cut_short(number, offset)
-        if sys.byteorder == "big":
-            out.byteswap(inplace=True)
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:
