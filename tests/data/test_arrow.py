@@ -124,7 +124,7 @@ def test_the_same_tokens_and_documents_as_uint16(pair):
 
 def test_a_row_says_which_document_of_the_source_it_is(pair, built, tmp_path):
     """Also after a shuffle, and if it goes on in the next shard."""
-    build(BuildConfig([built / "texts.jsonl"], tmp_path / "in-order", workers=1, val_tokens=0))
+    build(BuildConfig([built / "texts.jsonl"], tmp_path / "in-order", workers=1, val_tokens=0, order="source"))
     in_order = open_dataset(tmp_path / "in-order")
     by_id = {number: document.tolist() for number, document in enumerate(in_order.documents("train"))}
     pieces = {}

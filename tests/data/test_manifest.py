@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_data import BuildConfig, build, open_dataset, verify
-from gpt2_data.formats import manifest
+from gpt2_data.formats import manifest, verification
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_blocks_do_not_matter(folder, monkeypatch):
     problems = verify(folder, "full").problems
     assert problems == ("train_000001.bin: token 300 is 65535, not below 50257",)
     for block in 2, 6, 1024, 6000:
-        monkeypatch.setattr(manifest, "_BLOCK", block)
+        monkeypatch.setattr(verification, "_BLOCK", block)
         assert verify(folder, "full").problems == problems
 
 

@@ -92,7 +92,7 @@ def dataset_folder(tmp_path_factory):
     source = folder / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     out = folder / "built"
-    build(BuildConfig(sources=(str(source),), out=out, shard_size=300, val_tokens=1000, workers=1))
+    build(BuildConfig(sources=(str(source),), out=out, shard_size=300, val_tokens=1000, workers=1, order="source"))
     return out
 
 

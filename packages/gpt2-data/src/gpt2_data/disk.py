@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, one writer at a time, and hashes."""
+"""Files that appear whole or not at all, one writer at a time, hashes, and the cores that work on them."""
 
 import contextlib
 import fcntl
@@ -76,3 +76,8 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cores() -> int:
+    """The number of cores that this process may use: of a container or a job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

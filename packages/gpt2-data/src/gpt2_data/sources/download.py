@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
@@ -227,9 +227,8 @@ class Downloader:
 
     Args:
         files: each with its folder.
-        uses: how many times each path is released before its file is done with; 1 if it is not named.
-        ahead: how many files may be there that are not done with; None: all.
-        delete: True deletes a file that is done with.
+        ahead: how many files may be there that are not released; None: all.
+        delete: True deletes a file that is released.
 
         with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
             while not downloader.ready(path): ...      # raises what stopped the thread
@@ -240,7 +239,6 @@ class Downloader:
     def __init__(
         self,
         files: Sequence[tuple[WebFile, Path]],
-        uses: Mapping[Path, int] | None = None,
         ahead: int | None = None,
         delete: bool = False,
     ) -> None:
@@ -248,7 +246,6 @@ class Downloader:
         self.files = {folder / file.path: (file, folder) for file, folder in files}
         self.bytes_total = sum(file.size for file, _ in files)
         self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
-        self._uses = {path: (uses or {}).get(path, 1) for path in self.files}
         self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
         self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
@@ -262,21 +259,17 @@ class Downloader:
         return self._complete + self._current
 
     def ready(self, path: Path) -> bool:
-        """True if the file is there, or is none of these. Raises the thread's OSError if it never will be."""
-        arrived = self._arrived.get(path)
-        if arrived is not None and arrived.done():
+        """True if the file is there. Raises the thread's OSError if it never will be."""
+        arrived = self._arrived[path]
+        if arrived.done():
             arrived.result()
-        return arrived is None or arrived.done()
+        return arrived.done()
 
     def release(self, path: Path) -> None:
-        """Take note that a use of a file is over."""
-        if path not in self.files:
-            return
-        self._uses[path] -= 1
-        if self._uses[path] == 0:
-            if self.delete:
-                remove(path)
-            self._room.release()
+        """Take note that a file is done with."""
+        if self.delete:
+            remove(path)
+        self._room.release()
 
     def close(self) -> None:
         """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
