@@ -118,7 +118,7 @@ def test_the_first_text_of_a_unit_is_checked(monkeypatch):
     monkeypatch.setattr(
         fast.Encoder, "encode", lambda self, data, offsets: (np.ones(1, np.uint32), np.array([0, 1]))
     )
-    with pytest.raises(tokenizer.TokensDiffer, match="text 0"):
+    with pytest.raises(tokenizer.BadText, match="text 0"):
         tokenizer.encode_texts(pa.array(["some text"]), "gigatoken")
     tokenizer.encode_texts(pa.array(["some text"]), "gigatoken", first=1)
 
@@ -235,17 +235,6 @@ def test_a_difference_in_ascii_or_in_no_single_character_is_no_proof(plant, need
     plant(needle.encode())
     with pytest.raises(ValueError, match="not proven: "):
         prove(code_points=[*range(0x80), 0x301, 0x302], mixtures=200_000)
-
-
-def test_another_encoding_is_no_proof(monkeypatch):
-    monkeypatch.setattr(prove_gigatoken, "MAX_DIFFER", 100)
-    monkeypatch.setattr(
-        fast.Encoder,
-        "encode",
-        lambda self, data, offsets: (np.zeros(len(offsets) - 1, np.uint32), np.arange(len(offsets))),
-    )
-    with pytest.raises(ValueError, match="characters and more are encoded differently"):
-        prove(code_points=range(0x400, 0x800), mixtures=2000)
 
 
 def test_mixtures_are_the_seed_s():

@@ -130,26 +130,12 @@ def choose_backend(name: str) -> str:
 class BadText(ValueError):
     """A text that is not encoded. `index` is its place in the array, from 0."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)  # and no more, so that it passes from process to process
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)  # so that it passes from process to process
         self.index = index
 
-
-class NoWhiteSpace(BadText):
-    """A text of MAX_UNCUT bytes without a place to cut at."""
-
     def __str__(self) -> str:
-        return f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
-
-
-class TokensDiffer(BadText):
-    """gigatoken's tokens of a text are not tiktoken's."""
-
-    def __str__(self) -> str:
-        return (
-            f"gigatoken and tiktoken give different tokens for text {self.index}: "
-            "build with --tokenizer tiktoken, and please report this text as a bug"
-        )
+        return str(self.args[1])
 
 
 def encode_texts(
@@ -165,8 +151,7 @@ def encode_texts(
             encoded by tiktoken too, up to a megabyte of each.
 
     Raises:
-        TokensDiffer: the two give different tokens for such a text.
-        NoWhiteSpace: a text would need much memory.
+        BadText: the two give different tokens for such a text, or a text without white space would need much memory.
     """
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
@@ -190,7 +175,11 @@ def encode_texts(
             text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
             # What could not be cut is left out: tiktoken may take seconds for it.
             if len(text) <= 2 * _PIECE and not np.array_equal(own, _encode(text, np.array([0, len(text)]))[0]):
-                raise TokensDiffer(checked[piece])
+                raise BadText(
+                    checked[piece],
+                    f"gigatoken and tiktoken give different tokens for text {checked[piece]}: "
+                    "build with --tokenizer tiktoken, and please report this text as a bug",
+                )
     lengths = np.add.reduceat(counts, starts) + 1 if len(starts) else counts
     return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
 
@@ -228,7 +217,9 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
         while stop - start > _PIECE:
             cut = find_cut(view, start + _PIECE, stop)
             if (cut if cut >= 0 else stop) - start >= MAX_UNCUT:
-                raise NoWhiteSpace(i)
+                raise BadText(
+                    i, f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
+                )
             if cut < 0:
                 break
             inner.append(cut)

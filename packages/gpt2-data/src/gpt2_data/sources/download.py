@@ -237,10 +237,7 @@ class Downloader:
     """
 
     def __init__(
-        self,
-        files: Sequence[tuple[WebFile, Path]],
-        ahead: int | None = None,
-        delete: bool = False,
+        self, files: Sequence[tuple[WebFile, Path]], ahead: int | None = None, delete: bool = False
     ) -> None:
         self.delete = delete
         self.files = {folder / file.path: (file, folder) for file, folder in files}
