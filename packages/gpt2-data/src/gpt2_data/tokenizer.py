@@ -151,7 +151,7 @@ def encode_texts(
             encoded by tiktoken too, up to a megabyte of each.
 
     Raises:
-        BadText: the two give different tokens for such a text, or a text without white space would need much memory.
+        BadText: the two give different tokens for such a text, or a text has no white space in MAX_UNCUT bytes.
     """
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
