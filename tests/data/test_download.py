@@ -399,7 +399,11 @@ def test_fetch_says_what_is_wrong(server, file, tmp_path):
     with pytest.raises(OSError, match=r"none.txt: no such file \(HTTP 404\)"):
         gpt2_data.fetch(f"{server.url}/none.txt", tmp_path)
     server.add("two/files", {"a.parquet": b"a", "b.parquet": b"b"})
-    for source, message in (("hf:two/files", "has 2 files on the hub, not one"), ("page.txt", "write an address")):
+    for source, message in (
+        ("hf:two/files", "has 2 files on the hub, not one"),
+        ("page.txt", "write an address"),
+        (f"{server.url}/", "names no file"),
+    ):
         with pytest.raises(ValueError, match=message):
             gpt2_data.fetch(source, tmp_path)
 

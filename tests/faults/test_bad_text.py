@@ -4,18 +4,17 @@ import gzip
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset
+from gpt2_data.cli import main
 
-CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()", "build"]
 EOT = 50256
 OPTIONS = {"val_tokens": 0, "workers": 1, "order": "source"}
 
@@ -129,17 +128,10 @@ def test_long_runs_take_seconds(tmp_path, library, pieces):
 # --- through the command
 
 
-def run(*arguments, timeout=60):
+def run(*arguments):
     """The command's exit code, and what it said on stderr."""
-    done = subprocess.run(
-        [*CLI, *map(str, arguments), "--val-tokens", "0", "--workers", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
-    return done.returncode, done.stderr
+    done = CliRunner().invoke(main, ["build", *map(str, arguments), "--val-tokens", "0", "--workers", "1"])
+    return done.exit_code, done.stderr
 
 
 def refused(out, *sources):

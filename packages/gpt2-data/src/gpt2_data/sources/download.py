@@ -47,10 +47,12 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
         OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
     """
     source_on_hub = hub.parse(source)
-    if source_on_hub is None and not source.startswith(("http://", "https://")):
-        raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-    if name is None:
-        name = "" if source_on_hub else source.partition("?")[0].rpartition("/")[2]
+    if source_on_hub is None:
+        if not source.startswith(("http://", "https://")):
+            raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+        name = name or source.partition("?")[0].rpartition("/")[2]
+        if not name:
+            raise ValueError(f"{source}: this address names no file: give its name")
     if name and sha256 is not None:
         path = folder / name
         if path.is_file() and sha256_of(path) == sha256:
