@@ -172,8 +172,8 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     """Not by a part that an earlier process left, nor where the file changes between two connections."""
     part = tmp_path / "data" / "big.parquet.part"
     part.parent.mkdir()
-    for left in (OTHER[:1_000_000], OTHER + b"more", OTHER, b""):
-        part.write_bytes(left)
+    for wrong in (OTHER[:1_000_000], OTHER + b"more", OTHER, b""):
+        part.write_bytes(wrong)
         path = download_file(file, tmp_path)
         assert path.read_bytes() == CONTENT
         download.remove(path)
@@ -339,9 +339,9 @@ def test_closing_in_the_middle(server, file, tmp_path):
     downloader.close()
     assert time.monotonic() - before < 1
     assert not downloader._thread.is_alive()
-    kept = part.stat().st_size
-    assert part.read_bytes() == CONTENT[:kept]
-    assert kept > 200_000
+    size = part.stat().st_size
+    assert part.read_bytes() == CONTENT[:size]
+    assert size > 200_000
 
     server.faults = [Refuse(status=429, headers={"Retry-After": "60"})]
     downloader = Downloader([(file, tmp_path)])
@@ -359,7 +359,7 @@ def test_closing_in_the_middle(server, file, tmp_path):
     server.requests.clear()
     server.faults = [Stall(at=1000)]
     downloader = Downloader([(file, tmp_path)])
-    until(lambda: downloader.bytes_done > kept)
+    until(lambda: downloader.bytes_done > size)
     before = time.monotonic()
     downloader.close()
     assert time.monotonic() - before < 3
@@ -367,7 +367,7 @@ def test_closing_in_the_middle(server, file, tmp_path):
     downloader._thread.join(5)
     assert not downloader._thread.is_alive()
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert server.sent("big.parquet") == SIZE - kept
+    assert server.sent("big.parquet") == SIZE - size
 
 
 def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypatch):

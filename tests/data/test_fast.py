@@ -224,9 +224,9 @@ def test_characters_that_differ_are_found_and_kept(plant, tmp_path, needle, diff
     assert proof.differ == differ
     assert proof.strings > 0x400 * len(prove_gigatoken.CONTEXTS) + 2000
     file = tmp_path / "kept.json"
-    for kept in (fast.Proof("0.1", "0.2", "z80", 1, ()), fast.Proof(*proof.versions, 5, ("41",)), proof):
-        prove_gigatoken.keep(kept, file)
-    assert [kept.gigatoken for kept in fast.read_proofs(file)] == ["0.1", proof.gigatoken]
+    for item in (fast.Proof("0.1", "0.2", "z80", 1, ()), fast.Proof(*proof.versions, 5, ("41",)), proof):
+        prove_gigatoken.keep(item, file)
+    assert [item.gigatoken for item in fast.read_proofs(file)] == ["0.1", proof.gigatoken]
     assert fast.read_proofs(file)[1] == proof
 
 

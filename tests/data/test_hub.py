@@ -106,9 +106,9 @@ def test_a_listing_is_kept_and_stays_though_main_moves(server, monkeypatch):
     server.add("a/b", {"data/train-00000-of-00001.parquet": b"newer"}, SECOND)
     assert list_files(HubSource("a/b")).commit == SECOND
     assert list_files(HubSource("a/b", FIRST)).files == listing.files
-    kept = Listing.from_json(json.loads(json.dumps(listing.to_json())))
-    assert kept == listing
-    assert remote.RemoteFile(kept.files[0]).read() == b"old"
+    again = Listing.from_json(json.loads(json.dumps(listing.to_json())))
+    assert again == listing
+    assert remote.RemoteFile(again.files[0]).read() == b"old"
 
 
 def test_a_kept_listing_is_not_trusted():

@@ -17,9 +17,9 @@ from gpt2_data.sources import pydocs
 def read(source, tmp_path, **options):
     """(units, documents as (text, replaced)) of sources."""
     names = [source] if not isinstance(source, list) else source
-    made = plan.make_plan(BuildConfig(names, tmp_path / "out", **options))
+    planned = plan.make_plan(BuildConfig(names, tmp_path / "out", **options))
     documents = []
-    for unit in made.units:
+    for unit in planned.units:
         for batch in sources.read(unit):
             rows = [(text, i in batch.replaced) for i, text in enumerate(batch.texts.to_pylist())]
             assert batch.texts.null_count == 0
@@ -30,7 +30,7 @@ def read(source, tmp_path, **options):
                 documents[-1] = (documents[-1][0] + text, documents[-1][1] or replaced)
             else:
                 documents += rows
-    return made.units, documents
+    return planned.units, documents
 
 
 def write_parquet(path, texts, rows=1000, **columns):
@@ -61,8 +61,8 @@ def test_limits_cut_every_kind_at_the_same_place(tmp_path, monkeypatch):
         for limit in 1, 10, 23, 50, 99:
             _, documents = read(tmp_path / name, tmp_path, limit_docs=limit)
             assert [text for text, _ in documents] == texts[:limit], name
-    made = plan.make_plan(BuildConfig([tmp_path / "a.parquet", tmp_path / "a.jsonl"], tmp_path, limit_docs=50))
-    assert [item.name for item in made.inputs] == ["a.parquet"]
+    planned = plan.make_plan(BuildConfig([tmp_path / "a.parquet", tmp_path / "a.jsonl"], tmp_path, limit_docs=50))
+    assert [item.name for item in planned.inputs] == ["a.parquet"]
 
 
 def test_jsonl_in_byte_ranges(tmp_path, monkeypatch):
@@ -98,8 +98,8 @@ def test_a_long_text_file_comes_in_parts_with_the_same_tokens(tmp_path, monkeypa
     whole = encode_documents([text])[0].tolist()
     for block in 7, 64, 1000, 10**6:
         monkeypatch.setattr(readers, "BLOCK", block)
-        made = plan.make_plan(BuildConfig([path], tmp_path / "out"))
-        parts = list(sources.read(made.units[0]))
+        planned = plan.make_plan(BuildConfig([path], tmp_path / "out"))
+        parts = list(sources.read(planned.units[0]))
         assert "".join(batch.texts[0].as_py() for batch in parts) == text
         assert [batch.continues for batch in parts] == [False] + [True] * (len(parts) - 1)
         tokens = [t for part in parts for t in encode_documents(part.texts.to_pylist())[0].tolist()[1:]]

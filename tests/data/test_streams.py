@@ -50,14 +50,14 @@ def result(process):
 
 
 ALL = """
-found = []
+listings = []
 import datasets
 datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.1  # seconds
 for name in sys.argv[1:]:
     listing = hub.list_files(hub.parse(name))
     assert not listing.parquet
-    found.append([read(listing, shard) for shard in range(streams.num_shards(listing))])
-print(json.dumps(found))
+    listings.append([read(listing, shard) for shard in range(streams.num_shards(listing))])
+print(json.dumps(listings))
 """
 
 

@@ -144,8 +144,8 @@ def refused(out, *sources):
     assert len(error) < 1000, error
     if out.exists():
         assert [path.name for path in out.iterdir()] == [".build"]
-        left = [path.name for path in (out / ".build").iterdir()]
-        assert not [name for name in left if ".tmp-" in name or name.endswith((".u16", ".u64"))]
+        names = [path.name for path in (out / ".build").iterdir()]
+        assert not [name for name in names if ".tmp-" in name or name.endswith((".u16", ".u64"))]
     return error
 
 

@@ -159,8 +159,8 @@ def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
     local = BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1)
     build(local)
-    made, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
-    assert [shard.tokens_sha256 for shard in made.manifest.shards] == [
+    ours, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
+    assert [shard.tokens_sha256 for shard in ours.manifest.shards] == [
         shard.tokens_sha256 for shard in same.manifest.shards
     ]
     done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])

@@ -137,8 +137,8 @@ def bar() -> "Iterator[Callable[..., None]]":
         elif now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
             remaining = (now - started) * (total - done) / (done - first) if done > first else None
-            left = f", {format_seconds(remaining)} left" if remaining is not None else ""
-            click.echo(f"{what}: {100 * done / max(total, 1):.0f}%{left}{note and ', '}{note}", err=True)
+            time_left = f", {format_seconds(remaining)} left" if remaining is not None else ""
+            click.echo(f"{what}: {100 * done / max(total, 1):.0f}%{time_left}{note and ', '}{note}", err=True)
 
     try:
         yield show

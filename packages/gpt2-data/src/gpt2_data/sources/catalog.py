@@ -86,13 +86,13 @@ def expand(source: str) -> list[tuple[str, str]]:
 
 def read(unit: Unit) -> Iterator[Batch]:
     """Yield the documents of a unit. Raises ValueError or OSError that names the file, and in JSON the line."""
-    left = unit.limit
+    remaining = unit.limit
     for batch in _batches(unit):
-        if left is not None:
-            if batch.documents >= left:
-                yield batch.head(left)
+        if remaining is not None:
+            if batch.documents >= remaining:
+                yield batch.head(remaining)
                 return
-            left -= batch.documents
+            remaining -= batch.documents
         yield batch
 
 

@@ -254,7 +254,7 @@ class Downloader:
 
     @property
     def bytes_done(self) -> int:
-        """Of bytes_total; what an earlier run had fetched counts as soon as it is found."""
+        """The bytes that are on the disk; what an earlier run had fetched counts as soon as it is seen."""
         return self._complete + self._current
 
     def ready(self, path: Path) -> bool:
