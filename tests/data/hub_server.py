@@ -167,8 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server.hub
-        length = int(self.headers.get("Content-Length") or 0)
-        self.form = urllib.parse.parse_qs(self.rfile.read(length).decode()) if length else {}
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.asked = Request(self.server.store, self.path, headers.get("range"), headers)
         if self.path != "/api/agent-harnesses":  # huggingface_hub's own, for its User-Agent
@@ -195,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.answer(404)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -221,18 +219,16 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def answer_api(self, rest: str) -> None:
-        """REPO[/revision/REV], and for `datasets` REPO/paths-info/REV and REPO/tree/REV[/FOLDER]."""
+        """REPO[/revision/REV], and for `datasets` REPO/tree/REV[/FOLDER]."""
         hub = self.server.hub
-        verb = next((v for v in ("revision", "paths-info", "tree") if f"/{v}/" in rest), None)
+        verb = next((v for v in ("revision", "tree") if f"/{v}/" in rest), None)
         repo, _, tail = rest.partition(f"/{verb}/") if verb else (rest, "", "main")
         revision, _, folder = tail.partition("/")
         commit = self.commit_of(repo, revision)
         if commit is None:
             return
         files = hub.repos[repo][commit]
-        if verb == "paths-info":
-            answer = [hub.entry(p, files[p]) if p in files else _folder(p) for p in self.form["paths"]]
-        elif verb == "tree":
+        if verb == "tree":
             answer = list(self.tree(files, folder.rstrip("/"), "recursive=True" in self.path))
         else:
             card = bytes(files.get("README.md", b"")).decode().split("---\n")

@@ -80,7 +80,9 @@ def test_every_kind_of_file(server, tmp_path):
         "hf:a/text::test": [["three"]],
         "hf:a/arrow": [["eins", None]],
     }
+    server.faults = [Drop(at=1000, path="0.jsonl"), Refuse(store=False, path="0.jsonl", status=429)]
     assert result(started(server, tmp_path, ALL, *expected)) == list(expected.values())
+    assert not any(fault.times for fault in server.faults)  # a connection that breaks is tried again
 
 
 def test_a_shard_is_the_same_in_another_process_and_after_main_moved(server, tmp_path):
@@ -91,13 +93,6 @@ def test_a_shard_is_the_same_in_another_process_and_after_main_moved(server, tmp
     code = head + "print(json.dumps(read(listing, int(sys.argv[2]))))"
     processes = [started(server, tmp_path / "2", code, json.dumps(listing.to_json()), str(i)) for i in (2, 0)]
     assert [result(process) for process in processes] == [TEXTS[2], TEXTS[0]]
-
-
-def test_connections_that_break(server, tmp_path):
-    server.add("a/lines", {"0.jsonl": jsonl(TEXTS[0])})
-    server.faults = [Drop(at=1000), Refuse(store=False, path="0.jsonl", status=429)]
-    assert result(started(server, tmp_path, ALL, "hf:a/lines")) == [TEXTS[:1]]
-    assert not any(fault.times for fault in server.faults)
 
 
 def test_what_is_wrong_is_said_in_one_line(server, tmp_path):
