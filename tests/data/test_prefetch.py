@@ -155,6 +155,8 @@ def test_buffers_are_the_callers(folder):
     batches = loader_of(folder).prefetch(2, lambda shape, dtype: np.empty(3, dtype))
     with pytest.raises(ValueError, match=r"arrays of shapes \(3,\) and \(3,\)"):
         next(batches)
+    with pytest.raises(ValueError, match="prefetch depth 0 must be 1 or more"):
+        loader_of(folder).prefetch(0)
 
 
 def test_a_loader_that_was_moved_meanwhile_is_noticed(folder):
@@ -223,8 +225,3 @@ def test_a_process_that_closes_nothing_ends(folder, end):
     )
     done = subprocess.run([sys.executable, "-c", code, folder], timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_depth_of_nothing_is_refused(folder):
-    with pytest.raises(ValueError, match="prefetch depth 0 must be 1 or more"):
-        loader_of(folder).prefetch(0)
