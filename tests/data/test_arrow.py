@@ -147,16 +147,6 @@ def test_a_document_over_several_shards(make):
     assert verify(folder, "full").ok
 
 
-def test_a_shard_that_fails_leaves_nothing(make, texts, tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(28, "disk full")
-
-    monkeypatch.setattr(arrow, "write_shard", fail)
-    with pytest.raises(OSError, match="disk full"):
-        make(texts, **SHUFFLED, format="arrow")
-    assert not list(tmp_path.rglob("*.arrow*"))
-
-
 # --- broken ones
 
 
@@ -200,7 +190,9 @@ def test_verify_finds_what_is_wrong(pair):
     os.truncate(path, len(whole) - 1)
     message = f"{path.name}: cut short"
     assert verify(folder, "fast").problems[0].startswith(message)
-    path.write_bytes(whole + b"\0")
+    for other in whole + b"\0", (pair[0] / "train_000003.bin").read_bytes():
+        path.write_bytes(other)
+        assert len(verify(folder, "fast").problems) == 1
     assert "not an Arrow shard of 700 tokens" in verify(folder, "fast").problems[0]
 
 
@@ -214,16 +206,3 @@ def test_a_header_that_is_not_ours_is_never_followed(pair, at):
     assert "not an Arrow shard of 700 tokens" in problems[0]
     with pytest.raises(ValueError, match="not an Arrow shard"):
         open_dataset(pair[1]).read("val", 0, 1)
-
-
-def test_a_uint16_shard_under_its_name(pair):
-    path = pair[1] / "train_000003.arrow"
-    path.write_bytes((pair[0] / "train_000003.bin").read_bytes())
-    assert len(verify(pair[1], "fast").problems) == 1
-
-
-def test_a_build_again_finds_it_built(pair, built):
-    config = BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED, format="arrow")
-    assert build(config).already_built
-    with pytest.raises(ValueError, match="its format is arrow, uint16 is wanted"):
-        build(BuildConfig([built / "texts.jsonl"], pair[1], workers=1, **SHUFFLED))

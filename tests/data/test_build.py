@@ -346,26 +346,18 @@ def build_nanogpt_shards(documents, shard_size):
     return [*shards, buffer] if buffer else shards
 
 
-@pytest.mark.parametrize("shard_size", [1500, 2222, 5000])
-def test_compat_gives_build_nanogpt_s_split_and_cut(make, texts, shard_size):
-    folder = make(texts, shard_size=shard_size, compat="build-nanogpt", val_tokens=None)
-    wanted = build_nanogpt_shards(texts, shard_size)
-    listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
-    assert [shard["split"] for shard in listed] == ["val"] + ["train"] * (len(wanted) - 1)
-    for shard, tokens in zip(listed, wanted, strict=True):
-        data = (folder / shard["file"]).read_bytes()
-        assert list(struct.unpack(f"<{len(tokens)}H", data[1024:])) == tokens
-    assert verify(folder, "full").ok
-
-
-def test_compat_at_its_edges(make):
-    """A document that fills a shard to the token ends it; nothing follows."""
-    hello = "Hello world"  # three tokens with its EOT
-    for documents, size in ([hello] * 4, 6), ([hello] * 2, 3), ([hello] * 5, 4):
+def test_compat_gives_build_nanogpt_s_split_and_cut(make, texts):
+    hello = "Hello world"  # three tokens with its EOT: it may fill a shard to the token, and nothing follows
+    cases = [(texts, 1500), (texts, 2222), (texts, 5000), ([hello] * 4, 6), ([hello] * 2, 3), ([hello] * 5, 4)]
+    for documents, size in cases:
         folder = make(documents, shard_size=size, compat="build-nanogpt", val_tokens=None)
         wanted = build_nanogpt_shards(documents, size)
         listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
-        assert [shard["tokens"] for shard in listed] == [len(tokens) for tokens in wanted]
+        assert [shard["split"] for shard in listed] == ["val"] + ["train"] * (len(wanted) - 1)
+        for shard, tokens in zip(listed, wanted, strict=True):
+            data = (folder / shard["file"]).read_bytes()
+            assert list(struct.unpack(f"<{len(tokens)}H", data[1024:])) == tokens
+        assert verify(folder, "full").ok
     with pytest.raises(ValueError, match="nothing is left for training"):
         make([hello] * 2, shard_size=6, compat="build-nanogpt", val_tokens=None)
 

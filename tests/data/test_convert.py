@@ -86,16 +86,6 @@ def test_every_format_into_every_other(built, tmp_path, first, to):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_what_each_format_is_called(built):
-    names = {to: sorted(path.name for path in (built / f"from-uint16-{to}").iterdir()) for to in FORMATS}
-    assert names["npy"][:2] == ["train_000002.npy", "train_000003.npy"]
-    assert names["npy"][-2:] == ["val_000000.npy", "val_000001.npy"]
-    assert names["nanogpt"] == ["train.bin", "val.bin"]
-    assert names["megatron"] == [f"{s}_text_document.{e}" for s in ("train", "val") for e in ("bin", "idx")]
-    assert names["llmc"][:3] == ["dataset.json", "train_000002.bin", "train_000002.docs"]
-    assert names["arrow"][:2] == ["dataset.json", "train_000002.arrow"]
-
-
 @pytest.mark.parametrize(("source", "to"), [("uint16", "arrow"), ("arrow", "llmc")])
 def test_ours_become_what_a_build_would_have_made(built, tmp_path, source, to):
     """The same files, ids and all; dataset.json says where they come from."""
@@ -110,13 +100,6 @@ def test_ours_become_what_a_build_would_have_made(built, tmp_path, source, to):
     assert made.source["converted_from"] == {"format": source, "dataset": origin.hash}
     assert made.source["plan_sha256"] == origin.source["plan_sha256"]
     assert made.options == manifest.load(wanted).options
-
-
-def test_a_npy_header_by_hand(built):
-    data = (built / "from-uint16-npy" / "train_000002.npy").read_bytes()
-    text = b"{'descr': '<u2', 'fortran_order': False, 'shape': (900,), }"
-    assert data[:128] == b"\x93NUMPY\x01\x00\x76\x00" + text + b" " * (117 - len(text)) + b"\n"
-    assert len(data) == 128 + 1800
 
 
 def test_megatrons_index_as_megatron_reads_it(built):
