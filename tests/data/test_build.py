@@ -1,6 +1,7 @@
 """A build's result, compared with one worked out by hand here."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +11,8 @@ import struct
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -112,11 +115,14 @@ def test_source_counts_are_recorded(make, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": ""}\n\n{"text": null}\n{"text": "caf\xe9"}\n')
-    result = build(BuildConfig([folder / "a.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
+    pq.ParquetWriter(folder / "b.parquet", pa.schema([("text", pa.string())])).close()  # not a row group
+    sources = [folder / "a.jsonl", folder / "b.parquet"]
+    result = build(BuildConfig(sources, tmp_path / "out", val_tokens=0, workers=1))
     assert (result.documents, result.documents_empty, result.documents_replaced) == (4, 2, 1)
     source = open_dataset(tmp_path / "out").manifest.source
     assert source["text_bytes"] == 3 + 6
-    assert [item["name"] for item in source["inputs"]] == ["a.jsonl"]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    assert {item["name"]: item["sha256"] for item in source["inputs"]} == hashes
     assert str(tmp_path) not in (tmp_path / "out" / "dataset.json").read_text()
     line = json.loads((tmp_path / "out" / "build.jsonl").read_bytes())
     assert line["workers"] == 1

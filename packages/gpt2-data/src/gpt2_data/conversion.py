@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data import dataset, disk, tokenizer
-from gpt2_data.building.cut_shards import document_ids, shard_name, write_documents
+from gpt2_data.building.cut_shards import document_ids
 from gpt2_data.dataset import Dataset
 from gpt2_data.formats import foreign, manifest, uint16
 from gpt2_data.formats.arrow import ArrowShard
-from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard
+from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")

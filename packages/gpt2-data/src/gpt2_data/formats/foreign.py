@@ -132,7 +132,7 @@ def sniff(path: Path) -> ForeignManifest | None:
         )
     if pairs:
         return _megatron([(path / name, path / f"{name[:-4]}.idx") for name in pairs])
-    return _shards(path, *kinds, matches) if kinds else None
+    return _shards(path, next(iter(kinds)), matches) if kinds else None
 
 
 def _kind(path: Path) -> str:

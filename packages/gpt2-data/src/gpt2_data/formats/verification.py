@@ -150,7 +150,7 @@ class _TokenCheck:
         self.bad_id = ""
 
     def add(self, block: NDArray[np.uint16]) -> None:
-        tokens = block[: self._unread]  # an Arrow file goes on behind them
+        tokens = block[: self._unread]  # an Arrow file has more behind them
         self._unread -= len(tokens)
         if not self.bad_id and len(tokens) and int(tokens.max()) >= self._vocab_size:
             at = int(np.argmax(tokens >= self._vocab_size))
