@@ -22,10 +22,10 @@ SHUFFLED = {"order": "shuffled", "seed": 5, "shard_size": 700, "val_tokens": 900
 
 def written(tokens, starts, ids):
     file = io.BytesIO()
-    made = arrow.write_shard(file, len(tokens), [np.array(tokens, np.uint16)], np.array(starts), np.array(ids))
-    assert made.bytes == len(file.getvalue()) == arrow.shard_bytes(len(tokens), len(starts))
-    assert made.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
-    assert made.payload_sha256 == hashlib.sha256(np.array(tokens, "<u2").tobytes()).hexdigest()
+    facts = arrow.write_shard(file, len(tokens), [np.array(tokens, np.uint16)], np.array(starts), np.array(ids))
+    assert facts.bytes == len(file.getvalue()) == arrow.shard_bytes(len(tokens), len(starts))
+    assert facts.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
+    assert facts.payload_sha256 == hashlib.sha256(np.array(tokens, "<u2").tobytes()).hexdigest()
     return file.getvalue()
 
 
@@ -104,12 +104,14 @@ def test_datasets_opens_it(pair, tmp_path, monkeypatch):
 
 
 def test_the_same_tokens_and_documents_as_uint16(pair):
-    made = [manifest.load(folder) for folder in pair]
-    assert [shard.file for shard in made[1].shards[:2]] == ["val_000000.arrow", "val_000001.arrow"]
-    assert all(shard.docs is None for shard in made[1].shards)
+    manifests = [manifest.load(folder) for folder in pair]
+    assert [shard.file for shard in manifests[1].shards[:2]] == ["val_000000.arrow", "val_000001.arrow"]
+    assert all(shard.docs is None for shard in manifests[1].shards)
     for field in "split", "tokens", "documents", "max_token", "tokens_sha256":
-        assert [getattr(shard, field) for shard in made[0].shards] == [getattr(s, field) for s in made[1].shards]
-    assert len(made[1].shards) > 4
+        assert [getattr(shard, field) for shard in manifests[0].shards] == [
+            getattr(s, field) for s in manifests[1].shards
+        ]
+    assert len(manifests[1].shards) > 4
     one, other = (open_dataset(folder) for folder in pair)
     for split in "train", "val":
         assert np.array_equal(one.read(split, 0, one.tokens(split)), other.read(split, 0, other.tokens(split)))

@@ -316,9 +316,9 @@ def test_options_that_cannot_work(tmp_path):
 
 def test_pydocs_estimates_and_units(tmp_path):
     config = BuildConfig(["pydocs"], tmp_path)
-    made = plan.make_plan(config)
-    assert len(made.units) > 2
-    guess = estimate.estimate(made, config)
+    layout = plan.make_plan(config)
+    assert len(layout.units) > 2
+    guess = estimate.estimate(layout, config)
     assert 3_000_000 < guess.tokens < 12_000_000
     assert not guess.counted
 

@@ -70,12 +70,12 @@ def test_every_format_into_every_other(built, tmp_path, first, to):
     result = convert(source, tmp_path / "out", to)
     for split in "train", "val":
         wanted = stream(built / "uint16", split)
-        found = payloads(tmp_path / "out", split)
-        assert b"".join(found) == wanted == stream(tmp_path / "out", split)
+        pieces = payloads(tmp_path / "out", split)
+        assert b"".join(pieces) == wanted == stream(tmp_path / "out", split)
         if to in SHARDED and first in SHARDED:
-            assert found == payloads(built / "uint16", split)
+            assert pieces == payloads(built / "uint16", split)
         if to not in SHARDED:
-            assert len(found) == 1
+            assert len(pieces) == 1
         ours, original = open_dataset(tmp_path / "out"), open_dataset(built / "uint16")
         assert list(ours.document_starts(split)) == list(original.document_starts(split))
         assert ours.num_documents(split) == original.num_documents(split)
@@ -95,11 +95,11 @@ def test_ours_become_what_a_build_would_have_made(built, tmp_path, source, to):
     assert {path.name for path in (tmp_path / "out").iterdir()} - {"dataset.json"} == names
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes(), name
-    made, origin = manifest.load(tmp_path / "out"), manifest.load(built / source)
-    assert made.shards == manifest.load(wanted).shards
-    assert made.source["converted_from"] == {"format": source, "dataset": origin.hash}
-    assert made.source["plan_sha256"] == origin.source["plan_sha256"]
-    assert made.options == manifest.load(wanted).options
+    converted, origin = manifest.load(tmp_path / "out"), manifest.load(built / source)
+    assert converted.shards == manifest.load(wanted).shards
+    assert converted.source["converted_from"] == {"format": source, "dataset": origin.hash}
+    assert converted.source["plan_sha256"] == origin.source["plan_sha256"]
+    assert converted.options == manifest.load(wanted).options
 
 
 def test_megatrons_index_as_megatron_reads_it(built):
@@ -115,11 +115,11 @@ def test_megatrons_index_as_megatron_reads_it(built):
     assert len(data) == 34 + 12 * sequences + 8 * documents
     assert indices.tolist() == list(range(sequences + 1))
     wanted = [document.tolist() for document in open_dataset(built / "uint16").documents("train")]
-    found = [
+    pieces = [
         np.frombuffer(tokens, "<u2", length, pointer).tolist()
         for length, pointer in zip(lengths.tolist(), pointers.tolist(), strict=True)
     ]
-    assert found == wanted
+    assert pieces == wanted
     assert sum(lengths.tolist()) * 2 == len(tokens)
 
 
@@ -133,20 +133,20 @@ def test_others_become_ours(tmp_path):
         dataset = open_dataset(tmp_path / to)
         assert [document.tolist() for document in dataset.documents("train")] == [[50256, 3], [50256, 4]]
         assert verify(tmp_path / to, "full").ok
-        made = manifest.load(tmp_path / to)
+        converted = manifest.load(tmp_path / to)
         assert (
-            made.source["inputs"][1]["sha256"]
+            converted.source["inputs"][1]["sha256"]
             == hashlib.sha256((tmp_path / "nano/train.bin").read_bytes()).hexdigest()
         )
-        assert made.source["converted_from"]["format"] == "nanogpt"
+        assert converted.source["converted_from"]["format"] == "nanogpt"
     ids = [
         pa.ipc.open_stream((tmp_path / "arrow" / name).read_bytes()).read_all()["id"].to_pylist()
         for name in ("val_000000.arrow", "train_000001.arrow")
     ]
     assert ids == [[0, 1], [1, 2, 3]]
     convert(tmp_path / "nano", tmp_path / "megatron", "megatron")
-    found = [document.tolist() for document in open_dataset(tmp_path / "megatron").documents("train")]
-    assert found == [[1, 2, 50256], [3, 50256], [4]]
+    pieces = [document.tolist() for document in open_dataset(tmp_path / "megatron").documents("train")]
+    assert pieces == [[1, 2, 50256], [3, 50256], [4]]
 
 
 def test_a_stream_without_shards_is_cut(tmp_path, built, monkeypatch):

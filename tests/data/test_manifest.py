@@ -33,9 +33,9 @@ def folder(built, tmp_path):
 
 def test_written_the_same_way_and_named_by_its_hash(folder):
     data = (folder / "dataset.json").read_bytes()
-    made = manifest.load(folder)
-    assert made.to_bytes() == data
-    assert made.hash == hashlib.sha256(data).hexdigest()
+    dataset = manifest.load(folder)
+    assert dataset.to_bytes() == data
+    assert dataset.hash == hashlib.sha256(data).hexdigest()
     content = json.loads(data)
     assert content["format_version"] == 1
     assert content["tokenizer"]["name"] == "gpt2"

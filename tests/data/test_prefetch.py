@@ -122,29 +122,29 @@ def test_an_error_comes_in_its_place_with_its_words(folder):
     os.truncate(folder / "train_000002.bin", 1524)  # 250 of its tokens are left, after 2222 of the shards before
     batches = prefetched.prefetch(2)
     next(batches)
-    expected, told = until_error(plain)
+    expected, reason = until_error(plain)
     taken, error = until_error(batches)
     assert len(taken) == len(expected) == 2472 // 200 - 1
     assert np.array_equal(taken, expected)
     assert isinstance(error, ValueError)
     assert "train_000002.bin: cut short while it was read, at token" in str(error)
-    assert str(error) == str(told)
+    assert str(error) == str(reason)
     assert batches.state() == plain.state()
     with pytest.raises(ValueError, match="this prefetch is closed"):
         next(batches)
 
 
 def test_buffers_are_the_callers(folder):
-    made = []
+    arrays = []
 
     def allocate(shape, dtype):
-        made.append(np.full(shape, -1, dtype))
-        return made[-1]
+        arrays.append(np.full(shape, -1, dtype))
+        return arrays[-1]
 
     with loader_of(folder).prefetch(2, allocate) as batches:
         for _ in range(10):
-            assert all(any(array is own for own in made) for array in next(batches))
-    assert len(made) == 8
+            assert all(any(array is own for own in arrays) for array in next(batches))
+    assert len(arrays) == 8
     batches = loader_of(folder).prefetch(2, lambda shape, dtype: np.empty(3, dtype))
     with pytest.raises(ValueError, match=r"arrays of shapes \(3,\) and \(3,\)"):
         next(batches)
