@@ -46,9 +46,9 @@ def peaks(tmp_path, sources, workers, **options):
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    peak = json.loads(done.stdout)
-    print(sources, options, peak)
-    return peak
+    found = json.loads(done.stdout)
+    print(sources, options, found)
+    return found
 
 
 def write_corpus(path, megabytes, row_group):
@@ -89,14 +89,14 @@ def test_many_small_documents_and_row_groups(tmp_path, library):
     with (tmp_path / "a.jsonl").open("w") as file:
         for i in range(200_000):
             file.write(f'{{"text": "{"" if i % 9 == 0 else i}"}}\n')
-    peak = peaks(tmp_path, [tmp_path / "a.jsonl"], 1, tokenizer=library, order="shuffled")
-    assert peak[3] == 200_000
-    assert peak[0] < WORKER[library]
+    found = peaks(tmp_path, [tmp_path / "a.jsonl"], 1, tokenizer=library, order="shuffled")
+    assert found[3] == 200_000
+    assert found[0] < WORKER[library]
     texts = [f"row {i}" for i in range(2000)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1000
-    peak = peaks(tmp_path, [tmp_path / "a.parquet"], 1, tokenizer=library)
-    assert peak[0] < WORKER[library]
+    found = peaks(tmp_path, [tmp_path / "a.parquet"], 1, tokenizer=library)
+    assert found[0] < WORKER[library]
 
 
 WORDS = ("the quick brown fox, jumps over 1234 dogs. " * 2_400_000)[:100_000_000]
@@ -123,14 +123,14 @@ def test_small_parquet_files_that_stand_for_much(tmp_path):
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([word]))
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 10_000
-    peak = peaks(tmp_path, [tmp_path / "a.parquet"], 1)
-    assert peak[2:] == [500 * 200_002, 500]
-    assert peak[0] < WORKER["tiktoken"]
+    found = peaks(tmp_path, [tmp_path / "a.parquet"], 1)
+    assert found[2:] == [500 * 200_002, 500]
+    assert found[0] < WORKER["tiktoken"]
     table = pa.table({"text": ["word " * 20_000] * 1000})
     pq.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False)
-    peak = peaks(tmp_path, [tmp_path / "b.parquet"], 1)
-    assert peak[3] == 1000
-    assert peak[0] < 200 + 6 * 100
+    found = peaks(tmp_path, [tmp_path / "b.parquet"], 1)
+    assert found[3] == 1000
+    assert found[0] < 200 + 6 * 100
     table = pa.table({"text": ["word " * 60_000_000]})
     pq.write_table(table, tmp_path / "c.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(AssertionError, match="row group 0 cannot be read: a page of 300,000,010 bytes"):
