@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]  # is called with ("writing", tokens 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     out: Path
     format: str

@@ -150,7 +150,7 @@ class _Split:
 
     @functools.cached_property
     def _scanned(self) -> NDArray[np.int64]:
-        """Where another project's documents begin: by Megatron's .idx, or by the EOTs."""
+        """Find where another project's documents begin, by Megatron's .idx or the EOTs."""
         assert isinstance(self._description, ForeignManifest)
         if self._description.format == "megatron":
             return foreign.megatron_starts(self._description, self._split)

@@ -34,7 +34,7 @@ from gpt2_data.sources.download import Downloader
 
 @dataclass(frozen=True)
 class Status:
-    """How far a build is, for whoever shows it.
+    """The progress of a build.
 
     Attributes:
         phase: "fetching", "tokenizing" or "writing".
@@ -54,7 +54,7 @@ Progress = Callable[[Status], None]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build made; of a part that was not the last, what it did.
+    """The result of a build, or of a part of it that was not the last.
 
     Attributes:
         finished: False for such a part.
@@ -248,7 +248,7 @@ class _Downloads(contextlib.ExitStack):
             self._downloader = self.enter_context(Downloader(files, ahead, config.delete_downloads))
 
     def ready(self, task: UnitTask) -> bool:
-        """True if the task's file is there, or is not needed. Raises what ended the fetching."""
+        """True if the task's file is there, or is not needed. Raises the error that ended the fetching."""
         path = self._wanted.get(task.unit.index)
         return path is None or self._downloader is None or self._downloader.ready(Path(path))
 

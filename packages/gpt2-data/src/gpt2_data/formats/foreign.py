@@ -43,7 +43,7 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """A file of a foreign dataset, which is not read: `max_token` is the largest id that reading lets through."""
+    """A file of a foreign dataset. `max_token` is the largest id that reading accepts: the file is not read."""
 
     split: str
     file: str
@@ -53,7 +53,7 @@ class ForeignShard:
 
 @dataclass(frozen=True)
 class ForeignManifest:
-    """What stands for the dataset.json that a foreign dataset lacks.
+    """The description of a foreign dataset, in place of a dataset.json.
 
     Attributes:
         files: (split, file) in order.

@@ -138,7 +138,7 @@ def _content_problems(
 
 
 class _TokenCheck:
-    """Checks block by block that ids are in the vocabulary and EOTs just where documents start."""
+    """A check, block by block, that ids are in the vocabulary and EOTs just where documents start."""
 
     def __init__(self, num_tokens: int, starts: NDArray[np.int64] | None, dataset: Manifest) -> None:
         self._unread, self._position = num_tokens, 0
