@@ -13,7 +13,7 @@ from gpt2_data import gigatoken as fast
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
 
-@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.long)])
 def test_any_number_of_workers(corpus, expected, tmp_path, workers):
     result = build(BuildConfig([corpus / "*.parquet"], tmp_path / "out", workers=workers, **OPTIONS))
     assert hashes(tmp_path / "out") == expected

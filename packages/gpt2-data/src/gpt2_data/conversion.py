@@ -16,26 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data import dataset, disk, tokenizer
-from gpt2_data.building.cut_shards import document_ids, shard_name, write_documents
+from gpt2_data.building.cut_shards import document_ids
 from gpt2_data.dataset import Dataset
 from gpt2_data.formats import foreign, manifest, uint16
 from gpt2_data.formats.arrow import ArrowShard
-from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard
+from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
-SHARD_TOKENS = 100_000_000
-"""Tokens in a shard of ours where the source has no shards: of nanoGPT's and Megatron's files."""
+SHARD_TOKENS = 100_000_000  # in a shard, where the source has none: of nanoGPT's and Megatron's files
 _CHUNK = 1_000_000
 _MAX_SEQUENCE = 2**31 - 1  # tokens: an i32
 
-Progress = Callable[[str, int, int], None]
-"""Is called with ("writing", tokens done, of how many)."""
+Progress = Callable[[str, int, int], None]  # is called with ("writing", tokens done, of how many)
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     out: Path
     format: str
@@ -283,12 +281,12 @@ def _to_megatron(job: _Job) -> None:
             continue
         _write(job, f"{split}_text_document.bin", b"", job.tokens(split))
         begins = job.work / ".begins"  # i64, in tokens: not in memory
+        starts = job.dataset.document_starts(split)
+        first = next(starts, total)
+        starts = itertools.chain([0] if first else [], [first], starts, [total])
         before = 0
         with begins.open("wb") as file:
-            starts = job.dataset.document_starts(split)
-            first = next(starts, total)
-            for chunk in itertools.chain([[0]] if first else [], [[first]], _batched(starts), [[total]]):
-                numbers = np.array(chunk, "<i8")
+            while len(numbers := np.fromiter(itertools.islice(starts, _CHUNK), "<i8")):
                 if (np.diff(numbers, prepend=before) > _MAX_SEQUENCE).any():
                     raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens: Megatron has no such")
                 before = int(numbers[-1])
@@ -296,11 +294,6 @@ def _to_megatron(job: _Job) -> None:
         with disk.write_whole(job.work / f"{split}_text_document.idx") as file:
             foreign.write_idx(file, np.memmap(begins, "<i8", "r"))
         begins.unlink()
-
-
-def _batched(numbers: Iterator[int]) -> Iterator[list[int]]:
-    while batch := list(itertools.islice(numbers, _CHUNK)):
-        yield batch
 
 
 def _write(job: _Job, name: str, header: bytes, chunks: Iterable[NDArray[np.uint16]]) -> None:

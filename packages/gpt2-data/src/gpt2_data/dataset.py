@@ -46,7 +46,7 @@ class Dataset:
         """Return the number of documents of the split."""
         if isinstance(self.manifest, Manifest):
             return self.manifest.documents(split)
-        return self._split(split).documents.count
+        return self._split(split).num_documents()
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return tokens [start, stop) of the split, across shards. Raises ValueError if there are none such."""
@@ -65,7 +65,7 @@ class Dataset:
         count = self.num_documents(split)
         if not 0 <= number < count:
             raise ValueError(f"no document {number:,} in split {split!r}: it has {count:,}, counted from 0")
-        starts = self._split(split).documents.starts(number, min(number + 2, count))
+        starts = self._split(split).document_starts(number, min(number + 2, count))
         return starts[0], starts[1] if len(starts) == 2 else self.tokens(split)
 
     def documents(self, split: str) -> Iterator[NDArray[np.uint16]]:
@@ -80,9 +80,9 @@ class Dataset:
 
     def document_starts(self, split: str) -> Iterator[int]:
         """Yield where each document of the split begins, in tokens, in order."""
-        documents = self._split(split).documents
-        for first in range(0, documents.count, _ITERATED):
-            yield from documents.starts(first, min(first + _ITERATED, documents.count))
+        count = self.num_documents(split)
+        for first in range(0, count, _ITERATED):
+            yield from self._split(split).document_starts(first, min(first + _ITERATED, count))
 
     def files(self, split: str) -> list[TokenFile]:
         """Return the files of the split in order, and where in each the tokens are."""
@@ -126,18 +126,39 @@ class _Split:
     """The files of one split as one stream. Raises ValueError or OSError for a missing or cut-short file."""
 
     def __init__(self, folder: Path, description: Manifest | ForeignManifest, split: str) -> None:
-        self.documents: _ShardDocuments | _StreamDocuments
+        self._description, self._split = description, split
         if isinstance(description, Manifest):
             shards = description.split(split)
             opened = [manifest.open_shard(folder, shard) for shard in shards]
             self.files = [item.file if isinstance(item, ArrowShard) else item for item in opened]
-            self.documents = _ShardDocuments(folder, shards, opened)
+            self._listed = _ShardDocuments(folder, shards, opened)
         else:
             self.files = description.split(split)
-            self.documents = _StreamDocuments(self, description, split)
         self._vocab_size = description.vocab_size
         self._reader = uint16.TokenFiles(self.files)
         self._starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
+
+    def num_documents(self) -> int:
+        return self._listed.count if isinstance(self._description, Manifest) else len(self._scanned)
+
+    def document_starts(self, first: int, last: int) -> list[int]:
+        """Return where documents [first, last) begin in the split, in tokens."""
+        if isinstance(self._description, Manifest):
+            return self._listed.starts(first, last)
+        starts: list[int] = self._scanned[first:last].tolist()
+        return starts
+
+    @functools.cached_property
+    def _scanned(self) -> NDArray[np.int64]:
+        """Find where another project's documents begin, by Megatron's .idx or the EOTs."""
+        assert isinstance(self._description, ForeignManifest)
+        if self._description.format == "megatron":
+            return foreign.megatron_starts(self._description, self._split)
+        eot_behind = False
+        if self._description.format == "nanogpt" and self.files:
+            self.read_into(first := np.empty(1, np.uint16), 0)
+            eot_behind = int(first[0]) != EOT
+        return foreign.scanned_starts(self.read_into, self._starts[-1], eot_behind)
 
     def read_into(self, out: NDArray[np.uint16], start: int) -> None:
         self._read(out, start)
@@ -214,32 +235,3 @@ class _ShardDocuments:
                 f"{path}: offsets out of order or outside the shard's {shard.tokens:,} tokens: damaged"
             )
         return offsets
-
-
-class _StreamDocuments:
-    """The documents of another project's dataset, by its EOTs or Megatron's .idx, once they are asked for."""
-
-    def __init__(self, stream: _Split, description: ForeignManifest, split: str) -> None:
-        self._stream, self._description, self._split = stream, description, split
-
-    @functools.cached_property
-    def _all(self) -> NDArray[np.int64]:
-        description, split = self._description, self._split
-        if description.format == "megatron":
-            return foreign.megatron_starts(description, split)
-        total = description.tokens(split)
-        eot_behind = False
-        if description.format == "nanogpt" and total:
-            self._stream.read_into(first := np.empty(1, np.uint16), 0)
-            eot_behind = int(first[0]) != EOT
-        return foreign.scanned_starts(self._stream.read_into, total, eot_behind)
-
-    @property
-    def count(self) -> int:
-        """Return how many there are."""
-        return len(self._all)
-
-    def starts(self, first: int, last: int) -> list[int]:
-        """Return where documents [first, last) begin in the split, in tokens."""
-        starts: list[int] = self._all[first:last].tolist()
-        return starts

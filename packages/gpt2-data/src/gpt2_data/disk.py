@@ -73,11 +73,11 @@ def sign(file: IO[str]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cores() -> int:
-    """The number of cores that this process may use: of a container or a job fewer than the machine has."""
+    """Return how many cores this process may use: in a container or a job fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

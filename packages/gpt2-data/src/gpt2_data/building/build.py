@@ -34,7 +34,7 @@ from gpt2_data.sources.download import Downloader
 
 @dataclass(frozen=True)
 class Status:
-    """How far a build is, for whoever shows it.
+    """The progress of a build.
 
     Attributes:
         phase: "fetching", "tokenizing" or "writing".
@@ -54,7 +54,7 @@ Progress = Callable[[Status], None]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build made; of a part that was not the last, what it did.
+    """The result of a build, or of a part of it that was not the last.
 
     Attributes:
         finished: False for such a part.
@@ -76,7 +76,7 @@ class BuildResult:
 
 
 @dataclass
-class _Build:
+class _Run:
     """A call of `build`. `text_bytes` counts what it has tokenized."""
 
     config: BuildConfig
@@ -128,82 +128,82 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
     Raises:
         ValueError, OSError: one line that says what to do.
     """
-    this = _Build(config, tokenizer.choose_backend(config.tokenizer), progress, time.monotonic())
+    run = _Run(config, tokenizer.choose_backend(config.tokenizer), progress, time.monotonic())
     workfolder.check(config.out)
-    if (manifest := this.find_finished()) is not None:
-        return _result(this, manifest, already_built=True)
-    if not this.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
+    if (manifest := run.find_finished()) is not None:
+        return _result(run, manifest, already_built=True)
+    if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
         raise ValueError("there is no text in the source")
-    return _build_whole(this) if config.part is None else _build_part(this, *config.part)
+    return _build_whole(run) if config.part is None else _build_part(run, *config.part)
 
 
-def _build_whole(this: _Build) -> BuildResult:
-    with workfolder.locked(this.config.out):
-        if (manifest := this.find_finished()) is not None:  # by the build that held the lock before us
-            return _result(this, manifest, already_built=True)
-        workfolder.prepare(this.work, this.plan)
-        workfolder.check_space(this.plan, this.config)
-        receipts = _tokenize(this, this.tasks)
-        check_unchanged(this.plan)
+def _build_whole(run: _Run) -> BuildResult:
+    with workfolder.locked(run.config.out):
+        if (manifest := run.find_finished()) is not None:  # by the build that held the lock before us
+            return _result(run, manifest, already_built=True)
+        workfolder.prepare(run.work, run.plan)
+        workfolder.check_space(run.plan, run.config)
+        receipts = _tokenize(run, run.tasks)
+        check_unchanged(run.plan)
         if sum(receipt.tokens for receipt in receipts) == sum(receipt.documents for receipt in receipts):
-            shutil.rmtree(this.work)  # nothing but an EOT for each document
+            shutil.rmtree(run.work)  # nothing but an EOT for each document
             raise ValueError("there is no text in the source")
-        input_hashes = _input_hashes(this, receipts)
-        content = this.plan.content_hash(input_hashes)
-        shards = _write_shards(this, receipts, workfolder.shards_key(this.config, content))
-        source = workfolder.source_record(this.plan, input_hashes, content, receipts)
-        manifest = Manifest(tokenizer.identity(), source, workfolder.options(this.config), shards)
+        input_hashes = _input_hashes(run, receipts)
+        content = run.plan.content_hash(input_hashes)
+        shards = _write_shards(run, receipts, workfolder.shards_key(run.config, content))
+        source = workfolder.source_record(run.plan, input_hashes, content, receipts)
+        manifest = Manifest(tokenizer.identity(), source, workfolder.options(run.config), shards)
         workfolder.append_history(
-            this.config,
+            run.config,
             {
-                "tokenizer": this.backend,
-                "request": this.request,
-                "seconds": round(time.monotonic() - this.started, 3),
-                "text_mb_per_second": this.speed(),
+                "tokenizer": run.backend,
+                "request": run.request,
+                "seconds": round(time.monotonic() - run.started, 3),
+                "text_mb_per_second": run.speed(),
                 "dataset": manifest.hash,
             },
         )
-        with disk.write_whole(this.config.out / FILE_NAME, this.work) as file:
+        with disk.write_whole(run.config.out / FILE_NAME, run.work) as file:
             file.write(manifest.to_bytes())
-        shutil.rmtree(this.work)
-        return _result(this, manifest)
+        shutil.rmtree(run.work)
+        return _result(run, manifest)
 
 
-def _build_part(this: _Build, number: int, count: int) -> BuildResult:
+def _build_part(run: _Run, number: int, count: int) -> BuildResult:
     """Do this part's share of the units; cut the shards if no part is still at work and nothing is missing."""
-    with workfolder.shared(this.config.out, number, count):
-        workfolder.prepare_part(this.work, this.plan)
-        workfolder.check_space(this.plan, this.config)
-        share = this.tasks[len(this.tasks) * (number - 1) // count : len(this.tasks) * number // count]
-        receipts = _tokenize(this, share)
+    with workfolder.shared(run.config.out, number, count):
+        workfolder.prepare_part(run.work, run.plan)
+        workfolder.check_space(run.plan, run.config)
+        share = run.tasks[len(run.tasks) * (number - 1) // count : len(run.tasks) * number // count]
+        receipts = _tokenize(run, share)
     # The lock is let go before looking: of parts that end together, the last to let go sees all done.
-    if all(task.receipt_file.exists() for task in this.tasks):
-        with contextlib.suppress(disk.Busy):  # another part looked, too, and is at it
-            return _build_whole(this)
+    if all(task.receipt_file.exists() for task in run.tasks):
+        with contextlib.suppress(disk.Busy):  # another part looked, too, and cuts them
+            return _build_whole(run)
     totals = {
         name: sum(getattr(receipt, name) for receipt in receipts)
         for name in ("tokens", "documents", "documents_empty", "documents_replaced")
     }
-    return _result(this, None, **totals)
+    return _result(run, None, **totals)
 
 
-def _input_hashes(this: _Build, receipts: Sequence[Receipt]) -> list[str]:
+def _input_hashes(run: _Run, receipts: Sequence[Receipt]) -> list[str]:
     """Return the SHA-256 of each input; one without documents has no unit that hashed it."""
     hashes: dict[str, str] = {}
-    for task, receipt in zip(this.tasks, receipts, strict=True):
+    for task, receipt in zip(run.tasks, receipts, strict=True):
         hashes.update(zip(task.hashed, receipt.sha256, strict=True))
-    return [item.sha256 or hashes.get(item.path) or disk.sha256(Path(item.path)) for item in this.plan.inputs]
+    return [item.sha256 or hashes.get(item.path) or disk.sha256(Path(item.path)) for item in run.plan.inputs]
 
 
 # --- phase A
 
 
-def _tokenize(this: _Build, tasks: list[UnitTask]) -> list[Receipt]:
+def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
     """Return the receipts of all tasks in order; files are fetched meanwhile."""
     total = sum(task.unit.text_bytes for task in tasks)
     done = documents = tokens = 0
-    this.progress(Status("tokenizing", 0, total))
-    with _Downloads(this.plan, this.config, [task for task in tasks if read_receipt(task) is None]) as downloads:
+    run.progress(Status("tokenizing", 0, total))
+    with _Downloads(run.plan, run.config, [task for task in tasks if read_receipt(task) is None]) as downloads:
 
         def note(task: UnitTask, result: tuple[Receipt, bool]) -> None:
             nonlocal done, documents, tokens
@@ -211,24 +211,24 @@ def _tokenize(this: _Build, tasks: list[UnitTask]) -> list[Receipt]:
             done += task.unit.text_bytes
             documents += receipt.documents
             tokens += receipt.tokens
-            this.text_bytes += receipt.text_bytes * is_new
+            run.text_bytes += receipt.text_bytes * is_new
             downloads.release(task)
-            this.progress(Status("tokenizing", done, total, documents, tokens))
+            run.progress(Status("tokenizing", done, total, documents, tokens))
 
         def ready(task: UnitTask) -> bool:
             if downloads.ready(task):
                 return True
-            this.progress(Status("fetching", *downloads.progress(), documents, tokens))
+            run.progress(Status("fetching", *downloads.progress(), documents, tokens))
             return False
 
         job = workers.Job(tokenize_unit, tokenize_carefully, document_at_work, note, ready)
         try:
-            if this.config.engine == "ray":
-                results = workers.run_on_ray(job, tasks, this.config.workers)
+            if run.config.engine == "ray":
+                results = workers.run_on_ray(job, tasks, run.config.workers)
             else:
-                results = workers.run(job, tasks, this.config.num_workers(total))
+                results = workers.run(job, tasks, run.config.num_workers(total))
         finally:
-            workfolder.remove_temporaries(this.work, [task.receipt_file.stem for task in tasks])
+            workfolder.remove_temporaries(run.work, [task.receipt_file.stem for task in tasks])
     return [receipt for receipt, _ in results]
 
 
@@ -248,7 +248,7 @@ class _Downloads(contextlib.ExitStack):
             self._downloader = self.enter_context(Downloader(files, ahead, config.delete_downloads))
 
     def ready(self, task: UnitTask) -> bool:
-        """True if the task's file is there, or is not needed. Raises what ended the fetching."""
+        """True if the task's file is there, or is not needed. Raises the error that ended the fetching."""
         path = self._wanted.get(task.unit.index)
         return path is None or self._downloader is None or self._downloader.ready(Path(path))
 
@@ -269,19 +269,19 @@ class _Downloads(contextlib.ExitStack):
 # --- phase B
 
 
-def _write_shards(this: _Build, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
-    layout = lay_out(this.config, this.tasks, receipts)
-    cuts = shard_tasks(layout, this.config, this.work)
-    workfolder.remove_other_shards(this.config.out, [cut.file for cut in cuts])
+def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
+    layout = lay_out(run.config, run.tasks, receipts)
+    cuts = shard_tasks(layout, run.config, run.work)
+    workfolder.remove_other_shards(run.config.out, [cut.file for cut in cuts])
     done = 0
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
     # to write. Twice as many as cores, since half of them wait for the disk.
-    with ThreadPoolExecutor(2 * this.config.num_workers(2 * layout.num_tokens)) as pool:
+    with ThreadPoolExecutor(2 * run.config.num_workers(2 * layout.num_tokens)) as pool:
         futures = [pool.submit(workfolder.make_shard, cut, key) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 done += future.result().tokens
-                this.progress(
+                run.progress(
                     Status("writing", done, layout.num_tokens, layout.num_documents, layout.num_tokens, count)
                 )
         except BaseException:
@@ -290,7 +290,7 @@ def _write_shards(this: _Build, receipts: Sequence[Receipt], key: str) -> tuple[
     return tuple(future.result() for future in futures)
 
 
-def _result(this: _Build, manifest: Manifest | None, *, already_built: bool = False, **facts: int) -> BuildResult:
+def _result(run: _Run, manifest: Manifest | None, *, already_built: bool = False, **facts: int) -> BuildResult:
     """Return what was built, or the `facts` of a part."""
     if manifest is not None:
         facts = {
@@ -300,13 +300,13 @@ def _result(this: _Build, manifest: Manifest | None, *, already_built: bool = Fa
             "documents_replaced": manifest.source["documents_replaced"],
         }
     return BuildResult(
-        out=this.config.out,
+        out=run.config.out,
         shards=0 if manifest is None else len(manifest.shards),
         val_tokens=0 if manifest is None else manifest.tokens("val"),
-        tokenizer=this.backend,
+        tokenizer=run.backend,
         already_built=already_built,
         finished=manifest is not None,
-        seconds=round(time.monotonic() - this.started, 3),
-        text_mb_per_second=this.speed(),
+        seconds=round(time.monotonic() - run.started, 3),
+        text_mb_per_second=run.speed(),
         **facts,
     )

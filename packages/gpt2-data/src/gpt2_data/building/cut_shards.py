@@ -7,7 +7,7 @@ and `starts` (where that document begins in the units' tokens, laid end to end).
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from gpt2_data import order
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.tokenize_units import Receipt, UnitTask
-from gpt2_data.disk import write_whole
-from gpt2_data.formats import arrow, uint16
-from gpt2_data.formats.manifest import Shard, Sidecar
-from gpt2_data.formats.uint16 import OFFSET, TokenFile
+from gpt2_data.formats.manifest import Shard, shard_name, write_documents
+from gpt2_data.formats.uint16 import OFFSET, TokenFile, TokenFiles
 
 DEFAULT_VAL_TOKENS = 100_000_000
 _CHUNK_DOCUMENTS = 1_000_000
@@ -150,11 +148,6 @@ def shard_tasks(layout: Layout, config: BuildConfig, work: Path) -> list[ShardTa
     return tasks
 
 
-def shard_name(split: str, number: int, format: str) -> str:
-    """Return the file name of a shard."""
-    return f"{split}_{number:06d}{arrow.ENDING if format == 'arrow' else '.bin'}"
-
-
 def document_ids(numbers: NDArray[np.int64], num_documents: int, seed: int | None) -> NDArray[np.int64]:
     """Return the numbers in the source's order of the documents `numbers` of the stream."""
     return numbers if seed is None else order.permute(numbers, num_documents, seed)
@@ -176,50 +169,11 @@ def write_shard(task: ShardTask) -> Shard:
     return write_documents(path, task.work, task.split, num_tokens, tokens, starts, ids)
 
 
-def write_documents(
-    path: Path,
-    temporary_folder: Path,
-    split: str,
-    num_tokens: int,
-    chunks: Iterable[NDArray[np.uint16]],
-    starts: NDArray[np.integer],
-    ids: NDArray[np.int64] | None,
-) -> Shard:
-    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
-
-    Args:
-        starts: where documents start in it, in tokens.
-        ids: of the rows, one more than `starts` if the first row continues the document before.
-    """
-    sidecar = None
-    if ids is None:
-        with write_whole(path.with_suffix(".docs"), temporary_folder) as file:
-            docs = uint16.write_docs(file, starts)
-        sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
-    with write_whole(path, temporary_folder) as file:
-        if ids is None:
-            written = uint16.write_shard(file, num_tokens, chunks)
-        else:
-            rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
-            written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
-    return Shard(
-        split=split,
-        file=path.name,
-        tokens=num_tokens,
-        documents=len(starts),
-        bytes=written.bytes,
-        max_token=written.maximum,
-        tokens_sha256=written.payload_sha256,
-        sha256=written.sha256,
-        docs=sidecar,
-    )
-
-
 def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.uint16]]:
     """Yield tokens [start, stop) of the stream in chunks; a chunk is valid until the next is asked for."""
     units = task.layout.units
     unit_starts = list(itertools.accumulate((unit.tokens for unit in units), initial=0))
-    files = uint16.TokenFiles(units)
+    files = TokenFiles(units)
     buffer = np.empty(min(_CHUNK_TOKENS, task.stop - task.start), np.uint16)
     filled = 0
     for start, length in _runs(task, sums):

@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def text_bytes(self) -> int:
-        """About how much text there is."""
+        """The number of bytes of text, roughly."""
         return sum(unit.text_bytes for unit in self.units)
 
     @property
@@ -76,7 +76,7 @@ class Plan:
 
     @functools.cached_property
     def name(self) -> str:
-        """The name of the tokenized units while they are made: files are known by their sizes and times."""
+        """The name of this plan in the work folder; local files are known by their sizes and times."""
         known = [[item.kind, item.name, item.bytes, item.sha256 or item.mtime_ns] for item in self.inputs]
         return json_sha256({"inputs": known} | self._spec())
 
@@ -236,7 +236,7 @@ def _txt_unit(texts: list[Input]) -> Unit:
 
 
 def text_bytes(items: list[Input]) -> int:
-    """About how much text there is in text files."""
+    """Return about how many bytes of text there are in text files."""
     return sum(item.bytes * (_COMPRESSION if files.is_compressed(item.path) else 1) for item in items)
 
 

@@ -26,7 +26,7 @@ from gpt2_data.sources.files import Batch
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a tokenized unit amounts to.
+    """The facts of a tokenized unit, by which a restart knows that its files are whole.
 
     CRC-32, at 3 GB/s, against what a kill, a power loss or a bad disk leaves: SHA-256 took 7 % of a build on a
     processor without instructions for it. The shards that are made of the units have SHA-256.
@@ -60,22 +60,22 @@ class UnitTask:
 
     @property
     def tokens_file(self) -> Path:
-        """Its tokens, EOT in front of each document: uint16 and nothing else."""
+        """The file of its tokens, EOT in front of each document: uint16 and nothing else."""
         return self.work / f"unit-{self.unit.index:05d}.u16"
 
     @property
     def lengths_file(self) -> Path:
-        """The length of each document in tokens: u64 and nothing else."""
+        """The file of its documents' lengths in tokens: u64 and nothing else."""
         return self.work / f"unit-{self.unit.index:05d}.u64"
 
     @property
     def receipt_file(self) -> Path:
-        """Its receipt, which is written when both are whole."""
+        """The file of its receipt, which is written when those two are whole."""
         return self.work / f"unit-{self.unit.index:05d}.json"
 
     @property
     def position_file(self) -> Path:
-        """The number of the document at work, while the unit is tokenized carefully."""
+        """The file of the number of the document at work, while the unit is tokenized carefully."""
         return self.work / f"unit-{self.unit.index:05d}.at"
 
 

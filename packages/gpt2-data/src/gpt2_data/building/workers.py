@@ -24,7 +24,7 @@ _NODE_DEATHS = 100  # a task whose machine is lost, through no fault of its own,
 
 @dataclass(frozen=True)
 class Job(Generic[T, R]):
-    """What to run.
+    """A function to run on each of the tasks, and what goes with it.
 
     Attributes:
         function: does a task. It may run twice where a process died, so twice must do no harm. This and `again`

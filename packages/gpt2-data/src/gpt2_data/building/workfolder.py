@@ -60,10 +60,10 @@ def locked(out: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):
-                if {path.name for path in work.iterdir()} <= {"lock", "plan.json"}:
-                    shutil.rmtree(work)
-                if is_new:
+            if {path.name for path in work.glob("*")} <= {"lock", "plan.json"}:
+                shutil.rmtree(work, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):
                     out.rmdir()  # refused if there is anything in it
             raise
 

@@ -3,10 +3,10 @@
 A shard is an Arrow IPC stream (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, so that
 `datasets` maps it into memory, and its tokens lie in the file without a gap, as in a uint16 shard: after the
 header, the ids (int64 each) and where each row begins (int32, and at the end their number); each part starts at a
-multiple of 64 bytes. A document cut by the shard's end goes on in the next shard as a row with the same id.
+multiple of 64 bytes. A document cut by the shard's end continues in the next shard as a row with the same id.
 
 The header is laid out here, not by pyarrow: the file is the same whatever its version, no more than a chunk of
-tokens is held while writing, and a reader who knows the counts knows every byte of the header: none is trusted.
+tokens is in memory while writing, and a reader who knows the counts knows the header's bytes: none is trusted.
 """
 
 import os
@@ -57,12 +57,12 @@ def header(num_tokens: int, num_rows: int) -> bytes:
 
 
 def token_start(num_tokens: int, num_rows: int) -> int:
-    """Where in the file the tokens begin, in bytes."""
+    """Return where in the file the tokens begin, in bytes."""
     return len(header(num_tokens, num_rows)) + _parts(num_tokens, num_rows)[2][0]
 
 
 def shard_bytes(num_tokens: int, num_rows: int) -> int:
-    """Size of a shard's file in bytes."""
+    """Return the size of a shard's file in bytes."""
     return token_start(num_tokens, num_rows) + _up(2 * num_tokens, 8) + len(_END_OF_STREAM)
 
 
@@ -97,12 +97,12 @@ class ArrowShard:
     rows: int
 
     def row_starts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Where rows [start, stop) begin, in tokens."""
+        """Return where rows [start, stop) begin, in tokens."""
         place = self._rows_at() + _parts(self.file.tokens, self.rows)[1][0]
         return self._read(place, "<i4", start, self.rows if stop is None else stop)
 
     def ids(self) -> NDArray[np.int64]:
-        """The id of each row."""
+        """Return the id of each row."""
         return self._read(self._rows_at(), "<i8", 0, self.rows)
 
     def _rows_at(self) -> int:
@@ -121,7 +121,7 @@ class ArrowShard:
 def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
     """Open a shard of that many tokens, with that many documents that start in it.
 
-    The first row may go on with a document from the shard before. Raises ValueError or OSError, naming the file.
+    The first row may continue a document of the shard before. Raises ValueError or OSError, naming the file.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -144,7 +144,7 @@ def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
 
 
 def _parts(num_tokens: int, num_rows: int) -> list[tuple[int, int]]:
-    """(position, length) in bytes, behind the header, of ids, row starts and tokens."""
+    """Return (position, length) in bytes, behind the header, of ids, row starts and tokens."""
     lengths = 8 * num_rows, 4 * (num_rows + 1), 2 * num_tokens
     offsets = _up(lengths[0], _ALIGN)
     return [(0, lengths[0]), (offsets, lengths[1]), (_up(offsets + lengths[1], _ALIGN), lengths[2])]

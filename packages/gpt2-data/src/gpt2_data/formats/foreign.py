@@ -43,7 +43,7 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """A file of a foreign dataset, which is not read: `max_token` is the largest id that reading lets through."""
+    """A file of a foreign dataset. `max_token` is the largest id that reading accepts: the file is not read."""
 
     split: str
     file: str
@@ -53,7 +53,7 @@ class ForeignShard:
 
 @dataclass(frozen=True)
 class ForeignManifest:
-    """What stands for the dataset.json that a foreign dataset lacks.
+    """The description of a foreign dataset, in place of a dataset.json.
 
     Attributes:
         files: (split, file) in order.
@@ -132,7 +132,7 @@ def sniff(path: Path) -> ForeignManifest | None:
         )
     if pairs:
         return _megatron([(path / name, path / f"{name[:-4]}.idx") for name in pairs])
-    return _shards(path, *kinds, matches) if kinds else None
+    return _shards(path, next(iter(kinds)), matches) if kinds else None
 
 
 def _kind(path: Path) -> str:

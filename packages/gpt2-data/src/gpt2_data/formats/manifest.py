@@ -4,11 +4,16 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpt2_data import tokenizer
+from gpt2_data.disk import write_whole
 from gpt2_data.formats import arrow, uint16
 from gpt2_data.formats.arrow import ArrowShard
 from gpt2_data.formats.uint16 import TokenFile
@@ -175,7 +180,7 @@ def _check_shard(shard: Shard, vocab_size: int) -> None:
         raise ValueError(f"{shard.file}: token {shard.max_token!r} in a vocabulary of {vocab_size}")
     if shard.docs:
         sizes = {(uint16.shard_bytes(shard.tokens), uint16.docs_bytes(shard.documents))}
-    else:  # a first row may go on with a document from the shard before
+    else:  # a first row may continue a document of the shard before
         rows = {min(max(shard.documents + more, 1), shard.tokens) for more in (0, 1)}
         sizes = {(arrow.shard_bytes(shard.tokens, n), 0) for n in rows}
     if (shard.bytes, shard.docs.bytes if shard.docs else 0) not in sizes:
@@ -198,6 +203,11 @@ def tokenizer_problem(manifest: Manifest) -> str | None:
     return None
 
 
+def shard_name(split: str, number: int, format: str) -> str:
+    """Return the file name of a shard."""
+    return f"{split}_{number:06d}{arrow.ENDING if format == 'arrow' else '.bin'}"
+
+
 def is_shard_name(name: str) -> bool:
     """True if a file of this name in a dataset's folder would pass for one of its shards."""
     return _SHARD_NAME.fullmatch(name) is not None
@@ -212,3 +222,42 @@ def open_shard(folder: Path, shard: Shard) -> TokenFile | ArrowShard:
     if count != shard.tokens:
         raise ValueError(f"{path}: {count:,} tokens, dataset.json says {shard.tokens:,}")
     return TokenFile(path, count)
+
+
+def write_documents(
+    path: Path,
+    temporary_folder: Path,
+    split: str,
+    num_tokens: int,
+    chunks: Iterable[NDArray[np.uint16]],
+    starts: NDArray[np.integer],
+    ids: NDArray[np.int64] | None,
+) -> Shard:
+    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
+
+    Args:
+        starts: where documents start in it, in tokens.
+        ids: of the rows, one more than `starts` if the first row continues the document before.
+    """
+    sidecar = None
+    if ids is None:
+        with write_whole(path.with_suffix(".docs"), temporary_folder) as file:
+            docs = uint16.write_docs(file, starts)
+        sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
+    with write_whole(path, temporary_folder) as file:
+        if ids is None:
+            written = uint16.write_shard(file, num_tokens, chunks)
+        else:
+            rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
+            written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
+    return Shard(
+        split=split,
+        file=path.name,
+        tokens=num_tokens,
+        documents=len(starts),
+        bytes=written.bytes,
+        max_token=written.maximum,
+        tokens_sha256=written.payload_sha256,
+        sha256=written.sha256,
+        docs=sidecar,
+    )

@@ -9,6 +9,7 @@ that starts in the shard the offset of its first token, u64. Arrow shards have t
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,12 @@ def write(
 
 
 def shard_bytes(num_tokens: int) -> int:
-    """Size of a shard's file in bytes."""
+    """Return the size of a shard's file in bytes."""
     return SHARD_HEADER_BYTES + TOKEN.itemsize * num_tokens
 
 
 def docs_bytes(num_documents: int) -> int:
-    """Size of a sidecar's file in bytes."""
+    """Return the size of a sidecar's file in bytes."""
     return DOCS_HEADER_BYTES + OFFSET.itemsize * num_documents
 
 
@@ -170,6 +171,8 @@ class TokenFiles:
             if count == 0:
                 raise self._cut_short(number, offset)
             wanted, position = wanted[count:], position + count
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
 
     def read_rows(self, out: NDArray[np.uint16], numbers: list[int], offsets: list[int]) -> None:
         """Fill row i of `out`, contiguous, with the tokens of file numbers[i] from token offsets[i] on."""
@@ -182,6 +185,8 @@ class TokenFiles:
             start, end = end, end + row_bytes
             if os.preadv(descriptor, (data[start:end],), position) != row_bytes:
                 raise self._cut_short(number, offset)
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:

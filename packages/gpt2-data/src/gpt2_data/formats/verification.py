@@ -138,7 +138,7 @@ def _content_problems(
 
 
 class _TokenCheck:
-    """Checks block by block that ids are in the vocabulary and EOTs just where documents start."""
+    """A check, block by block, that ids are in the vocabulary and EOTs just where documents start."""
 
     def __init__(self, num_tokens: int, starts: NDArray[np.int64] | None, dataset: Manifest) -> None:
         self._unread, self._position = num_tokens, 0
@@ -150,7 +150,7 @@ class _TokenCheck:
         self.bad_id = ""
 
     def add(self, block: NDArray[np.uint16]) -> None:
-        tokens = block[: self._unread]  # an Arrow file goes on behind them
+        tokens = block[: self._unread]  # an Arrow file has more behind them
         self._unread -= len(tokens)
         if not self.bad_id and len(tokens) and int(tokens.max()) >= self._vocab_size:
             at = int(np.argmax(tokens >= self._vocab_size))
