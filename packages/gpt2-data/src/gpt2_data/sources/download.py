@@ -5,6 +5,7 @@ receipt by which a rerun knows the file without hashing it again; NAME.lock keep
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -46,26 +47,24 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
         ValueError: the source is malformed, or the hub has no such dataset, config or split, or several files.
         OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
     """
-    source_on_hub = hub.parse(source)
-    if source_on_hub is None:
-        if not source.startswith(("http://", "https://")):
-            raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-        name = name or source.partition("?")[0].rpartition("/")[2]
-        if not name:
-            raise ValueError(f"{source}: this address names no file: give its name")
-    if name and sha256 is not None:
-        path = folder / name
+    on_hub = hub.parse(source)
+    if on_hub is None and not source.startswith(("http://", "https://")):
+        raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+    place = name or ("" if on_hub is not None else source.partition("?")[0].rpartition("/")[2])
+    if place and sha256 is not None:
+        path = folder / place
         if path.is_file() and sha256_of(path) == sha256:
             return path
-    if source_on_hub is None:
-        file = WebFile(source, name, web.size_of(source), sha256)
-    else:
-        files = hub.list_files(source_on_hub).files
+    if on_hub is not None:
+        files = hub.list_files(on_hub).files
         if len(files) != 1:
             raise ValueError(f"{source} has {len(files)} files on the hub, not one")
-        listed = files[0]
-        name = name or f"{source_on_hub.repo.replace('/', '--')}/{listed.path}"
-        file = WebFile(listed.url, name, listed.size, sha256 or listed.sha256)
+        place = place or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
+        file = dataclasses.replace(files[0], path=place, sha256=sha256 or files[0].sha256)
+    elif place:
+        file = WebFile(source, place, web.size_of(source), sha256)
+    else:
+        raise ValueError(f"{source}: this address names no file: give its name")
     return download_file(file, folder, unreachable=web.UNREACHABLE)
 
 
