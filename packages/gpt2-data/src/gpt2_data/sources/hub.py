@@ -109,8 +109,9 @@ def list_files(source: HubSource) -> Listing:
     patience = web.Patience(f"hub dataset {source.repo}", unreachable=web.UNREACHABLE)
     info = patience.call(lambda: _dataset_info(source))
     siblings = {row.rfilename: row for row in info.siblings or []}
+    names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
     configs = (info.card_data.get("configs") if info.card_data else None) or []
-    config, splits = _splits(source, configs, _data_names(sorted(siblings)))
+    config, splits = _splits(source, configs, names)
     if source.split not in splits:
         known = ", ".join(sorted(splits)) or "none"
         raise ValueError(f"{source.name}: no split {source.split!r}; there are: {known}")
@@ -123,15 +124,8 @@ def list_files(source: HubSource) -> Listing:
 
 
 def _dataset_info(source: HubSource) -> Any:
-    """What the hub says about the dataset, sizes and hashes of its files included. Raises web.Again, too."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )  # fmt: skip
+    """Ask the hub about the dataset, with sizes and hashes of its files. Raises web.Again, too."""
+    from huggingface_hub import HfApi, constants, errors
 
     what = f"hub dataset {source.repo}"
     try:
@@ -139,16 +133,16 @@ def _dataset_info(source: HubSource) -> Any:
             return HfApi(library_name="gpt2-data").dataset_info(
                 source.repo, revision=source.revision, files_metadata=True, timeout=web.READ_TIMEOUT
             )
-    except OfflineModeIsEnabled as error:
+    except errors.OfflineModeIsEnabled as error:
         raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise ValueError(f"{what} has no revision {source.revision!r}") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         page = f"{constants.ENDPOINT}/datasets/{source.repo}"
         raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}") from error
-    except RepositoryNotFoundError as error:  # the hub does not tell a private dataset from none
+    except errors.RepositoryNotFoundError as error:  # the hub does not tell a private dataset from none
         raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         web.raise_again(error.response)
         if "credentials" in (error.server_message or ""):
             raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew") from error
@@ -186,8 +180,8 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
 
     data_files is a string, a list, or a list of splits.
     """
-    folder = str(entry.get("data_dir") or "").strip("/")
-    base = f"{folder}/" if folder else ""
+    base = str(entry.get("data_dir") or "").strip("/")
+    base = f"{base}/" if base else ""
     given = entry.get("data_files")
     if given is None:
         return _splits_by_name([name for name in names if name.startswith(base)], base)
@@ -221,14 +215,9 @@ _KEYWORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
-_NO_DATA = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip"} | {
-    "dataset_dict.json"
-}
-
-
-def _data_names(names: list[str]) -> list[str]:
-    hidden = re.compile(r"(?:.*/)?(?:\.|__).*")
-    return [name for name in names if not hidden.fullmatch(name) and PurePosixPath(name).name not in _NO_DATA]
+_NO_DATA = re.compile(
+    r"(?:.*/)?(?:\.|__).*|(?:.*/)?(?:README\.md|(?:config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)"
+)
 
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
