@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data.formats import uint16
+from gpt2_data.formats.manifest import SPLITS, check_split
 from gpt2_data.formats.uint16 import TokenFile
 from gpt2_data.tokenizer import EOT, VOCAB_SIZE
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
-SPLITS = ("train", "val")
 NPY_HEADER_BYTES = 128
 IDX_MAGIC = b"MMIDIDX\0\0"
 IDX_HEADER_BYTES = 34
@@ -72,8 +72,7 @@ class ForeignManifest:
 
     def split(self, split: str) -> list[TokenFile]:
         """Return the files of a split in order. Raises ValueError for a split there cannot be."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+        check_split(split)
         return [file for name, file in self.files if name == split]
 
     def tokens(self, split: str) -> int:

@@ -26,6 +26,12 @@ _SHARD_NAME = re.compile(r"(train|val)_\d{6,}\.(bin|docs|arrow)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def check_split(split: str) -> None:
+    """Raise ValueError for a split there cannot be."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+
+
 @dataclass(frozen=True)
 class Sidecar:
     """The file of document offsets beside a shard. Sizes in bytes."""
@@ -82,8 +88,7 @@ class Manifest:
 
     def split(self, split: str) -> list[Shard]:
         """Return the shards of a split in order. Raises ValueError for a split there cannot be."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+        check_split(split)
         return [shard for shard in self.shards if shard.split == split]
 
     @property
