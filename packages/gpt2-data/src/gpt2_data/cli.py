@@ -211,18 +211,7 @@ def _check_names(source: tuple[str, ...]) -> None:
             catalog.expand(name)
 
 
-def _dataset(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
-    """Point to the dataset beside what was named."""
-    if path.is_file():
-        raise ValueError(f"{path} is a file: name its folder, {path.parent}")
-    if path.is_dir() and not (path / "dataset.json").exists():
-        inside = sorted(file.parent for file in path.glob("*/dataset.json"))
-        if inside:
-            raise ValueError(f"{path} is not a dataset; {' and '.join(map(str, inside[:3]))} in it is: name that")
-    return path
-
-
-DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path), callback=_dataset)
+DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @main.command()

@@ -116,10 +116,8 @@ def load(path: Path) -> Manifest | ForeignManifest:
         return description
     if (other := foreign.sniff(path)) is not None:
         return other
-    if not path.exists():
-        raise ValueError(manifest.no_such_folder(path))
     known = ", ".join(foreign.NAMES.values())
-    raise ValueError(f"{path} is not a dataset: there is no {manifest.FILE_NAME} in it, nor shards of {known}")
+    raise ValueError(manifest.not_a_dataset(path, "dataset", f", nor shards of {known}"))
 
 
 class _Split:

@@ -125,10 +125,8 @@ def load(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        if not folder.exists():
-            raise ValueError(no_such_folder(folder)) from None
         hint = ", but an unfinished build: run its command again" if (folder / ".build").exists() else ""
-        raise ValueError(f"{folder} is not a dataset of gpt2-data: there is no {FILE_NAME} in it{hint}") from None
+        raise ValueError(not_a_dataset(folder, "dataset of gpt2-data", hint)) from None
     try:
         manifest = _parse(json.loads(data))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -139,9 +137,16 @@ def load(folder: Path) -> Manifest:
     return manifest
 
 
-def no_such_folder(folder: Path) -> str:
-    """Return the message about a dataset's folder that does not exist."""
-    return f"{folder} is not a dataset: there is no such folder; gpt2-data build --out {folder} makes one"
+def not_a_dataset(folder: Path, what: str, hint: str) -> str:
+    """Return the message about a path that is no dataset, with the dataset around it or in it."""
+    if not folder.exists():
+        return f"{folder} is not a dataset: there is no such folder; gpt2-data build --out {folder} makes one"
+    if folder.is_file():
+        return f"{folder} is a file: name its folder, {folder.parent}"
+    inside = sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}"))
+    if inside:
+        return f"{folder} is not a dataset; {' and '.join(map(str, inside[:3]))} in it is: name that"
+    return f"{folder} is not a {what}: there is no {FILE_NAME} in it{hint}"
 
 
 def shard_from_json(item: Any) -> Shard:
