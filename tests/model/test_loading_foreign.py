@@ -17,7 +17,7 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
 def nano(
     bias=True, activation="gelu", vocab_size=100
 ) -> tuple[transformers.GPT2LMHeadModel, dict[str, torch.Tensor]]:
-    """A random model, and its weights as nanoGPT has them: (out, in), with a mask where there is no flash attention."""
+    """A random model, and its weights as nanoGPT has them: (out, in), with the mask of old torch versions."""
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": vocab_size}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, activation_function=activation)).eval()
