@@ -227,7 +227,7 @@ def test_a_revision(hub, here, model, tmp_path) -> None:
 MISSING = {
     "unknown": ("no/such", "no/such is neither a local model folder nor a model on the hub .*HF_TOKEN"),
     "gated": ("gated/model", "gated/model is gated: ask for access on its page on the hub, then `hf auth login`"),
-    "revision": ("a/b@v2", "a/b@v2: the hub has this model, but not this revision of it"),
+    "revision": ("a/b@v2", "a/b@v2 is no revision of this model on the hub"),
     "no_weights": ("no/weights", "no/weights on the hub is no model folder: it lacks config.json or weights"),
     "no_config": ("no/config", "no/config on the hub is no model folder"),
     "no_name": ("a b", "a b is neither a local model folder nor a model on the hub"),

@@ -126,7 +126,7 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
-    """Return the prompts from arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
+    """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and _is_piped():
