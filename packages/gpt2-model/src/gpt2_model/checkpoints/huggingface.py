@@ -248,9 +248,10 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
         errors.RepositoryNotFoundError: f"{absent}; if it is private, {login}",
         errors.HFValidationError: absent,
     }
+    kinds: tuple[type[Exception], ...] = (*messages, errors.HfHubHTTPError)
     try:
         yield
-    except (*messages, errors.HfHubHTTPError) as error:
+    except kinds as error:
         reason = f"could not be downloaded from the hub: {str(error).strip().splitlines()[0]}"
         text = next((text for kind, text in messages.items() if isinstance(error, kind)), reason)
         raise FileNotFoundError(f"{name} {text}") from None
