@@ -153,7 +153,7 @@ def _scoring(folder: Path, device: str) -> Ready:
 
     from gpt2_eval import Row, score_items
     from gpt2_model import GPT, GPTConfig
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
 
     keep_buffers()
     draw = random.Random(0)
@@ -177,7 +177,7 @@ def _losing(folder: Path, device: str) -> Ready:
     from gpt2_data import open_dataset
     from gpt2_eval import evaluate_loss
     from gpt2_model import GPT, GPTConfig, flops_per_token
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
 
     keep_buffers()
     torch.manual_seed(0)

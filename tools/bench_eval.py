@@ -148,7 +148,7 @@ def _take_turns(
 def _contend(name: str, settings: Settings, folder: Path, line: Connection) -> None:
     """A contender's process: a few items to warm up, then all of them in turns."""
     if name in (OURS_RAW, OURS_CLEAN):
-        from gpt2_model.allocator import keep_buffers
+        from gpt2_model.command import keep_buffers
 
         keep_buffers()  # as the command does
     import torch

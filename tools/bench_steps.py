@@ -84,7 +84,7 @@ def ours(
     pad: whether the compiler may pad what is no multiple of a matrix unit's width, as the vocabulary.
     fused: one kernel for all of AdamW; else one for each of its operations.
     """
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
     from gpt2_train import make_optimizer
 
     keep_buffers()
@@ -105,7 +105,7 @@ def transformers(work: Work, *, compiled: bool = False, memory_kept: bool = Fals
 
     memory_kept: a CPU's large tensors keep their memory, as gpt2-train has it and no peer by itself.
     """
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
 
     if memory_kept:
         keep_buffers()

@@ -1,7 +1,6 @@
 import pytest
 
 from gpt2_model import PRESETS, GPTConfig, flops_per_token
-from gpt2_model.config import preset, with_fields
 
 
 @pytest.mark.parametrize(
@@ -35,18 +34,12 @@ def test_nonsense_is_refused(fields, message) -> None:
         GPTConfig(**fields)
 
 
-def test_unknown_preset_names_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown preset '1.5B': choose one of 124M, 350M, 774M, 1558M"):
-        preset("1.5B")
-
-
 def test_fields_from_text() -> None:
-    config = with_fields(
-        GPTConfig(),
+    config = GPTConfig().with_fields(
         {"n_layer": "4", "n_inner": "none", "layer_norm_epsilon": "1e-6", "tie_word_embeddings": "false"},
     )
     assert config == GPTConfig(n_layer=4, layer_norm_epsilon=1e-6, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="unknown model field 'layers': choose from block_size"):
-        with_fields(GPTConfig(), {"layers": "4"})
+        GPTConfig().with_fields({"layers": "4"})
     with pytest.raises(ValueError, match=r"n_layer must be a number \(int\), not 'four'"):
-        with_fields(GPTConfig(), {"n_layer": "four"})
+        GPTConfig().with_fields({"n_layer": "four"})

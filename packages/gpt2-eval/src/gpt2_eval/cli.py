@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from gpt2_eval import __version__
-from gpt2_model.cli import PATH, out_of_memory
+from gpt2_model.command import PATH, out_of_memory
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_eval.scoring import LanguageModel
@@ -314,7 +314,7 @@ def _check_model(model: str | None, hf: str | None) -> None:
 def _load(model: str | None, hf: str | None, run: Mapping[str, Any]) -> "tuple[Any, Any, str]":
     """(model, its encoder, its device)."""
     from gpt2_eval.models import load_model
-    from gpt2_model.allocator import keep_buffers
+    from gpt2_model.command import keep_buffers
 
     keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
     loaded, encoder = load_model(model, hf, run["device"])

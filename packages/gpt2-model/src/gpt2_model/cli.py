@@ -1,112 +1,90 @@
 """gpt2-model generate | info | convert."""
 
-import json
 import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
+import cloup
 
 from gpt2_model import __version__
+from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
-    import torch
-
     from gpt2_model.model import GPT
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# A shell completes it; whether it is there, or a hub name, is found out later.
-PATH = click.Path(readable=False)
+one_line_errors = user_errors("use fewer samples (-n), --dtype int8 or -d cpu")
 
 
-def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what the user can mend (ValueError, OSError) into one line and exit 1; `--debug` shows all of it."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:  # `| head` has seen enough: click ends quietly
-            raise
-        except (ValueError, OSError) as error:
-            if click.get_current_context().find_root().params["debug"]:
-                raise
-            raise click.ClickException(" ".join(str(error).split())) from None
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or click.get_current_context().find_root().params["debug"]:
-                raise
-            raise click.ClickException("out of memory: use fewer samples (-n), --dtype int8 or -d cpu") from None
-
-    return wrapped
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory is used up: a GPU's, a Mac's (MPS), or this machine's, as torch or Python notice it."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in str(error) for words in ("backend out of memory", "DefaultCPUAllocator"))
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_MODEL"})
-@click.version_option(__version__, prog_name="gpt2-model")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@cloup.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_MODEL", "show_default": True})
+@cloup.version_option(__version__, prog_name="gpt2-model")
+@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """GPT-2: text from a prompt, what a model is, and copies in the Hugging Face format.
+    """Write text with GPT-2, show what a model is, and copy any GPT-2 into the Hugging Face format.
 
     \b
     MODEL is one of
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2 on the hub: owner/name[@revision]
-      a Hugging Face model folder; a training checkpoint is one
+      a Hugging Face model folder, such as a training checkpoint
+      a run's folder of gpt2-train, which stands for its newest checkpoint
       a .safetensors or .bin file beside its config.json
-      nanoGPT's ckpt.pt, llm.c's .bin, OpenAI's TensorFlow folder
+      nanoGPT's ckpt.pt or llm.c's .bin
     """
 
 
 @main.command()
-@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
-              help="Hub name, folder or file: see gpt2-model --help.")  # fmt: skip
-@click.option("-f", "--file", type=click.File("rb"), help="Take the prompt from a file; - is stdin.")
-@click.option("-i", "--interactive", is_flag=True, help="Write in turns; what was written is the next prompt.")
-@click.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Samples of each prompt.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Tokens to add at most.")  # fmt: skip
-@click.option("--temperature", default=1.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True,
-              help="Sample from so many likeliest tokens; 0: all.")  # fmt: skip
-@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest with this probability.")
-@click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
-@click.option(
-    "--repetition-penalty",
-    default=1.0,
-    show_default=True,
-    help="Above 1, tokens that came before get less likely.",
+@cloup.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@cloup.option_group(
+    "Model and prompt",
+    cloup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
+                 help="Hub name, folder or file: see gpt2-model --help."),
+    cloup.option("-f", "--file", type=click.File("rb"), help="File to read the prompt from; - is standard input."),
+    cloup.option("-i", "--interactive", is_flag=True,
+                 help="Write in turns with the model; all that was written is the next prompt."),
+)  # fmt: skip
+@cloup.option_group(
+    "Sampling",
+    cloup.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, help="Samples of each prompt."),
+    cloup.option("--temperature", default=1.0, help="Randomness; 0 takes the likeliest token each time."),
+    cloup.option("--top-k", type=click.IntRange(min=0), default=50,
+                 help="Sample from this many likeliest tokens; 0 for all."),
+    cloup.option("--top-p", default=1.0, help="Sample from the likeliest tokens with this probability together."),
+    cloup.option("--min-p", default=0.0, help="Drop tokens below this share of the likeliest one's probability."),
+    cloup.option("--repetition-penalty", default=1.0, help="Above 1, tokens that came before get less likely."),
+    cloup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text."),
+)  # fmt: skip
+@cloup.option_group(
+    "Length and end",
+    cloup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Tokens to add at most."),
+    cloup.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears; repeatable."),
+    cloup.option("--stop-id", multiple=True, type=int,
+                 help="End at this token id, besides <|endoftext|> (50256); repeatable."),
+    cloup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half."),
+)  # fmt: skip
+@cloup.option_group(
+    "Hardware",
+    cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
+    cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto",
+                 help="Type of the weights. auto: bf16 on CUDA, fp32 elsewhere; int8: quantised."),
+    cloup.option("--compile/--no-compile", default=None,
+                 help="Compile a step. CPU: by default with a C compiler, 3 s once; CUDA: 30 s."),
+)  # fmt: skip
+@cloup.option_group(
+    "Output",
+    cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text."),
+    cloup.option("--logprobs", is_flag=True, help="Put each token's log-probability into --json."),
 )
-@click.option("--seed", default=0, show_default=True, help="Same seed, same text.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears; may be given often.")
-@click.option("--stop-id", multiple=True, type=int, help="End at this token id, too; at 50256 it ends anyway.")
-@click.option("--slide", is_flag=True, help="At the end of the model's context go on from its last half.")
-@click.option("--logprobs", is_flag=True, help="Log-probability of each token, in --json.")
-@click.option("-d", "--device", default="auto", show_default=True, help="cuda, mps, cpu, or auto.")
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
-              help="auto: bf16 on CUDA, fp32 elsewhere. int8: weights quantised.")  # fmt: skip
-@click.option("--compile/--no-compile", default=None,
-              help="Compile the step. CPU: on with a C compiler, 3 s once. CUDA: off, takes 30 s.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of text.")
-@user_errors
+@one_line_errors
 def generate(
     prompts: tuple[str, ...], model: str, file: BinaryIO | None, interactive: bool, device: str, dtype: str,
     as_json: bool, top_k: int, stop_id: tuple[int, ...], **options: Any,
 ) -> None:  # fmt: skip
-    """Continue each PROMPT. With none, continue standard input if it is a pipe or a file, else write from nothing.
+    """Continue each PROMPT. Without one, continue a piped standard input, or write from nothing.
 
     \b
     gpt2-model generate -m gpt2 "Hello, I'm a language model,"
@@ -132,13 +110,13 @@ def generate(
         from gpt2_model.generation import generate as complete
 
         rows = (vars(row) for row in complete(gpt, texts or [[EOT]], **options))
-        _print_json([{name: value for name, value in row.items() if value is not None} for row in rows])
+        print_json([{name: value for name, value in row.items() if value is not None} for row in rows])
     else:
         _print_rows(gpt, texts, options)
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
-    from gpt2_model.native import Unavailable, library, weight_type
+    from gpt2_model.cpu.engine import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
         try:
@@ -148,7 +126,7 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
-    """From arguments, a file, or a pipe; a file's last newline is the editor's, not the text's."""
+    """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and _is_piped():
@@ -165,7 +143,7 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
 
 
 def _is_piped() -> bool:
-    """Standard input is a pipe or a file: a terminal, or nothing at all, has no prompt for us."""
+    """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
@@ -174,14 +152,15 @@ def _is_piped() -> bool:
 
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
-    """One row as it comes, a word at a time; several one after another, each when it and those before are done."""
+    """Print one row as it comes, a word at a time; several in their order, each when it is whole."""
     from gpt2_model.generation import Completion, stream
     from gpt2_model.tokenizer import EOT
 
-    alone = max(1, len(texts)) * options["num_samples"] == 1
+    samples = options["num_samples"]
+    alone = max(1, len(texts)) * samples == 1
     waiting: dict[int, Completion] = {}
     done = tokens = 0
-    started = 0.0
+    started, context_full = 0.0, False
     for piece in stream(gpt, texts or [[EOT]], **options):
         if not started:  # the first token is there, and with it nothing can be wrong any more
             started = time.perf_counter()
@@ -190,32 +169,38 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
         if alone:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
-        if piece.completion:
-            waiting[piece.row] = piece.completion
-            tokens += max(0, len(piece.completion.tokens) - 1)
+        if row := piece.completion:
+            waiting[piece.row] = row
+            tokens += max(0, len(row.tokens) - 1)
+            context_full |= row.finish_reason == "length" and len(row.tokens) < options["max_new_tokens"]
         while not alone and done in waiting:
             row = waiting.pop(done)
-            click.secho(f"--- row {row.row}", dim=True)
+            sample = f", sample {done % samples + 1} of prompt {done // samples + 1}" if len(texts) > 1 else ""
+            click.secho(f"--- row {done}{sample}", dim=True)
             click.echo((row.prompt if texts else "") + row.text)
             done += 1
     if alone:
         click.echo()
+    if context_full:
+        size = gpt.config.block_size
+        click.secho(f"(the model's context of {size} tokens is full; --slide continues)", dim=True, err=True)
     if tokens:
         speed = tokens / (time.perf_counter() - started)
         click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
 
 
 def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
-    """Turns of person and model, one text that both go on writing."""
+    """Let a person and the model write one text in turns."""
     from gpt2_model.generation import stream
     from gpt2_model.tokenizer import EOT
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
 
-    click.secho("What you type is added to the text as it is, spaces too; an empty line lets the model go on.\n"
-                "/again: another continuation instead of the last. "
-                "/reset: a new text. Ctrl-C: enough of this one. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
+    click.secho("What you type is added to the text as it is, spaces too.\n"
+                "An empty line lets the model continue.\n"
+                "/again: another continuation instead of the last. /reset: a new text.\n"
+                "Ctrl-C: enough of this answer. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
     before = text
     seed = options.pop("seed")
     options["slide"] = True  # the text may outgrow the context
@@ -226,61 +211,71 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:  # of a line: begin it again
+        except KeyboardInterrupt:  # begin the line again
             continue
         if line == "/reset":
             text = before = ""
             continue
         if line.startswith("/") and line != "/again":
-            click.secho(f"{line.split()[0]} is none of /again and /reset", dim=True, err=True)
+            click.secho(f"{line.split()[0]} is not a command: there are /again and /reset", dim=True, err=True)
             continue
         text = before if line == "/again" else text + line
         before = text
         click.echo(text, nl=False)
         with suppress(KeyboardInterrupt):
             for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
-                click.echo(piece.text, nl=False)
+                click.secho(piece.text, nl=False, bold=True)  # the model's words
                 sys.stdout.flush()
                 text += piece.text
         seed += 1
 
 
 @main.command()
-@click.argument("model", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
-@user_errors
+@cloup.argument("model", type=PATH)
+@cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@one_line_errors
 def info(model: str, as_json: bool) -> None:
-    """Show the shape and the cost of MODEL, a model or a preset (124M, 350M, 774M, 1558M)."""
+    """Show the shape and the cost of a model or a size.
+
+    \b
+    gpt2-model info runs/a
+    gpt2-model info 350M
+    Sizes: 124M, 350M, 774M, 1558M, and the paper's names for them: 117M, 345M, 762M, 1542M.
+    """
     from dataclasses import asdict
 
-    from gpt2_model.config import PRESETS, flops_per_token
+    from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
-    if model in PRESETS:
-        config = PRESETS[model]
+    progress: dict[str, Any] = {}
+    size = PAPER_NAMES.get(model, model)
+    if size in PRESETS:
+        config = PRESETS[size]
     else:
-        from gpt2_model.weights import inspect
+        from gpt2_model.checkpoints.load_save import inspect, read_progress
 
-        config = inspect(model)
+        model = find_model(model)
+        config, progress = inspect(model), read_progress(model)
     facts: dict[str, Any] = {
+        **progress,
         **asdict(config),
         "parameters": config.num_parameters,
         "bytes_fp32": 4 * config.num_parameters,
         "training_flops_per_token": flops_per_token(config, config.block_size),
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for name, value in facts.items():
         click.echo(f"{name:34}{value:,}" if type(value) is int else f"{name:34}{value}")
 
 
 @main.command()
-@click.argument("model", type=PATH)
-@click.argument("out", type=click.Path(file_okay=False))
-@click.option("--overwrite", is_flag=True, help="Put it in the place of a model that OUT holds.")
-@user_errors
+@cloup.argument("model", type=PATH)
+@cloup.argument("out", type=click.Path(file_okay=False))
+@cloup.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
+@one_line_errors
 def convert(model: str, out: str, overwrite: bool) -> None:
-    """Write MODEL as a Hugging Face model folder OUT, in fp32.
+    """Write a model as a Hugging Face folder, in fp32.
 
     \b
     gpt2-model convert gpt2-medium my-folder
@@ -295,32 +290,13 @@ def convert(model: str, out: str, overwrite: bool) -> None:
     click.echo(f"{gpt.config.num_parameters:,} parameters in {out}")
 
 
-def _load(model: str, device: str, dtype: str) -> "GPT":
+def _load(model: str, device_name: str, dtype: str) -> "GPT":
     import torch
 
     from gpt2_model.model import GPT
 
-    where = _device(device)
+    device = find_device(device_name)
     if dtype == "auto":
-        dtype = "bf16" if where.type == "cuda" else "fp32"
+        dtype = "bf16" if device.type == "cuda" else "fp32"
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    return GPT.from_pretrained(model, dtype=kinds[dtype]).to(where)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # "meta" is a device, too, but nothing comes back from it
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not to be had here: use cpu, or auto") from None
-    return device
-
-
-def _print_json(value: Any) -> None:
-    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=not utf8)
-    sys.stdout.write("\n")
+    return GPT.from_pretrained(find_model(model), dtype=kinds[dtype]).to(device)

@@ -7,15 +7,20 @@ gpt2-eval and gpt2-train build their commands from these functions too. Nothing 
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
 
 import click
+
+from gpt2_model.config import OPENAI_NAMES as OPENAI_NAMES
+from gpt2_model.cpu.allocator import keep_buffers as keep_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +34,7 @@ PATH = click.Path(readable=False)
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """click's context settings: help is up to 100 columns wide."""
 
-_SUFFIXES = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "k": 10**3, "m": 10**6, "b": 10**9}
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 class Size(click.ParamType[int]):
@@ -41,16 +46,10 @@ class Size(click.ParamType[int]):
         self.minimum = minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        number, scale = str(value).strip().replace("_", "").replace(",", "").lower(), 1
-        for suffix, factor in _SUFFIXES.items():
-            if number.endswith(suffix):
-                number, scale = number.removesuffix(suffix), factor
-                break
-        try:
-            count = float(number) * scale
-            if count != int(count):
-                raise ValueError
-        except (ValueError, OverflowError):
+        text = str(value).strip().replace("_", "").replace(",", "").lower()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmb]|[kmg]i)?", text)
+        count = Fraction(match[1]) * _SUFFIXES[match[2] or ""] if match else Fraction(1, 2)
+        if count.denominator != 1:
             self.fail(f"{value!r} is not a whole number such as 1000, 64k, 10M or 1.5B", param, ctx)
         if count < self.minimum:
             self.fail(f"{value!r} is too small: the smallest is {self.minimum}", param, ctx)
@@ -58,7 +57,7 @@ class Size(click.ParamType[int]):
 
 
 def format_size(number: int) -> str:
-    """The shortest exact form in which a person would type a number: 500000 is "500k", 10485760 is "10Mi"."""
+    """Return a number as a person would type it: 500000 is "500k", 10485760 is "10Mi"."""
     for suffix, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3), ("Mi", 2**20)):
         if number and number % factor == 0:
             return f"{number // factor}{suffix}"
@@ -72,7 +71,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())
 
 
@@ -91,6 +90,7 @@ def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]
             except BrokenPipeError:  # `| head` has seen enough: click ends quietly
                 raise
             except KeyboardInterrupt:
+                click.echo(err=True)  # the shell's prompt begins a line of its own
                 raise SystemExit(130) from None
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 full = out_of_memory(error)
@@ -123,7 +123,7 @@ def run_command(command: click.Command, name: str) -> None:
 
 
 def find_device(name: str) -> "torch.device":
-    """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
+    """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
 
     Raises:
         ValueError: this machine has no such device.
@@ -143,6 +143,26 @@ def find_device(name: str) -> "torch.device":
     return device
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one.
+
+    A checkpoint's manifest.json is written last. Its hashes are not compared: that would read gigabytes.
+    """
+    files = ("manifest.json", "config.json", "model.safetensors")
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    return next((step for step in reversed(steps) if all((step / name).is_file() for name in files)), None)
+
+
+def find_model(name: str) -> str:
+    """Return the model that a name stands for: of a run's folder the newest checkpoint, which stderr is told."""
+    checkpoint = None if (Path(name) / "config.json").exists() else newest_checkpoint(Path(name))
+    if checkpoint is None:
+        return name
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"{name} is a run's folder: taking its newest checkpoint, {checkpoint}", err=True)
+    return str(checkpoint)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document to stdout; a terminal that cannot show UTF-8 gets escapes."""
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
@@ -151,7 +171,7 @@ def print_json(value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

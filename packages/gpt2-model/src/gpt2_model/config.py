@@ -14,14 +14,14 @@ class GPTConfig:
     Attributes:
         block_size: longest sequence, in tokens (`n_positions` in a Hugging Face config).
         vocab_size: number of token ids; 50,257 for GPT-2's own BPE.
-        n_layer: transformer blocks.
-        n_head: attention heads a block; must divide `n_embd`.
+        n_layer: number of transformer blocks.
+        n_head: attention heads of a block; must divide `n_embd`.
         n_embd: width of the residual stream.
         n_inner: hidden width of the MLP; None means 4 * n_embd.
-        activation_function: of the MLP; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
+        activation_function: the MLP's; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
         layer_norm_epsilon: added to the variance.
         scale_attn_weights: divide attention scores by sqrt(head width).
-        scale_attn_by_inverse_layer_idx: divide them by the block's number, from 1, as well (Mistral's GPT-2s).
+        scale_attn_by_inverse_layer_idx: also divide them by the block's number, from 1 (Mistral's GPT-2s).
         reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
         tie_word_embeddings: the output projection is the token embedding.
 
@@ -72,69 +72,65 @@ class GPTConfig:
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
 
     @property
+    def matrix_parameters(self) -> int:
+        """Parameters in the blocks' matrices: what Muon trains, and what autocast copies."""
+        return self.n_layer * (4 * self.n_embd**2 + 2 * self.n_embd * self.mlp_dim)
+
+    @property
     def num_parameters(self) -> int:
         """Parameters in all, embeddings counted once when tied: 124,439,808 for the default."""
-        width, inner = self.n_embd, self.mlp_dim
-        attention = width * 3 * width + 3 * width + width * width + width
-        mlp = width * inner + inner + inner * width + width
+        width = self.n_embd
         embeddings = (self.vocab_size + self.block_size) * width
         head = 0 if self.tie_word_embeddings else self.vocab_size * width
-        return embeddings + head + self.n_layer * (attention + mlp + 4 * width) + 2 * width
+        biases = 5 * width + self.mlp_dim
+        norms = 4 * width
+        return embeddings + head + self.matrix_parameters + self.n_layer * (biases + norms) + 2 * width
+
+    def with_fields(self, assignments: Mapping[str, str]) -> "GPTConfig":
+        """Return a copy with fields replaced from text, as in `--model n_layer=4`.
+
+        Raises:
+            ValueError: an unknown field, or text that is not of the field's type.
+        """
+        known = {field.name: field.type for field in fields(self)}
+        for name in assignments:
+            if name not in known:
+                raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
+        return replace(self, **{name: _parse(name, text, known[name]) for name, text in assignments.items()})
 
 
-# The paper calls these 117M, 345M, 762M and 1542M; counted, they are 124, 355, 774 and 1558 million.
+def _parse(name: str, text: str, kind: object) -> Any:
+    """Return the value of a field from text; `kind` is the field's annotation."""
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    if kind == int | None and text.lower() == "none":
+        return None
+    number = float if kind is float else int
+    try:
+        return number(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number ({number.__name__}), not {text!r}") from None
+
+
 PRESETS: Mapping[str, GPTConfig] = {
     "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "350M": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
+# The paper's names; counted, the models have 124, 355, 774 and 1,558 million parameters.
+PAPER_NAMES = {"117M": "124M", "345M": "350M", "762M": "774M", "1542M": "1558M"}
 
-
-def preset(name: str) -> GPTConfig:
-    """The published configuration called `name`.
-
-    Raises:
-        ValueError: no such preset; the message lists them.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def with_fields(config: GPTConfig, assignments: Mapping[str, str]) -> GPTConfig:
-    """`config` with fields replaced from text, as in `--model n_layer=4`.
-
-    Raises:
-        ValueError: an unknown field, or text that is not of the field's type.
-    """
-    known = {field.name: field.type for field in fields(GPTConfig)}
-    values: dict[str, Any] = {}
-    for name, text in assignments.items():
-        if name not in known:
-            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
-        values[name] = _parse(name, text, str(known[name]))
-    return replace(config, **values)
-
-
-def _parse(name: str, text: str, kind: str) -> Any:
-    if "bool" in kind:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    if "None" in kind and text.lower() == "none":
-        return None
-    for type_name, convert in (("int", int), ("float", float)):
-        if type_name in kind:
-            try:
-                return convert(text)
-            except ValueError:
-                raise ValueError(f"{name} must be a number ({type_name}), not {text!r}") from None
-    return text
+OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
+"""OpenAI's models of these sizes, as the hub calls them."""
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Floating-point operations of one training token, forward and backward: 803 million for 124M at 1,024.
+    """Return floating-point operations of a training token, forward and backward: 803 million for 124M at 1,024.
 
     6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal.
     This is llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts

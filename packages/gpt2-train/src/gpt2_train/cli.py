@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from gpt2_model.cli import PATH, out_of_memory
-from gpt2_model.config import GPTConfig, with_fields
+from gpt2_model import GPTConfig
+from gpt2_model.command import PATH, out_of_memory
 from gpt2_train import __version__
 from gpt2_train.config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
 from gpt2_train.space import check_out
@@ -186,7 +186,7 @@ def _config(assignments: tuple[str, ...], base: dict[str, Any], settings: dict[s
         if not equals:
             raise click.UsageError(f"--model {name!r} must be FIELD=VALUE")
     try:
-        asked = with_fields(GPTConfig(), {**_as_text(base), **{name: value for name, _, value in pairs}})
+        asked = GPTConfig().with_fields({**_as_text(base), **{name: value for name, _, value in pairs}})
         model = {name: getattr(asked, name) for name in {*base, *(name for name, _, _ in pairs)}}
         return TrainConfig(**settings, model=model)
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_model.allocator import keep_buffers
+from gpt2_model.command import keep_buffers
 
 T = TypeVar("T")
 

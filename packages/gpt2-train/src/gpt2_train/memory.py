@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gpt2_model import GPTConfig, attention
-from gpt2_model.head_loss import ROWS
+from gpt2_model import GPT, GPTConfig
 from gpt2_train.config import TrainConfig, micro_batches
 from gpt2_train.distributed import World
-from gpt2_train.space import matrix_parameters, optimizer_bytes
+from gpt2_train.space import optimizer_bytes
 
 # Elsewhere than on CUDA memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
 MOST_TOKENS = 4096
@@ -20,9 +19,6 @@ PROGRAM = (
     270_000_000  # Python, torch, the libraries of this package, and a step's small tensors: measured on Linux
 )
 CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
-# The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
-# holes of so many of these, measured with 124M and micro-batches of 256 to 4,096 tokens.
-HOLES = 4.5
 
 
 @dataclass(frozen=True)
@@ -77,56 +73,26 @@ def peak_memory(
             the same way, and measured by `choose_micro_batch` where it matters.
         precision: "fp32" or "bf16".
     """
-    rows, half = micro_batch * config.seq_len, precision == "bf16"
-    embedding = 4 * shape.vocab_size * shape.n_embd
-    own_attention = half and attention.takes_own(device_type, torch.bfloat16, config.seq_len)
-    layer = _layer_bytes(shape, half, own_attention, config.seq_len)
-    kept = shape.n_layer * layer
-    if config.activation_checkpointing:  # each block keeps its input; one at a time has all the rest
-        kept = shape.n_layer * 4 * shape.n_embd + layer
+    activations = GPT.activation_bytes(
+        shape, micro_batch, config.seq_len, device_type=device_type, bf16=precision == "bf16", compiled=compiled,
+        checkpointing=config.activation_checkpointing,
+    )  # fmt: skip
     weights, gradients = 4 * shape.num_parameters, 4 * shape.num_parameters
     on_host = device_type == "cpu"
-    if on_host:
-        # The gradient of the projection, to which the embedding's is added; and a block of logits.
-        # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices, below.
-        size = 2 if half else 4
-        head = embedding + rows * 4 * shape.n_embd + min(rows, ROWS) * shape.vocab_size * size
-        head += 0 if half else embedding
-    else:
-        # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
-        # gradient and that of the logits, in fp32.
-        head = embedding + rows * shape.vocab_size * ((4 if half else 8) if compiled else 12)
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
-        gradients = embedding
+        gradients = 4 * shape.vocab_size * shape.n_embd
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer_bytes(config, shape, world_size),
-        activations=rows * kept + (2 * matrix_parameters(shape) if half else 0),
-        head=head,
-        heap=int(HOLES * embedding) if on_host else 0,
+        activations=activations.blocks,
+        head=activations.head,
+        heap=activations.heap,
         checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
         program=PROGRAM,
         on_host=on_host,
     )
-
-
-def _layer_bytes(shape: GPTConfig, half: bool, own_attention: bool, time: int) -> int:
-    """What a block keeps of a token for the backward pass.
-
-    In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
-    middle what goes into the activation and what comes out. In bf16: the norms' inputs stay fp32, and the
-    attention's output is there twice, as it came and as it goes into the projection. Besides, the norms' means and
-    deviations, and a logarithm for each head. Flash attention keeps no matrix of scores; ours keeps, on a CPU in
-    bf16, that of probabilities, and not its output.
-    """
-    width, inner = shape.n_embd, shape.mlp_dim
-    if own_attention:
-        probabilities = shape.n_head * attention.kept_bytes(time) // time
-        return 2 * 4 * width + 2 * (6 * width + 2 * inner) + 4 * 4 + probabilities
-    tensors = 2 * 4 * width + 2 * (7 * width + 2 * inner) if half else 4 * (8 * width + 2 * inner)
-    return tensors + 4 * (4 + shape.n_head)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -10,8 +10,8 @@ import torch
 
 from gpt2_data import TokenLoader, open_dataset
 from gpt2_eval import load_hellaswag
-from gpt2_model import PRESETS, GPTConfig, flops_per_token
-from gpt2_model.weights import OPENAI_NAMES, inspect
+from gpt2_model import GPT, PRESETS, GPTConfig, flops_per_token
+from gpt2_model.command import OPENAI_NAMES
 from gpt2_train import distributed
 from gpt2_train.config import RECIPES, TrainConfig, load_config, micro_batches
 from gpt2_train.memory import Memory, available_memory, most_that_fit, peak_memory
@@ -293,7 +293,7 @@ def _shape(config: TrainConfig) -> GPTConfig:
     if init in published:
         shape = published[init]
     elif Path(init).exists() or init in PRESETS or init.startswith((".", "/", "~")):
-        shape = inspect(init)
+        shape = GPT.inspect(init)
     else:
         return config.model_config
     if config.model and shape != config.model_config:

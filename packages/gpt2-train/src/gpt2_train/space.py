@@ -60,16 +60,11 @@ def optimizer_bytes(config: TrainConfig, shape: GPTConfig, world_size: int) -> i
 
     Shared out, whole tensors go to the processes, so that one has the token embedding's at least.
     """
-    muon = matrix_parameters(shape) if config.optimizer == "muon" else 0
+    muon = shape.matrix_parameters if config.optimizer == "muon" else 0
     total = 8 * shape.num_parameters - 4 * muon
     if not config.shard_optimizer:
         return total
     return max(-(-total // world_size), 8 * shape.vocab_size * shape.n_embd)
-
-
-def matrix_parameters(shape: GPTConfig) -> int:
-    """Parameters in the blocks' matrices."""
-    return shape.n_layer * (4 * shape.n_embd**2 + 2 * shape.n_embd * shape.mlp_dim)
 
 
 def in_gb(size: float) -> str:

@@ -1,0 +1,79 @@
+"""How much memory a training step takes beside weights, gradients and optimizer: the model knows what it keeps."""
+
+from typing import NamedTuple
+
+import torch
+
+from gpt2_model.config import GPTConfig
+from gpt2_model.cpu.training import ROWS, kept_bytes, takes_own
+
+# The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
+# holes of this many embeddings, measured with 124M and micro-batches of 256 to 4,096 tokens.
+HEAP_HOLES = 4.5
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes that one forward and backward pass takes for a while.
+
+    Attributes:
+        blocks: what the backward pass of the blocks needs and, under autocast, the matrices in bf16.
+        head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
+        heap: holes between tensors that the CPU's allocator cannot use; 0 on other devices.
+    """
+
+    blocks: int
+    head: int
+    heap: int
+
+
+def activation_bytes(
+    config: GPTConfig, batch: int, time: int, *, device_type: str, bf16: bool, compiled: bool, checkpointing: bool
+) -> ActivationBytes:
+    """Return what training on (batch, time) tokens takes beside weights, gradients and the optimizer's state.
+
+    Counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them). CPU figures
+    are held to 10 % by tests/train; those of other devices are counted likewise.
+
+    Args:
+        config: the model's shape.
+        batch: sequences of a micro-batch.
+        time: tokens of a sequence.
+        device_type: "cpu", "cuda" or "mps".
+        bf16: True under bf16 autocast, False for fp32.
+        compiled: True under torch.compile.
+        checkpointing: GPT.activation_checkpointing.
+    """
+    rows, embedding = batch * time, 4 * config.vocab_size * config.n_embd
+    layer = _layer_bytes(config, time, device_type, bf16)
+    blocks = config.n_layer * layer
+    if checkpointing:  # each block keeps its input; one at a time has all the rest
+        blocks = config.n_layer * 4 * config.n_embd + layer
+    copies = 2 * config.matrix_parameters if bf16 else 0
+    if device_type == "cpu":
+        # The gradient of the projection, to which the embedding's is added; and a block of logits.
+        # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices.
+        size = 2 if bf16 else 4
+        head = embedding + rows * 4 * config.n_embd + min(rows, ROWS) * config.vocab_size * size
+        head += 0 if bf16 else embedding
+        return ActivationBytes(rows * blocks + copies, head, int(HEAP_HOLES * embedding))
+    # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
+    # gradient and that of the logits, in fp32.
+    head = embedding + rows * config.vocab_size * ((4 if bf16 else 8) if compiled else 12)
+    return ActivationBytes(rows * blocks + copies, head, 0)
+
+
+def _layer_bytes(config: GPTConfig, time: int, device_type: str, bf16: bool) -> int:
+    """Return the bytes that a block keeps of a token for the backward pass.
+
+    In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
+    middle what goes into the activation and what comes out. In bf16: the norms' inputs stay fp32, and the
+    attention's output is there twice, as it came and as it goes into the projection. Besides, the norms' means and
+    deviations, and a logarithm for each head. Flash attention keeps no matrix of scores; ours keeps, on a CPU in
+    bf16, that of probabilities, and not its output.
+    """
+    width, inner = config.n_embd, config.mlp_dim
+    if bf16 and takes_own(device_type, torch.bfloat16, time):
+        probabilities = config.n_head * kept_bytes(time) // time
+        return 2 * 4 * width + 2 * (6 * width + 2 * inner) + 4 * 4 + probabilities
+    tensors = 2 * 4 * width + 2 * (7 * width + 2 * inner) if bf16 else 4 * (8 * width + 2 * inner)
+    return tensors + 4 * (4 + config.n_head)
