@@ -3,8 +3,9 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -18,10 +19,7 @@ from gpt2_model import command
 from gpt2_model.command import PATH, SETTINGS, Size, print_json
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
-    from gpt2_eval.encoding import Encoder
-    from gpt2_eval.models import LanguageModel
     from gpt2_eval.published import Published
-    from gpt2_eval.report import CorpusResult, HellaSwagResult, LossResult, TaskResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,20 +143,16 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
     gpt2-eval hellaswag -m gpt2 -d cuda
     gpt2-eval hellaswag -m runs/a --data hellaswag_val.jsonl --protocol karpathy
     """
-    run = Run(**options)
-    _check_out(run)
+    run = _start(options)
     from gpt2_eval import tables
     from gpt2_eval.hellaswag import PUBLISHED, evaluate_hellaswag, load_hellaswag
-    from gpt2_eval.ranks import process_group
 
-    with process_group() as rank:
-        items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
-        model, encoder = _load(run)
+    items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
+    with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
             items = load_hellaswag(run.data, limit=limit, encoder=encoder)
-        result = evaluate_hellaswag(model, items, protocol=protocol, **_scoring(run, rank))
-        if rank == 0:
-            _report(run, model, result, partial(tables.show_hellaswag, result, items.total), PUBLISHED)
+        result = evaluate_hellaswag(model, items, protocol=protocol, **scoring)
+        _report(run, model, result, partial(tables.show_hellaswag, result, items.total), PUBLISHED)
 
 
 @main.command(short_help="LAMBADA, PIQA, ARC, WikiText and more, one at a time.")
@@ -187,32 +181,27 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
     gpt2-eval task lambada -m gpt2
     gpt2-eval task wikitext2 -m gpt2 --stride 512
     """
-    run = Run(**options)
-    if name in CORPUS_NAMES and (run.out or limit):
+    if name in CORPUS_NAMES and (options["out"] or limit):
         raise click.UsageError(f"{name} is one text: it has no items for --out or --limit")
     if name not in CORPUS_NAMES and stride:
         raise click.UsageError(f"{name} has no windows for --stride")
-    _check_out(run)
+    run = _start(options)
     from gpt2_eval import tables
     from gpt2_eval.corpora import CORPORA, evaluate_corpus, load_corpus
-    from gpt2_eval.ranks import process_group
     from gpt2_eval.tasks import TASKS, evaluate_task, load_task
 
-    with process_group() as rank:
-        if name in CORPUS_NAMES:
-            text = load_corpus(name, run.data)
-            model, encoder = _load(run)
-            perplexities = evaluate_corpus(model, text, stride=stride, encoder=encoder, **_scoring(run, rank))
-            if rank == 0:
-                show = partial(tables.show_corpus, perplexities, _size(model))
-                _report(run, model, perplexities, show, CORPORA[name].file)
-            return
-        questions = load_task(name, run.data, limit=limit)
-        model, encoder = _load(run)
-        result = evaluate_task(model, questions, encoder=encoder, **_scoring(run, rank))
-        if rank == 0:
-            show = partial(tables.show_task, result, questions.total, _size(model))
-            _report(run, model, result, show, TASKS[name].file)
+    if name in CORPUS_NAMES:
+        text = load_corpus(name, run.data)
+        with _loaded(run) as (model, encoder, scoring):
+            perplexities = evaluate_corpus(model, text, stride=stride, encoder=encoder, **scoring)
+            show = partial(tables.show_corpus, perplexities, _size(model))
+            _report(run, model, perplexities, show, CORPORA[name].file)
+        return
+    questions = load_task(name, run.data, limit=limit)
+    with _loaded(run) as (model, encoder, scoring):
+        result = evaluate_task(model, questions, encoder=encoder, **scoring)
+        show = partial(tables.show_task, result, questions.total, _size(model))
+        _report(run, model, result, show, TASKS[name].file)
 
 
 @main.command(short_help="Loss, perplexity and bits per byte on a dataset.")
@@ -236,26 +225,19 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
     gpt2-eval loss -m gpt2 --data data/fineweb-edu
     gpt2-eval loss -m runs/a/checkpoints/step-00005000 --data data/pydocs --tokens 64k
     """
-    run = Run(data=data, **options)
-    _check_out(run)
+    run = _start(options | {"data": data})
     from gpt2_data import open_dataset
     from gpt2_eval import tables
     from gpt2_eval.loss import count_targets, evaluate_loss
-    from gpt2_eval.ranks import process_group
 
     dataset = open_dataset(data)
     count_targets(dataset, split, tokens)  # before the model: an empty split shows in a second
-    with process_group() as rank:
-        model, encoder = _load(run)
+    with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
-            raise ValueError(
-                f"{data} holds GPT-2's tokens, and {run.hf} has another tokenizer: use one with GPT-2's"
-            )
-        scoring = _scoring(run, rank)
+            raise ValueError(f"{data} holds GPT-2's tokens, but {run.hf} has another tokenizer")
         result = evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring)
-        if rank == 0:
-            about = {"task": "loss", "split": split, "dataset": dataset.manifest.hash}
-            _report(run, model, result, partial(tables.show_loss, result, split), about=about)
+        about = {"task": "loss", "split": split, "dataset": dataset.manifest.hash}
+        _report(run, model, result, partial(tables.show_loss, result, split), about=about)
 
 
 @main.command(short_help="Two models on the same items: which is better?")
@@ -271,8 +253,6 @@ def compare(a: str, b: str, as_json: bool) -> None:
     gpt2-eval hellaswag -m gpt2-medium --out b.jsonl
     gpt2-eval compare a.jsonl b.jsonl
     """
-    from dataclasses import asdict
-
     from gpt2_eval import tables
     from gpt2_eval.compare import compare as compare_files
     from gpt2_eval.compare import verdict
@@ -308,105 +288,99 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
     except ImportError:
         raise ValueError("this needs lm-evaluation-harness: pip install 'gpt2-eval[lm-eval]'") from None
     from gpt2_eval.lm_eval_bridge import GPT2LM
-    from gpt2_eval.ranks import process_group
+    from gpt2_eval.ranks import rank_and_world_size
 
-    run, manager, names = Run(**options), TaskManager(), tasks.split(",")
+    run, manager, names = _start(options), TaskManager(), tasks.split(",")
     unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
-    with process_group() as rank:
-        model, _ = _load(run)
+    with _loaded(run) as (model, _, scoring):
         results = harness.simple_evaluate(
-            model=GPT2LM(model, **_scoring(run, rank)),
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            GPT2LM(model, **scoring), tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit
         )
-        if rank == 0 and run.as_json:
+        if rank_and_world_size()[0] == 0 and run.as_json:
             print(json.dumps({"model": run.model, "results": results["results"]}, indent=2))
-        elif rank == 0:
+        elif rank_and_world_size()[0] == 0:
             print(harness.utils.make_table(results))
 
 
-def _check_out(run: Run) -> None:
+def _start(options: dict[str, Any]) -> Run:
     """Check that --out can be written, before minutes of scoring."""
-    if run.out is None:
-        return
-    path = Path(run.out)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
-    if run.data is not None and path.resolve() == Path(run.data).resolve():
-        raise ValueError(f"--out {path} is the file of --data: name another")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
+    run = Run(**options)
+    if run.out is not None:
+        path = Path(run.out)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
+        if run.data is not None and path.resolve() == Path(run.data).resolve():
+            raise ValueError(f"--out {path} is the file of --data: name another")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
+    return run
 
 
-def _load(run: Run) -> "tuple[Any, Encoder]":
-    """Load the model and its tokenizer."""
+@contextmanager
+def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Yield the model, its tokenizer and the options of `score_items`, in torchrun's process group."""
+    import torch
+
     from gpt2_eval.models import load_model
+    from gpt2_eval.ranks import process_group
 
     command.keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
-    return load_model(run.model, run.hf, run.device)
+    with process_group() as rank:
+        model, encoder = load_model(run.model, run.hf, run.device)
+        scoring = {
+            "batch_size": run.batch_size,
+            "autocast_dtype": torch.bfloat16 if run.dtype == "bf16" else None,
+            "compile": run.compile,
+            "resume": None if run.out is None else Path(run.out),
+            "progress": rank == 0,
+        }
+        yield model, encoder, scoring
 
 
-def _size(model: "LanguageModel") -> str | None:
-    """Which of GPT-2's four sizes the model has."""
+def _size(model: Any) -> str | None:
+    """Return which of GPT-2's four sizes the model has, if any."""
     from gpt2_model import PRESETS
 
     return next((name for name, shape in PRESETS.items() if shape == model.config), None)
 
 
-def _scoring(run: Run, rank: int) -> dict[str, Any]:
-    """The options of `score_items`."""
-    import torch
-
-    return {
-        "batch_size": run.batch_size,
-        "autocast_dtype": torch.bfloat16 if run.dtype == "bf16" else None,
-        "compile": run.compile,
-        "resume": None if run.out is None else Path(run.out),
-        "progress": rank == 0,
-    }
-
-
 def _report(
-    run: Run, model: "LanguageModel", result: "HellaSwagResult | TaskResult | CorpusResult | LossResult",
-    show: Callable[[str], None], published: "Published | None" = None, about: dict[str, Any] | None = None,
+    run: Run, model: Any, result: Any, show: Callable[[str], None], published: "Published | None" = None,
+    about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write the records, and print the result as JSON or by `show`, which is told where it was computed.
+    """On rank 0, write --out, and print the result as JSON or by `show`, which is told where it was computed.
 
     Args:
-        published: the file that published numbers of this task are on; `data` may be another.
+        published: the file that published numbers of this task are on; --data may be another.
         about: what the JSON says besides the result.
     """
-    if run.out is not None:
-        _write(Path(run.out), getattr(result, "records", []))
-    from gpt2_eval.report import finite
+    from gpt2_eval.ranks import rank_and_world_size
+    from gpt2_eval.report import finite, write_records
+    from gpt2_eval.resume import remove_scores
     from gpt2_eval.tables import show_other_file
 
+    if rank_and_world_size()[0] != 0:
+        return
+    if run.out is not None:
+        path = Path(run.out)
+        if path.exists():
+            click.echo(f"--out {path}: what was in it is replaced", err=True)
+        try:
+            write_records(path, result.records)
+        except OSError as error:
+            text = f"--out {path}: {error.strerror}; the scores are safe: the same command writes them"
+            raise OSError(text) from error
+        remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
-    document = (about or {}) | result.as_dict()
-    is_published = run.data is None or published is None or document["data_sha256"] == published.sha256
+    document = result.as_dict() | (about or {})
+    other = run.data is not None and published is not None and document["data_sha256"] != published.sha256
     if run.as_json:
-        document |= {"published_file": is_published} if published else {}
         where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
-        return print_json(finite(document | where))
+        checked = {"published_file": not other} if published else {}
+        return print_json(finite(document | checked | where))
     show(f"{device}, {dtype}")
-    if published is not None and not is_published:
+    if published is not None and other:
         show_other_file(document["data_sha256"], published.sha256)
     click.echo(f"model {run.model or run.hf}, data {run.data or 'as published'}")
-
-
-def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    from gpt2_eval.report import write_records
-    from gpt2_eval.resume import remove_scores
-
-    if path.exists():
-        click.echo(f"--out {path}: what was in it is replaced", err=True)
-    try:
-        write_records(path, records)
-    except OSError as error:
-        text = error.strerror or error
-        raise OSError(f"--out {path}: {text}; the scores are safe: the same command writes them") from error
-    remove_scores(path)

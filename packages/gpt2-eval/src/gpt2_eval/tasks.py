@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2_eval.encoding import Encoder, gpt2_encoder, joint
 from gpt2_eval.models import LanguageModel
-from gpt2_eval.packing import RowScore
 from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
@@ -193,35 +193,30 @@ def evaluate_task(
     encoder = encoder or gpt2_encoder()
     items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
     scored = score_items(model, items, **options)
-    single = all(len(item) == 1 for item in items)
-    metrics = _cloze_metrics(scored) if single else _choice_metrics(data.questions, scored)
-    records = [
-        {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
-        | {"sum": [row.logprob for row in rows]}
-        | ({"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy} if single else {})
-        | {
-            name: [size(choice) for choice in question.choices]
-            for name, size in LENGTHS.items()
-            if question.choices
-        }
-        for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True))
-    ]
+    records = []
+    for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True)):
+        record = {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
+        record["sum"] = [row.logprob for row in rows]
+        if len(rows) == 1:
+            record |= {"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy}
+        if question.choices:
+            record |= {name: [size(choice) for choice in question.choices] for name, size in LENGTHS.items()}
+        records.append(record)
     return TaskResult(
         task=data.task,
         items=len(items),
         partial=len(items) < data.total,
         data_sha256=data.sha256,
-        metrics=metrics,
+        metrics=_cloze_metrics(records) if "greedy" in records[0] else _choice_metrics(records),
         truncated=count_truncated([row for item in items for row in item], model.config.block_size),
         seconds=time.perf_counter() - start,
         records=records,
     )
 
 
-def _cloze_metrics(scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
-    rows = [item[0] for item in scored]
-    greedy, last = (np.array([getattr(row, name) for row in rows], float) for name in ("greedy", "last_greedy"))
-    nats = np.array([-row.logprob for row in rows])
+def _cloze_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    greedy, last = (np.array([record[name] for record in records], float) for name in ("greedy", "last_greedy"))
+    nats = np.array([-record["sum"][0] for record in records])
     perplexity = perplexity_of(float(nats.mean()))
     return {
         "acc": Estimate(float(greedy.mean()), standard_error(greedy)),
@@ -231,17 +226,16 @@ def _cloze_metrics(scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
     }
 
 
-def _choice_metrics(questions: Sequence[Question], scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
-    labels = np.array([question.label for question in questions])
-    most = max(len(item) for item in scored)
-    padding = [[-math.inf] * (most - len(item)) for item in scored]  # ARC has three choices, four and five
-    sums = np.array([[row.logprob for row in item] + pad for item, pad in zip(scored, padding, strict=True)])
-    metrics = {"acc": accuracy(sums, labels)}
-    if all(question.choices for question in questions):
-        for name, size in zip(("acc_norm", "acc_bytes"), LENGTHS.values(), strict=True):
-            rows = zip(questions, padding, strict=True)
-            lengths = np.array(
-                [[size(text) for text in question.choices] + [1] * len(pad) for question, pad in rows]
-            )
-            metrics[name] = accuracy(sums / lengths, labels)
-    return dict(metrics)
+def _choice_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    labels = np.array([record["label"] for record in records])
+    most = max(len(record["sum"]) for record in records)
+
+    def padded(name: str, filler: float) -> NDArray[np.float64]:  # ARC has three choices, four and five
+        return np.array([record[name] + [filler] * (most - len(record[name])) for record in records])
+
+    sums = padded("sum", -math.inf)
+    metrics: dict[str, Estimate] = {"acc": accuracy(sums, labels)}
+    if all("chars" in record for record in records):
+        metrics["acc_norm"] = accuracy(sums / padded("chars", 1), labels)
+        metrics["acc_bytes"] = accuracy(sums / padded("bytes", 1), labels)
+    return metrics
