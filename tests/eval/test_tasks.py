@@ -223,20 +223,3 @@ def test_the_command_on_a_text_says_that_it_is_another(model_folder, tmp_path):
 def test_large_perplexities_are_readable():
     figures = [_figure(value, ".3f") for value in (1.5, 999_999, 1_553_000, 2e9, 1e24, math.nan)]
     assert figures == ["1.500", "999999.000", "1.55M", "2.00B", "1e+24", "n/a"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("lambada",), "give one of --model"),
-        (("lambada", "-m", "a", "--hf", "b"), "give one of --model"),
-        (("lambada", "-m", "a", "-m", "b"), "--model is given 2 times: give it once"),
-        (("ptb", "-m", "a", "--out", "b"), "is one text"),
-        (("lambada", "-m", "a", "--stride", 3), "has no windows"),
-        (("mmlu", "-m", "a"), "'mmlu' is not one of"),
-    ],
-)
-def test_wrong_usage(words, message):
-    wrong = run(*words)
-    assert wrong.exit_code == 2
-    assert message in wrong.stderr
