@@ -311,11 +311,7 @@ def device_of(model: LanguageModel, device: torch.device | str | None) -> torch.
 
 
 def require_finite(scores: NDArray[np.float64], what: str) -> None:
-    """Stop before a NaN loses every comparison and is published as an accuracy.
-
-    Raises:
-        ValueError: a score is NaN or infinite.
-    """
+    """Raise a ValueError if a score is NaN or infinite: it would lose every comparison and become an accuracy."""
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         raise ValueError(
