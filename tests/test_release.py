@@ -134,7 +134,7 @@ def test_a_wheel_has_its_sources_and_nothing_else(repo, tmp_path) -> None:
     edit(repo / MODEL / "README.md", "Exact GPT-2", "Exactly GPT-2")
     name = "gpt2_model-0.1.0-py3-none-any.whl"
     assert release_wheels.wheel_problems(model, wheel) == [
-        f"{name} lacks gpt2_model/engine.c",
+        f"{name} lacks gpt2_model/cpu/engine.c",
         f"{name} holds tests/test_it.py, which is no file of src/gpt2_model",
         f"{name} does not have README.md as its description",
     ]

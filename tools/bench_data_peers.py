@@ -213,7 +213,7 @@ def verify_alone(dataset: str) -> float:
 def write_tokenizer(folder: str) -> None:
     """GPT-2's tokenizer as transformers reads it, without a network."""
     from gpt2_model import GPTConfig
-    from gpt2_model.hf_tokenizer import tokenizer_files
+    from gpt2_model.checkpoints.huggingface import tokenizer_files
 
     for name, content in tokenizer_files(GPTConfig()).items():
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

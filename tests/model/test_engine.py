@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gpt2_model import GPT, GPTConfig, generate
-from gpt2_model.decoding import EngineDecoder, TorchDecoder, make_decoder
-from gpt2_model.native import Unavailable, library
-from gpt2_model.quantize import quantize
+from gpt2_model.cpu.engine import EngineDecoder, Unavailable, library
+from gpt2_model.cpu.int8 import quantize
+from gpt2_model.decoding import TorchDecoder, make_decoder
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 64, "vocab_size": 331}
 VARIANTS = {
@@ -87,7 +87,8 @@ def test_fp32_logits(fields) -> None:
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_int8_logits(fields) -> None:
     """Against the module with the same quantised weights: only the 16 bits of the activations differ."""
-    model = quantize(random_model(**fields))
+    model = random_model(**fields)
+    quantize(model)
     assert largest_difference(model, model) < 2e-3
 
 
@@ -170,7 +171,7 @@ def test_a_cache_folder_that_others_can_write_to_is_not_used(tmp_path) -> None:
     """Whoever can write there could have us run their code."""
     (tmp_path / "gpt2-model").mkdir()
     (tmp_path / "gpt2-model").chmod(0o777)
-    code = "import torch; from gpt2_model.native import library; library(torch.float32)"
+    code = "import torch; from gpt2_model.cpu.engine import library; library(torch.float32)"
     for cache in (tmp_path, tmp_path / "file"):
         (tmp_path / "file").touch()
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(tmp_path / "gpt2-model")}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt2_model.head_loss import ROWS, head_loss
+from gpt2_model.cpu.training import ROWS, head_loss
 
 
 def both(rows, *, ignored=0, autocast=False, words=500):

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_model.decoding import make_decoder
-from gpt2_model.quantize import Int8Embedding, Int8Linear, Int8Matrix, dequantize, quantize
+from gpt2_model.cpu.int8 import Int8Embedding, Int8Linear, Int8Matrix, quantize
+from gpt2_model.decoding import dequantize, make_decoder
 
 
 def test_weights_are_within_half_a_step() -> None:

@@ -2,26 +2,29 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_model.tied import look_up
+from gpt2_model.cpu.training import look_up
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
 
 
-def gradient(weight, uses):
-    weight = weight.clone().requires_grad_()
-    embedded, projection = uses(weight)
-    (F.cross_entropy(F.linear(embedded.tanh().flatten(0, 1), projection), torch.arange(6)) * 3).backward()
-    return weight.grad
-
-
-def test_it_is_the_sum_of_both_uses() -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_it_is_the_sum_of_both_uses(shared) -> None:
     torch.manual_seed(0)
     weight, tokens = torch.randn(11, 4, dtype=torch.float64), torch.tensor([[3, 3, 7], [0, 10, 3]])
-    expected = gradient(weight, lambda weight: (F.embedding(tokens, weight), weight))
-    torch.testing.assert_close(gradient(weight, lambda weight: look_up(weight, tokens)), expected)
+
+    def gradient(uses):
+        embedding = nn.Embedding(11, 4, _weight=weight.clone())
+        embedded, projection = uses(embedding)
+        logits = F.linear(embedded.tanh().flatten(0, 1), projection)
+        (F.cross_entropy(logits, torch.arange(6)) * 3).backward()
+        return embedding.weight.grad
+
+    expected = gradient(lambda embedding: (F.embedding(tokens, embedding.weight), embedding.weight))
+    torch.testing.assert_close(gradient(lambda embedding: look_up(embedding, tokens, shared)), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_model.cache import KVCache as KVCache
     from gpt2_model.config import PRESETS as PRESETS
     from gpt2_model.config import GPTConfig as GPTConfig
     from gpt2_model.config import flops_per_token as flops_per_token
-    from gpt2_model.decoding import KVCache as KVCache
     from gpt2_model.generation import Completion as Completion
     from gpt2_model.generation import Piece as Piece
     from gpt2_model.generation import generate as generate
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "Piece": "generation",
     "generate": "generation",
     "stream": "generation",
-    "KVCache": "decoding",
+    "KVCache": "cache",
     "GPT": "model",
     "EOT": "tokenizer",
     "get_tokenizer": "tokenizer",

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from gpt2_model.attention import kept_bytes, takes_own
 from gpt2_model.config import GPTConfig
-from gpt2_model.head_loss import ROWS
+from gpt2_model.cpu.training import ROWS, kept_bytes, takes_own
 
 # The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
 # holes of this many embeddings, measured with 124M and micro-batches of 256 to 4,096 tokens.

@@ -14,7 +14,6 @@ import cloup
 
 from gpt2_model import __version__
 from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
-from gpt2_model.command import out_of_memory as out_of_memory
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_model.model import GPT
@@ -117,7 +116,7 @@ def generate(
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
-    from gpt2_model.native import Unavailable, library, weight_type
+    from gpt2_model.cpu.engine import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
         try:
@@ -127,7 +126,7 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
-    """From arguments, a file, or a pipe; a file's last newline is the editor's, not the text's."""
+    """Return the prompts from arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and _is_piped():
@@ -144,7 +143,7 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
 
 
 def _is_piped() -> bool:
-    """Standard input is a pipe or a file: a terminal, or nothing at all, has no prompt for us."""
+    """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
@@ -212,7 +211,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:  # of a line: begin it again
+        except KeyboardInterrupt:  # begin the line again
             continue
         if line == "/reset":
             text = before = ""
@@ -252,7 +251,7 @@ def info(model: str, as_json: bool) -> None:
     if size in PRESETS:
         config = PRESETS[size]
     else:
-        from gpt2_model.weights import inspect, read_progress
+        from gpt2_model.checkpoints.load_save import inspect, read_progress
 
         model = find_model(model)
         config, progress = inspect(model), read_progress(model)

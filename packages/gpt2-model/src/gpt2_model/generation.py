@@ -1,8 +1,10 @@
 """Text from a model: prompts in, completions out, all at once or as they come."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import ParamSpec
 
 import numpy as np
 import torch
@@ -13,13 +15,15 @@ from gpt2_model.model import GPT
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
 from gpt2_model.tokenizer import EOT, TextDecoder, get_tokenizer
 
+P = ParamSpec("P")
+
 GPT2_IDS = 50257
-PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are no tokens
+PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are not tokens
 
 
 @dataclass
 class Completion:
-    """What one row of `generate` came to.
+    """One row of `generate`, finished.
 
     Attributes:
         row: first_row + prompt number * num_samples + sample number.
@@ -59,86 +63,28 @@ class _Row:
     completion: Completion
     context: list[int]  # prompt and new tokens
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
-    cached: int  # tokens that the decoder holds of it
-    held: str = ""  # text that may be the beginning of a stop string
+    cached: int  # number of its tokens that the decoder holds
+    pending: str = ""  # text that may be the beginning of a stop string
     characters: TextDecoder = field(default_factory=TextDecoder)
 
     def add_text(self, text: str, stop: Sequence[str], last: bool) -> str:
-        """Take text in; give out what can be shown. A stop string ends the row."""
-        self.held += text
-        found = [place for string in stop if (place := self.held.find(string)) >= 0]
-        if found:
-            self.held = self.held[: min(found)]
+        """Take new text; return what can be shown of it. A stop string ends the row."""
+        text = self.pending + text
+        places = [place for string in stop if (place := text.find(string)) >= 0]
+        overlap = 0
+        if places:
+            text = text[: min(places)]
             self.completion.finish_reason = "stop"
-        keep = 0
-        if not (found or last):
-            keep = max((_overlap(self.held, string) for string in stop), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        elif not last:
+            overlap = max((_overlap(text, string) for string in stop), default=0)
+        shown, self.pending = text[: len(text) - overlap], text[len(text) - overlap :]
         self.completion.text += shown
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest end of `text` that begins `stop`."""
     return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
-
-
-def generate(
-    model: GPT,
-    prompts: Sequence[str | Sequence[int]],
-    *,
-    num_samples: int = 1,
-    first_row: int = 0,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    stop_ids: Sequence[int] = (EOT,),
-    logprobs: bool = False,
-    slide: bool = False,
-    compile: bool | None = None,
-) -> list[Completion]:
-    """Continue each prompt `num_samples` times.
-
-    A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
-    beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
-    Prompts of different lengths go in one batch; a finished row leaves it.
-
-    Args:
-        model: its vocabulary must be GPT-2's where prompts are text.
-        prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
-        num_samples: rows a prompt; the prompt is computed once.
-        first_row: number of the first row, from which the others go on. So processes can share the samples of a
-            prompt: 4 of them are 2 from row 0 and 2 from row 2, under the same seed.
-        max_new_tokens: tokens to add, fewer where the model's context ends or it ends the text itself.
-        temperature: 0 takes the most likely token.
-        top_k: sample from this many most likely tokens; None for all.
-        top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
-        min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
-        repetition_penalty: above 1, tokens of the prompt and the text are less likely to come again (Keskar et al.
-            2019); applied before everything else, also to the greedy choice.
-        seed: another seed, another text.
-        stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
-        stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
-        logprobs: also return the log-probability of each token.
-        slide: at the end of the model's context, or after a prompt that fills it, go on with the second half of it
-            as the new beginning, rather than stop. (Positions are absolute: what is kept is computed again.)
-        compile: see `make_decoder`: by default the fastest way that starts at once.
-
-    Raises:
-        ValueError: an empty prompt, one that fills the context, an id outside the vocabulary, an option that means
-            nothing, or a model that computes NaN.
-    """
-    pieces = stream(
-        model, prompts, num_samples=num_samples, first_row=first_row, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        seed=seed, stop=stop, stop_ids=stop_ids, logprobs=logprobs, slide=slide, compile=compile,
-    )  # fmt: skip
-    return sorted((piece.completion for piece in pieces if piece.completion), key=lambda row: row.row)
 
 
 def stream(
@@ -160,10 +106,38 @@ def stream(
     slide: bool = False,
     compile: bool | None = None,
 ) -> Iterator[Piece]:
-    """`generate`, yielding text as it comes: whole characters only, and no beginning of a stop string.
+    """Continue each prompt `num_samples` times; yield text as it comes: whole characters, no part of a stop text.
 
-    The pieces of a row, put together, are its completion's text. Arguments and errors are those of `generate`; the
-    errors come at once, not with the first piece.
+    The pieces of a row, put together, are its completion's text. Errors come at once, not with the first piece.
+
+    A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
+    beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
+    Prompts of different lengths go in one batch; a finished row leaves it.
+
+    Args:
+        model: its vocabulary must be GPT-2's where prompts are text.
+        prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
+        num_samples: rows per prompt; the prompt is computed once.
+        first_row: number of the first row. So processes can share the samples of a prompt: 4 of them are 2 from
+            row 0 and 2 from row 2, under the same seed.
+        max_new_tokens: tokens to add; fewer where the model's context ends or it ends the text itself.
+        temperature: 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; None for all.
+        top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
+        min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
+        repetition_penalty: above 1, tokens of the prompt and the text are less likely to come again (Keskar et al.
+            2019); applied before everything else, also to the greedy choice.
+        seed: another seed gives another text.
+        stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
+        stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
+        logprobs: also return the log-probability of each token.
+        slide: at the end of the model's context, or after a prompt that fills it, take its second half as the new
+            beginning, rather than stop. (Positions are absolute: the half is computed again.)
+        compile: see `make_decoder`: by default the fastest way that starts at once.
+
+    Raises:
+        ValueError: an empty prompt, one that fills the context, an id outside the vocabulary, an option that means
+            nothing, or a model that computes NaN.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if num_samples < 1 or max_new_tokens < 1:
@@ -172,9 +146,9 @@ def stream(
         raise ValueError(f"first_row must be at least 0, not {first_row}")
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
-    size, context = model.config.vocab_size, model.config.block_size
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list: [prompt] for one")
+    size, context = model.config.vocab_size, model.config.block_size
     if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
         raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
     rows: list[_Row] = []
@@ -189,6 +163,24 @@ def stream(
             completion = Completion(number, text, logprobs=[] if logprobs else None)
             rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids)))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
+
+
+def _at_once(stream: Callable[P, Iterator[Piece]]) -> Callable[P, list[Completion]]:
+    """Make `generate` of `stream`, with the same typed arguments, which are written down once."""
+
+    @wraps(stream)
+    def generate(*args: P.args, **kwargs: P.kwargs) -> list[Completion]:
+        rows = [piece.completion for piece in stream(*args, **kwargs) if piece.completion]
+        return sorted(rows, key=lambda row: row.row)
+
+    generate.__name__ = generate.__qualname__ = "generate"
+    generate.__doc__ = (
+        "Return the completions of `stream`, all at once, by row; for arguments and errors see there."
+    )
+    return generate
+
+
+generate = _at_once(stream)
 
 
 @torch.inference_mode()
@@ -221,19 +213,19 @@ def _run(
         else:
             chosen = [0.0] * len(rows)
         now = time.perf_counter() - started
-        kept = []
+        growing = []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn.tolist(), chosen, strict=True)):
             shown, finished = _advance(row, token, logprob, now, stop, stop_ids)
             if shown or finished:
                 yield Piece(row.completion.row, shown, row.completion if finished else None)
             if not finished:
-                kept.append(place)
-        if not kept:
+                growing.append(place)
+        if not growing:
             return
-        if len(kept) < len(rows):
-            rows = [rows[place] for place in kept]
-            decoder.select(kept)
-            seen = None if seen is None else seen[kept]
+        if len(growing) < len(rows):
+            rows = [rows[place] for place in growing]
+            decoder.select(growing)
+            seen = None if seen is None else seen[growing]
         tokens = [row.context[-1] for row in rows]
         if seen is not None:
             seen[torch.arange(len(rows), device=device), torch.tensor(tokens, device=device)] = True
@@ -247,7 +239,7 @@ def _run(
 def _advance(
     row: _Row, token: int, logprob: float, now: float, stop: Sequence[str], stop_ids: frozenset[int]
 ) -> tuple[str, bool]:
-    """Give a row its next token: the text that can be shown, and whether the row is finished."""
+    """Give a row its next token; return the text that can be shown, and True if the row is finished."""
     done = row.completion
     drawn_before = len(done.tokens)
     if drawn_before == 0:
@@ -268,16 +260,16 @@ def _advance(
 
 
 def _make_room(decoder: Decoder, rows: list[_Row], context: int) -> None:
-    """A row that fills the context begins again with the half of it that came last."""
+    """Let a row that fills the context begin again with its last half."""
     for place, row in enumerate(rows):
         if row.cached == context:
-            kept = row.context[-(context // 2) - 1 : -1]
-            decoder.refill(place, kept)
-            row.cached = len(kept)
+            half = row.context[-(context // 2) - 1 : -1]
+            decoder.refill(place, half)
+            row.cached = len(half)
 
 
 def _seen(rows: list[_Row], model: GPT) -> Tensor:
-    """(rows, tokens that can be drawn), True for those of the prompt."""
+    """Return (rows, tokens that can be drawn), True for those of the prompt."""
     seen = _only_tokens(torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool))
     for place, row in enumerate(rows):
         seen[place, [token for token in row.context if token < seen.shape[1]]] = True
@@ -285,7 +277,7 @@ def _seen(rows: list[_Row], model: GPT) -> Tensor:
 
 
 def _only_tokens(logits: Tensor) -> Tensor:
-    """Without the columns that only round GPT-2's vocabulary up: no text has such tokens."""
+    """Leave out the columns that only round GPT-2's vocabulary up: no text has such tokens."""
     return logits[:, :GPT2_IDS] if GPT2_IDS < logits.shape[1] <= PADDED_IDS else logits
 
 
@@ -293,16 +285,19 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt)
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
-        raise ValueError("a prompt is empty: for text from nothing give no prompt, or the id of <|endoftext|>")
+        raise ValueError("a prompt is empty: for text from nothing give the command no prompt, and Python [[EOT]]")
     if not 0 <= min(ids) <= max(ids) < size:
         wrong = next(token for token in ids if not 0 <= token < size)
         raise ValueError(f"prompt holds token id {wrong}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
-        raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}")
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it, or "
+            "slide on from its last half (--slide)"
+        )
     return ids
 
 
 def _decode(ids: Sequence[int]) -> str:
-    """Text of ids; a model with a vocabulary of its own can draw ids that GPT-2's tokenizer lacks."""
+    """Return the text of ids; a model with its own vocabulary can draw ids that GPT-2's tokenizer lacks."""
     tokenizer = get_tokenizer()
     return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])

@@ -1,4 +1,16 @@
-"""GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint."""
+"""GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint.
+
+Read it from `GPT.forward` upwards: tokens -> embeddings -> blocks -> norm -> logits. `plain_attention` says in
+three lines what attention is. Two things lie elsewhere: faster ways on a CPU (cpu/training.py), and the keys and
+values of earlier tokens in generation (cache.py).
+
+Tensors are named with their shapes, one letter for each dimension:
+
+    B  batch: sequences                  H  attention heads
+    T  time: positions of the tokens     D  head_dim: width of a head, C / H
+    S  positions that can be seen        I  mlp_dim: hidden width of the MLP, 4 C
+    C  n_embd: width of the stream       V  vocab_size
+"""
 
 import math
 from collections.abc import Callable
@@ -11,10 +23,24 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gpt2_model.activations import activation_bytes
-from gpt2_model.attention import causal_attention
+from gpt2_model.checkpoints import load_save
 from gpt2_model.config import GPTConfig
-from gpt2_model.head_loss import head_loss
-from gpt2_model.tied import look_up
+from gpt2_model.cpu.int8 import Int8Matrix, quantize
+from gpt2_model.cpu.training import causal_attention, head_loss, look_up
+
+
+def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Return softmax(scale * q k^T) v, (B, H, T, D), as the kernels that CausalSelfAttention calls, but plainly.
+
+    Args:
+        scale: 1 / sqrt(D) in GPT-2.
+        mask: (B, 1, T, S), True where a query may look; None for causal attention, where S is T.
+    """
+    if mask is None:  # each position sees itself and what came before
+        mask = torch.ones(q_BHTD.shape[2], k_BHSD.shape[2], dtype=torch.bool, device=q_BHTD.device).tril()
+    scores_BHTS = scale * q_BHTD @ k_BHSD.transpose(2, 3)
+    weights_BHTS = scores_BHTS.masked_fill(~mask, -math.inf).softmax(dim=3)
+    return weights_BHTS @ v_BHSD
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -34,16 +60,19 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """Where tokens stand and what they see, if not themselves and what came before: decoding.KVCache is one."""
+    """Where tokens stand and what they see, if not themselves and what came before: a KVCache is one."""
 
     def positions(self, time: int) -> Tensor:
-        """Of the next `time` tokens: (batch, time)."""
+        """Return the positions of the next `time` tokens, (B, T)."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of these tokens -> all that they may look at, and the mask; None for a causal one."""
+        """Take the keys and values of these tokens; return all that they may look at, and the mask.
+
+        (B, H, T, D) twice -> (B, H, S, D) twice, and (B, 1, T, S) or None for causal attention.
+        """
 
     def advance(self, time: int) -> None:
-        """All layers are through with `time` tokens."""
+        """Note that all layers have computed `time` tokens."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -60,25 +89,24 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer + 1
         self.upcast = config.reorder_and_upcast_attn
 
-    def forward(self, x: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """x: (batch, time, n_embd) -> the same shape."""
-        batch, time, width = x.shape
-        # (batch, time, 3 * width) -> three of (batch, n_head, time, head_dim)
-        query, key, value = (
-            part.view(batch, time, self.n_head, width // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x).split(width, dim=2)
+    def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
+        """Return plain_attention of the tokens' queries, keys and values, projected: (B, T, C)."""
+        B, T, C = x_BTC.shape
+        q_BHTD, k_BHSD, v_BHSD = (
+            part_BTC.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part_BTC in self.c_attn(x_BTC).split(C, dim=2)
         )
         mask = None
         if cache is not None:
-            key, value, mask = cache.extend(self.layer, key, value)
+            k_BHSD, v_BHSD, mask = cache.extend(self.layer, k_BHSD, v_BHSD)
         if self.upcast:
-            query, key, value = query.float(), key.float(), value.float()
+            q_BHTD, k_BHSD, v_BHSD = q_BHTD.float(), k_BHSD.float(), v_BHSD.float()
         if mask is None:
-            y = causal_attention(query, key, value, self.scale)
+            y_BHTD = causal_attention(q_BHTD, k_BHSD, v_BHSD, self.scale)
         else:
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
-        y = y.to(x.dtype).transpose(1, 2).reshape(batch, time, width)
-        return self.c_proj(y)  # type: ignore[no-any-return]
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, scale=self.scale)
+        y_BTC = y_BHTD.to(x_BTC.dtype).transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y_BTC)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -90,9 +118,10 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_dim, config.n_embd)
         self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, time, n_embd) -> the same shape."""
-        return self.c_proj(self.activation(self.c_fc(x)))  # type: ignore[no-any-return]
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Return (B, T, C)."""
+        h_BTI = self.activation(self.c_fc(x_BTC))
+        return self.c_proj(h_BTI)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -105,10 +134,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """x: (batch, time, n_embd) -> the same shape."""
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+    def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
+        """Return (B, T, C)."""
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
+        return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -156,8 +185,37 @@ class GPT(nn.Module):
                 std = 0.01 if name == "wpe.weight" else residual_std if "c_proj" in name else 0.02
                 nn.init.normal_(parameter, std=std)
 
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return logits and, with targets, the mean cross-entropy in nats per token.
+
+        Args:
+            tokens: (B, T) int64 ids.
+            targets: (B, T) int64 ids that should follow each position; -100 counts for nothing.
+            return_logits: False in training, where nobody reads them: they need not be kept then.
+
+        Returns:
+            (logits (B, T, V) or None, loss () in fp32 or None).
+
+        Raises:
+            ValueError: more positions than `config.block_size`.
+        """
+        loss_only = targets is not None and not return_logits
+        x_BTC, wte_VC = look_up(self.wte, tokens, share_gradient=loss_only)
+        x_BTC = self._transform(x_BTC)
+        head_VC = wte_VC if self.lm_head is None else self.lm_head.weight
+        if targets is not None and loss_only:
+            return None, head_loss(x_BTC, head_VC, targets)  # the same loss as below
+        logits_BTV = F.linear(x_BTC, head_VC)
+        loss = None
+        if targets is not None:
+            # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
+            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
+        return (logits_BTV if return_logits else None), loss
+
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Final hidden states: tokens (batch, time) of ids -> (batch, time, n_embd), after the last norm.
+        """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
 
         With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
         they fit.
@@ -165,62 +223,33 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than `config.block_size`, and no cache.
         """
-        return self._hidden(self.wte(tokens), cache)
+        return self._transform(self.wte(tokens), cache)
 
-    def _hidden(self, embedded: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Of tokens that are looked up already, (batch, time, n_embd)."""
-        time = embedded.shape[1]
-        if cache is None and time > self.config.block_size:
-            raise ValueError(f"{time} tokens do not fit the model's context of {self.config.block_size}")
-        positions = torch.arange(time, device=embedded.device) if cache is None else cache.positions(time)
-        x = embedded + self.wpe(positions)
+    def _transform(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
+        """Add the positions to token embeddings; apply the blocks and the last norm."""
+        T = x_BTC.shape[1]
+        if cache is None and self.config.block_size < T:
+            raise ValueError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
+        positions = torch.arange(T, device=x_BTC.device) if cache is None else cache.positions(T)
+        x_BTC = x_BTC + self.wpe(positions)
         again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.h:
-            # Nothing in a block is random, so there is no generator's state to restore.
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x, cache)
+            if again:  # nothing in a block is random, so there is no generator's state to restore
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, cache)
         if cache is not None:
-            cache.advance(time)
-        return self.ln_f(x)  # type: ignore[no-any-return]
+            cache.advance(T)
+        return self.ln_f(x_BTC)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits over the vocabulary: (..., n_embd) -> (..., vocab_size)."""
+        """Return logits over the vocabulary: (..., C) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection, (vocab_size, n_embd): the token embedding where they are tied."""
+        """The output projection, (V, C): the token embedding where they are tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits and, with targets, the mean cross-entropy in nats per token.
-
-        Args:
-            tokens: (batch, time) int64 ids.
-            targets: (batch, time) int64 ids that should follow each position; -100 counts for nothing.
-            return_logits: False in training, where nobody reads them: they need not be kept then.
-
-        Returns:
-            (logits (batch, time, vocab_size) or None, loss () in fp32 or None).
-
-        Raises:
-            ValueError: more positions than `config.block_size`.
-        """
-        if targets is not None and not return_logits and tokens.device.type == "cpu":
-            if torch.is_grad_enabled():
-                embedded, tied = look_up(self.wte.weight, tokens)
-                weight = tied if self.lm_head is None else self.lm_head.weight
-            else:
-                embedded, weight = self.wte(tokens), self.head_weight
-            return None, head_loss(self._hidden(embedded).flatten(0, 1), weight, targets.flatten())
-        hidden = self.hidden(tokens)
-        logits = self.head(hidden)
-        loss = None
-        if targets is not None:
-            # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return (logits if return_logits else None), loss
 
     @property
     def device(self) -> torch.device:
@@ -229,11 +258,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
-        """The model in a Hugging Face folder, a weights file, another project's checkpoint, or on the hub.
+        """Load a Hugging Face folder, a weights file, another project's checkpoint, or a model of the hub.
 
         A folder holds config.json and safetensors or .bin weights, whole or in shards; a .safetensors or .bin file
-        has its config.json beside it. nanoGPT's ckpt.pt, llm.c's .bin and OpenAI's TensorFlow folder are read too;
-        the rows by which nanoGPT and llm.c pad the vocabulary to 50,304 are dropped.
+        has its config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's
+        ckpt.pt and llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
         Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache.
         Weights are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model
         comes in eval mode, on the CPU.
@@ -243,23 +272,26 @@ class GPT(nn.Module):
             OSError: the hub cannot be reached, or a download broke off.
             ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
-        from gpt2_model.weights import load  # here, since weights.py builds GPTs
-
-        if dtype != torch.int8:
-            return load(name_or_path, dtype)
-        from gpt2_model.quantize import quantize
-
-        return quantize(load(name_or_path, torch.float32))
+        is_int8 = dtype == torch.int8
+        config, weights = load_save.load(name_or_path, torch.float32 if is_int8 else dtype)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        del weights  # else quantize could not free one matrix after another
+        if is_int8:
+            quantize(model)
+        else:
+            model.requires_grad_(True)
+        return model.eval()
 
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
-        """The config of what `from_pretrained` would load, checked likewise, but for the weights' values.
+        """Return the config of what `from_pretrained` would load, checked likewise, but for the weights' values.
 
-        Raises: what `from_pretrained` raises.
+        Raises:
+            FileNotFoundError, OSError, ValueError: see `from_pretrained`.
         """
-        from gpt2_model.weights import inspect
-
-        return inspect(name_or_path)
+        return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load.
@@ -267,9 +299,6 @@ class GPT(nn.Module):
         Raises:
             ValueError: the model is quantised: its exact weights are those of the folder it came from.
         """
-        from gpt2_model.quantize import Int8Matrix
-        from gpt2_model.weights import save
-
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
-        save(self, Path(folder))
+        load_save.save(self.config, self.state_dict(), Path(folder))

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from gpt2_model import GPTConfig
-from gpt2_model.cli import PATH, out_of_memory
+from gpt2_model.command import PATH, out_of_memory
 from gpt2_train import __version__
 from gpt2_train.config import CHOICES, RECIPES, CannotResume, TrainConfig, load_config
 from gpt2_train.space import check_out

@@ -1,17 +1,13 @@
-"""GPT-2s from disk or the hub, and to disk.
+"""Any checkpoint to (GPTConfig, tensors), and these to a Hugging Face folder.
 
-Loaded are Hugging Face folders and hub names (safetensors or torch's .bin, whole or in shards), one such file
-beside its config.json, nanoGPT's ckpt.pt, llm.c's .bin, and OpenAI's TensorFlow folder. Saved are Hugging Face's.
-
-A checkpoint differs from our module in two ways. Most keep the four projections a block as OpenAI did, (in, out),
-"Conv1D"; nn.Linear keeps (out, in): they are transposed. And names may carry a prefix ("transformer.") or name
-buffers that hold no weights (the causal mask). Everything else is equal, name by name.
+A checkpoint differs from our module in two ways. Most keep the four projections of a block as OpenAI did,
+(in, out), "Conv1D"; nn.Linear keeps (out, in): they are transposed. And names may carry a prefix ("transformer.")
+or name buffers that hold no weights (the causal mask). Everything else is equal, name by name.
 """
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,19 +15,15 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_model.command import newest_checkpoint
-from gpt2_model.config import OPENAI_NAMES, PRESETS, GPTConfig
-from gpt2_model.foreign import LLMC_MAGIC, read_llmc, read_nanogpt
-from gpt2_model.hf_config import hf_config, read_config
-from gpt2_model.hf_tokenizer import tokenizer_files
-from gpt2_model.hub import HUB_NAMES as HUB_NAMES
-from gpt2_model.hub import WEIGHTS_FILES, download
-from gpt2_model.model import GPT
-from gpt2_model.openai import read_openai
-from gpt2_model.tensor_files import read_json, read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.checkpoints.files import read_json, read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
+from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
+from gpt2_model.command import newest_checkpoint, write_whole
+from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
 from gpt2_model.tokenizer import EOT
 
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
@@ -47,8 +39,12 @@ class _Checkpoint(NamedTuple):
     in_out: bool  # how the projections lie
 
 
-def load(name_or_path: str | Path, dtype: torch.dtype) -> GPT:
-    """See GPT.from_pretrained."""
+def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Return the config and the state dict of what GPT.from_pretrained names, in `dtype`.
+
+    Raises:
+        ValueError, OSError: see GPT.from_pretrained.
+    """
     checkpoint = _open(str(name_or_path))
     tensors = _fitting(checkpoint)
 
@@ -58,23 +54,25 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> GPT:
         return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
     with ThreadPoolExecutor(2) as pool:  # transposing takes twice the time of copying; a second thread makes it up
-        weights = dict(zip(tensors, pool.map(own, tensors), strict=True))
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = GPT(checkpoint.config)
-    model.load_state_dict(weights, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+        return checkpoint.config, dict(zip(tensors, pool.map(own, tensors), strict=True))
 
 
 def inspect(name_or_path: str | Path) -> GPTConfig:
-    """What GPT.from_pretrained would load, checked likewise, but for the weights' values: they stay on disk.
-
-    Raises: what GPT.from_pretrained raises.
-    """
+    """Return the config of a checkpoint, checked as by `load`, without reading the weights' values."""
     checkpoint = _open(str(name_or_path))
     _fitting(checkpoint)
     return checkpoint.config
+
+
+def read_progress(model: str) -> dict[str, int]:
+    """Return the step and the tokens so far, as the trainer.json of a training checkpoint says; else {}.
+
+    Raises:
+        ValueError: a trainer.json that holds no JSON object.
+    """
+    path = Path(model) / "trainer.json"
+    state = read_json(path) if path.is_file() else {}
+    return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
 
 
 def _open(name: str) -> _Checkpoint:
@@ -83,8 +81,8 @@ def _open(name: str) -> _Checkpoint:
         return _open_folder(path)
     if path.is_file():
         return _open_file(path)
-    if name in PRESETS:
-        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[name]}")
+    if (size := PAPER_NAMES.get(name, name)) in PRESETS:
+        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[size]}")
     # "a/b" can be a hub id; what starts like a path or goes deeper cannot.
     if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")
@@ -98,15 +96,13 @@ def _open_folder(folder: Path) -> _Checkpoint:
             if name.endswith(".json"):
                 return _Checkpoint(config, read_shards(folder / name), folder / name, in_out=True)
             return _open_file(folder / name)
-    if (folder / "hparams.json").is_file():
-        return _Checkpoint(*read_openai(folder), folder, in_out=True)
     if checkpoint := newest_checkpoint(folder):
         return _open_folder(checkpoint)
-    raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} or hparams.json in it")
+    raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} in it")
 
 
 def _open_file(path: Path) -> _Checkpoint:
-    """By content, since a .bin is torch's or llm.c's."""
+    """Open a file by its content, since a .bin is torch's or llm.c's."""
     if path.suffix == ".safetensors":
         return _Checkpoint(read_config(path.parent / "config.json"), read_safetensors(path), path, in_out=True)
     with path.open("rb") as file:
@@ -120,10 +116,10 @@ def _open_file(path: Path) -> _Checkpoint:
 
 
 def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
-    """The tensors under our names, exactly those of the config; decided without reading their values.
+    """Return the tensors under our names, exactly those of the config; their values are not read.
 
     Raises:
-        ValueError: a tensor is missing, unknown, there twice, of another shape, or no floating-point one.
+        ValueError: a tensor is missing, unknown, there twice, of another shape, or not of floating-point numbers.
     """
     config, stored, source, in_out = checkpoint
     tensors: dict[str, Tensor] = {}
@@ -148,8 +144,8 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{source}: {name} holds {tensors[name].dtype}, not floating-point numbers")
+        if tensors[name].dtype not in _DTYPES:
+            raise ValueError(f"{source}: {name} holds {tensors[name].dtype}, GPT-2s fp32, fp16 or bf16")
     # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
     embedding = tensors["wte.weight"]
     if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
@@ -158,7 +154,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
 
 
 def _shapes(config: GPTConfig, in_out: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What a checkpoint of `config` holds. Without a module: that of a hostile config is too large even empty."""
+    """Yield the tensors of a checkpoint. Without a module: that of a hostile config is too large even empty."""
     width, inner = config.n_embd, config.mlp_dim
     yield "wte.weight", (config.vocab_size, width)
     yield "wpe.weight", (config.block_size, width)
@@ -180,70 +176,39 @@ def _shapes(config: GPTConfig, in_out: bool) -> Iterator[tuple[str, tuple[int, .
         yield "lm_head.weight", (config.vocab_size, width)
 
 
-def save(model: GPT, folder: Path) -> None:
-    """See GPT.save_pretrained. Each file appears whole under its name or not at all."""
+def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a Hugging Face folder. Each file appears whole under its name or not at all.
+
+    Args:
+        weights: GPT.state_dict().
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "model.safetensors", lambda file: _write_safetensors(model, file))
+    with write_whole(folder / "model.safetensors") as file:
+        _write_safetensors(weights, file)
     # Up to 50,304, the next multiple of 128, rows beyond GPT-2's 50,257 are padding. Any other size is another
     # vocabulary, whose files we do not have.
-    if EOT < model.config.vocab_size <= 50304:
-        for name, content in tokenizer_files(model.config).items():
-            _write(folder / name, _writer(content))
-    generation = {"bos_token_id": EOT, "eos_token_id": EOT} if model.config.vocab_size > EOT else {}
-    _write(folder / "generation_config.json", _writer(generation))
-    _write(folder / "config.json", _writer(hf_config(model.config)))
+    files = tokenizer_files(config) if EOT < config.vocab_size <= 50304 else {}
+    files["generation_config.json"] = {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
+    files["config.json"] = hf_config(config)
+    for name, content in files.items():
+        if isinstance(content, dict):
+            content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        with write_whole(folder / name) as file:
+            file.write(content)
 
 
-def _write_safetensors(model: GPT, file: BinaryIO) -> None:
-    """Tensor by tensor: safetensors' own save_file wants all of them in memory once more."""
-    weights = {
-        name if name == "lm_head.weight" else f"transformer.{name}": parameter.detach()
-        for name, parameter in model.state_dict().items()
-    }
+def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
+    """Write tensor by tensor: safetensors' own save_file wants all of them in memory once more."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
         shape = list(weight.shape)[:: -1 if name.endswith(_PROJECTIONS) else 1]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
+        stored_name = name if name == "lm_head.weight" else f"transformer.{name}"
+        header[stored_name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
         end += 4 * weight.numel()
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors lie where they can be mapped
     file.write(len(text).to_bytes(8, "little") + text)
     for name, weight in weights.items():
-        tensor = weight.to("cpu", torch.float32)
+        tensor = weight.detach().to("cpu", torch.float32)
         file.write((tensor.t() if name.endswith(_PROJECTIONS) else tensor).contiguous().numpy().data)
-
-
-def _writer(content: bytes | dict[str, Any]) -> Callable[[BinaryIO], object]:
-    if isinstance(content, dict):
-        content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    return lambda file: file.write(content)
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write under another name, flush to the disk, then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def read_progress(model: str) -> dict[str, int]:
-    """The step and the tokens so far in the trainer.json of a checkpoint; {} where there is none.
-
-    Raises:
-        ValueError: a trainer.json that holds no JSON object.
-    """
-    path = Path(model) / "trainer.json"
-    state = read_json(path) if path.is_file() else {}
-    return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}

@@ -1,4 +1,4 @@
-"""engine.c from Python: compiled once by the machine's own C compiler, then one call a token.
+"""engine.c from Python: compiled once by the machine's own C compiler, then one call per token.
 
 Where there is no compiler, generation runs on PyTorch's operations instead: fp32 at about two thirds of the speed,
 int8 as the fp32 that it is turned back into.
@@ -20,35 +20,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpt2_model.cache import KVCache
 from gpt2_model.config import ACTIVATIONS
+from gpt2_model.cpu.int8 import Int8Matrix
 from gpt2_model.model import GPT, Block
-from gpt2_model.quantize import Int8Matrix
 
 SOURCES = ("engine.c", "engine_math.h")
 # No -ffast-math: it lets the compiler reorder sums, and a row's logits would depend on the rows beside it.
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-Wno-psabi", "-lm", "-lpthread")
+PREFILL = 256  # tokens of prompts that go through the engine at once: enough to be bound by arithmetic
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class Unavailable(RuntimeError):
-    """Why the engine cannot be used here."""
+    """The engine cannot be used here; the message says why."""
 
 
 def weight_type(model: GPT) -> torch.dtype:
-    """How the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
+    """Return the type in which the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
     return torch.int8 if isinstance(model.wte, Int8Matrix) else model.wte.weight.dtype
 
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The engine for weights of one type, from the user's cache folder; compiled there first, in about 2 s.
+    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s.
 
     Raises:
         Unavailable: no compiler, or one that fails.
     """
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine has no {dtype}")
-    installed = (found for name in ("cc", "gcc", "clang") if (found := shutil.which(name)))
+    installed = filter(None, map(shutil.which, ("cc", "gcc", "clang")))
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
     except ValueError as error:
@@ -87,12 +89,13 @@ def _processor() -> str:
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
-    """The user's own, if nobody else may write there; else one for this process, gone once all is loaded."""
+    """The user's cache folder if nobody else may write there, else one that goes once the engine is loaded."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+        mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user numbers
+        if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return nullcontext(folder)
     except (OSError, RuntimeError):  # no home at all is a RuntimeError
         pass
@@ -144,19 +147,25 @@ class _Call(ctypes.Structure):
     )
 
 
-class Engine:
-    """A model on the CPU, as engine.c sees it: pointers to its weights, and threads. Nothing large is copied.
+class EngineDecoder:
+    """Decoding (see decoding.Decoder) by engine.c. A row's logits are bit-equal whatever rows are beside it.
+
+    Nothing large is copied: the engine gets pointers to the model's weights.
 
     Args:
-        model: on the CPU, in fp32, bf16 or int8; not to be changed while the engine lives.
+        model: on the CPU, in fp32, bf16 or int8; not to be changed while the decoder lives.
+        capacity: longest row, in tokens.
 
     Raises:
         Unavailable: see `library`.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, capacity: int) -> None:
         self._library = library(weight_type(model))
-        self._kept: list[object] = []  # what the pointers point to
+        self._model, self._capacity = model, capacity
+        self._rows: list[int] = []  # row of the cache for each of ours
+        self._lengths: list[int] = []
+        self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, model.h, strict=True):
@@ -167,7 +176,7 @@ class Engine:
             layer.c_fc, layer.mlp_c_proj = self._matrix(block.mlp.c_fc), self._matrix(block.mlp.c_proj)
             layer.attention_scale = block.attn.scale
         wte = self._matrix(model.wte)
-        self._model = _Model(
+        self._pointers = _Model(
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_embd=config.n_embd,
@@ -181,80 +190,90 @@ class Engine:
             ln_f=self._floats(model.ln_f.weight),
             ln_f_bias=self._floats(model.ln_f.bias),
         )
-        self._vocab_size = config.vocab_size
-        self._team = self._library.gpt2_start(ctypes.addressof(self._model), torch.get_num_threads())
+        self._team = self._library.gpt2_start(ctypes.addressof(self._pointers), torch.get_num_threads())
         if not self._team:
             raise MemoryError
 
-    def forward(
-        self,
-        tokens: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
-        """Append tokens to rows of the cache.
+    def __del__(self) -> None:
+        if getattr(self, "_team", None):  # end the threads
+            self._library.gpt2_stop(self._team)
 
-        Args:
-            tokens: for each row, one or more ids.
-            rows: which row of the cache each continues.
-            lengths: how many tokens that row holds already.
-            keys, values: (n_layer, batch, n_head, capacity, head_dim), fp32.
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
+        self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
+        return self._append(self._rows, prompts)
 
-        Returns:
-            (len(rows), vocab_size) in fp32: the logits that follow each row's last token.
-        """
-        counts = [len(ids) for ids in tokens]
-        capacity = keys.shape[3]
-        assert all(length + count <= capacity for length, count in zip(lengths, counts, strict=True))
-        starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        numbers = [
-            [token for ids in tokens for token in ids],
-            [row for row, count in zip(rows, counts, strict=True) for _ in range(count)],
-            [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)],
-            starts,
+    def select(self, rows: Sequence[int]) -> None:
+        if len(set(rows)) < len(rows):
+            self._cache.select([self._rows[row] for row in rows])
+            self._rows = list(range(len(rows)))
+        else:  # rows that leave only lose their place: nothing is copied
+            self._rows = [self._rows[row] for row in rows]
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return self._call([(row, [token]) for row, token in enumerate(tokens)])
+
+    def refill(self, row: int, tokens: Sequence[int]) -> None:
+        self._lengths[row] = 0
+        self._append([row], [tokens])
+
+    def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
+        pieces = [
+            (row, ids[start : start + PREFILL])
+            for row, ids in zip(rows, tokens, strict=True)
+            for start in range(0, len(ids), PREFILL)
         ]
-        arrays = [(ctypes.c_int64 * len(column))(*column) for column in numbers]
-        logits = torch.empty(len(rows), self._vocab_size)
+        last: dict[int, Tensor] = {}  # row -> its logits so far
+        while pieces:
+            count, total = 1, len(pieces[0][1])
+            while count < len(pieces) and total + len(pieces[count][1]) <= PREFILL:
+                total += len(pieces[count][1])
+                count += 1
+            now, pieces = pieces[:count], pieces[count:]
+            last |= zip([row for row, _ in now], self._call(now), strict=True)
+        return torch.stack([last[row] for row in rows])
+
+    def _call(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Append tokens to rows, (row, ids) each; return the logits that follow, (pieces, vocab_size) in fp32."""
+        tokens: list[int] = []
+        sequences: list[int] = []
+        positions: list[int] = []
+        starts = [0]
+        for row, ids in pieces:
+            start, end = self._lengths[row], self._lengths[row] + len(ids)
+            assert end <= self._capacity
+            tokens += ids
+            sequences += [self._rows[row]] * len(ids)
+            positions += range(start, end)
+            starts.append(len(tokens))
+            self._lengths[row] = end
+        arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
+        addresses = [ctypes.addressof(array) for array in arrays]
+        logits = torch.empty(len(pieces), self._model.config.vocab_size)
+        keys, values = self._cache.keys, self._cache.values
         call = _Call(
-            starts[-1],
-            *(ctypes.addressof(array) for array in arrays[:3]),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[1],
-            capacity,
-            len(rows),
-            ctypes.addressof(arrays[3]),
-            logits.data_ptr(),
-        )
+            len(tokens), *addresses[:3], keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3],
+            len(pieces), addresses[3], logits.data_ptr(),
+        )  # fmt: skip
         if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
             raise MemoryError
         return logits
 
-    def close(self) -> None:
-        """Let the threads go."""
-        if self._team:
-            self._library.gpt2_stop(self._team)
-            self._team = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_team", None):
-            self.close()
-
     def _floats(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()
-        self._kept.append(tensor)
+        self._owners.append(tensor)
         return tensor.data_ptr()
 
     def _matrix(self, module: nn.Module) -> _Matrix:
         bias = getattr(module, "bias", None)
         address = None if bias is None else self._floats(bias)
         if isinstance(module, Int8Matrix):
-            self._kept.append(module)
+            self._owners.append(module)
             pointers = [getattr(module, name).data_ptr() for name in ("packed", "scale", "sums")]
             return _Matrix(*pointers, address, module.outs, module.ins)
         assert isinstance(module.weight, Tensor)
         weight = module.weight.detach().contiguous()
-        self._kept.append(weight)
+        self._owners.append(weight)
         return _Matrix(weight.data_ptr(), None, None, address, *weight.shape)

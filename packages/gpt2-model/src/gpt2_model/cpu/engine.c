@@ -7,7 +7,7 @@
 // many threads there are: a row's logits are bit-equal in any batch.
 //
 // Plain C with the vector extensions of GCC and Clang, which map 16 floats to AVX-512, AVX2 or NEON. Compiled and
-// called by native.py, which holds the structs of these two files once more.
+// called by engine.py, which holds the structs of these two files once more.
 
 #include <pthread.h>
 #include <stdatomic.h>

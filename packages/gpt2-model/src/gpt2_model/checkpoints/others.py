@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_model.checkpoints.files import short, state_dict
 from gpt2_model.config import GPTConfig
-from gpt2_model.tensor_files import map_file, piece, short, state_dict
 from gpt2_model.tokenizer import EOT
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
@@ -21,13 +21,13 @@ _NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
 def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the tensors of a ckpt.pt of github.com/karpathy/nanoGPT, train.py.
+    """Return the config and the tensors of a ckpt.pt of github.com/karpathy/nanoGPT, train.py.
 
     A vocabulary of 50,304 comes back as GPT-2's 50,257. The 47 rows more are padding: they take part in nanoGPT's
     softmax, but stand for no token, and training drove their probability to nothing.
 
-    Its GELU has been the exact one since mid-2023; a checkpoint does not say of when it is. One without `bias` in
-    its model_args is older than that, and has the tanh approximation.
+    Its GELU has been the exact one since mid-2023; a checkpoint does not say when it was made. One without `bias`
+    in its model_args is older than that, and has the tanh approximation.
 
     Raises:
         ValueError: not such a file.
@@ -58,7 +58,7 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
 
 
 def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the tensors, mapped, of a .bin of github.com/karpathy/llm.c (train_gpt2.py, write_model).
+    """Return config and mapped tensors of a .bin of github.com/karpathy/llm.c (train_gpt2.py, write_model).
 
     256 int32, then the parameters, those of one kind for all layers together. Rows that pad the vocabulary, to
     50,304 for GPT-2's, are left out.
@@ -66,10 +66,11 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     Raises:
         ValueError: another version, or a size that does not fit the header.
     """
-    raw = map_file(path)
-    if len(raw) < _LLMC_HEADER:
+    with path.open("rb") as file:
+        header = file.read(_LLMC_HEADER)
+    if len(header) < _LLMC_HEADER:
         raise ValueError(f"{path} ends within its header")
-    _, version, time, vocab, depth, heads, width, padded = struct.unpack("<8i", raw[:32].numpy().tobytes())
+    _, version, time, vocab, depth, heads, width, padded = struct.unpack("<8i", header[:32])
     if version not in _LLMC_DTYPES:
         raise ValueError(f"{path} is of version {version}: write it again with a present llm.c (3: fp32, 5: bf16)")
     try:
@@ -95,14 +96,15 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         "ln_f.weight": (width,),
         "ln_f.bias": (width,),
     }
-    size = _LLMC_HEADER + dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
-    if padded < vocab or size != len(raw):
-        raise ValueError(f"{path} has {len(raw):,} bytes, {size:,} by its header")
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    size, actual = _LLMC_HEADER + dtype.itemsize * sum(sizes), path.stat().st_size
+    if padded < vocab or size != actual:
+        raise ValueError(f"{path} has {actual:,} bytes, {size:,} by its header")
+    values = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
+    pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], sizes)
     tensors = {}
-    start = _LLMC_HEADER
-    for name, shape in shapes.items():
-        tensor = piece(raw, start, dtype, shape)
-        start += tensor.nbytes
+    for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+        tensor = piece.view(shape)
         if name.startswith(("ln_1", "attn", "ln_2", "mlp")):
             tensors.update({f"h.{layer}.{name}": part for layer, part in enumerate(tensor)})
         else:

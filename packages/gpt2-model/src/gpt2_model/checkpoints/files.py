@@ -1,0 +1,190 @@
+"""Files from strangers: JSON, safetensors and torch's own, whole or in shards.
+
+Tensors are mapped: a name, shape or type is known before any data is read. Only torch's safe unpickler unpickles.
+What torch and safetensors do not bound is bounded here: the size of JSON, headers and pickles in memory.
+"""
+
+import json
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# JSON and pickles take up to 60 times their size once read. The header of the largest GPT-2 has 70 kB, its
+# pickle 60 kB; a config.json with many labels may have a few MB. safetensors allows a header of 100 MB, which took
+# 1.7 GB to read.
+MAX_JSON = 10_000_000
+_MAX_PICKLE = 1_000_000
+_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def short(value: Any) -> str:
+    """Return a value for a message: one line, no control characters, not a page, whatever a stranger wrote."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file.
+
+    Raises:
+        ValueError: too large, not valid JSON, not an object, a key that comes twice, or a number above 64 bits.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits) > 19:  # 64 bits
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise ValueError(f"{short(name)} comes twice")
+            entries[name] = value
+        return entries
+
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} is larger than any {path.name} of a GPT-2 ({MAX_JSON:,} bytes)")
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=once, parse_int=whole)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not valid JSON for a model: it holds no object")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, mapped.
+
+    Raises:
+        ValueError: a header that is not one, or does not describe exactly the bytes that follow it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_JSON:
+        raise ValueError(f"{path} is damaged or no safetensors file: its header has {length:,} bytes")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"{path} is damaged or no safetensors file: {short(reason)}") from None
+
+
+def read_torch(path: Path) -> dict[Any, Any]:
+    """Return what torch.save wrote: a dict of tensors, or of more; mapped where the format allows it (torch 1.6).
+
+    Raises:
+        ValueError: a damaged file, one that holds more than tensors and plain values, or another format.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY))
+    zipped = start.startswith(_ZIP)
+    if not zipped and start != _LEGACY:
+        raise ValueError(f"{path} is no weights file of safetensors, torch.save or llm.c; nothing was run")
+    try:
+        if zipped:
+            _check_zip(path)
+        else:
+            _check_legacy(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError:
+        raise
+    except Exception as error:  # torch tells of bad files in a dozen ways
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = f"it asks for {short(forbidden[1])}" if forbidden else text[:100]
+        raise ValueError(f"{path} is damaged, or holds more than tensors; nothing was run: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what torch maps as if it were not compressed, and a pickle that would fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is a compressed archive, which torch.save never writes")
+    if any(member.file_size > _MAX_PICKLE for member in members if member.filename.endswith(".pkl")):
+        raise ValueError(f"its list of tensors is longer than {_MAX_PICKLE:,} bytes")
+
+
+def _check_legacy(path: Path) -> None:
+    """Check the format before torch 1.6: magic number, version, system, object, then raw storages."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for part in ("magic", "version", "system", "object", "storages"):
+            for _, argument, position in pickletools.genops(file):
+                if position is not None and position > _MAX_PICKLE:
+                    raise ValueError(f"its list of tensors is longer than {_MAX_PICKLE:,} bytes")
+                if part == "object" and type(argument) is int and argument > size:
+                    raise ValueError(f"a tensor of {argument:,} values in a file of {size:,} bytes")
+
+
+def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return `content` if it is dense tensors by name, in memory, which all fit in the file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path} holds {short(name)}: {type(tensor).__name__}, not only tensors by name")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {short(name)} is {tensor.layout} on {tensor.device.type}, not dense")
+    # Strides of 0 and shared storages make much of little. A tied head is the one tensor that comes twice.
+    claimed = sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("lm_head.weight"))
+    if claimed > path.stat().st_size:
+        raise ValueError(f"{path} claims {claimed:,} bytes of tensors, more than it has")
+    return content
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Return the tensors of all files that an index names (model.safetensors.index.json), mapped.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: no index, a shard that is not a file beside it, or one with other tensors than the index says.
+    """
+    names_in: dict[str, set[str]] = {}
+    for name, shard in shard_names(index).items():
+        names_in.setdefault(shard, set()).add(name)
+    for shard in names_in:
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index} names {shard}, which is not beside it")
+    tensors: dict[str, Tensor] = {}
+    for shard, names in names_in.items():
+        path = index.parent / shard
+        shard_tensors = (
+            read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
+        )
+        if shard_tensors.keys() != names:
+            odd = sorted(shard_tensors.keys() ^ names)[0]
+            raise ValueError(f"{path} does not hold what {index.name} says: {short(odd)} is only in one of them")
+        tensors.update(shard_tensors)
+    return tensors
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """Return an index as tensor name -> file name, each a plain name.
+
+    Raises:
+        ValueError: no index, or a name with a path in it.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no weight_map")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for shard in names.values():
+        # A backslash is a separator elsewhere.
+        if not isinstance(shard, str) or shard != Path(shard).name or "\\" in shard or not shard.endswith(suffix):
+            raise ValueError(f"{index} names {short(shard)}, which is not a {suffix} file beside it")
+    return names

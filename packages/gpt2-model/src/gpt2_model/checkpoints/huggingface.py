@@ -1,0 +1,265 @@
+"""Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gpt2_model.checkpoints.files import read_json, shard_names, short
+from gpt2_model.config import GPTConfig
+from gpt2_model.tokenizer import EOT, vocabulary_file
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
+_HF_NAMES = {
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+}
+# Fields that change the function in a way that GPT cannot follow: the values that leave it alone.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "is_encoder_decoder": (False, None),
+    "tie_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "position_embedding_type": ("absolute", None),
+    "quantization_config": (None,),
+    "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
+}
+# The bodies of these are GPT-2 and nothing else; their further heads are left out.
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
+# Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
+# output formats, defaults of generate(), and what old versions of transformers wrote.
+_HARMLESS = """
+attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
+summary_use_proj initializer_range gradient_checkpointing use_cache is_decoder chunk_size_feed_forward n_ctx
+_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _from_model_config
+_name_or_path _num_labels attn_implementation dtype torch_dtype torchscript transformers_version use_bfloat16
+tf_legacy_loss onnx tokenizer_class model_max_length transformers.js_config
+bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+decoder_start_token_id forced_bos_token_id forced_eos_token_id n_special predict_special_tokens
+finetuning_task id2label label2id num_labels problem_type prefix task_specific_params
+output_attentions output_hidden_states output_past output_scores return_dict return_dict_in_generate
+bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
+num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty suppress_tokens
+temperature top_k top_p typical_p
+scale_attn_by_layer_idx
+""".split()  # noqa: SIM905 - a line for each would be a page
+# - n_ctx was the size of the causal mask. Models of the Hugging Face course have n_ctx 128 beside 1,024 positions,
+#   and compute with all of them: n_positions alone counts, as in transformers.
+# - scale_attn_by_layer_idx stands in codeparrot's config.json. scale_attn_by_inverse_layer_idx was meant, but
+#   nothing ever read it: codeparrot was trained without.
+
+
+# Sizes are checked by GPTConfig itself.
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    float: ((float, int), "a number"),
+    str: ((str,), "text"),
+}
+
+
+def read_config(path: Path) -> GPTConfig:
+    """Return the GPTConfig in a Hugging Face config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or a field that asks for a function that GPT does not compute, or that is not known.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
+    raw = read_json(path)
+    _refuse_other_functions(raw, path)
+    values = {}
+    for field in fields(GPTConfig):
+        names = [name for name in _HF_NAMES.get(field.name, (field.name,)) if name in raw]
+        if not names:
+            continue
+        value = raw[names[0]]
+        if any(raw[name] != value for name in names[1:]):
+            given = " but ".join(f"{name} = {short(raw[name])}" for name in names)
+            raise ValueError(f"{path} contradicts itself: {given}")
+        types, in_words = _TYPES.get(field.type, ((type(value),), ""))
+        if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
+            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {short(value)}")
+        values[field.name] = value
+    try:
+        return GPTConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error)[:200]}") from None
+
+
+def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
+    for name, neutral in _NEUTRAL.items():
+        if name in raw and raw[name] not in neutral:
+            raise ValueError(
+                f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
+            )
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
+        raise ValueError(
+            f"{path}: architectures = {short(architectures)} is not GPT-2 as built here "
+            f"(needs one of {', '.join(_ARCHITECTURES)})"
+        )
+    ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
+    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - {*_HARMLESS, "architectures"})
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown field {short(unknown[0])} = {short(raw[unknown[0]])} may change what the model "
+            "computes; remove it if it does not"
+        )
+
+
+def hf_config(config: GPTConfig) -> dict[str, Any]:
+    """Return a config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM architectures."""
+    ours = {_HF_NAMES.get(f.name, (f.name,))[0]: getattr(config, f.name) for f in fields(GPTConfig)}
+    special = EOT if config.vocab_size > EOT else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **ours,
+        "n_ctx": config.block_size,
+        "attn_pdrop": 0.0,  # dropout as in our training: none
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": special,
+        "eos_token_id": special,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+
+
+def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
+    """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp know it: file name -> its bytes or its JSON.
+
+    OpenAI's two files, and the same as one tokenizer.json, in which `<|endoftext|>` is a special token: else
+    llama.cpp takes it for text.
+    """
+    merges = vocabulary_file("vocab.bpe").decode("utf-8")
+    vocab = json.loads(vocabulary_file("encoder.json"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    return {
+        "vocab.json": vocabulary_file("encoder.json"),
+        "merges.txt": merges.encode("utf-8"),
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": EOT, **end, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": {**byte_level, "trim_offsets": False},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "vocab": vocab,
+                "merges": [line for line in merges.splitlines()[1:] if line],
+            },
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_prefix_space": False,
+            "model_max_length": config.block_size,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        },
+        "special_tokens_map.json": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    }
+
+
+def download(name: str) -> Path:
+    """Download "owner/model" or "owner/model@revision" into Hugging Face's cache; return the folder there.
+
+    huggingface_hub caches, resumes (until five tries in a row bring nothing), obeys HF_HOME and HF_HUB_OFFLINE,
+    and draws a bar on a terminal. Short names ("gpt2") stay as they are: the hub knows where they moved, and other
+    programs have them in the cache under these names too.
+
+    Raises:
+        FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
+        OSError: the download broke off.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # half a second, and only needed here
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
+    repository, _, revision = name.partition("@")
+    with _errors_of_one_line(name):
+        config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+        commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
+
+        def get(file: str) -> Path:
+            return Path(hf_hub_download(repository, file, revision=commit))
+
+        # Cached ones first: they need no network. Else the best one that the hub has.
+        cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
+        weights = next((Path(path) for path in cached if isinstance(path, str)), None) or _first(get)
+        if weights.suffix == ".json":
+            for shard in sorted(set(shard_names(weights).values())):
+                get(shard)
+    return config.parent
+
+
+def _first(get: Callable[[str], Path]) -> Path:
+    """Download the best weights file that the model has."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in WEIGHTS_FILES[:-1]:
+        try:
+            return get(file)
+        except LocalEntryNotFoundError:  # cannot be reached, which took it 23 seconds to find out
+            raise
+        except EntryNotFoundError:
+            continue
+    return get(WEIGHTS_FILES[-1])
+
+
+@contextmanager
+def _errors_of_one_line(name: str) -> Iterator[None]:
+    """Turn huggingface_hub's errors, of many lines, into ours of one."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{name} is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{name} on the hub is no model folder: it lacks config.json or weights") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{name}: the hub has this model, but not this revision of it") from None
+    except errors.GatedRepoError:
+        raise FileNotFoundError(
+            f"{name} is gated: ask for access on its page on the hub, then `hf auth login` or set HF_TOKEN"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise FileNotFoundError(
+            f"{name} is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)}); "
+            "if it is private, `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name} could not be downloaded from the hub: {reason}") from None
+    except (OSError, ValueError):  # a full disk, no right to write, or an index that is none
+        raise
+    except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide
+        raise OSError(f"the download of {name} broke off again and again ({error}): try later") from None
