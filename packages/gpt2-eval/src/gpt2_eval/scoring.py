@@ -229,14 +229,12 @@ def _score_batch(
         hidden = compiled(_laid_out_hidden)(model, tokens, layout.positions(tokens.shape[1]), layout.mask)
     else:
         hidden = model.hidden(tokens) if batch.causal else model.hidden(tokens, batch.layout(device))
-    scored = [places for part in batch.packs for places in part.scored]
-    lengths = np.array([len(places) for places in scored])
-    corners = [corner for part, corner in zip(batch.packs, batch.starts, strict=True) for _ in part.rows]
-    line = np.repeat([corner[0] for corner in corners], lengths)
-    place = np.concatenate(scored) + np.repeat([corner[1] for corner in corners], lengths)
+    packs = zip(batch.packs, batch.starts, strict=True)
+    places = [np.array(scored) + start for part, start in packs for scored in part.scored]
+    lengths = np.array([len(scored) for scored in places])
     targets = np.concatenate([rows[number].continuation for number in batch.rows])
     # Only these go on to the head: 37 % of HellaSwag's positions, and the head is 31 % of the 124M model's work.
-    hidden = hidden[torch.from_numpy(line).to(device), torch.from_numpy(place).to(device)]
+    hidden = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(device)]
     log_probs, greedy = token_scores(hidden, model.head_weight, torch.from_numpy(targets).to(device))
     owner = np.repeat(np.arange(len(lengths)), lengths)
     sums = np.bincount(owner, weights=log_probs.cpu().double().numpy())
