@@ -76,9 +76,9 @@ def score_items(
     """Score the continuation of each row given its context: a list of scores for each item, in their order.
 
     The rows of an item are those that are compared with each other; what they begin with is computed once. Each
-    token's log-softmax is fp32, their sum float64. A row that does not fit the model's context loses the left of
-    its own (`count_truncated` says how many do). Where torch.distributed is initialised, every rank must call this
-    with the same items; each scores its share and all get all scores.
+    token's log-softmax is fp32, their sum float64. A row too long for the model loses its first tokens
+    (`count_truncated` counts such rows). Where torch.distributed is initialised, every rank must call this with the
+    same items; each scores its share and all get all scores.
 
     Args:
         batch_size: sequences in a forward pass, an item's rows being one where they share a beginning; None makes
@@ -178,7 +178,7 @@ def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
 
 
 def count_truncated(rows: Sequence[Row], block_size: int) -> int:
-    """Count the rows whose context loses its left to fit `block_size` inputs; a row's last token is no input."""
+    """Count the rows that lose their first tokens to fit `block_size` inputs; a row's last token is no input."""
     return sum((len(row.context) or 1) + len(row.continuation) - 1 > block_size for row in rows)
 
 
