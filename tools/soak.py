@@ -165,7 +165,7 @@ def _become(
     faulthandler.register(signal.SIGUSR2, file=2)
     for name, options in faults:
         getattr(import_module("inside"), name)(**options)
-    from gpt2_eval.__main__ import run
+    from gpt2_model.command import run_command as run
     from gpt2_train.cli import main
 
     sys.argv = ["gpt2-train", *arguments]

@@ -3,6 +3,7 @@ import gpt2_eval
 
 def test_public_names_are_frozen():
     assert gpt2_eval.__all__ == [
+        "HellaSwag",
         "HellaSwagResult",
         "Interrupted",
         "LossResult",

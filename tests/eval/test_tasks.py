@@ -7,15 +7,15 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
-from hub_server import Drop, HubServer, Spoil
+from hub_server import HubServer
 
-from gpt2_data.sources import hub as hub_names
-from gpt2_data.sources import web
-from gpt2_eval import cli, files
+from gpt2_eval import cli
 from gpt2_eval.corpora import CORPORA, detokenize, evaluate_corpus, load_corpus, split_pages, windows_of
-from gpt2_eval.files import Published, have
+from gpt2_eval.published import Published, find_file
+from gpt2_eval.tables import _figure
 from gpt2_eval.tasks import TASKS, evaluate_task, load_task
 from gpt2_model import EOT, get_tokenizer
 
@@ -39,8 +39,8 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     for text in PASSAGES:
         ids = get_tokenizer().encode_ordinary(text)
         count = len(ids) - len(get_tokenizer().encode_ordinary(text.rpartition(" ")[0]))
-        logits = model(as_batch(ids[:-1]))[0][0, -count:]
-        targets = as_batch(ids)[0, -count:]
+        logits = model(torch.tensor([ids[:-1]]))[0][0, -count:]
+        targets = torch.tensor(ids[-count:])
         nats.append(-logits.log_softmax(-1).gather(1, targets[:, None]).sum().item())
         hits = (logits.argmax(-1) == targets).tolist()
         words.append(all(hits))
@@ -49,12 +49,6 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     assert result.metrics["acc_last_token"].value == sum(tokens) / 3
     assert result.metrics["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
     assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
-
-
-def as_batch(ids):
-    import torch
-
-    return torch.tensor([ids])
 
 
 def test_every_token_of_a_text_is_scored_once():
@@ -70,7 +64,7 @@ def test_every_token_of_a_text_is_scored_once():
     assert [row.continuation for row in windows_of(ids[:5], 64, 64, EOT)] == [ids[:5]]
 
 
-def test_perplexity_of_a_text(model, tmp_path):
+def test_perplexity_of_a_text(model, reference, tmp_path):
     text = " ".join(PASSAGES * 9)
     (tmp_path / "ptb.test.txt").write_text(text)
     corpus = load_corpus("ptb", tmp_path / "ptb.test.txt")
@@ -79,9 +73,7 @@ def test_perplexity_of_a_text(model, tmp_path):
     nats = 0.0
     for start in range(0, len(ids) - 1, 128):  # what is short of a window at the end has the more before it
         end = min(start + 128, len(ids) - 1)
-        window = ids[max(0, end - 128) : end + 1]
-        log_probs = model(as_batch(window[:-1]))[0][0].log_softmax(-1)
-        nats -= log_probs.gather(1, as_batch(window)[0, 1:, None])[start - end :].sum().item()
+        nats -= reference(ids[max(0, end - 128) : end + 1])[start - end :].sum()
     assert found.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
     assert found.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
@@ -121,31 +113,36 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
         load_task(name, file)
 
 
-def test_files_that_hold_nothing(tmp_path):
-    for name, content, message in (
-        ("a.jsonl", b"", "holds no items"),
-        ("b.jsonl", b"[]", "b.jsonl:1: not a JSON"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load_task("lambada", tmp_path / name)
-    for name, content, message in (
-        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", b" \n", "holds no text"),
+        ("d.txt", b"\xff", "not UTF-8"),
+        ("e.jsonl", b"{}", "no text"),
         ("f.parquet", b"PAR1", "no good Parquet"),
-    ):  # fmt: skip
-        (tmp_path / name).write_bytes(content)
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus("ptb", tmp_path / name)
+
+
+def test_names_and_limits_that_there_are_not(tmp_path):
+    for load, message in (
+        (load_task, "unknown task 'mmlu': choose"),
+        (load_corpus, "unknown corpus 'mmlu': choose"),
+    ):
         with pytest.raises(ValueError, match=message):
-            load_corpus("ptb", tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        load_task("piqa", tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="unknown task 'mmlu': choose one of lambada"):
-        load_task("mmlu")
+            load("mmlu")
+    file = write(tmp_path / "lambada.jsonl", [{"text": "a b"}])
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_task("lambada", file, limit=0)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
     with HubServer() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
@@ -164,7 +161,6 @@ def test_a_file_of_the_hub_is_fetched_once(hub, tmp_path):
         "README.md": f"---\n{yaml.dump({'configs': configs})}---\n".encode(),
         "ARC-Easy/test-00000-of-00001.parquet": tmp_path / "test.parquet",
     })  # fmt: skip
-    assert hub_names.parse(TASKS["arc-easy"].file.source).split == "test"
     loaded = load_task("arc-easy")
     assert loaded.questions[0].rows == [("Question: q\nAnswer:", " a"), ("Question: q\nAnswer:", " b")]
     assert loaded.questions[0].label == 1
@@ -174,57 +170,55 @@ def test_a_file_of_the_hub_is_fetched_once(hub, tmp_path):
     assert hub.sent("test-00000") == sent
 
 
-def test_a_file_of_the_web_is_checked_and_fetched_once(hub, tmp_path):
+def test_a_file_of_the_web_is_checked_and_fetched_once(hub, monkeypatch):
     content = json.dumps({"text": "a b"}).encode() + b"\n"
     hub.pages["lambada.jsonl"] = content
     digest = hashlib.sha256(content).hexdigest()
-    file = Published(f"{hub.url}/lambada.jsonl", "lambada.jsonl", digest)
-    hub.faults.append(Drop(at=5, path="lambada.jsonl", store=False))
-    assert have(file)[1] == digest
+    file = Published(f"{hub.url}/lambada.jsonl", digest)
+    assert find_file(file)[1] == digest
     asked = len(hub.requests)
-    path, _ = have(file)
+    path, _ = find_file(file)
     assert len(hub.requests) == asked
     path.write_bytes(content[:-1] + b" ")  # damaged on the disk
-    assert have(file)[0].read_bytes() == content
-    with pytest.raises(OSError, match="SHA-256 is .*; or download .* by hand and give it as --data"):
-        have(Published(f"{hub.url}/lambada.jsonl", "other.jsonl", "0" * 64))
-    hub.faults.append(Spoil(path="lambada.jsonl", store=False))
-    with pytest.raises(OSError, match="or download http"):
-        have(Published(f"{hub.url}/none.jsonl", "none.jsonl", "0" * 64))
+    assert find_file(file)[0].read_bytes() == content
+    with pytest.raises(OSError, match=r"SHA-256 is .*\. Or download http.*jsonl yourself and give it as --data$"):
+        find_file(Published(f"{hub.url}/lambada.jsonl", "0" * 64))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"[^.;]\. Or download hf:baber/piqa::validation yourself"):
+        load_task("piqa")
 
 
-def test_the_commands(model_folder, tmp_path, monkeypatch):
+def run(*words):
+    return CliRunner().invoke(cli.main, ["task", *map(str, words)])
+
+
+def test_the_command_on_items(model_folder, tmp_path):
     file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
     out = tmp_path / "out.jsonl"
-
-    def run(*words):
-        return CliRunner().invoke(cli.main, ["task", *map(str, words)])
-
     done = run("lambada", "-m", model_folder, "--data", file, "--out", out)
     assert done.exit_code == 0, done.output
     assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["acc", "acc_last_token", "perplexity"]
-    assert "Not the published file" in done.stdout
+    assert "Not the published file (SHA-256" in done.stdout
     assert len(out.read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir() if "rows" in path.name] == []
     ours = json.loads(run("lambada", "-m", model_folder, "--data", file, "--json").stdout)
     theirs = json.loads(run("lambada", "--hf", model_folder, "--data", file, "--json").stdout)
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-4)
-    assert theirs["acc"] == ours["acc"]
+    assert (theirs["acc"], theirs["published_file"]) == (ours["acc"], False)
     partial = run("lambada", "-m", model_folder, "--data", file, "--limit", 2)
     assert "PARTIAL: the first 2 of 3 items" in partial.stdout
 
-    (tmp_path / "ptb.txt").write_text(" ".join(PASSAGES))
-    text = run("ptb", "-m", model_folder, "--data", tmp_path / "ptb.txt", "--stride", 64)
-    assert text.exit_code == 0, text.output
-    assert "bits per byte" in text.stdout
-    for words, message in (
-        (("lambada",), "give one of --model"),
-        (("lambada", "-m", "a", "--hf", "b"), "give one of --model"),
-        (("ptb", "-m", "a", "--out", "b"), "is one text"),
-        (("lambada", "-m", "a", "--stride", 3), "has no windows"),
-        (("mmlu", "-m", "a"), "'mmlu' is not one of"),
-    ):
-        wrong = run(*words)
-        assert wrong.exit_code == 2
-        assert message in wrong.stderr
-    monkeypatch.setattr(files, "have", None)
+
+def test_the_command_on_a_text_says_that_it_is_another(model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text(" ".join(PASSAGES))
+    words = ("wikitext2", "-m", model_folder, "--data", tmp_path / "mine.txt", "--stride", 64)
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert "bits per byte" in done.stdout
+    assert "Not known to be the published file (SHA-256" in done.stdout
+    assert json.loads(run(*words, "--json").stdout)["published_file"] is False
+
+
+def test_large_perplexities_are_readable():
+    figures = [_figure(value, ".3f") for value in (1.5, 999_999, 1_553_000, 2e9, 1e24, math.nan)]
+    assert figures == ["1.500", "999999.000", "1.55M", "2.00B", "1e+24", "n/a"]

@@ -32,7 +32,7 @@ PLANTED = """
 import json, sys, inside
 for name, options in json.loads(sys.argv.pop(1)):
     getattr(inside, name)(**options)
-from gpt2_eval.__main__ import run
+from gpt2_model.command import run_command as run
 from gpt2_train.cli import main
 run(main, "gpt2-train")
 """

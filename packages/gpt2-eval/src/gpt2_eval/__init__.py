@@ -8,21 +8,23 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt2_eval.hellaswag import HellaSwag as HellaSwag
     from gpt2_eval.hellaswag import evaluate_hellaswag as evaluate_hellaswag
     from gpt2_eval.hellaswag import load_hellaswag as load_hellaswag
     from gpt2_eval.loss import evaluate_loss as evaluate_loss
     from gpt2_eval.packing import Row as Row
     from gpt2_eval.packing import RowScore as RowScore
+    from gpt2_eval.ranks import Interrupted as Interrupted
     from gpt2_eval.report import HellaSwagResult as HellaSwagResult
     from gpt2_eval.report import LossResult as LossResult
-    from gpt2_eval.scoring import Interrupted as Interrupted
     from gpt2_eval.scoring import score_items as score_items
 
 __version__ = version("gpt2-eval")
 
 _MODULE_OF = {
+    "HellaSwag": "hellaswag",
     "HellaSwagResult": "report",
-    "Interrupted": "scoring",
+    "Interrupted": "ranks",
     "LossResult": "report",
     "Row": "packing",
     "RowScore": "packing",
@@ -37,6 +39,6 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

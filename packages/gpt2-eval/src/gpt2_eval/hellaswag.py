@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_eval.encoding import Encoder, apart, gpt2_encoder, joint
-from gpt2_eval.files import Published, have, read_items, short_hash
+from gpt2_eval.models import LanguageModel
 from gpt2_eval.packing import Row
+from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import HellaSwagResult, accuracy
-from gpt2_eval.scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
 # 10,042 items, on which all published numbers are.
 PUBLISHED = Published(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-    "hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
 )
 
@@ -36,7 +36,7 @@ METRICS = {
     "karpathy": {"acc": "sum", "acc_norm": "mean"},
     "lm-eval": {"acc": "sum", "acc_norm": "char", "acc_bytes": "byte"},
 }
-PROTOCOLS = tuple(METRICS)
+TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HellaSwagItem:
         rows: protocol -> one row an ending.
         chars: characters of each ending as lm-eval counts them: cleaned, without the blank before it.
         bytes: the same in UTF-8.
-        hash: of its texts; `compare` knows by it that two models answered the same question.
+        hash: of its texts, by which `compare` knows that two models answered the same question.
     """
 
     ind: int
@@ -86,11 +86,9 @@ def load_hellaswag(
 
     Raises:
         OSError: no such file, or it cannot be downloaded.
-        ValueError: lines that are not HellaSwag items with a label: the first as file:line, and how many.
+        ValueError: lines are not HellaSwag items with a label; the message names the first, and how many.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
-    file, sha256 = have(PUBLISHED, None if path is None else str(path))
+    file, sha256 = find_file(PUBLISHED, path)
     encoder = encoder or gpt2_encoder()
     items, total = read_items(file, lambda record: _item(record, encoder), limit)
     return HellaSwag(items, total, sha256)
@@ -104,47 +102,47 @@ def evaluate_hellaswag(
     limit: int | None = None,
     **options: Unpack[ScoringOptions],
 ) -> HellaSwagResult:
-    """Score `data`, a file or what `load_hellaswag` made of it, by one protocol or by both in one pass.
+    """Score `data`, a file or the items that `load_hellaswag` read, by one protocol or by both in one pass.
 
     Where torch.distributed is initialised, every rank must call this; each gets the whole result.
 
     Args:
         protocol: "karpathy", "lm-eval" or "both".
-        limit: the first so many items only; the result is then marked partial.
-        options: as of `score_items`; an item of four rows for each protocol.
+        limit: score the first so many items only; the result is then marked partial.
+        options: those of `score_items`, which is given an item of four rows for each protocol.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: an unknown protocol, bad data, or a model whose scores are not finite.
         Interrupted: `stop` said True, here or on another rank.
     """
-    if protocol not in (*PROTOCOLS, "both"):
+    if protocol not in (*METRICS, "both"):
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
     if not isinstance(data, HellaSwag):
         data = load_hellaswag(data, limit=limit)
     items = data.items[:limit]
-    protocols = PROTOCOLS if protocol == "both" else (protocol,)
     start = time.perf_counter()
-    scored = score_items(model, [item.rows[name] for name in protocols for item in items], **options)
-    sums = np.array([[row.logprob for row in rows] for rows in scored]).reshape(len(protocols), len(items), 4)
-    scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(protocols)}
+    rows = {name: [item.rows[name] for item in items] for name in METRICS if protocol in (name, "both")}
+    scored = score_items(model, [four for protocol_rows in rows.values() for four in protocol_rows], **options)
+    sums = np.array([[row.logprob for row in four] for four in scored]).reshape(len(rows), len(items), 4)
+    scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(rows)}
     labels = np.array([item.label for item in items])
+    block_size = model.config.block_size
     return HellaSwagResult(
         items=len(items),
         partial=len(items) < data.total,
         data_sha256=data.sha256,
         metrics={
             name: {metric: accuracy(scores[name][kind], labels) for metric, kind in METRICS[name].items()}
-            for name in protocols
+            for name in rows
         },
         truncated={
-            name: count_truncated([row for item in items for row in item.rows[name]], model.config.block_size)
-            for name in protocols
+            name: count_truncated([row for four in rows[name] for row in four], block_size) for name in rows
         },
         seconds=time.perf_counter() - start,
         records=[
             {"ind": item.ind, "label": item.label, "hash": item.hash}
-            | {name: {kind: scores[name][kind][i].tolist() for kind in scores[name]} for name in protocols}
+            | {name: {kind: values[i].tolist() for kind, values in scores[name].items()} for name in rows}
             for i, item in enumerate(items)
         ],
     )
@@ -153,28 +151,46 @@ def evaluate_hellaswag(
 def _scores(
     protocol: str, items: Sequence[HellaSwagItem], sums: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Per-item scores by name, each (items, 4)."""
+    """Divide the sums by the lengths of the endings: kind of score -> (items, 4)."""
     if protocol == "karpathy":
-        lengths = np.array([[len(row.continuation) for row in item.rows[protocol]] for item in items])
-        return {"sum": sums, "mean": sums / lengths}
-    chars, utf8 = np.array([item.chars for item in items]), np.array([item.bytes for item in items])
-    return {"sum": sums, "char": sums / chars, "byte": sums / utf8}
+        tokens = [[len(row.continuation) for row in item.rows[protocol]] for item in items]
+        return {"sum": sums, "mean": sums / tokens}
+    return {
+        "sum": sums,
+        "char": sums / [item.chars for item in items],
+        "byte": sums / [item.bytes for item in items],
+    }
 
 
 def clean(text: str) -> str:
-    """lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py).
+    """Return lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py).
 
-    The blanks are stripped before the tags go, so "[substeps] Many" becomes " Many"; text in brackets that is
-    no tag goes too; and three blanks become two.
+    The blanks are stripped before the tags go, so "[substeps] Many" becomes " Many"; text in brackets that is no
+    tag goes too; and three blanks become two.
     """
-    text = text.strip()
-    text = text.replace(" [title]", ". ")
-    text = re.sub(r"\[.*?\]", "", text)
-    return text.replace("  ", " ")
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
-    ind, label, texts, endings = _fields(record)
+    """Check and tokenise a record; a ValueError says what is wrong with it."""
+    missing = [name for name in ("ind", *TEXTS, "endings") if name not in record]
+    if record.get("label", "") == "":  # as the hub's copy of the test split has it
+        hint = "" if missing else " (the test split has none; use the validation split)"
+        missing.append(f"label{hint}")
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    ind, label, endings = record["ind"], record["label"], record["endings"]
+    texts = {name: record[name] for name in TEXTS}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is not text")
+    if type(ind) is not int:
+        raise ValueError(f"ind {ind!r} is not a whole number")
+    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
+        raise ValueError("endings is not a list of four texts")
+    if type(label) is bool or str(label) not in ("0", "1", "2", "3"):  # the hub's copy of the data has texts
+        raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
     cleaned = [clean(ending) for ending in endings]
     for number, ending in enumerate(cleaned):
         if not ending:
@@ -186,27 +202,4 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     }
     # JSON can write half a surrogate pair: UnicodeEncodeError is a ValueError.
     chars, utf8 = [len(ending) for ending in cleaned], [len(ending.encode()) for ending in cleaned]
-    return HellaSwagItem(ind, label, rows, chars, utf8, short_hash(texts, endings))
-
-
-def _fields(record: dict[str, Any]) -> tuple[int, int, dict[str, str], list[str]]:
-    """ind, label, texts and endings of a record; ValueError says what is wrong with it."""
-    names = ("activity_label", "ctx_a", "ctx_b", "ctx")
-    missing = [name for name in ("ind", *names, "endings") if name not in record]
-    missing += ["label"] * (record.get("label", "") == "")  # as the hub's copy of the test split has it
-    if missing:
-        hint = " (the test split has none; use the validation split)" if missing == ["label"] else ""
-        raise ValueError(f"no {', '.join(missing)}{hint}")
-    for name in names:
-        if not isinstance(record[name], str):
-            raise ValueError(f"{name} is not text")
-    ind, label, endings = record["ind"], record["label"], record["endings"]
-    if type(ind) is not int:
-        raise ValueError(f"ind {ind!r} is not a whole number")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
-        raise ValueError("endings is not a list of four texts")
-    if label in ("0", "1", "2", "3"):  # as Hugging Face's copy of the data writes them
-        label = int(label)
-    if type(label) is not int or not 0 <= label <= 3:
-        raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
-    return ind, label, {name: record[name] for name in names}, endings
+    return HellaSwagItem(ind, int(label), rows, chars, utf8, short_hash(texts, endings))

@@ -12,16 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt2_eval.files import short_hash
+from gpt2_eval.models import LanguageModel
+from gpt2_eval.published import short_hash
 from gpt2_eval.report import LossResult, perplexity_of, ratio_standard_error
-from gpt2_eval.scoring import (
-    LanguageModel,
-    device_of,
-    require_finite,
-    score_batches,
-    token_scores,
-)
-from gpt2_eval.unfinished import Score
+from gpt2_eval.resume import Score
+from gpt2_eval.scoring import Pass, compiled, device_of, require_finite, score_batches, token_scores
 from gpt2_model import EOT, get_tokenizer
 
 if TYPE_CHECKING:
@@ -46,30 +41,24 @@ def evaluate_loss(
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> LossResult:
-    """Mean cross-entropy of the split's first `tokens` target tokens, in consecutive windows of `seq_len`.
+    """Return the mean cross-entropy of the split's first `tokens` target tokens, in windows of `seq_len`.
 
-    The target tokens are numbers 1 to `tokens` of the split (number 0 has nothing before it); the last window
-    may be short. They are the same on any number of ranks and for any batch size: counted in batches, as
-    build-nanogpt and llm.c do, they would change with both. Where torch.distributed is initialised, every rank
-    must call this; each scores its share and gets the whole result.
+    The target tokens are numbers 1 to `tokens` of the split (number 0 has nothing before it); the last window may
+    be short. They are the same on any number of ranks and for any batch size: counted in batches, as build-nanogpt
+    and llm.c do, they would change with both.
 
     Args:
         dataset: what `gpt2_data.open_dataset` returns.
         tokens: target tokens; all there are where the split is smaller (`LossResult.tokens` says how many).
         seq_len: tokens a window; the model's context if None.
-        batch_size: windows in a forward pass; 8 if None. It changes the speed and, in fp32, no more than the
-            last digits.
-        device: where the inputs go; the model's own device if None.
-        autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
+        batch_size: windows in a forward pass; 8 if None. It changes the speed and, in fp32, no more than the last
+            digits.
         compile: run the model compiled, on batches of one shape: the last is filled up.
-        resume: the file that the caller will write the records to; see `score_items`.
-        progress: draw a bar on stderr.
-        stop: asked before each batch, on each rank for itself; True on one of them ends the scoring on all.
+        device, autocast_dtype, resume, progress, stop: as in `score_items`, and so are ranks and Interrupted.
 
     Raises:
-        ValueError: a size that does not fit the model or the split, token ids beyond the vocabulary, or a loss
-            that is not finite.
-        Interrupted: `stop` said True, here or on another rank.
+        ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or the loss is not
+            finite.
     """
     block_size = model.config.block_size
     seq_len = block_size if seq_len is None else seq_len
@@ -82,28 +71,25 @@ def evaluate_loss(
     device = device_of(model, device)
     start = time.perf_counter()
     num_windows = -(-num_targets // seq_len)
+    firsts = range(0, num_windows, batch_size)
+    batches = [range(first, min(first + batch_size, num_windows)) for first in firsts]
 
-    def windows(first: int) -> range:
-        return range(first, min(first + batch_size, num_windows))
-
-    def score(first: int) -> dict[int, tuple[float, int]]:
-        last = windows(first).stop
-        ids = dataset.read(split, first * seq_len, min(last * seq_len, num_targets) + 1)
+    def score(number: int) -> dict[int, tuple[float, int]]:
+        windows = batches[number]
+        ids = dataset.read(split, windows.start * seq_len, min(windows.stop * seq_len, num_targets) + 1)
         nats, text_bytes = _score_windows(model, ids, seq_len, device, batch_size if compile else None)
-        return dict(enumerate(zip(nats.tolist(), text_bytes.tolist(), strict=True), first))
+        return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
-    records = score_batches(
-        model, range(0, num_windows, batch_size), num_windows, windows, score,
-        of=(dataset.manifest.hash, split, num_targets, seq_len), name="loss", device=device,
-        autocast_dtype=autocast_dtype, resume=resume, progress=progress, stop=stop,
-    )  # fmt: skip
+    scored = (dataset.manifest.hash, split, num_targets, seq_len)
+    how = Pass(device, autocast_dtype, resume, progress, stop)
+    records = score_batches(model, batches, score, how, scored=scored, unit="windows")
     return _result(records, num_targets, tokens, seq_len, start, short_hash(dataset.manifest.hash, split))
 
 
 def _result(
     records: Sequence[Score], num_targets: int, requested: int, seq_len: int, start: float, hash: str
 ) -> LossResult:
-    """(nats, bytes) of every window, in order -> the result; summed in float64, the same on every rank."""
+    """Sum (nats, bytes) of every window, in float64 and in order: the same on every rank."""
     nats = np.array([window[0] for window in records])
     require_finite(nats, "sequences")
     lengths = np.full(len(records), seq_len)
@@ -128,11 +114,7 @@ def _result(
 
 
 def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
-    """Target tokens to score: `tokens`, or as many as the split has after its first.
-
-    Raises:
-        ValueError: `tokens` below 1, or a split with nothing to predict.
-    """
+    """Return the number of target tokens to score; a ValueError says that the split has none."""
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}")
     available = dataset.tokens(split)
@@ -144,9 +126,9 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 def _score_windows(
     model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device, fill_to: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Consecutive tokens (targets + 1,) -> nats and bytes of the targets in each window, the last maybe short.
+    """Return nats and bytes of the targets in each window of consecutive ids (targets + 1,), the last maybe short.
 
-    fill_to: windows of the batch that the model, compiled, is given; None runs it as it is.
+    With `fill_to` the model runs compiled, on a batch filled up to so many windows.
     """
     limit = min(model.config.vocab_size, EOT + 1)
     if ids.max() >= limit:
@@ -158,7 +140,7 @@ def _score_windows(
     tokens[:num_targets] = ids[:-1]
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
     batch = torch.from_numpy(tokens.reshape(-1, seq_len)).to(device)
-    hidden = model.hidden(batch) if fill_to is None else _compiled_hidden()(model, batch)
+    hidden = model.hidden(batch) if fill_to is None else compiled(_hidden)(model, batch)
     # What pads the last window lies at the end of the flattened batch: cut off, it is never scored.
     log_probs, _ = token_scores(hidden.flatten(0, 1)[:num_targets], model.head_weight, targets)
     nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
@@ -171,12 +153,7 @@ def _hidden(model: LanguageModel, tokens: Tensor) -> Tensor:
 
 
 @cache
-def _compiled_hidden() -> Callable[..., Tensor]:
-    return torch.compile(_hidden, dynamic=False)
-
-
-@cache
 def bytes_per_token() -> NDArray[np.int64]:
-    """UTF-8 bytes that each of the 50,257 tokens stands for; `<|endoftext|>` is no text and has 0."""
+    """The UTF-8 bytes that each of the 50,257 tokens stands for; `<|endoftext|>` is no text and has 0."""
     tokenizer = get_tokenizer()
     return np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(EOT)] + [0])

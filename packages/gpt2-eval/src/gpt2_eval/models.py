@@ -1,8 +1,8 @@
 """What is evaluated: a GPT-2 of this project's, or any causal language model that transformers loads."""
 
-import os
 import sys
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from gpt2_eval.encoding import Encoder, gpt2_encoder
 from gpt2_eval.packing import Layout
-from gpt2_eval.scoring import LanguageModel
 from gpt2_model import GPT
+from gpt2_model.command import find_device
 
 
-class Sizes:
+class Sizes(NamedTuple):
     """Longest sequence and number of token ids."""
 
-    def __init__(self, block_size: int, vocab_size: int) -> None:
-        self.block_size, self.vocab_size = block_size, vocab_size
+    block_size: int
+    vocab_size: int
 
 
 class HFModel(nn.Module):
@@ -39,7 +39,7 @@ class HFModel(nn.Module):
 
     @torch.no_grad()
     def is_causal(self) -> bool:
-        """Whether a token changes nothing before it."""
+        """True if a token changes nothing before it."""
         tokens = torch.arange(3, 11, device=self.model.device).repeat(2, 1) % self.config.vocab_size
         tokens[1, -1] = 2 % self.config.vocab_size
         one, other = self.model(tokens, use_cache=False).logits[:, :-1]
@@ -53,10 +53,10 @@ class HFModel(nn.Module):
         tokens = torch.arange(3, 9, device=self.model.device)[None] % self.config.vocab_size
         expected = self.model(tokens, use_cache=False).logits
         try:
-            found = F.linear(self._last_hidden(tokens), weight)
+            logits = F.linear(self._last_hidden(tokens), weight)
         except (AttributeError, TypeError, RuntimeError):
             return None
-        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
         return weight if same else None
 
     def _last_hidden(self, tokens: Tensor) -> Tensor:
@@ -70,16 +70,20 @@ class HFModel(nn.Module):
         return self._last_hidden(tokens)
 
 
+LanguageModel = GPT | HFModel
+"""What is scored. Any module with `config`, `hidden` and `head_weight` will do, though type checkers object."""
+
+
 def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder]:
-    """A model in fp32 on a device, and its tokenizer.
+    """Load a model in fp32 onto a device; return it and its tokenizer.
 
     Args:
         model: what GPT.from_pretrained takes: a GPT-2 by name, folder or file.
         hf: instead of it, what transformers' AutoModelForCausalLM takes: a hub name or a folder.
 
     Raises:
-        ValueError: transformers is missing; a device that is not to be had.
-        OSError: no such model, or it cannot be read.
+        ValueError: transformers is missing or cannot load it, or this machine has no such device.
+        OSError: there is no such model, or it cannot be read.
     """
     assert (model is None) != (hf is None)
     where = find_device(device)
@@ -113,24 +117,5 @@ def _encoder(tokenizer: Any) -> Encoder:
         raise ValueError("the model's tokenizer has neither a first nor a last token, to stand for no context")
     probe, gpt2 = "Hello,  world's café 豆腐 12345\n\n", gpt2_encoder()
     is_gpt2 = len(tokenizer) == 50257 and tokenizer.encode(probe) == gpt2.begin(probe)
-    return Encoder(
-        tokenizer.encode, lambda text: tokenizer.encode(text, add_special_tokens=False), int(prefix), is_gpt2
-    )
-
-
-def find_device(name: str) -> torch.device:
-    """A device by name; "auto" is the best there is, "cuda" under torchrun this rank's.
-
-    Raises:
-        ValueError: it is not to be had.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not to be had here: use cpu, or auto") from None
-    return device
+    continue_text = partial(tokenizer.encode, add_special_tokens=False)
+    return Encoder(tokenizer.encode, continue_text, int(prefix), is_gpt2)

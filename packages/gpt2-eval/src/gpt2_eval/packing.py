@@ -27,12 +27,12 @@ class Row:
     continuation: list[int]
 
     def inputs(self, block_size: int) -> list[int]:
-        """All ids but the last, which predicts nothing; of too many for a model's context, the last ones."""
+        """Return all ids but the last, which predicts nothing; if that is too many, the last `block_size`."""
         return [*(self.context or [EOT]), *self.continuation][-(block_size + 1) : -1]
 
 
 class RowScore(NamedTuple):
-    """What a model makes of a continuation.
+    """The score of a continuation.
 
     Attributes:
         logprob: sum of the tokens' log-probabilities, nats.
@@ -65,26 +65,24 @@ class Pack:
 
 
 def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[Pack]:
-    """The rows of an item, numbered from `first` on: one pack if they begin alike and are to share that."""
+    """Pack the rows of an item, numbered from `first` on: into one sequence if they begin alike and may share."""
     inputs = [row.inputs(block_size) for row in rows]
-    shared = _common_prefix(inputs) if share and len(rows) > 1 else 0
-    if not shared:
-        return [
-            Pack([first + i], ids, list(range(len(ids))), [0] * len(ids), [_last(len(ids), row)])
-            for i, (ids, row) in enumerate(zip(inputs, rows, strict=True))
-        ]
-    whole = Pack(list(range(first, first + len(rows))), inputs[0][:shared], list(range(shared)), [0] * shared, [])
-    for number, (ids, row) in enumerate(zip(inputs, rows, strict=True), 1):
+    shared = _common_prefix(inputs) if share and rows else 0
+    if shared:
+        return [_pack(range(first, first + len(rows)), rows, inputs, shared)]
+    return [_pack([first + i], [row], [inputs[i]], len(inputs[i])) for i, row in enumerate(rows)]
+
+
+def _pack(numbers: Sequence[int], rows: Sequence[Row], inputs: Sequence[list[int]], shared: int) -> Pack:
+    whole = Pack(list(numbers), inputs[0][:shared], list(range(shared)), [0] * shared, [])
+    for branch, (row, ids) in enumerate(zip(rows, inputs, strict=True), 1):
         moved = len(whole.tokens) - shared
-        whole.scored.append([place + moved if place >= shared else place for place in _last(len(ids), row)])
+        places = range(len(ids) - len(row.continuation), len(ids))
+        whole.scored.append([place + moved if place >= shared else place for place in places])
         whole.tokens.extend(ids[shared:])
         whole.positions.extend(range(shared, len(ids)))
-        whole.branches.extend([number] * (len(ids) - shared))
-    return [whole]
-
-
-def _last(length: int, row: Row) -> list[int]:
-    return list(range(length - len(row.continuation), length))
+        whole.branches.extend([branch] * (len(ids) - shared))
+    return whole
 
 
 def _common_prefix(inputs: Sequence[list[int]]) -> int:
@@ -95,7 +93,7 @@ def _common_prefix(inputs: Sequence[list[int]]) -> int:
 
 
 class Layout:
-    """What GPT.hidden takes in the place of a KVCache: where tokens stand and what they see. Keeps nothing."""
+    """What GPT.hidden takes in place of a KVCache: where tokens stand and what they see. It stores nothing."""
 
     def __init__(self, positions: Tensor, mask: Tensor) -> None:
         self._positions, self.mask = positions, mask
@@ -106,7 +104,7 @@ class Layout:
         return self._positions
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values as they are, and the mask (batch, 1, time, time) of what a position sees."""
+        """Return keys and values as they are, and the mask (batch, 1, time, time) of what a position sees."""
         return key, value, self.mask
 
     def advance(self, time: int) -> None:
@@ -119,25 +117,30 @@ class Batch:
 
     Attributes:
         packs: in the order of their lines.
-        starts: line and place in it where each begins.
+        starts: where each begins, counted over all lines.
         tokens, positions, groups, branches: (lines, length); a group is the number of a pack in its line, -1 the
             padding on the right.
     """
 
     packs: list[Pack]
-    starts: list[tuple[int, int]]
+    starts: list[int]
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     groups: NDArray[np.int16]
     branches: NDArray[np.int16]
 
     @property
+    def rows(self) -> list[int]:
+        """Numbers of the rows, pack by pack."""
+        return [row for part in self.packs for row in part.rows]
+
+    @property
     def causal(self) -> bool:
-        """Whether plain causal attention is right: each line is one row."""
+        """True if plain causal attention is right: each line is one row."""
         return bool(self.groups.max() == 0 and self.branches.max() == 0)
 
     def layout(self, device: torch.device) -> Layout:
-        """Positions and mask for the model."""
+        """Return positions and mask for the model."""
         groups, branches = (torch.from_numpy(part).to(device) for part in (self.groups, self.branches))
         place = torch.arange(groups.shape[1], device=device)
         seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -147,7 +150,7 @@ class Batch:
 
 
 def lay_out(lines: Sequence[Sequence[Pack]], num_lines: int | None = None, length: int | None = None) -> Batch:
-    """A batch of these lines, padded to `num_lines` of `length` tokens; to what they need, if None."""
+    """Lay these lines out as a batch, padded to `num_lines` of `length` tokens; if None, to what they need."""
     needed = max(sum(len(pack.tokens) for pack in line) for line in lines)
     shape = (num_lines or len(lines), length or needed)
     tokens, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -159,13 +162,13 @@ def lay_out(lines: Sequence[Sequence[Pack]], num_lines: int | None = None, lengt
             where = (number, slice(start, start + len(part.tokens)))
             tokens[where], positions[where], branches[where] = part.tokens, part.positions, part.branches
             groups[where] = group
-            starts.append((number, start))
+            starts.append(number * shape[1] + start)
             start += len(part.tokens)
     return Batch([part for line in lines for part in line], starts, tokens, positions, groups, branches)
 
 
 def fill_lines(packs: Sequence[Pack], length: int) -> list[list[Pack]]:
-    """Packs, longest first, each in the line that it leaves the least room in (best-fit decreasing)."""
+    """Put packs, longest first, each into the line where it leaves the least room (best-fit decreasing)."""
     lines: list[list[Pack]] = []
     with_room: list[list[int]] = [[] for _ in range(length + 1)]
     for part in packs:

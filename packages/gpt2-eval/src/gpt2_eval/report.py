@@ -1,8 +1,7 @@
-"""Results: accuracies with standard errors, per-item records on disk, and the JSON that programs rely on."""
+"""Results: accuracies with standard errors, records of each item on disk, and the JSON that programs rely on."""
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,24 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2_model.command import write_whole
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, NaN for a single item."""
+    """A figure, such as an accuracy from 0 to 1.
+
+    Attributes:
+        stderr: its standard error; NaN for a single item.
+        ties: of an accuracy, items whose best score is shared by several choices; the lowest index is taken.
+    """
 
     value: float
     stderr: float
-
-
-@dataclass(frozen=True)
-class Accuracy(Estimate):
-    """Share of items, 0 to 1, whose best-scored choice is the label.
-
-    Attributes:
-        ties: items whose best score is shared by several choices; the lowest index is taken.
-    """
-
-    ties: int
+    ties: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,40 +35,27 @@ class HellaSwagResult:
         items: number of items scored.
         partial: items were left out by a limit, so that the numbers are not comparable.
         data_sha256: of the whole data file.
-        metrics: protocol -> metric -> Accuracy: `metrics["karpathy"]["acc_norm"].value`.
+        metrics: protocol -> metric -> Estimate: `metrics["karpathy"]["acc_norm"].value`.
         truncated: protocol -> rows (four an item) whose context was cut on the left to fit the model.
-        records: one mapping an item, in the file's order; see `write_records`.
         seconds: from the rows to the scores.
+        records: one mapping an item, in the file's order; see `write_records`.
     """
 
     items: int
     partial: bool
     data_sha256: str
-    metrics: dict[str, dict[str, Accuracy]]
+    metrics: dict[str, dict[str, Estimate]]
     truncated: dict[str, int]
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. A protocol's `stderr` is that of its headline metric, `acc_norm`."""
-        return {
-            "task": "hellaswag",
-            "items": self.items,
-            "partial": self.partial,
-            "data_sha256": self.data_sha256,
-            **{protocol: self._protocol_dict(protocol) for protocol in self.metrics},
-            "seconds": self.seconds,
-        }
-
-    def _protocol_dict(self, protocol: str) -> dict[str, Any]:
-        metrics = self.metrics[protocol]
-        return {
-            **{name: metric.value for name, metric in metrics.items()},
-            "stderr": metrics["acc_norm"].stderr,
-            **{f"{name}_stderr": metric.stderr for name, metric in metrics.items()},
-            "ties": {name: metric.ties for name, metric in metrics.items()},
-            "truncated": self.truncated[protocol],
-        }
+        """Return what is written as JSON. A protocol's `stderr` is that of its headline metric, `acc_norm`."""
+        result = {name: getattr(self, name) for name in ("items", "partial", "data_sha256", "seconds")}
+        for name, metrics in self.metrics.items():
+            headline = {"stderr": metrics["acc_norm"].stderr}
+            result[name] = headline | _metrics_dict(metrics, self.truncated[name])
+        return {"task": "hellaswag"} | result
 
 
 @dataclass(frozen=True)
@@ -80,6 +63,7 @@ class TaskResult:
     """What one model scored on a task of tasks.py.
 
     Attributes:
+        task: the task's name.
         items, partial, data_sha256, seconds: as in HellaSwagResult.
         metrics: by name.
         truncated: rows whose context was cut on the left to fit the model.
@@ -97,19 +81,18 @@ class TaskResult:
     records: list[dict[str, Any]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        metrics = self.metrics.items()
-        return {
-            "task": self.task,
-            "items": self.items,
-            "partial": self.partial,
-            "data_sha256": self.data_sha256,
-            **{name: metric.value for name, metric in metrics},
-            **{f"{name}_stderr": metric.stderr for name, metric in metrics},
-            "ties": {name: metric.ties for name, metric in metrics if isinstance(metric, Accuracy)},
-            "truncated": self.truncated,
-            "seconds": self.seconds,
-        }
+        """Return what is written as JSON."""
+        names = ("task", "items", "partial", "data_sha256", "seconds")
+        return {name: getattr(self, name) for name in names} | _metrics_dict(self.metrics, self.truncated)
+
+
+def _metrics_dict(metrics: Mapping[str, Estimate], truncated: int) -> dict[str, Any]:
+    return {
+        **{name: metric.value for name, metric in metrics.items()},
+        **{f"{name}_stderr": metric.stderr for name, metric in metrics.items()},
+        "ties": {name: metric.ties for name, metric in metrics.items() if metric.ties is not None},
+        "truncated": truncated,
+    }
 
 
 @dataclass(frozen=True)
@@ -133,7 +116,12 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class CorpusResult:
-    """What a model makes of a text as a whole: protocol -> Perplexity."""
+    """What a model makes of a text as a whole.
+
+    Attributes:
+        stride: tokens by which the raw windows move on.
+        perplexities: protocol -> Perplexity.
+    """
 
     corpus: str
     data_sha256: str
@@ -142,14 +130,10 @@ class CorpusResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "task": self.corpus,
-            "data_sha256": self.data_sha256,
-            "stride": self.stride,
-            **{name: asdict(perplexity) for name, perplexity in self.perplexities.items()},
-            "seconds": self.seconds,
-        }
+        """Return what is written as JSON."""
+        protocols = {name: asdict(perplexity) for name, perplexity in self.perplexities.items()}
+        about = {"task": self.corpus, "data_sha256": self.data_sha256, "stride": self.stride}
+        return about | protocols | {"seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -158,8 +142,8 @@ class LossResult:
 
     Attributes:
         loss: nats per token.
-        stderr: standard error of `loss` over sequences (tokens of one sequence are not independent); NaN for
-            a single sequence.
+        stderr: standard error of `loss` over sequences (tokens of one sequence are not independent); NaN for a
+            single sequence.
         perplexity: exp(loss).
         bits_per_byte: bits per UTF-8 byte of the target text, in which `<|endoftext|>` has no bytes.
         tokens: target tokens scored.
@@ -182,26 +166,24 @@ class LossResult:
     records: list[dict[str, Any]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return what is written as JSON."""
         return {name: value for name, value in vars(self).items() if name != "records"}
 
 
-def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Accuracy:
-    """Accuracy of taking the highest score: scores (items, choices), labels (items,).
+def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
+    """Return the accuracy of taking the highest score: scores (items, choices), labels (items,).
 
     The standard error is sample deviation (Bessel) over sqrt(n), lm-evaluation-harness' `mean_stderr`.
     """
     best = scores.max(axis=1, keepdims=True)
     correct = (scores.argmax(axis=1) == labels).astype(np.float64)  # argmax takes the lowest index of equals
     ties = int(((scores == best).sum(axis=1) > 1).sum())
-    return Accuracy(float(correct.mean()), standard_error(correct), ties)
+    return Estimate(float(correct.mean()), standard_error(correct), ties)
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of independent values: sample deviation over sqrt(n). NaN for fewer than two."""
-    if values.size < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(values.size))
+    """Return the standard error of a mean of independent values, sample deviation over sqrt(n); NaN below two."""
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
 
 
 def perplexity_of(nats: float) -> float:
@@ -210,9 +192,10 @@ def perplexity_of(nats: float) -> float:
 
 
 def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[np.int64]) -> float:
-    """Of sum(totals) / sum(weights); with equal weights, that of the mean of totals / weight. NaN below two.
+    """Return the standard error of sum(totals) / sum(weights); NaN below two.
 
-    Source: Cochran 1977, "Sampling Techniques", section 2.11, the ratio estimator.
+    With equal weights it is that of the mean of totals / weight. Source: Cochran 1977, "Sampling Techniques",
+    section 2.11, the ratio estimator.
     """
     n = totals.size
     if n < 2:
@@ -221,36 +204,21 @@ def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[np.int64]
     return float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / weights.sum())
 
 
-def json_text(value: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON in which a number that is NaN or infinite is null: `NaN` is not JSON, and parsers refuse it."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity by None, which JSON writes as null: `NaN` is not JSON, and parsers refuse it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return value
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one line an item, whole or not at all: temporary name, fsync, rename, fsync of the folder.
+    """Write one line an item; the file appears whole or not at all.
 
     A line of hellaswag is {"ind", "label", "hash", "karpathy": {"sum": [4], "mean": [4]}, "lm-eval": {"sum": [4],
     "char": [4], "byte": [4]}}: log-likelihoods in nats, as they are and by token, character and byte.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with write_whole(path) as file:
+        for record in records:
+            file.write((json.dumps(record, allow_nan=False) + "\n").encode())

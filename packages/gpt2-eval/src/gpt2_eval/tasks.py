@@ -7,17 +7,18 @@ are those that it evaluates on.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2_eval.encoding import Encoder, gpt2_encoder, joint
-from gpt2_eval.files import Published, have, read_items, short_hash
-from gpt2_eval.packing import RowScore
+from gpt2_eval.models import LanguageModel
+from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
-from gpt2_eval.scoring import LanguageModel, ScoringOptions, count_truncated, score_items
+from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
 # What acc_norm and acc_bytes divide by.
 LENGTHS: dict[str, Callable[[str], int]] = {"chars": len, "bytes": lambda text: len(text.encode())}
@@ -30,7 +31,7 @@ class Question:
     Attributes:
         rows: (context, continuation) of each choice; a single one where a continuation is to be guessed.
         label: index of the right choice.
-        choices: the texts by whose length acc_norm divides; of none, there is no acc_norm.
+        choices: the texts by whose length acc_norm divides; empty where there is no acc_norm.
     """
 
     rows: list[tuple[str, str]]
@@ -39,8 +40,8 @@ class Question:
 
 
 def _piqa(record: dict[str, Any]) -> Question:
-    choices = [record["sol1"], record["sol2"]]
-    return _choose(f"Question: {record['goal']}\nAnswer:", choices, int(record["label"]))
+    context = f"Question: {record['goal']}\nAnswer:"
+    return _choose(context, [record["sol1"], record["sol2"]], int(record["label"]))
 
 
 def _arc(record: dict[str, Any]) -> Question:
@@ -58,14 +59,12 @@ def _copa(record: dict[str, Any]) -> Question:
     """The full stop of the premise gives way to a word. Two blanks go before a choice, as in the harness."""
     word = {"cause": "because", "effect": "therefore"}[record["question"]]
     choices = [" " + text[0].lower() + text[1:] for text in (record["choice1"], record["choice2"])]
-    question = _choose(f"{record['premise'].strip()[:-1]} {word}", choices, int(record["label"]))
-    return Question(question.rows, question.label, [])
+    return _choose(f"{record['premise'].strip()[:-1]} {word}", choices, int(record["label"]), by_length=False)
 
 
 def _boolq(record: dict[str, Any]) -> Question:
     context = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-    question = _choose(context, ["no", "yes"], int(record["label"]))
-    return Question(question.rows, question.label, [])
+    return _choose(context, ["no", "yes"], int(record["label"]), by_length=False)
 
 
 def _winogrande(record: dict[str, Any]) -> Question:
@@ -84,8 +83,9 @@ def _lambada(record: dict[str, Any]) -> Question:
     return Question([(context, f" {word}")], 0, [])
 
 
-def _choose(context: str, choices: Sequence[str], label: int) -> Question:
-    return Question([(context, f" {choice}") for choice in choices], label, list(choices))
+def _choose(context: str, choices: Sequence[str], label: int, *, by_length: bool = True) -> Question:
+    rows = [(context, f" {choice}") for choice in choices]
+    return Question(rows, label, list(choices) if by_length else [])
 
 
 @dataclass(frozen=True)
@@ -101,41 +101,34 @@ class Task:
 
     question: Callable[[dict[str, Any]], Question]
     file: Published
-    paper: Mapping[str, Mapping[str, float]]
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+LAMBADA = Published(
+    "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+)
 TABLE_3_LAMBADA = {
-    size: {"perplexity": perplexity, "acc_last_token": percent / 100}
-    for size, perplexity, percent in (
-        ("124M", 35.13, 45.99),
-        ("350M", 15.60, 55.48),
-        ("774M", 10.87, 60.12),
-        ("1558M", 8.63, 63.24),
-    )
+    "124M": {"perplexity": 35.13, "acc_last_token": 0.4599},
+    "350M": {"perplexity": 15.60, "acc_last_token": 0.5548},
+    "774M": {"perplexity": 10.87, "acc_last_token": 0.6012},
+    "1558M": {"perplexity": 8.63, "acc_last_token": 0.6324},
 }
 TASKS = {
-    "lambada": Task(
-        _lambada,
-        Published(
-            "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-            "lambada_test.jsonl",
-            "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-        ),
-        TABLE_3_LAMBADA,
-    ),
-    "piqa": Task(_piqa, Published("hf:baber/piqa::validation", "piqa"), {}),
-    "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test", "arc-easy"), {}),
-    "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test", "arc-challenge"), {}),
-    "winogrande": Task(_winogrande, Published("hf:allenai/winogrande:winogrande_xl:validation", "winogrande"), {}),
-    "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test", "openbookqa"), {}),
-    "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation", "copa"), {}),
-    "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation", "boolq"), {}),
+    "lambada": Task(_lambada, LAMBADA, TABLE_3_LAMBADA),
+    "piqa": Task(_piqa, Published("hf:baber/piqa::validation")),
+    "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test")),
+    "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test")),
+    "winogrande": Task(_winogrande, Published("hf:allenai/winogrande:winogrande_xl:validation")),
+    "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test")),
+    "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation")),
+    "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation")),
 }
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file; `total` is more than are here under a limit, and `sha256` of the whole file."""
+    """The questions of a file; `total` counts its records, which may be more, and `sha256` is the whole file's."""
 
     task: str
     questions: list[Question]
@@ -144,18 +137,16 @@ class Questions:
 
 
 def load_task(name: str, path: str | Path | None = None, *, limit: int | None = None) -> Questions:
-    """Read and check a task's file, the published one if there is no path; or its first `limit` records.
+    """Read and check a task's file, or its first `limit` records; without a path, the published file.
 
     Raises:
-        OSError: no such file, or it cannot be downloaded.
-        ValueError: no such task; records that are not of this task: the first as file:line, and how many.
+        OSError: there is no such file, or it cannot be downloaded.
+        ValueError: there is no such task, or records are not of it; the message names the first, and how many.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
     task = TASKS[name]
-    file, sha256 = have(task.file, None if path is None else str(path))
+    file, sha256 = find_file(task.file, path)
 
     def parse(record: dict[str, Any]) -> Question:
         try:
@@ -179,51 +170,39 @@ def evaluate_task(
 ) -> TaskResult:
     """Score a task's questions.
 
-    Metrics of a choice: acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
-    acc_norm (highest sum per character) and acc_bytes. Of a single continuation: acc (all its tokens are the
-    likeliest), acc_last_token (its last one is), and perplexity per continuation.
-
-    Args:
-        encoder: of the model; GPT-2's if None.
-        options: as of `score_items`.
-
-    Raises:
-        ValueError: a row that cannot be scored, or scores that are not finite.
-        Interrupted: `stop` said True, here or on another rank.
+    A choice is measured by acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
+    acc_norm (highest sum per character) and acc_bytes; a single continuation by acc (all its tokens are the
+    likeliest), acc_last_token (its last one is), and perplexity per continuation. The encoder is the model's
+    tokenizer, GPT-2's if None; options and errors are those of `score_items`.
     """
     start = time.perf_counter()
     encoder = encoder or gpt2_encoder()
     items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
     scored = score_items(model, items, **options)
-    single = all(len(item) == 1 for item in items)
-    metrics = _cloze_metrics(scored) if single else _choice_metrics(data.questions, scored)
-    records = [
-        {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
-        | {"sum": [row.logprob for row in rows]}
-        | ({"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy} if single else {})
-        | {
-            name: [size(choice) for choice in question.choices]
-            for name, size in LENGTHS.items()
-            if question.choices
-        }
-        for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True))
-    ]
+    records = []
+    for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True)):
+        record = {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
+        record["sum"] = [row.logprob for row in rows]
+        if len(rows) == 1:
+            record |= {"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy}
+        if question.choices:
+            record |= {name: [size(choice) for choice in question.choices] for name, size in LENGTHS.items()}
+        records.append(record)
     return TaskResult(
         task=data.task,
         items=len(items),
         partial=len(items) < data.total,
         data_sha256=data.sha256,
-        metrics=metrics,
+        metrics=_cloze_metrics(records) if "greedy" in records[0] else _choice_metrics(records),
         truncated=count_truncated([row for item in items for row in item], model.config.block_size),
         seconds=time.perf_counter() - start,
         records=records,
     )
 
 
-def _cloze_metrics(scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
-    rows = [item[0] for item in scored]
-    greedy, last = (np.array([getattr(row, name) for row in rows], float) for name in ("greedy", "last_greedy"))
-    nats = np.array([-row.logprob for row in rows])
+def _cloze_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    greedy, last = (np.array([record[name] for record in records], float) for name in ("greedy", "last_greedy"))
+    nats = np.array([-record["sum"][0] for record in records])
     perplexity = perplexity_of(float(nats.mean()))
     return {
         "acc": Estimate(float(greedy.mean()), standard_error(greedy)),
@@ -233,17 +212,16 @@ def _cloze_metrics(scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
     }
 
 
-def _choice_metrics(questions: Sequence[Question], scored: Sequence[Sequence[RowScore]]) -> dict[str, Estimate]:
-    labels = np.array([question.label for question in questions])
-    most = max(len(item) for item in scored)
-    padding = [[-math.inf] * (most - len(item)) for item in scored]  # ARC has three choices, four and five
-    sums = np.array([[row.logprob for row in item] + pad for item, pad in zip(scored, padding, strict=True)])
-    metrics = {"acc": accuracy(sums, labels)}
-    if all(question.choices for question in questions):
-        for name, size in zip(("acc_norm", "acc_bytes"), LENGTHS.values(), strict=True):
-            rows = zip(questions, padding, strict=True)
-            lengths = np.array(
-                [[size(text) for text in question.choices] + [1] * len(pad) for question, pad in rows]
-            )
-            metrics[name] = accuracy(sums / lengths, labels)
-    return dict(metrics)
+def _choice_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    labels = np.array([record["label"] for record in records])
+    most = max(len(record["sum"]) for record in records)
+
+    def padded(name: str, filler: float) -> NDArray[np.float64]:  # ARC has three choices, four and five
+        return np.array([record[name] + [filler] * (most - len(record[name])) for record in records])
+
+    sums = padded("sum", -math.inf)
+    metrics: dict[str, Estimate] = {"acc": accuracy(sums, labels)}
+    if all("chars" in record for record in records):
+        metrics["acc_norm"] = accuracy(sums / padded("chars", 1), labels)
+        metrics["acc_bytes"] = accuracy(sums / padded("bytes", 1), labels)
+    return metrics

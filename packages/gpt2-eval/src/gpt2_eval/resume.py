@@ -1,7 +1,7 @@
-"""Scores on disk while an evaluation runs, so that one which was killed goes on where it was.
+"""Scores on disk while an evaluation runs, so that one which was killed resumes.
 
-Beside the file that is to be written, NAME, each rank appends to .NAME.rows-RANK: a line that says what is
-scored, then a line a batch. All are read at the start, however many ranks wrote them, and deleted at the end.
+Beside the file that is to be written, NAME, each rank appends to .NAME.rows-RANK: a line that says what is scored,
+then a line for each batch. All are read at the start, however many ranks wrote them, and deleted at the end.
 """
 
 import hashlib
@@ -15,20 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 Score = tuple[float | int, ...]
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None, scored: Iterable[object]) -> str:
-    """What scores depend on: the weights, the precision and what is scored. SHA-256 in hex.
+    """Return the SHA-256, in hex, of all that scores depend on: weights, precision and what is scored.
 
-    Of each weight the integer sum of its bits, which is computed where it lies: it tells one checkpoint from the
-    next; against someone who means to deceive it does nothing.
+    A weight enters as the integer sum of its bits, computed on its own device. That tells one checkpoint from the
+    next; it is no protection against someone who means to deceive.
     """
     digest = hashlib.sha256(str(dtype).encode())
     for name, weight in weights.items():
-        bits = weight.detach().view(
-            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
-        )
-        total = int(bits.sum(dtype=torch.int64))
+        total = int(weight.detach().view(_INTEGERS[weight.itemsize]).sum(dtype=torch.int64))
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}".encode())
     for part in scored:
         digest.update(repr(part).encode())
@@ -36,43 +34,43 @@ def fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None, scored
 
 
 @contextmanager
-def going_on(
-    path: Path, of: str, rank: int, world_size: int
+def resuming(
+    path: Path, what: str, rank: int, world_size: int
 ) -> Iterator[tuple[dict[int, Score], Callable[[Mapping[int, Score]], None]]]:
-    """What is known already, by the number of the row or window, and a function that keeps the scores of a batch.
+    """Yield the scores on disk, by the number of the row or window, and a function that adds a batch's scores.
 
     Args:
         path: the file that is to be written in the end.
-        of: what is scored, as `fingerprint` has it; scores of anything else are not read, and written over.
+        what: `fingerprint` of what is scored; scores of anything else are ignored, and overwritten.
         rank, world_size: of the processes, all of which must call this.
     """
     known: dict[int, Score] = {}
     for file in _files(path):
-        known |= _read(file, of)
+        known |= _read(file, what)
     if world_size > 1:
         dist.barrier()  # all have read before one begins to write
     file = path.with_name(f".{path.name}.rows-{rank}")
     temporary = file.with_name(f"{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as out:
 
-        def keep(scores: Mapping[int, Score]) -> None:
+        def add(scores: Mapping[int, Score]) -> None:
             try:
                 out.write(json.dumps(scores) + "\n")
                 out.flush()  # from here on a kill does not lose them
             except OSError as error:
-                raise OSError(f"{file}: {error.strerror}; the same command goes on from there") from error
+                raise OSError(f"{file}: {error.strerror}; the same command resumes from there") from error
 
-        out.write(json.dumps({"of": of}) + "\n")
-        keep(known)
+        out.write(json.dumps({"of": what}) + "\n")
+        add(known)
         temporary.replace(file)
-        yield known, keep
+        yield known, add
 
 
-def _read(file: Path, of: str) -> dict[int, Score]:
+def _read(file: Path, what: str) -> dict[int, Score]:
     known: dict[int, Score] = {}
     lines = file.read_bytes().split(b"\n")[:-1]  # the last may be cut off
     try:
-        if lines and json.loads(lines[0]) == {"of": of}:
+        if lines and json.loads(lines[0]) == {"of": what}:
             for line in lines[1:]:
                 known |= {int(number): tuple(score) for number, score in json.loads(line).items()}
     except (ValueError, TypeError, AttributeError):
@@ -80,8 +78,8 @@ def _read(file: Path, of: str) -> dict[int, Score]:
     return known
 
 
-def remove_unfinished(path: Path) -> None:
-    """Delete what was kept for `path`: all is done, and written there."""
+def remove_scores(path: Path) -> None:
+    """Delete the scores beside `path`, which holds all of them now."""
     for file in _files(path):
         file.unlink(missing_ok=True)
 

@@ -1,0 +1,59 @@
+"""Several processes that share an evaluation: who is who, and the records of all of them in order."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """`stop` said True on some rank before all was scored. Raised on every rank: there is no partial result."""
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Yield this process's rank, in torchrun's process group while the block runs; 0 without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield 0
+        return
+    dist.init_process_group("gloo")  # only records of a few bytes travel, and they are on the CPU
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of them: (0, 1) where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) -> list[T]:
+    """Return the records 0 to total - 1 in order, on every rank, from the share that each rank has.
+
+    Records are gathered and not averages, so that no item counts twice or is lost without notice. A rank that was
+    interrupted comes here too: the others, which are here or on their way, would wait for it in vain.
+
+    Raises:
+        Interrupted: this rank or another was interrupted.
+        RuntimeError: a record is missing, or came from two ranks.
+    """
+    share = (interrupted, dict(own))
+    _, world_size = rank_and_world_size()
+    shares: list[Any] = [share] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, share)
+    if any(stopped for stopped, _ in shares):
+        raise Interrupted("the evaluation was told to stop before it was through: there is no result")
+    parts = [part for _, part in shares]
+    indices = sorted(index for part in parts for index in part)
+    if indices != list(range(total)):
+        raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(indices)} with gaps")
+    merged = {index: record for part in parts for index, record in part.items()}
+    return [merged[index] for index in range(total)]
