@@ -126,9 +126,10 @@ def of_ours(program, words, typed) -> None:
     command = import_module(f"{program.replace('-', '_')}.cli").main
     if only_read(program, words):
         return read(command, words)
-    result = CliRunner().invoke(command, words + small(program, words), input=typed)
+    words = small(program, words)
+    result = CliRunner().invoke(command, words, input=typed)
     line = f"{program} {' '.join(words)}"
-    if program == "gpt2-train" and "--dry-run" in small(program, words):
+    if program == "gpt2-train" and "--dry-run" in words:
         # Exit code 1 means that this machine is too small for the plan.
         assert result.exit_code in (0, 1), line + result.output
         assert "parameters" in result.output, line + result.output
@@ -153,19 +154,25 @@ def only_read(program, words) -> str | None:
 
 
 def small(program, words) -> list[str]:
-    """Return options that make a command's work small; they override those before them."""
+    """Return the words of a command with options that leave little work, in place of its own."""
+    options: dict[str, str] = {}
     if program == "gpt2-train" and "n_layer=4" in words and "--dry-run" not in words:
-        less = ["--steps", "2", "--warmup", "1", "--batch-tokens", "512", "--eval-tokens", "512"]
-        return [*less, "--seq-len", "64", "--num-samples", "1", "--hang-seconds", "0"]
-    if program == "gpt2-train":
-        return ["--dry-run", "--device", "cpu"]
-    if program == "gpt2-model" and words[0] == "generate":
-        return ["--max-new-tokens", "3"]
-    if program == "gpt2-eval" and words[0] == "hellaswag":
-        return ["--data", "hellaswag_val.jsonl", "-d", "cpu"]
-    if program == "gpt2-eval" and words[0] == "loss":
-        return ["--tokens", "5000"]
-    return []
+        options = {"--steps": "2", "--warmup": "1", "--batch-tokens": "512", "--eval-tokens": "512"}
+        options |= {"--seq-len": "64", "--num-samples": "1", "--hang-seconds": "0"}
+    elif program == "gpt2-train":
+        words = [*(word for word in words if word != "--dry-run"), "--dry-run"]
+        options = {"--device": "cpu"}
+    elif program == "gpt2-model" and words[0] == "generate":
+        options = {"--max-new-tokens": "3"}
+    elif program == "gpt2-eval" and words[0] == "hellaswag":
+        options = {"--data": "hellaswag_val.jsonl", "-d": "cpu"}
+    elif program == "gpt2-eval" and words[0] == "loss":
+        options = {"--tokens": "5000"}
+    for option, value in options.items():
+        if option in words:  # an option that is given twice is refused
+            words = words[: words.index(option)] + words[words.index(option) + 2 :]
+        words = [*words, option, value]
+    return words
 
 
 def read(command, words) -> None:
