@@ -67,7 +67,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return [sum(next(scored)[0].logprob for _ in rows) for rows in texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Write greedily up to a stop string or `max_gen_toks` (256) tokens; a long context loses its beginning."""
+        """Write greedily up to a stop string or `max_gen_toks` (256) tokens; a long context loses its start."""
         texts = []
         for request in requests:
             context, options = request.args

@@ -77,8 +77,8 @@ def score_items(
 
     The rows of an item are those that are compared with each other; what they begin with is computed once. Each
     token's log-softmax is fp32, their sum float64. A row too long for the model loses its first tokens
-    (`count_truncated` counts such rows). Where torch.distributed is initialised, every rank must call this with the
-    same items; each scores its share and all get all scores.
+    (`count_truncated` counts such rows). Where torch.distributed is initialised, every rank must call this with
+    the same items; each scores its share and all get all scores.
 
     Args:
         batch_size: sequences in a forward pass, an item's rows being one where they share a beginning; None makes
