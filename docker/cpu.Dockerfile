@@ -1,15 +1,14 @@
-# The four commands on CPUs. From the repository's root:
+# The four commands for CPUs. In the repository's root:
 #   docker build -f docker/cpu.Dockerfile -t gpt2:cpu .
 #   docker run --rm -v "$PWD:/data" gpt2:cpu gpt2-data build pydocs
-# One stage: the packages are pure Python, so that a second one would save nothing.
 FROM python:3.11-slim
 
-# Generation (engine.c) and torch.compile compile on the machine where they run.
+# Generation (engine.c) and torch.compile need a C compiler at run time.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
-# Versions, also of what pip builds with, are those of constraints.txt. torch is a layer of its own, which a change of
-# the packages leaves as it is; it comes from pytorch.org, since the package index's brings CUDA, several GB.
+# constraints.txt pins all versions, also of the tools that pip builds with. torch has its own layer, so that a change of
+# the packages does not install it again. It comes from pytorch.org: the package index's includes CUDA, several GB.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_NO_CACHE_DIR=1
 COPY constraints.txt /src/

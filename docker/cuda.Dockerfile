@@ -1,18 +1,17 @@
-# The four commands on NVIDIA GPUs. From the repository's root, with the NVIDIA container toolkit on the host:
+# The four commands for NVIDIA GPUs. In the repository's root, with the NVIDIA container toolkit on the host:
 #   docker build -f docker/cuda.Dockerfile -t gpt2:cuda .
 #   docker run --rm --gpus all --ipc=host -v "$PWD:/data" gpt2:cuda \
 #     torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/fineweb-edu --out runs/a
-# Not from nvidia/cuda: torch's wheels bring the CUDA libraries that they were built with, and the image would have
-# them twice; the driver comes from the host in any case. This one also has the headers of its Python, which Triton
-# compiles against.
+# The base is not nvidia/cuda: torch's wheels include their CUDA libraries, and the host provides the driver. This image
+# also has the headers of its Python, which Triton needs.
 FROM python:3.11-slim
 
-# Triton, for torch.compile, needs a C compiler where it runs.
+# Triton, for torch.compile, needs a C compiler at run time.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
-# Versions, also of what pip builds with, are those of constraints.txt. torch is a layer of its own, which a change of
-# the packages leaves as it is.
+# constraints.txt pins all versions, also of the tools that pip builds with. torch has its own layer, so that a change of
+# the packages does not install it again.
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_NO_CACHE_DIR=1
 COPY constraints.txt /src/
 # hadolint ignore=DL3013

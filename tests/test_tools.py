@@ -43,7 +43,9 @@ def test_quickstart_items_are_hellaswag_s_and_have_their_own_ending(tmp_path, mo
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=400)) for _ in range(20)]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    config = BuildConfig(sources=(str(tmp_path / "t.jsonl"),), out=str(tmp_path / "d"), val_tokens=3000, workers=1)
+    config = BuildConfig(
+        sources=(str(tmp_path / "t.jsonl"),), out=str(tmp_path / "d"), val_tokens=3000, workers=1, order="source"
+    )
     build(config)
     quickstart.write_items(tmp_path / "d", tmp_path / "items.jsonl")
 

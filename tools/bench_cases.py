@@ -140,7 +140,7 @@ def _loading(folder: Path, device: str) -> Ready:
 
 
 def _verifying(folder: Path, device: str) -> Ready:
-    from gpt2_data.formats.manifest import verify
+    from gpt2_data.formats.verification import verify
 
     data = dataset(folder)
     size = sum(file.stat().st_size for file in data.iterdir() if file.suffix in (".bin", ".docs"))

@@ -23,7 +23,7 @@ from bench_report import bar, in_short, say, spread
 
 PEERS_FILE = Path(__file__).with_name("bench_data_peers.py")
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "gpt2-data")  # of this environment, activated or not
-SPLIT = ("--shard-size", "10M", "--val-tokens", "1M")
+SPLIT = ("--shard-size", "10M", "--val-tokens", "1M", "--order", "source")
 BATCH, TIME = 64, 1024
 HEADER, EOT = 1024, 50256  # bytes before a shard's tokens, and what stands in front of each document
 OURS = ("ours, gigatoken", "ours, tiktoken")

@@ -171,7 +171,8 @@ def _tree(work: Path, commit: str) -> Iterator[Path]:
 
 def _build(tree: Path, text: Path, out: Path) -> None:
     build = "from gpt2_data.cli import main; main()"
-    _python(tree, ["-c", build, "build", str(text), "--out", str(out), "--val-tokens", "500", "--workers", "1"])
+    options = ["--val-tokens", "500", "--order", "source", "--workers", "1"]
+    _python(tree, ["-c", build, "build", str(text), "--out", str(out), *options])
 
 
 def _train(tree: Path, data: Path, out: Path, flags: list[str], ranks: int) -> None:

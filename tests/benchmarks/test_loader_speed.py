@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2_data import TokenLoader, tokenizer
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats import uint16
 from gpt2_data.formats.manifest import Manifest, Shard, Sidecar
 
 TOKENS, SHARDS = 1_000_000, 3
@@ -23,9 +23,9 @@ def folder(tmp_path_factory):
         tokens = draw.integers(0, 50257, TOKENS, dtype=np.uint16)
         shard, docs = f"train_{number:06d}.bin", f"train_{number:06d}.docs"
         with (folder / shard).open("wb") as file:
-            written = formats.write_shard(file, TOKENS, [tokens])
+            written = uint16.write_shard(file, TOKENS, [tokens])
         with (folder / docs).open("wb") as file:
-            sidecar = formats.write_docs(file, np.array([0]))
+            sidecar = uint16.write_docs(file, np.array([0]))
         sums = written.payload_sha256, written.sha256
         beside = Sidecar(docs, sidecar.bytes, sidecar.sha256)
         shards.append(Shard("train", shard, TOKENS, 1, written.bytes, int(tokens.max()), *sums, beside))

@@ -55,7 +55,7 @@ def make(tmp_path, write_jsonl):
         count += 1
         source = write_jsonl(documents, folder=f"source{count}")
         out = tmp_path / f"dataset{count}"
-        defaults = {"val_tokens": 0, "workers": 1}
+        defaults = {"val_tokens": 0, "workers": 1, "order": "source"}
         build(BuildConfig([source / "*.jsonl"], out, **(defaults | options)))
         return out
 

@@ -16,8 +16,8 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,50 +30,23 @@ FIRST, SECOND = "1" * 40, "2" * 40  # commits
 class Fault:
     """Happens to the next `times` requests whose path contains `path`, to the store or else to the hub."""
 
+    kind: str
     path: str = ""
     times: int = 1
     store: bool = True
-    method: str = "GET"
-
-
-@dataclass
-class Refuse(Fault):
-    """Answers with a status, and headers such as Retry-After."""
-
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Drop(Fault):
-    """Closes the connection after `at` bytes of the body."""
-
-    at: int = 0
-
-
-@dataclass
-class Stall(Fault):
-    """Sends `at` bytes of the body, then nothing for `seconds`."""
-
     at: int = 0
     seconds: float = 60.0
-
-
-@dataclass
-class Spoil(Fault):
-    """Sends other bytes of the same number."""
-
-
-@dataclass
-class Short(Fault):
-    """Claims and sends `missing` bytes fewer than were asked for: the answer itself is well-formed."""
-
     missing: int = 1
 
 
-@dataclass
-class NoRanges(Fault):
-    """Answers a request for a range with 200 and the whole file."""
+Refuse = partial(Fault, "refuse")  # answers with `status` and `headers` such as Retry-After
+Drop = partial(Fault, "drop")  # closes the connection after `at` bytes of the body
+Stall = partial(Fault, "stall")  # sends `at` bytes of the body, then nothing for `seconds`
+Spoil = partial(Fault, "spoil")  # sends other bytes of the same number
+Short = partial(Fault, "short")  # claims and sends `missing` bytes fewer: the answer itself is well-formed
+NoRanges = partial(Fault, "no ranges")  # answers a request for a range with 200 and the whole file
 
 
 @dataclass
@@ -81,7 +54,6 @@ class Request:
     """What was asked, and how many bytes of body were sent for it."""
 
     store: bool
-    method: str
     path: str
     range: str | None
     headers: dict[str, str]
@@ -106,32 +78,29 @@ class HubServer:
         self._signed: dict[str, float] = {}
         self._hashes: dict[Path, str] = {}
         self._lock = threading.Lock()
-        self._hub, self._store = _Server(self, False), _Server(self, True)
-        self.url, self.store_url = (f"http://127.0.0.1:{s.server_port}" for s in (self._hub, self._store))
+        self._servers = [_Server(self, False), _Server(self, True)]
+        self.url, self.store_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def __enter__(self) -> "HubServer":
-        servers = (self._hub, self._store)
-        self._threads = [threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True) for s in servers]
-        for thread in self._threads:
-            thread.start()
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stopping.set()
-        for server, thread in zip((self._hub, self._store), self._threads, strict=True):
+        for server in self._servers:
             server.shutdown()
             server.server_close()
-            thread.join()
 
     def add(self, repo: str, files: dict[str, bytes | Path], commit: str = FIRST) -> None:
         """Put files into a repository's commit, which becomes `main`. A Path is read from the disk when served."""
         self.repos.setdefault(repo, {}).setdefault(commit, {}).update(files)
         self.main[repo] = commit
 
-    def asked(self, path: str = "", store: bool | None = None, method: str = "GET") -> list[Request]:
+    def asked(self, path: str = "", store: bool | None = None) -> list[Request]:
         """The requests whose path contains `path`, in order."""
-        return [r for r in self.requests if path in r.path and r.method == method and store in (None, r.store)]
+        return [r for r in self.requests if path in r.path and store in (None, r.store)]
 
     def sent(self, path: str) -> int:
         """Bytes of the file that were sent in all."""
@@ -142,8 +111,11 @@ class HubServer:
     def fault(self, request: Request) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                meant = fault.store == request.store and fault.method == request.method
-                if fault.times and meant and fault.path in urllib.parse.unquote(request.path):
+                if (
+                    fault.times
+                    and fault.store == request.store
+                    and fault.path in urllib.parse.unquote(request.path)
+                ):
                     fault.times -= 1
                     return fault
         return None
@@ -161,17 +133,16 @@ class HubServer:
         if isinstance(content, bytes):
             return hashlib.sha256(content).hexdigest()
         if content not in self._hashes:
-            with content.open("rb") as file:
-                self._hashes[content] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._hashes[content] = hashlib.sha256(content.read_bytes()).hexdigest()
         return self._hashes[content]
 
     def entry(self, path: str, content: bytes | Path) -> dict[str, object]:
-        """A file as the API lists it: what is in git (README and the like) has no LFS pointer."""
-        size = _size(content)
-        found: dict[str, object] = {"type": "file", "path": path, "size": size, "oid": "0" * 40}
+        """A file as the API lists it, in a tree or among a dataset's siblings; README is not in LFS."""
+        size, sha256 = _size(content), self.sha256(content)
+        entry = {"type": "file", "path": path, "rfilename": path, "size": size, "oid": "0" * 40}
         if not path.endswith((".md", ".json")):
-            found["lfs"] = {"oid": self.sha256(content), "size": size, "pointerSize": 135}
-        return found
+            entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 135}
+        return entry
 
 
 class _Server(ThreadingHTTPServer):
@@ -196,30 +167,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server.hub
-        length = int(self.headers.get("Content-Length") or 0)
-        self.form = urllib.parse.parse_qs(self.rfile.read(length).decode()) if length else {}
-        self.asked = Request(
-            self.server.store,
-            self.command,
-            self.path,
-            self.headers.get("Range"),
-            {k.lower(): v for k, v in self.headers.items()},
-        )
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.asked = Request(self.server.store, self.path, headers.get("range"), headers)
         if self.path != "/api/agent-harnesses":  # huggingface_hub's own, for its User-Agent
             hub.requests.append(self.asked)
         self.fault = hub.fault(self.asked)
-        if isinstance(self.fault, Refuse):
-            self.refuse(self.fault.status, **self.fault.headers)
+        if self.fault is not None and self.fault.kind == "refuse":
+            self.answer(self.fault.status, **self.fault.headers)
             return
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path).strip("/")
         if self.server.store:
-            if not hub.signature_holds(query):
-                self.refuse(403)
-            else:
-                repo, _, rest = path.removeprefix("cdn/").partition("@")
-                commit, _, name = rest.partition("/")
+            repo, _, rest = path.removeprefix("cdn/").partition("@")
+            commit, _, name = rest.partition("/")
+            if hub.signature_holds(query):
                 self.send_file(hub.repos[repo][commit][name])
+            else:
+                self.answer(403)
         elif path in hub.pages:
             self.send_file(hub.pages[path])
         elif path.startswith("api/datasets/"):
@@ -227,66 +191,61 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("datasets/") and "/resolve/" in path:
             self.resolve(path.removeprefix("datasets/"))
         else:
-            self.refuse(404)
+            self.answer(404)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
-    def refuse(self, status: int, **headers: str) -> None:
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", "0")
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def commit_of(self, repo: str, revision: str) -> str | None:
         """The commit, or None after the refusal was sent."""
         hub = self.server.hub
         allowed = self.headers.get("Authorization") == "Bearer secret"
         if repo in hub.gated and not allowed:
-            self.refuse(401, **{"X-Error-Code": "GatedRepo"})
+            self.answer(401, **{"X-Error-Code": "GatedRepo"})
         elif repo not in hub.repos or (repo in hub.private and not allowed):
-            self.refuse(401, **{"X-Error-Code": "RepoNotFound"})
+            self.answer(401, **{"X-Error-Code": "RepoNotFound"})
         else:
             commit = hub.main[repo] if revision == "main" else revision
             if commit in hub.repos[repo]:
                 return commit
-            self.refuse(404, **{"X-Error-Code": "RevisionNotFound"})
+            self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
         return None
 
     def answer_api(self, rest: str) -> None:
-        """REPO[/revision/REV], REPO/paths-info/REV and REPO/tree/REV[/FOLDER]."""
+        """REPO[/revision/REV], and for `datasets` REPO/tree/REV[/FOLDER]."""
         hub = self.server.hub
-        verb = next((v for v in ("revision", "paths-info", "tree") if f"/{v}/" in rest), None)
+        verb = next((v for v in ("revision", "tree") if f"/{v}/" in rest), None)
         repo, _, tail = rest.partition(f"/{verb}/") if verb else (rest, "", "main")
         revision, _, folder = tail.partition("/")
         commit = self.commit_of(repo, revision)
         if commit is None:
             return
         files = hub.repos[repo][commit]
-        if verb == "paths-info":
-            self.send_json([hub.entry(p, files[p]) if p in files else _folder(p) for p in self.form["paths"]])
-        elif verb == "tree":
-            self.send_json(list(self.tree(files, folder.rstrip("/"), "recursive=True" in self.path)))
+        if verb == "tree":
+            answer = list(self.tree(files, folder.rstrip("/"), "recursive=True" in self.path))
         else:
             card = bytes(files.get("README.md", b"")).decode().split("---\n")
-            siblings = [{"rfilename": path} for path in sorted(files)]
-            info = {"_id": "0", "id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []}
-            self.send_json(info | {"cardData": yaml.safe_load(card[1]) if len(card) > 2 else None})
+            answer = {"_id": "0", "id": repo, "sha": commit, "private": False, "tags": []}
+            answer["siblings"] = [hub.entry(path, files[path]) for path in sorted(files)]
+            answer["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
+        self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
     def tree(self, files: dict[str, bytes | Path], folder: str, recursive: bool) -> Iterator[dict[str, object]]:
         base = f"{folder}/" if folder else ""
-        seen = set()
-        for path in sorted(files):
-            if not path.startswith(base):
-                continue
+        folders = set()
+        for path in sorted(path for path in files if path.startswith(base)):
             parts = path.removeprefix(base).split("/")
-            for i in range(1, len(parts)):
-                above = base + "/".join(parts[:i])
-                if above not in seen and (recursive or i == 1):
-                    seen.add(above)
-                    yield _folder(above)
+            folders |= {base + "/".join(parts[:i]) for i in range(1, len(parts)) if recursive or i == 1}
             if recursive or len(parts) == 1:
                 yield self.server.hub.entry(path, files[path])
+        yield from map(_folder, sorted(folders))
 
     def resolve(self, rest: str) -> None:
         """REPO/resolve/REV/PATH: large files by a signed link to the store, small ones from here."""
@@ -298,73 +257,49 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = hub.repos[repo][commit].get(name)
         if content is None:
-            self.refuse(404, **{"X-Error-Code": "EntryNotFound"})
+            self.answer(404, **{"X-Error-Code": "EntryNotFound"})
         elif "lfs" not in hub.entry(name, content):
             self.send_file(content, **{"X-Repo-Commit": commit})
         else:
-            sha256 = hub.sha256(content)
-            self.send_response(302)
-            self.send_header("Location", hub.sign(f"{repo}@{commit}/{name}"))
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("X-Linked-Size", str(_size(content)))
-            self.send_header("X-Linked-ETag", f'"{sha256}"')
-            self.send_header("ETag", f'"{sha256}"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def send_json(self, answer: object) -> None:
-        data = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+            etag = f'"{hub.sha256(content)}"'
+            headers = {"Location": hub.sign(f"{repo}@{commit}/{name}"), "X-Repo-Commit": commit, "ETag": etag}
+            self.answer(302, **headers, **{"X-Linked-Size": str(_size(content)), "X-Linked-ETag": etag})
 
     def send_file(self, content: bytes | Path, **headers: str) -> None:
         """The file or a range of it, with the fault that was ordered."""
-        fault, size = self.fault, _size(content)
-        etag = f'"{self.server.hub.sha256(content)}"'
-        first, last = 0, size - 1
-        asked = None if isinstance(fault, NoRanges) else self.asked.range
-        if asked and self.headers.get("If-Range", etag) == etag:
-            start, _, stop = asked.removeprefix("bytes=").partition("-")
-            first, last = int(start), min(int(stop or last), last)
+        size, etag = _size(content), f'"{self.server.hub.sha256(content)}"'
+        first, last, status = 0, size - 1, 200
+        kind = self.fault.kind if self.fault is not None else ""
+        if self.asked.range and kind != "no ranges" and self.headers.get("If-Range", etag) == etag:
+            start, _, stop = self.asked.range.removeprefix("bytes=").partition("-")
+            first, last, status = int(start), min(int(stop or last), last), 206
             if first >= size:
-                self.refuse(416, **{"Content-Range": f"bytes */{size}"})
+                self.answer(416, **{"Content-Range": f"bytes */{size}"})
                 return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-        else:
-            self.send_response(200)
-        length = last + 1 - first - (fault.missing if isinstance(fault, Short) else 0)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        length = last + 1 - first - (self.fault.missing if self.fault is not None and kind == "short" else 0)
+        headers |= {"Accept-Ranges": "bytes", "ETag": etag, "Content-Length": str(length)}
+        self.answer(status, **headers)
         if self.command != "HEAD":
             self.send_body(content, first, length)
 
     def send_body(self, content: bytes | Path, first: int, length: int) -> None:
-        hub, fault, sent = self.server.hub, self.fault, 0
-        with _opened(content) as read:
-            while sent < length:
-                count = min(hub.chunk, length - sent)
-                if isinstance(fault, Drop | Stall):
-                    count = min(count, fault.at - sent)
-                    if count <= 0:
-                        if isinstance(fault, Stall):
-                            hub.stopping.wait(fault.seconds)
-                        self.close_connection = True
-                        return
-                data = read(first + sent, count)
-                self.wfile.write(bytes(len(data)) if isinstance(fault, Spoil) else data)
-                sent += count
-                self.asked.sent = sent
-                if hub.bytes_a_second is not None:
-                    time.sleep(count / hub.bytes_a_second)
+        hub, fault = self.server.hub, self.fault
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        while self.asked.sent < length:
+            count = min(hub.chunk, length - self.asked.sent)
+            if fault is not None and fault.kind in ("drop", "stall"):
+                count = min(count, fault.at - self.asked.sent)
+                if count <= 0:
+                    hub.stopping.wait(fault.seconds if fault.kind == "stall" else 0)
+                    self.close_connection = True
+                    return
+            start = first + self.asked.sent
+            spoiled = fault is not None and fault.kind == "spoil"
+            self.wfile.write(bytes(count) if spoiled else data[start : start + count])
+            self.asked.sent += count
+            if hub.bytes_a_second is not None:
+                time.sleep(count / hub.bytes_a_second)
 
 
 def _size(content: bytes | Path) -> int:
@@ -373,21 +308,6 @@ def _size(content: bytes | Path) -> int:
 
 def _folder(path: str) -> dict[str, object]:
     return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
-
-
-@contextmanager
-def _opened(content: bytes | Path):
-    """A function (first, count) -> bytes."""
-    if isinstance(content, bytes):
-        yield lambda first, count: content[first : first + count]
-        return
-    with content.open("rb") as file:
-
-        def read(first: int, count: int) -> bytes:
-            file.seek(first)
-            return file.read(count)
-
-        yield read
 
 
 def use(hub: HubServer, monkeypatch) -> None:

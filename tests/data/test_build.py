@@ -1,5 +1,7 @@
 """A build's result, compared with one worked out by hand here."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -9,11 +11,15 @@ import struct
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, tokenizer, verify
 from gpt2_data import gigatoken as fast
 from gpt2_data.building import estimate, plan
+from gpt2_data.cli import main
 from gpt2_data.order import permute
 from gpt2_data.sources import files as readers
 
@@ -99,43 +105,35 @@ def test_documents_in_parts_are_one_document(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
     monkeypatch.setattr(readers, "BLOCK", 200)
-    build(BuildConfig([tmp_path / "*.txt"], tmp_path / "out", val_tokens=0, workers=1))
+    build(BuildConfig([tmp_path / "*.txt"], tmp_path / "out", val_tokens=0, workers=1, order="source"))
     tokens, starts = stored(tmp_path / "out", "train")
     assert tokens == expected_splits([text, "short"], 0)["train"]
     assert len(starts) == 2
-
-
-def test_same_bytes_for_any_number_of_workers(tmp_path, write_jsonl, texts, files_of):
-    source = write_jsonl(texts, files=5)
-    results = []
-    for workers in 1, 2, 3:
-        out = tmp_path / f"out{workers}"
-        config = BuildConfig([source / "*.jsonl"], out, 900, 300, workers=workers, order="shuffled", seed=1)
-        build(config)
-        results.append(files_of(out))
-    assert results[0] == results[1] == results[2]
-    line = json.loads((tmp_path / "out3" / "build.jsonl").read_bytes())
-    assert line["workers"] == 3
-    assert line["versions"]["tiktoken"]
 
 
 def test_source_counts_are_recorded(make, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": ""}\n\n{"text": null}\n{"text": "caf\xe9"}\n')
-    result = build(BuildConfig([folder / "a.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
+    pq.ParquetWriter(folder / "b.parquet", pa.schema([("text", pa.string())])).close()  # not a row group
+    sources = [folder / "a.jsonl", folder / "b.parquet"]
+    result = build(BuildConfig(sources, tmp_path / "out", val_tokens=0, workers=1))
     assert (result.documents, result.documents_empty, result.documents_replaced) == (4, 2, 1)
     source = open_dataset(tmp_path / "out").manifest.source
     assert source["text_bytes"] == 3 + 6
-    assert [item["name"] for item in source["inputs"]] == ["a.jsonl"]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    assert {item["name"]: item["sha256"] for item in source["inputs"]} == hashes
     assert str(tmp_path) not in (tmp_path / "out" / "dataset.json").read_text()
+    line = json.loads((tmp_path / "out" / "build.jsonl").read_bytes())
+    assert line["workers"] == 1
+    assert line["versions"]["tiktoken"]
 
 
 def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
     folder = make(texts, shard_size=1000)
     before = files_of(folder), (folder / "build.jsonl").read_bytes()
     source = tmp_path / "source1" / "*.jsonl"
-    config = {"val_tokens": 0, "shard_size": 1000, "workers": 1}
+    config = {"val_tokens": 0, "shard_size": 1000, "workers": 1, "order": "source"}
     (tmp_path / "other.jsonl").write_text('{"text": "other"}\n')
     (folder / ".build").mkdir()  # as a kill in the last moment leaves it
     (folder / ".build" / "unit-00000.u16").touch()
@@ -165,7 +163,7 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     assert 0 < result.val_tokens < result.tokens
     assert result.text_mb_per_second == 0  # what was tokenized before was used
     one = write_jsonl(["only one"], folder="one")
-    with pytest.raises(ValueError, match="try --val-tokens 0"):
+    with pytest.raises(ValueError, match="several documents .*, or cut it .* or do without: --val-tokens 0"):
         build(BuildConfig([one / "*.jsonl"], tmp_path / "two", val_tokens=1, workers=1))
     text = "a document of more than ten tokens, alone in its source: none is left for validation"
     alone = write_jsonl([text], folder="alone")
@@ -199,7 +197,7 @@ def test_folders_that_cannot_be_used(write_jsonl, tmp_path):
     assert verify(tmp_path / "notes").ok
 
 
-def test_one_build_at_a_time(write_jsonl, tmp_path, monkeypatch):
+def test_one_build_at_a_time(write_jsonl, tmp_path):
     source = write_jsonl(["a", "b"])
     config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1)
 
@@ -211,11 +209,74 @@ def test_one_build_at_a_time(write_jsonl, tmp_path, monkeypatch):
     build(config, second)
 
 
-def test_a_full_disk_is_noticed_before_work_starts(write_jsonl, tmp_path, monkeypatch):
-    source = write_jsonl(["a", "b"])
+def test_the_source_is_planned_once(write_jsonl, tmp_path, monkeypatch):
+    """Whatever a build comes to, and in a dry run; not at all if the dataset is known by its files' times."""
+    source = write_jsonl(["a", "b", "c"], files=3)
+    plans = []
+
+    def counting(config):
+        plans.append(config)
+        return plan.make_plan(config)
+
+    monkeypatch.setattr("gpt2_data.building.build.make_plan", counting)
+    config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1, order="source")
+
+    def number(**changes):
+        plans.clear()
+        result = build(dataclasses.replace(config, **changes))
+        return len(plans), result.finished, result.already_built
+
+    assert number() == (1, True, False)
+    assert number() == (0, True, True)
+    os.utime(source / "000.jsonl", ns=(0, 0))
+    assert number() == (1, True, True)  # known by its content
+    monkeypatch.setattr(plan, "UNIT_BYTES", 1)
+    assert number(out=tmp_path / "parts", part=(1, 2)) == (1, False, False)
+    assert number(out=tmp_path / "parts", part=(2, 2)) == (1, True, False)
+    plans.clear()
+    monkeypatch.setattr("gpt2_data.building.plan.make_plan", lambda config: plans.append(config) or whole)
+    whole = plan.Plan((), (), {})
+    arguments = ["build", str(source / "000.jsonl"), "--out", str(tmp_path / "dry"), "--dry-run"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert len(plans) == 1
+
+
+def test_the_order_is_shuffled_unless_it_is_given(write_jsonl, texts, tmp_path, files_of):
+    source = write_jsonl(texts)
+    assert BuildConfig([source / "*.jsonl"], tmp_path).order == "shuffled"
+    assert BuildConfig([source / "*.jsonl"], tmp_path, compat="build-nanogpt").order == "source"
+    options = {"sources": [source / "*.jsonl"], "out": tmp_path / "out", "val_tokens": 0, "workers": 1}
+    build(BuildConfig(**options, order="source"))
+    before = files_of(tmp_path / "out")
+    message = "in the source's order, and shuffled is the default now: add --order source to keep it"
+    with pytest.raises(ValueError, match=message):  # as a command of version 0.1, repeated
+        build(BuildConfig(**options))
+    assert files_of(tmp_path / "out") == before
+    assert build(BuildConfig(**options, order="source")).already_built
+
+
+def test_what_fails_at_once_leaves_no_folder(write_jsonl, tmp_path, monkeypatch):
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    (tmp_path / "damaged.jsonl").write_text("{]")
+    (tmp_path / "empty.txt").touch()
+    good = write_jsonl(["a", "b"]) / "000.jsonl"
+    for source, message in [
+        ("missing.txt", "no file matches"),
+        ("notes.docx", "unknown source"),
+        ("damaged.parquet", "damaged.parquet"),
+        ("damaged.jsonl", "not JSON"),
+        ("empty.txt", "there is no text in the source"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            build(BuildConfig([tmp_path / source], tmp_path / "data" / "x", workers=1))
+        assert not (tmp_path / "data" / "x").exists()
+    (tmp_path / "mine").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(OSError, match="are needed while building"):
-        build(BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1))
+    for out in tmp_path / "full", tmp_path / "mine":
+        with pytest.raises(OSError, match="are needed while building"):  # noticed before the work starts
+            build(BuildConfig([good], out, val_tokens=0, workers=1))
+    assert not (tmp_path / "full").exists()
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(write_jsonl, tmp_path):
@@ -240,7 +301,7 @@ def test_options_that_cannot_work(tmp_path):
         ({"limit_docs": 0}, "limit_docs is 0"),
         ({"format": "csv"}, "format is 'csv', must be uint16 or arrow"),
         ({"tokenizer": "bpe"}, "must be auto or tiktoken or gigatoken"),
-        ({"order": "random"}, "must be source or shuffled"),
+        ({"order": "random"}, "must be shuffled or source"),
         ({"engine": "dask"}, "must be local or ray"),
         ({"part": (3, 2)}, "part 3/2: parts are counted from 1"),
         ({"part": (1, 2), "engine": "ray"}, "choose one"),
@@ -255,9 +316,9 @@ def test_options_that_cannot_work(tmp_path):
 
 def test_pydocs_estimates_and_units(tmp_path):
     config = BuildConfig(["pydocs"], tmp_path)
-    made = plan.make_plan(config)
-    assert len(made.units) > 2
-    guess = estimate.estimate(made, config)
+    layout = plan.make_plan(config)
+    assert len(layout.units) > 2
+    guess = estimate.estimate(layout, config)
     assert 3_000_000 < guess.tokens < 12_000_000
     assert not guess.counted
 
@@ -291,26 +352,18 @@ def build_nanogpt_shards(documents, shard_size):
     return [*shards, buffer] if buffer else shards
 
 
-@pytest.mark.parametrize("shard_size", [1500, 2222, 5000])
-def test_compat_gives_build_nanogpt_s_split_and_cut(make, texts, shard_size):
-    folder = make(texts, shard_size=shard_size, compat="build-nanogpt", val_tokens=None)
-    wanted = build_nanogpt_shards(texts, shard_size)
-    listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
-    assert [shard["split"] for shard in listed] == ["val"] + ["train"] * (len(wanted) - 1)
-    for shard, tokens in zip(listed, wanted, strict=True):
-        data = (folder / shard["file"]).read_bytes()
-        assert list(struct.unpack(f"<{len(tokens)}H", data[1024:])) == tokens
-    assert verify(folder, "full").ok
-
-
-def test_compat_at_its_edges(make):
-    """A document that fills a shard to the token ends it; nothing follows."""
-    hello = "Hello world"  # three tokens with its EOT
-    for documents, size in ([hello] * 4, 6), ([hello] * 2, 3), ([hello] * 5, 4):
+def test_compat_gives_build_nanogpt_s_split_and_cut(make, texts):
+    hello = "Hello world"  # three tokens with its EOT: it may fill a shard to the token, and nothing follows
+    cases = [(texts, 1500), (texts, 2222), (texts, 5000), ([hello] * 4, 6), ([hello] * 2, 3), ([hello] * 5, 4)]
+    for documents, size in cases:
         folder = make(documents, shard_size=size, compat="build-nanogpt", val_tokens=None)
         wanted = build_nanogpt_shards(documents, size)
         listed = json.loads((folder / "dataset.json").read_bytes())["shards"]
-        assert [shard["tokens"] for shard in listed] == [len(tokens) for tokens in wanted]
+        assert [shard["split"] for shard in listed] == ["val"] + ["train"] * (len(wanted) - 1)
+        for shard, tokens in zip(listed, wanted, strict=True):
+            data = (folder / shard["file"]).read_bytes()
+            assert list(struct.unpack(f"<{len(tokens)}H", data[1024:])) == tokens
+        assert verify(folder, "full").ok
     with pytest.raises(ValueError, match="nothing is left for training"):
         make([hello] * 2, shard_size=6, compat="build-nanogpt", val_tokens=None)
 

@@ -1,11 +1,15 @@
 """The commands as a person types them."""
 
 import json
+import re
+import time
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from gpt2_data import console
+from gpt2_data.building import estimate
 from gpt2_data.cli import main, size
 
 
@@ -24,7 +28,8 @@ def source(write_jsonl, texts):
 
 def test_build_verify_info_show(run, source, texts, tmp_path):
     out = tmp_path / "out"
-    arguments = ["build", source, "--out", out, "--val-tokens", "1k", "--shard-size", "5k", "--workers", 1]
+    options = ["--val-tokens", "1k", "--shard-size", "5k", "--order", "source", "--workers", 1]
+    arguments = ["build", source, "--out", out, *options]
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
@@ -90,6 +95,7 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
         (["build", source, "--out", tmp_path / "out2", "--shard-size", 0], "shard_size is 0"),
         (["verify", tmp_path / "none"], "is not a dataset"),
         (["info", tmp_path], "is not a dataset"),
+        (["info", source], f"000.jsonl is a file: name its folder, {source.parent}"),
         (["show", tmp_path], "is not a dataset"),
     ]:
         done = run(*arguments)
@@ -98,6 +104,72 @@ def test_what_a_user_can_mend_is_one_line(run, source, tmp_path):
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_shard_size_without_its_m_is_refused(run, source, tmp_path, monkeypatch, dry):
+    monkeypatch.setattr(estimate, "MAX_SHARDS", 1000)
+    done = run("build", source, "--out", tmp_path / "out", "--shard-size", 100, "--workers", 1, *dry)
+    assert done.exit_code == 0
+    done = run("build", source, "--out", tmp_path / "out2", "--shard-size", 10, "--workers", 1, *dry)
+    assert done.exit_code == 1
+    assert "shard_size 10 would make about " in done.stderr
+    assert "shards: take a larger one, such as 100M" in done.stderr
+
+
+def test_a_folder_around_a_dataset_points_to_it(run, make, texts, tmp_path):
+    folder = make(texts)
+    for verb in "info", "show", "verify":
+        done = run(verb, folder.parent)
+        assert done.exit_code == 1
+        assert f"{folder.parent} is not a dataset; {folder} in it is: name that" in done.stderr
+
+
+def test_one_document_is_singular_and_sources_are_not_listed_without_end(run, tmp_path):
+    for i in range(25):
+        (tmp_path / f"{i:02d}.txt").write_text("some text")
+    done = run("build", tmp_path / "00.txt", "--out", tmp_path / "one")
+    assert "tokens of 1 document in 1 shard (" in done.stdout
+    assert (
+        "shards     about 1 of" in run("build", tmp_path / "00.txt", "--out", tmp_path / "x", "--dry-run").stdout
+    )
+    run("build", tmp_path / "*.txt", "--out", tmp_path / "many")
+    info = run("info", tmp_path / "many").stdout
+    assert (info.count("\nsource"), "and 5 more" in info) == (20, True)
+
+
+def test_numbers_are_for_reading():
+    for number, text in {
+        0: "0",
+        9_999: "9,999",
+        38_700_000: "38.7M",
+        9_950_000_000: "9.95B",
+        12_345: "12.3k",
+    }.items():
+        assert console.format_count(number) == text
+    for seconds, text in {
+        0.01: "a second",
+        40: "40 seconds",
+        3000: "50 minutes",
+        12_600: "3.5 hours",
+        10_424.5 * 3600: "434 days",
+    }.items():
+        assert console.format_seconds(seconds) == text
+
+
+def test_a_bar_fits_into_80_columns_and_a_log_says_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    for terminal in False, True:
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("COLUMNS", "80")
+        with console.bar() as show:
+            for done in 0, 38_700_000, 39_700_000:
+                show("tokenizing", done, 266_000_000, "9.2M tokens")
+                time.sleep(0.11)  # tqdm draws ten times a second
+        shown = capsys.readouterr().err
+        lines = shown.split("\r") if terminal else shown.splitlines()
+        assert any(re.search(r"tokenizing:? +15%.*left, 9.2M tokens", line) for line in lines), lines
+        assert max(map(len, lines)) <= 80
 
 
 def test_wrong_usage_is_2(run, tmp_path):

@@ -99,17 +99,13 @@ def test_each_is_read(folder, kind):
         dataset.tokens("test")
 
 
-def test_numpy_itself_writes_what_is_read(folder, tmp_path):
+def test_what_numpy_itself_writes_and_other_versions_of_its_header(folder):
     where = folder({})
-    np.save(where / "edufineweb_train_000001.npy", np.array(STREAM, np.uint16))
-    assert (where / "edufineweb_train_000001.npy").read_bytes() == npy(STREAM)
-    assert open_dataset(where).read("train", 0, 11).tolist() == STREAM
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_other_versions_of_numpys_header(folder, version):
-    dataset = open_dataset(folder({"train_0.npy": npy(STREAM, version=version)}))
-    assert dataset.read("train", 0, 11).tolist() == STREAM
+    np.save(where / "train_1.npy", np.array(STREAM, np.uint16))
+    assert (where / "train_1.npy").read_bytes() == npy(STREAM)
+    for version in 1, 2, 3:
+        dataset = open_dataset(folder({"train_1.npy": npy(STREAM, version=version)}))
+        assert dataset.read("train", 0, 11).tolist() == STREAM
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -141,22 +137,13 @@ def test_the_hash_goes_through_a_large_file(folder):
     assert open_dataset(where).manifest.hash != before
 
 
-def test_only_one_of_nanogpts_files(folder):
-    dataset = open_dataset(folder({"val.bin": u16(BEHIND)}))
-    assert (dataset.tokens("train"), dataset.tokens("val")) == (0, 9)
-    assert dataset.num_documents("train") == 0
-
-
 def test_nanogpts_documents_end_with_their_eot(folder):
-    dataset = open_dataset(folder({"train.bin": u16(BEHIND)}))
-    assert [document.tolist() for document in dataset.documents("train")] == [
-        [1, 2, 50256],
-        [50256],
-        [3, 4, 5, 6, 50256],
-    ]
-    assert [len(document) for document in open_dataset(folder({"train.bin": u16([5, 6])})).documents("train")] == [
-        2
-    ]
+    dataset = open_dataset(folder({"val.bin": u16(BEHIND)}))
+    assert (dataset.tokens("train"), dataset.tokens("val"), dataset.num_documents("train")) == (0, 9, 0)
+    documents = [document.tolist() for document in dataset.documents("val")]
+    assert documents == [[1, 2, 50256], [50256], [3, 4, 5, 6, 50256]]
+    dataset = open_dataset(folder({"train.bin": u16([5, 6])}))
+    assert [document.tolist() for document in dataset.documents("train")] == [[5, 6]]
 
 
 def test_the_rest_of_a_document_is_none(folder):
@@ -180,15 +167,13 @@ def test_megatron_by_the_beginning_of_its_names(folder, tmp_path):
         open_dataset(where / "my")
 
 
-def test_megatron_documents_of_several_sequences(folder):
-    where = folder({"a.bin": u16(STREAM), "a.idx": idx([1, 2, 0, 6, 2], documents=[0, 2, 4, 5, 5])})
+def test_several_megatron_pairs_are_one_stream_and_documents_have_several_sequences(folder):
+    documents = [0, 2, 4, 5, 5]
+    where = folder({"a.bin": u16(STREAM), "a.idx": idx([1, 2, 0, 6, 2], documents=documents)})
+    folder({"b.bin": u16([2, 3]), "b.idx": idx([1, 1])})
     dataset = open_dataset(where)
-    assert [document.tolist() for document in dataset.documents("train")] == [STREAM[:3], STREAM[3:9], STREAM[9:]]
-
-
-def test_several_megatron_pairs_are_one_stream(folder):
-    where = folder({"a.bin": u16([1]), "a.idx": idx([1]), "b.bin": u16([2, 3]), "b.idx": idx([1, 1])})
-    assert [document.tolist() for document in open_dataset(where).documents("train")] == [[1], [2], [3]]
+    wanted = [STREAM[:3], STREAM[3:9], STREAM[9:], [2], [3]]
+    assert [document.tolist() for document in dataset.documents("train")] == wanted
 
 
 def test_an_id_outside_gpt2s_vocabulary(folder):

@@ -8,7 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.disk import write_whole
+from gpt2_data.formats import uint16
 
 
 def shard(count, tokens=(), magic=20240520, version=1):
@@ -17,7 +18,7 @@ def shard(count, tokens=(), magic=20240520, version=1):
 
 def test_a_shard_is_these_bytes():
     file = io.BytesIO()
-    written = formats.write_shard(file, 3, [np.array([50256, 1], np.uint16), np.array([256], np.uint16)])
+    written = uint16.write_shard(file, 3, [np.array([50256, 1], np.uint16), np.array([256], np.uint16)])
     assert file.getvalue() == shard(3, [50256, 1, 256])
     assert file.getvalue()[:12].hex() == "88d834010100000003000000"
     assert file.getvalue()[1024:].hex() == "50c401000001"
@@ -27,11 +28,11 @@ def test_a_shard_is_these_bytes():
 def test_a_sidecar_is_these_bytes(tmp_path):
     path = tmp_path / "a.docs"
     with path.open("wb") as file:
-        formats.write_docs(file, np.array([0, 7], np.int64))
+        uint16.write_docs(file, np.array([0, 7], np.int64))
     assert path.read_bytes() == b"GPT2DOCS" + struct.pack("<4Q", 1, 2, 0, 7)
-    assert formats.check_docs(path) == 2
-    assert formats.read_docs(path).tolist() == [0, 7]
-    assert formats.read_docs(path, 1, 2).tolist() == [7]
+    assert uint16.check_docs(path) == 2
+    assert uint16.read_docs(path).tolist() == [0, 7]
+    assert uint16.read_docs(path, 1, 2).tolist() == [7]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_faulty_shard_is_refused_by_name(tmp_path, data, message):
     path = tmp_path / "train_000001.bin"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
-        formats.check_shard(path)
+        uint16.check_shard(path)
     assert str(path) in str(error.value)
 
 
@@ -71,13 +72,13 @@ def test_a_faulty_sidecar_is_refused_by_name(tmp_path, data, message):
     path = tmp_path / "train_000001.docs"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        formats.check_docs(path)
+        uint16.check_docs(path)
 
 
 def test_a_file_cut_while_it_is_read_is_an_error_not_a_crash(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(shard(3, [1, 2, 3]))
-    files = formats.TokenFiles([formats.TokenFile(path, 3)])
+    files = uint16.TokenFiles([uint16.TokenFile(path, 3)])
     out = np.empty(2, np.uint16)
     files.read_into(out, 0, 1)
     assert out.tolist() == [2, 3]
@@ -90,7 +91,7 @@ def test_few_files_are_open_at_a_time(tmp_path):
     paths = [tmp_path / f"{i}.bin" for i in range(9)]
     for i, path in enumerate(paths):
         path.write_bytes(shard(1, [i]))
-    files = formats.TokenFiles([formats.TokenFile(path, 1) for path in paths], max_open=2)
+    files = uint16.TokenFiles([uint16.TokenFile(path, 1) for path in paths], max_open=2)
     out = np.empty(1, np.uint16)
     for i in [*range(9), 0, 8, 7]:
         files.read_into(out, i, 0)
@@ -101,11 +102,11 @@ def test_few_files_are_open_at_a_time(tmp_path):
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a"
     path.write_text("before")
-    with contextlib.suppress(KeyboardInterrupt), formats.atomic(path, tmp_path) as file:
+    with contextlib.suppress(KeyboardInterrupt), write_whole(path, tmp_path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
-    with formats.atomic(path, tmp_path) as file:
+    with write_whole(path, tmp_path) as file:
         file.write(b"after")
     assert path.read_text() == "after"

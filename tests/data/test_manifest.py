@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_data import BuildConfig, build, open_dataset, verify
-from gpt2_data.formats import manifest
+from gpt2_data.formats import manifest, verification
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def folder(built, tmp_path):
 
 def test_written_the_same_way_and_named_by_its_hash(folder):
     data = (folder / "dataset.json").read_bytes()
-    made = manifest.load(folder)
-    assert made.to_bytes() == data
-    assert made.hash == hashlib.sha256(data).hexdigest()
+    dataset = manifest.load(folder)
+    assert dataset.to_bytes() == data
+    assert dataset.hash == hashlib.sha256(data).hexdigest()
     content = json.loads(data)
     assert content["format_version"] == 1
     assert content["tokenizer"]["name"] == "gpt2"
@@ -150,7 +150,7 @@ def test_blocks_do_not_matter(folder, monkeypatch):
     problems = verify(folder, "full").problems
     assert problems == ("train_000001.bin: token 300 is 65535, not below 50257",)
     for block in 2, 6, 1024, 6000:
-        monkeypatch.setattr(manifest, "_BLOCK", block)
+        monkeypatch.setattr(verification, "_BLOCK", block)
         assert verify(folder, "full").problems == problems
 
 
@@ -186,70 +186,6 @@ def test_a_foreign_tokenizer_is_refused_by_name(folder, path, value, key):
     assert message in verify(folder, "fast").problems
     with pytest.raises(ValueError, match=re.escape(message)):
         open_dataset(folder)
-
-
-def test_a_dataset_as_the_first_version_wrote_it(tmp_path):
-    tokens, docs = struct.pack("<3H", 50256, 5, 6), b"GPT2DOCS" + struct.pack("<3Q", 1, 1, 0)
-    data = struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + tokens
-    (tmp_path / "train_000000.bin").write_bytes(data)
-    (tmp_path / "train_000000.docs").write_bytes(docs)
-    hashes = [hashlib.sha256(part).hexdigest() for part in (docs, data, tokens)]
-    (tmp_path / "dataset.json").write_text(FIRST_VERSION % tuple(hashes))
-    assert verify(tmp_path, "full").problems == ()
-    assert open_dataset(tmp_path).document("train", 0).tolist() == [50256, 5, 6]
-
-
-FIRST_VERSION = """{
-  "format_version": 1,
-  "options": {
-    "format": "uint16",
-    "limit_docs": null,
-    "order": "source",
-    "seed": null,
-    "shard_size": 100,
-    "val_tokens": 0
-  },
-  "shards": [
-    {
-      "bytes": 1030,
-      "docs": {
-        "bytes": 32,
-        "file": "train_000000.docs",
-        "sha256": "%s"
-      },
-      "documents": 1,
-      "file": "train_000000.bin",
-      "max_token": 50256,
-      "sha256": "%s",
-      "split": "train",
-      "tokens": 3,
-      "tokens_sha256": "%s"
-    }
-  ],
-  "source": {},
-  "tokenizer": {
-    "eot": 50256,
-    "name": "gpt2",
-    "vocab_size": 50257,
-    "vocabulary_sha256": {
-      "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-      "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    }
-  },
-  "totals": {
-    "train": {
-      "documents": 1,
-      "shards": 1,
-      "tokens": 3
-    },
-    "val": {
-      "documents": 0,
-      "shards": 0,
-      "tokens": 0
-    }
-  }
-}
-"""
 
 
 def change(folder, **changes):

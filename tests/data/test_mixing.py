@@ -23,9 +23,9 @@ def test_weights_become_integers_without_a_rounding_error():
         ([np.float64(0.25), np.float32(0.5)], [1, 2]),
         ([1e-3, 1], [1, 1000]),
     ]:
-        found = integer_weights(weights)
-        assert [Fraction(a, found[0]) for a in found] == [Fraction(a, integers[0]) for a in integers]
-        assert np.gcd.reduce(found) == 1
+        smallest = integer_weights(weights)
+        assert [Fraction(a, smallest[0]) for a in smallest] == [Fraction(a, integers[0]) for a in integers]
+        assert np.gcd.reduce(smallest) == 1
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "much", None])

@@ -54,10 +54,13 @@ def loaded(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_the_batches_are_those_of_the_loader(folder, depth):
-    expected = copies(loader_of(folder), 80)
-    with loader_of(folder).prefetch(depth) as batches:
+@pytest.mark.parametrize(
+    ("depth", "options"),
+    [(1, {}), (2, {"rank": 1, "world_size": 2}), (2, {"order": "build-nanogpt"}), (5, {"order": "sequential"})],
+)
+def test_the_batches_are_those_of_the_loader(folder, depth, options):
+    expected = copies(loader_of(folder, **options), 80)
+    with loader_of(folder, **options).prefetch(depth) as batches:
         assert iter(batches) is batches
         assert np.array_equal(copies(batches, 80), expected)
 
@@ -102,16 +105,6 @@ def test_the_state_is_where_the_consumer_is(folder, loaded):
         assert np.array_equal(copies(batches, 5), expected[15:20])
 
 
-def test_ranks_and_orders_are_prefetched_too(folder):
-    for options in (
-        {"rank": 1, "world_size": 2},
-        {"order": "sequential"},
-        {"order": "build-nanogpt", "seq_len": 20},
-    ):
-        with loader_of(folder, **options).prefetch() as batches:
-            assert np.array_equal(copies(batches, 30), copies(loader_of(folder, **options), 30))
-
-
 def until_error(batches):
     """The batches before an error, and it."""
     taken = []
@@ -129,32 +122,34 @@ def test_an_error_comes_in_its_place_with_its_words(folder):
     os.truncate(folder / "train_000002.bin", 1524)  # 250 of its tokens are left, after 2222 of the shards before
     batches = prefetched.prefetch(2)
     next(batches)
-    expected, told = until_error(plain)
+    expected, reason = until_error(plain)
     taken, error = until_error(batches)
     assert len(taken) == len(expected) == 2472 // 200 - 1
     assert np.array_equal(taken, expected)
     assert isinstance(error, ValueError)
     assert "train_000002.bin: cut short while it was read, at token" in str(error)
-    assert str(error) == str(told)
+    assert str(error) == str(reason)
     assert batches.state() == plain.state()
     with pytest.raises(ValueError, match="this prefetch is closed"):
         next(batches)
 
 
 def test_buffers_are_the_callers(folder):
-    made = []
+    arrays = []
 
     def allocate(shape, dtype):
-        made.append(np.full(shape, -1, dtype))
-        return made[-1]
+        arrays.append(np.full(shape, -1, dtype))
+        return arrays[-1]
 
     with loader_of(folder).prefetch(2, allocate) as batches:
         for _ in range(10):
-            assert all(any(array is own for own in made) for array in next(batches))
-    assert len(made) == 8
+            assert all(any(array is own for own in arrays) for array in next(batches))
+    assert len(arrays) == 8
     batches = loader_of(folder).prefetch(2, lambda shape, dtype: np.empty(3, dtype))
     with pytest.raises(ValueError, match=r"arrays of shapes \(3,\) and \(3,\)"):
         next(batches)
+    with pytest.raises(ValueError, match="prefetch depth 0 must be 1 or more"):
+        loader_of(folder).prefetch(0)
 
 
 def test_a_loader_that_was_moved_meanwhile_is_noticed(folder):
@@ -223,8 +218,3 @@ def test_a_process_that_closes_nothing_ends(folder, end):
     )
     done = subprocess.run([sys.executable, "-c", code, folder], timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_depth_of_nothing_is_refused(folder):
-    with pytest.raises(ValueError, match="prefetch depth 0 must be 1 or more"):
-        loader_of(folder).prefetch(0)

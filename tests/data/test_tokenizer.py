@@ -112,3 +112,10 @@ def test_an_altered_vocabulary_is_refused(monkeypatch):
 def test_both_files_of_the_vocabulary_are_openai_s():
     assert len(tokenizer._vocabulary_file("encoder.json")) == 1042301
     assert len(tokenizer._vocabulary_file("vocab.bpe")) == 456318
+
+
+def test_the_vocabulary_is_read_where_it_lies(monkeypatch, tmp_path):
+    """Nothing is copied into a cache, which may be read-only."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert len(tokenizer.token_ranks.__wrapped__()) == tokenizer.VOCAB_SIZE - 1

@@ -1,4 +1,4 @@
-"""A folder with all that the pages' commands ask for, in small: datasets, a model, its checkpoints, test items."""
+"""A folder with small versions of what the pages' commands use: datasets, a model, runs, test items."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ COMMIT = "0" * 40
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """What no command changes: `model`, `dataset`, `hub`, and HellaSwag-format items."""
+    """Create what no command changes: `model`, `dataset`, `hub`, and items in HellaSwag's format."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder / "model")
@@ -36,25 +36,16 @@ def prepared(tmp_path_factory):
     for out, limit in (("dataset", None), ("other", 50)):
         options = {"sources": (str(texts / "all.jsonl"),), "val_tokens": 12_000, "workers": 1, "limit_docs": limit}
         build(BuildConfig(out=folder / out, **options))
-    item = {
-        "activity_label": "Cooking",
+    item = {"activity_label": "Cooking", "ctx": "A pot boils. a woman", "split": "val", "source_id": "own"}
+    item |= {
         "ctx_a": "A pot boils.",
         "ctx_b": "a woman",
-        "ctx": "A pot boils. a woman",
+        "endings": ["adds salt.", "sings.", "leaves.", "naps."],
     }
-    item |= {"endings": ["adds salt.", "sings.", "leaves.", "sleeps."], "split": "val", "source_id": "own"}
     rows = [json.dumps(item | {"ind": ind, "label": ind % 4}) for ind in range(3)]
     (folder / "hellaswag_val.jsonl").write_text("\n".join(rows) + "\n")
-    scored = [
-        "hellaswag",
-        "-m",
-        folder / "model",
-        "--data",
-        folder / "hellaswag_val.jsonl",
-        "--out",
-        folder / "items",
-    ]
-    CliRunner().invoke(gpt2_eval, [str(word) for word in scored], catch_exceptions=False)
+    scored = f"hellaswag -m {folder}/model --data {folder}/hellaswag_val.jsonl --out {folder}/items"
+    CliRunner().invoke(gpt2_eval, scored.split(), catch_exceptions=False)
     for name in HUB_NAMES:
         cached = folder / "hub" / f"models--{name}"
         shutil.copytree(folder / "model", cached / "snapshots" / COMMIT)
@@ -65,7 +56,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def sandbox(prepared, tmp_path, monkeypatch, request):
-    """A working directory for one page, with links to what is prepared, and the hub's models in the cache."""
+    """Create a working directory for one page, linked to `prepared`, with the hub's models in a cache."""
     for name in ("data/fineweb-edu", "data/web", "data/books", "DATA"):
         link = tmp_path / name
         link.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Markdown pages as the tests take them apart: code blocks, and the commands of shell blocks."""
+"""The pages, their code blocks, and the commands in their shell blocks."""
 
 import re
 import shlex
@@ -14,18 +14,18 @@ def name_of(page: Path) -> str:
 
 
 def fenced(page: Path) -> list[tuple[str, str]]:
-    """Language and text of each code block, in order."""
+    """Return the language and text of each code block, in order."""
     text = page.read_text(encoding="utf-8")
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a language, in order."""
+    """Return the code blocks of a language, in order."""
     return [text for its, text in fenced(page) if its == language]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The command lines of the page's shell blocks, and of those that show a prompt, as words."""
+    """Return the words of each command in a shell block or after a prompt."""
     lines = []
     for language, block in fenced(page):
         if language == "sh" and not block.startswith("#!"):  # a script is for a cluster

@@ -1,7 +1,6 @@
-"""Every command and snippet of the pages runs, on small data and models; what cannot is read by its parser.
+"""Run every command and snippet of the pages, in order, on small data and models, in one directory per page.
 
-Each page has a working directory of its own, and its commands run in their order. Not run are those that need the
-internet, a cluster, or minutes; theirs are the words that `only_read` lists, each with its reason.
+Commands that need the internet or a cluster are only parsed; `only_read` lists them, each with its reason.
 """
 
 import ast
@@ -20,7 +19,7 @@ from click.testing import CliRunner
 from pages import PAGES, ROOT, blocks, commands, name_of
 
 CHECKPOINT = re.compile(r"runs/[\w-]+/checkpoints/step-\d+")
-SMALL = [  # of snippets: the work, not what is shown
+SMALL = [  # replacements that make the work of a snippet small
     (r"range\(\d+\)", "range(1)"), (r"range\(max_steps\)", "range(1)"), (r"batch_size=32", "batch_size=2"),
     (r"seq_len=(512|1024)", "seq_len=64"), (r"max_new_tokens=\d+", "max_new_tokens=3"),
     (r'load_config\(recipe="124M"\)', 'load_config("small.toml")'), (r"tokens=100_000", "tokens=2_000"),
@@ -89,8 +88,11 @@ def test_the_kubernetes_job_starts_what_its_pods_are_for(sandbox, monkeypatch) -
 
 
 def run(words, patch) -> None:
-    """Run a command of ours in this process, or have its parser read it; check what others name of us."""
+    """Run a command of ours in this process, or parse it; check the names in the commands of others."""
     program, *rest = [CHECKPOINT.sub("model", word) for word in words]
+    for number, word in enumerate(rest[1:], 1):
+        if rest[number - 1] == "-m" and word.startswith("runs/") and not Path(word, "checkpoints").exists():
+            rest[number] = "model"  # a run that the page does not train
     typed = None
     if program == "echo":
         cut = rest.index("|")
@@ -118,16 +120,17 @@ def run(words, patch) -> None:
 
 
 def of_ours(program, words, typed) -> None:
-    if "..." in words:  # "what stood above, and"
+    if "..." in words:  # stands for the options above
         cut = words.index("...")
         words = [*words[:cut], "--data", "data/fineweb-edu", "--out", "runs/more", *words[cut + 1 :]]
     command = import_module(f"{program.replace('-', '_')}.cli").main
     if only_read(program, words):
         return read(command, words)
-    result = CliRunner().invoke(command, words + small(program, words), input=typed)
+    words = small(program, words)
+    result = CliRunner().invoke(command, words, input=typed)
     line = f"{program} {' '.join(words)}"
-    if program == "gpt2-train" and "--dry-run" in small(program, words):
-        # A plan says by its exit code that this machine is too small for it.
+    if program == "gpt2-train" and "--dry-run" in words:
+        # Exit code 1 means that this machine is too small for the plan.
         assert result.exit_code in (0, 1), line + result.output
         assert "parameters" in result.output, line + result.output
         assert "Error" not in result.output or "memory" in result.output or "GB" in result.output, result.output
@@ -136,7 +139,7 @@ def of_ours(program, words, typed) -> None:
 
 
 def only_read(program, words) -> str | None:
-    """Why a command cannot run here; None if it can."""
+    """Return why a command cannot run here, or None if it can."""
     if program == "gpt2-data" and words[0] == "build":
         sources = [word for word in words[1:] if word.startswith(("pydocs", "texts/"))]
         if not sources or "--engine" in words:
@@ -151,23 +154,29 @@ def only_read(program, words) -> str | None:
 
 
 def small(program, words) -> list[str]:
-    """Options that leave of a command's work what a test has time for; the last of an option counts."""
+    """Return the words of a command with options that leave little work, in place of its own."""
+    options: dict[str, str] = {}
     if program == "gpt2-train" and "n_layer=4" in words and "--dry-run" not in words:
-        less = ["--steps", "2", "--warmup", "1", "--batch-tokens", "512", "--eval-tokens", "512"]
-        return [*less, "--seq-len", "64", "--num-samples", "1", "--hang-seconds", "0"]
-    if program == "gpt2-train":
-        return ["--dry-run", "--device", "cpu"]
-    if program == "gpt2-model" and words[0] == "generate":
-        return ["--max-new-tokens", "3"]
-    if program == "gpt2-eval" and words[0] == "hellaswag":
-        return ["--data", "hellaswag_val.jsonl", "-d", "cpu"]
-    if program == "gpt2-eval" and words[0] == "loss":
-        return ["--tokens", "5000"]
-    return []
+        options = {"--steps": "2", "--warmup": "1", "--batch-tokens": "512", "--eval-tokens": "512"}
+        options |= {"--seq-len": "64", "--num-samples": "1", "--hang-seconds": "0"}
+    elif program == "gpt2-train":
+        words = [*(word for word in words if word != "--dry-run"), "--dry-run"]
+        options = {"--device": "cpu"}
+    elif program == "gpt2-model" and words[0] == "generate":
+        options = {"--max-new-tokens": "3"}
+    elif program == "gpt2-eval" and words[0] == "hellaswag":
+        options = {"--data": "hellaswag_val.jsonl", "-d": "cpu"}
+    elif program == "gpt2-eval" and words[0] == "loss":
+        options = {"--tokens": "5000"}
+    for option, value in options.items():
+        if option in words:  # an option that is given twice is refused
+            words = words[: words.index(option)] + words[words.index(option) + 2 :]
+        words = [*words, option, value]
+    return words
 
 
 def read(command, words) -> None:
-    """Have click read a command line without running it."""
+    """Parse a command line without running it."""
     with command.make_context("", list(words)) as context:
         if isinstance(command, click.Group):
             name, sub, rest = command.resolve_command(context, context._protected_args + context.args)
@@ -192,7 +201,7 @@ def of_python(words) -> None:
 
 
 def check_installation(words) -> None:
-    """The folders that `pip install` names are packages, and have the extras."""
+    """Check that the folders of `pip install` are packages and have the extras."""
     for word in words[1:]:
         name, _, extras = word.removesuffix("]").partition("[")
         folder = ROOT / name if name.startswith("./") else ROOT / "packages" / name

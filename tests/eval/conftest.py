@@ -86,13 +86,29 @@ def model_folder(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reference(model_folder):
+    """Ids -> log p of each but the first: transformers' GPT-2, one text at a time, without any shortcut."""
+    from transformers import GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(model_folder).eval()
+
+    def log_probs(ids):
+        batch = torch.tensor([ids])
+        with torch.no_grad():
+            table = theirs(batch[:, :-1]).logits[0].log_softmax(-1)
+        return table.gather(1, batch[0, 1:, None])[:, 0].double().numpy()
+
+    return log_probs
+
+
+@pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     texts = [f"Document {i} says: café, 豆腐, and {i * i} more words. " * (1 + i % 5) for i in range(40)]
     source = folder / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     out = folder / "built"
-    build(BuildConfig(sources=(str(source),), out=out, shard_size=300, val_tokens=1000, workers=1))
+    build(BuildConfig(sources=(str(source),), out=out, shard_size=300, val_tokens=1000, workers=1, order="source"))
     return out
 
 
@@ -117,7 +133,7 @@ def uniform():
     return Uniform()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment():
     """Of a real process: modules are found as this one finds them, and one thread, as torchrun sets it."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

@@ -1,12 +1,12 @@
 """The commands as a person runs them, on one process and under torchrun."""
 
 import json
-import resource
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
+from lm_eval.tasks import TaskManager
 
 from gpt2_eval.cli import main
 
@@ -15,29 +15,25 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_hellaswag_table(model_folder, items_file):
-    result = run("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert [line.split()[:2] for line in lines[1:6]] == [
-        ["karpathy", "acc"],
-        ["karpathy", "acc_norm"],
-        ["lm-eval", "acc"],
-        ["lm-eval", "acc_norm"],
-        ["lm-eval", "acc_bytes"],
-    ]
-    assert "17 items of HellaSwag" in result.stdout
-    assert "PARTIAL" not in result.stdout
-    assert "Not the published file" in result.stdout
+def test_hellaswag(model_folder, items_file, tmp_path):
+    common = ("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
+    table = run(*common)
+    assert table.exit_code == 0, table.output
+    lines = table.stdout.splitlines()
+    assert [" ".join(line.split()[:2]) for line in lines[1:6]] == [
+        "karpathy acc", "karpathy acc_norm", "lm-eval acc", "lm-eval acc_norm", "lm-eval acc_bytes",
+    ]  # fmt: skip
+    assert "17 items of HellaSwag" in table.stdout
+    assert "PARTIAL" not in table.stdout
+    assert "Not the published file (SHA-256" in table.stdout
+    partial = run(*common, "--limit", 5, "--protocol", "karpathy").stdout
+    assert "PARTIAL: the first 5 of 17 items; not comparable" in partial
+    assert "lm-eval  " not in partial
 
-
-def test_hellaswag_json_and_records(model_folder, items_file, tmp_path):
     out = tmp_path / "items.jsonl"
-    result = run("hellaswag", "-m", model_folder, "--data", items_file, "--limit", 9, "--out", out, "--json")
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
+    document = json.loads(run(*common, "--limit", 9, "--out", out, "--json").stdout)
     assert (document["task"], document["items"], document["partial"]) == ("hellaswag", 9, True)
-    assert len(document["data_sha256"]) == 64
+    assert (len(document["data_sha256"]), document["published_file"]) == (64, False)
     assert set(document["karpathy"]) >= {"acc", "acc_norm", "stderr"}
     assert set(document["lm-eval"]) >= {"acc", "acc_norm", "acc_bytes", "stderr"}
     assert document["karpathy"]["stderr"] == document["karpathy"]["acc_norm_stderr"]
@@ -46,17 +42,8 @@ def test_hellaswag_json_and_records(model_folder, items_file, tmp_path):
     for record in records:
         assert set(record) == {"ind", "label", "hash", "karpathy", "lm-eval"}
         assert {kind: len(values) for kind, values in record["karpathy"].items()} == {"sum": 4, "mean": 4}
-        assert {kind: len(values) for kind, values in record["lm-eval"].items()} == {
-            "sum": 4,
-            "char": 4,
-            "byte": 4,
-        }
-
-
-def test_hellaswag_partial_says_so(model_folder, items_file):
-    result = run("hellaswag", "-m", model_folder, "--data", items_file, "--limit", 5, "--protocol", "karpathy")
-    assert "PARTIAL: the first 5 of 17 items; not comparable" in result.stdout
-    assert "lm-eval  " not in result.stdout
+        lengths = {kind: len(values) for kind, values in record["lm-eval"].items()}
+        assert lengths == {"sum": 4, "char": 4, "byte": 4}
 
 
 def test_loss(model_folder, dataset_folder):
@@ -74,8 +61,10 @@ def test_loss(model_folder, dataset_folder):
     assert "val is smaller than the 10,485,760 tokens asked for" in whole.stdout
 
 
-def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_path):
-    hellaswag = ("hellaswag", "-m", model_folder, "--data")
+def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_path, monkeypatch):
+    # To list the harness' thousands of tasks takes it ten seconds.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    hellaswag, loss = ((name, "-m", model_folder, "--data") for name in ("hellaswag", "loss"))
     (tmp_path / "bad.jsonl").write_text("{\n")
     for arguments, message in [
         ((*hellaswag, tmp_path / "none.jsonl"), "no file"),
@@ -84,13 +73,13 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
         ((*hellaswag, items_file, "--out", tmp_path), "is a folder"),
         ((*hellaswag, items_file, "--out", items_file), "is the file of --data"),
         ((*hellaswag, items_file, "--out", "/dev/full"), "is a device"),
-        (("lm-eval", "-m", model_folder, "--tasks", "nonsense,sciq"), "has no task nonsense:"),
         ((*hellaswag, items_file, "--out", tmp_path / "no" / "items.jsonl"), "does not exist"),
         ((*hellaswag, items_file, "-d", "abacus"), "no device 'abacus'"),
         (("hellaswag", "-m", tmp_path / "none", "--data", items_file), "none"),
-        (("loss", "-m", model_folder, "--data", tmp_path / "none"), "none"),
-        (("loss", "-m", model_folder, "--data", dataset_folder, "--split", "test"), "test"),
-        (("loss", "-m", model_folder, "--data", dataset_folder, "--seq-len", "999"), "seq_len must be 1 to 128"),
+        (("lm-eval", "-m", model_folder, "--tasks", f"nonsense,{items_file}"), "has no task nonsense:"),
+        ((*loss, tmp_path / "none"), "none"),
+        ((*loss, dataset_folder, "--split", "test"), "test"),
+        ((*loss, dataset_folder, "--seq-len", "999"), "seq_len must be 1 to 128"),
     ]:
         result = run(*arguments)
         assert result.exit_code == 1, (arguments, result.output)
@@ -99,52 +88,46 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
         assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("size", ["0", "ten", "1.2", "-5", "1T"])
-def test_bad_sizes_are_wrong_usage(size):
-    result = run("loss", "-m", "x", "--data", "y", "--tokens", size)
-    assert result.exit_code == 2
-    assert "is not a whole number such as" in result.stderr or "is too small: the smallest is 1" in result.stderr
-
-
 @pytest.mark.parametrize(
-    "arguments",
+    ("command", "message"),
     [
-        ["hellaswag"],
-        ["hellaswag", "-m", "x", "--hf", "y"],
-        ["hellaswag", "-m", "x", "--limit", "0"],
-        ["loss", "-m", "x"],
-        ["task", "-m", "x"],
-        ["task", "nonsense", "-m", "x"],
-        ["task", "wikitext2", "-m", "x", "--limit", "3"],
-        ["task", "piqa", "-m", "x", "--stride", "3"],
-        ["compare", "one.jsonl"],
-        ["--nonsense"],
+        *[(f"loss -m x --data y --tokens {size}", "is not a whole number") for size in ("ten", "1.2", "-5", "1T")],
+        ("loss -m x --data y --tokens 0", "is too small: the smallest is 1"),
+        ("loss -m x", "Missing option '--data'"),
+        ("loss -m x --data y -m z", "--model is given 2 times: give it once"),
+        ("hellaswag", "give one of --model"),
+        ("hellaswag -m x --hf y", "give one of --model"),
+        ("hellaswag -m x --limit 0", "0 is not in the range"),
+        ("task -m x", "Missing argument 'NAME'"),
+        ("task mmlu -m x", "'mmlu' is not one of"),
+        ("task wikitext2 -m x --limit 3", "is one text"),
+        ("task ptb -m x --out y", "is one text"),
+        ("task piqa -m x --stride 3", "has no windows"),
+        ("compare one.jsonl", "Missing argument 'B'"),
+        ("--nonsense", "No such option"),
     ],
 )
-def test_wrong_usage(arguments):
-    assert run(*arguments).exit_code == 2
+def test_wrong_usage(command, message):
+    result = run(*command.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_ctrl_c_says_how_to_resume(model_folder, items_file, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2_eval.hellaswag.score_items", interrupt)
+    common, out = ("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu"), tmp_path / "out.jsonl"
+    stopped = run(*common, "--out", out)
+    assert stopped.exit_code == 130
+    assert f"stopped: the same command resumes, from the scores beside {out}" in stopped.stderr
+    assert (run(*common).exit_code, run(*common).stderr.strip()) == (130, "")
 
 
 def test_debug_shows_the_traceback(items_file, tmp_path):
     result = run("--debug", "hellaswag", "-m", "x", "--data", tmp_path / "none.jsonl")
     assert isinstance(result.exception, FileNotFoundError)
-
-
-def test_help_is_fast_and_without_torch(environment):
-    seconds = []
-    for command in (["-h"], ["hellaswag", "-h"], ["loss", "--help"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "gpt2_eval", *command],
-            capture_output=True, text=True, env=environment, timeout=120,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert result.returncode == 0
-        assert "gpt2-eval" in result.stdout
-        loaded = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-        assert not {"torch", "numpy", "pyarrow"} & loaded
-    assert min(seconds) < 0.5  # of the processor's time: others may hold the cores
 
 
 @pytest.mark.parametrize(

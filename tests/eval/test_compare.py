@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from gpt2_eval import evaluate_hellaswag, evaluate_loss
 from gpt2_eval.cli import main
-from gpt2_eval.compare import compare, mcnemar
+from gpt2_eval.compare import Comparison, compare, mcnemar, verdict
 from gpt2_eval.report import write_records
 
 
@@ -47,6 +47,24 @@ def test_changed_answers_need_not_be_right(tmp_path):
     assert (found["acc"].changed, found["acc"].only_a, found["acc"].only_b) == (2, 1, 1)
 
 
+def test_verdict(tmp_path):
+    """Chance explains 10 against 25 items in 1.7 % of cases, 10 against 20 in 9.9 %; of losses, less is better."""
+    a = write(tmp_path / "a.jsonl", task_records(range(40)))
+    metrics = {
+        last: compare(a, write(tmp_path / "b.jsonl", task_records(range(10, last))))[1]["acc"] for last in (65, 60)
+    }
+    better, same = metrics[65], metrics[60]
+    assert verdict({"acc": better}) == "B is better than A by acc (at a level of 5 %)."
+    assert verdict({"acc": same}).startswith("No difference is shown at this size")
+    assert verdict({"acc": better, "acc_norm": same}).startswith(
+        "B is better than A by acc; by the others no difference is shown"
+    )
+    worse, close = (Comparison(2.0, 2.1, 0.1, stderr) for stderr in (0.05, 0.06))
+    assert verdict({"loss": worse}).startswith("A is better than B by loss")
+    assert verdict({"loss": close, "x": Comparison(1, 2, 1, math.nan)}).startswith("No difference")
+    assert verdict({"acc": better, "nats": worse}).startswith("A is better by nats, B by acc")
+
+
 def test_mcnemar():
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(5, 5) == 1.0
@@ -82,6 +100,7 @@ def test_hellaswag_and_loss(model, items_file, dataset, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"{losses[0].loss:.4f}" in done.stdout
     document = json.loads(CliRunner().invoke(main, ["compare", *map(str, paths), "--json"]).stdout)
+    assert document["verdict"] in done.stdout
     assert document["loss"]["difference"] == pytest.approx(found["loss"].difference)
 
 

@@ -6,28 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
 
 from gpt2_eval import evaluate_loss
 from gpt2_eval.loss import bytes_per_token
 from gpt2_model import EOT, get_tokenizer
 
 
-def loss_of_each_window(reference, ids, seq_len):
-    """Nats of every target token, window by window, the tokens before a window unseen."""
-    windows = []
-    for start in range(0, len(ids) - 1, seq_len):
-        window = torch.tensor([ids[start : start + seq_len + 1].tolist()])
-        with torch.no_grad():
-            log_probs = reference(window[:, :-1]).logits[0].log_softmax(-1)
-        windows.append(-log_probs.gather(1, window[0, 1:, None])[:, 0].double().numpy())
-    return windows
-
-
 @pytest.mark.parametrize(("tokens", "seq_len"), [(640, 64), (700, 64), (300, 128), (50, 128)])
-def test_equals_a_plain_loop(model, model_folder, dataset, tokens, seq_len):
+def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len):
     ids = dataset.read("val", 0, tokens + 1)
-    windows = loss_of_each_window(GPT2LMHeadModel.from_pretrained(model_folder).eval(), ids, seq_len)
+    windows = [-reference(ids[start : start + seq_len + 1].tolist()) for start in range(0, len(ids) - 1, seq_len)]
     result = evaluate_loss(model, dataset, tokens=tokens, seq_len=seq_len, batch_size=3)
     nats = np.concatenate(windows)
     assert (result.tokens, result.tokens_requested) == (tokens, tokens)
@@ -45,13 +33,12 @@ def test_equals_a_plain_loop(model, model_folder, dataset, tokens, seq_len):
         assert math.isnan(result.stderr)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_batch_size_changes_nothing(model, dataset, batch_size):
-    found = evaluate_loss(model, dataset, tokens=900, seq_len=64, batch_size=batch_size)
+def test_batch_size_changes_nothing(model, dataset):
     expected = evaluate_loss(model, dataset, tokens=900, seq_len=64, batch_size=7)
-    assert found.loss == pytest.approx(expected.loss, abs=1e-6)
-    assert found.stderr == pytest.approx(expected.stderr, abs=1e-6)
-    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, abs=1e-6)
+    for batch_size in (1, 4, 64):
+        result = evaluate_loss(model, dataset, tokens=900, seq_len=64, batch_size=batch_size)
+        for name in ("loss", "stderr", "bits_per_byte"):
+            assert getattr(result, name) == pytest.approx(getattr(expected, name), abs=1e-6)
 
 
 def test_small_split_is_scored_whole(model, dataset):

@@ -1,4 +1,4 @@
-"""With real processes: batch size, order, shared beginnings and the number of ranks change no score."""
+"""With real processes: batch size, order, shared beginnings, ranks and kills change no score; all ranks stop."""
 
 import json
 import os
@@ -17,35 +17,51 @@ from gpt2_eval.cli import main
 pytestmark = pytest.mark.slow
 
 WORKER = """
-import json, os, sys
+import json, sys
 from itertools import product
 import numpy as np
 import torch
 import torch.distributed as dist
-from gpt2_eval import load_hellaswag, score_items
+from gpt2_data import open_dataset
+from gpt2_eval import Interrupted, evaluate_hellaswag, evaluate_loss, load_hellaswag, score_items
 from gpt2_eval.ranks import gather_records
 from gpt2_model import GPT
 
-model, items, out = sys.argv[1:]
+model, file, data, out = sys.argv[1:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-model, rank = GPT.from_pretrained(model), dist.get_rank()
-items = [item.rows[name] for item in load_hellaswag(items).items for name in ("karpathy", "lm-eval")]
+model, dataset = GPT.from_pretrained(model), open_dataset(data)
+rank, ranks = dist.get_rank(), dist.get_world_size()
+items = [item.rows[name] for item in load_hellaswag(file).items for name in ("karpathy", "lm-eval")]
 order = np.random.default_rng(1).permutation(len(items)).tolist()
-results = {}
+scores = {}
 for batch_size, share, shuffled in product((None, 1, 8), (True, False), (False, True)):
     chosen = [items[i] for i in order] if shuffled else items
     scored = score_items(model, chosen, batch_size=batch_size, share_prefixes=share)
     if shuffled:
         scored = [scored[order.index(i)] for i in range(len(items))]
-    results[f"{batch_size} {share} {shuffled}"] = [[row.logprob for row in item] for item in scored]
+    scores[f"{batch_size} {share} {shuffled}"] = [[row.logprob for row in item] for item in scored]
 try:
-    gather_records({0: 1.0, 1 + rank: 2.0}, 1 + dist.get_world_size())
+    gather_records({0: 1.0, 1 + rank: 2.0}, 1 + ranks)
     doubled = "not noticed"
 except RuntimeError as error:
     doubled = str(error)
+stopped = []
+for told in (0, ranks - 1, None):  # the rank that is told to stop, at its second batch; the others go on
+    for evaluate in (
+        lambda stop: sum(item[0].logprob for item in score_items(model, items, batch_size=4, stop=stop)),
+        lambda stop: evaluate_hellaswag(model, file, batch_size=4, stop=stop).metrics["karpathy"]["acc"].value,
+        lambda stop: evaluate_loss(model, dataset, seq_len=64, batch_size=1, stop=stop).loss,
+    ):
+        asked = []
+        try:
+            stopped.append(evaluate(lambda: asked.append(1) or (rank == told and len(asked) == 2)))
+        except Interrupted:
+            stopped.append(f"interrupted after {len(asked)}")
+everyones = [None] * ranks
+dist.all_gather_object(everyones, stopped)
 if rank == 0:
-    json.dump({"scores": results, "doubled": doubled}, open(out, "w"))
+    json.dump({"scores": scores, "doubled": doubled, "stopped": everyones}, open(out, "w"))
 dist.destroy_process_group()
 """
 
@@ -64,28 +80,44 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_no_score_changes(model_folder, items_file, environment, tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    by_ranks = {}
-    for ranks in (1, 2, 3):
-        out = tmp_path / f"{ranks}.json"
+@pytest.fixture(scope="module")
+def by_ranks(model_folder, items_file, dataset_folder, environment, tmp_path_factory):
+    """Number of ranks -> what they wrote."""
+    folder, results = tmp_path_factory.mktemp("ranks"), {}
+    (folder / "worker.py").write_text(WORKER)
+    for ranks in (1, 3):
+        out = folder / f"{ranks}.json"
         result = subprocess.run(
-            torchrun(ranks, worker, model_folder, items_file, out),
+            torchrun(ranks, folder / "worker.py", model_folder, items_file, dataset_folder, out),
             env=environment, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-        by_ranks[ranks] = json.loads(out.read_text())
+        results[ranks] = json.loads(out.read_text())
+    return results
+
+
+def test_no_score_changes(by_ranks):
     one = by_ranks[1]["scores"]
-    assert by_ranks[2]["scores"] == by_ranks[3]["scores"] == one  # to the bit, each way of batching
+    assert by_ranks[3]["scores"] == one  # to the bit, each way of batching
     expected = np.array(one["1 False False"])
     assert expected.std() > 1
     for scores in one.values():
         np.testing.assert_allclose(scores, expected, rtol=0, atol=2e-4)
         assert (np.argmax(scores, axis=1) == np.argmax(expected, axis=1)).all()
     assert by_ranks[1]["doubled"] == "not noticed"  # nothing is: one rank has each record once
-    for ranks in (2, 3):
-        assert f"{1 + ranks} records expected, each once" in by_ranks[ranks]["doubled"]
+    assert "4 records expected, each once" in by_ranks[3]["doubled"]
+
+
+def test_all_ranks_stop_when_one_is_told_to(by_ranks):
+    """None hangs, none has a number, and the next evaluation of the same ranks is whole and right."""
+    outcomes = by_ranks[3]["stopped"]
+    for told, place in ((0, 0), (2, 3)):
+        for rank, lines in enumerate(outcomes):
+            asked = [int(line.removeprefix("interrupted after ")) for line in lines[place : place + 3]]
+            # The one told stops at its second batch; the others only learn of it at the end.
+            assert asked == [2, 2, 2] if rank == told else min(asked) > 2
+    assert outcomes[0][6:] == outcomes[1][6:] == outcomes[2][6:]
+    np.testing.assert_allclose(outcomes[0][6:], by_ranks[1]["stopped"][0][6:], rtol=1e-12)
 
 
 @pytest.mark.usefixtures("one_thread")

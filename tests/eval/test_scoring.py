@@ -1,5 +1,7 @@
 """score_items against a plain loop over transformers' model, and what must not change its results."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -29,27 +31,21 @@ def rows():
     ]
 
 
-def scored_one_by_one(reference, rows, block_size):
-    """No batch, no padding, no shortcut: log-softmax over all of a row, then the continuation's tokens summed."""
-    sums = []
-    for row in rows:
-        ids = torch.tensor([[*(row.context or [EOT]), *row.continuation]])[:, -(block_size + 1) :]
-        with torch.no_grad():
-            log_probs = reference(ids[:, :-1]).logits.log_softmax(-1)
-        taken = log_probs[0].gather(1, ids[0, 1:, None])[:, 0]
-        sums.append(taken[-len(row.continuation) :].sum().item())
-    return np.array(sums)
+def scored_one_by_one(reference, rows):
+    """No batch, no padding, no shortcut: the last 129 ids of a row, of which the continuation's are summed."""
+    ids = [[*(row.context or [EOT]), *row.continuation][-129:] for row in rows]
+    pairs = zip(ids, rows, strict=True)
+    return np.array([reference(all_ids)[-len(row.continuation) :].sum() for all_ids, row in pairs])
 
 
 @pytest.fixture(scope="module")
-def scores(model, rows):
-    return score_rows(model, rows, batch_size=17)
+def scores(reference, rows):
+    return scored_one_by_one(reference, rows)
 
 
-def test_equals_transformers_row_by_row(model_folder, rows, scores):
-    reference = GPT2LMHeadModel.from_pretrained(model_folder).eval()
-    expected = scored_one_by_one(reference, rows, 128)
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("batch_size", [1, 8, 17, 64, None])
+def test_equals_transformers_row_by_row(model, rows, scores, batch_size):
+    np.testing.assert_allclose(score_rows(model, rows, batch_size=batch_size), scores, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +73,8 @@ def logprobs(scored):
     return np.array([row.logprob for item in scored for row in item])
 
 
-def test_shared_prefixes_equal_rows_one_by_one(model, model_folder, items):
-    rows = [row for item in items for row in item]
-    expected = scored_one_by_one(GPT2LMHeadModel.from_pretrained(model_folder).eval(), rows, 128)
+def test_shared_prefixes_equal_rows_one_by_one(model, reference, items):
+    expected = scored_one_by_one(reference, [row for item in items for row in item])
     alone = {"share_prefixes": False}
     for options in ({}, {"batch_size": 1}, {"batch_size": 3}, alone, alone | {"batch_size": 5}):
         scored = score_items(model, items, **options)
@@ -209,17 +204,11 @@ def other_weights(model):
     return changed
 
 
-def test_left_truncation_equals_transformers(model, model_folder):
+def test_left_truncation_equals_transformers(model, reference):
     rows = [Row(list(range(1000, 1400)), [5, 6, 7]), Row([1, 2], list(range(128))), Row(list(range(127)), [3, 4])]
-    reference = GPT2LMHeadModel.from_pretrained(model_folder).eval()
-    np.testing.assert_allclose(score_rows(model, rows), scored_one_by_one(reference, rows, 128), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(score_rows(model, rows), scored_one_by_one(reference, rows), rtol=0, atol=2e-4)
     assert count_truncated(rows, 128) == 2  # the last needs 128 inputs: its final token is none
     assert count_truncated([Row([], [1] * 128)], 128) == 0
-
-
-@pytest.mark.parametrize("batch_size", [1, 8, 64])
-def test_batch_size_changes_nothing(model, rows, scores, batch_size):
-    np.testing.assert_allclose(score_rows(model, rows, batch_size=batch_size), scores, rtol=0, atol=1e-4)
 
 
 def test_order_of_rows_changes_nothing(model, rows, scores):
@@ -231,6 +220,16 @@ def test_order_of_rows_changes_nothing(model, rows, scores):
 def test_empty_context_is_eot(model):
     empty, eot = score_rows(model, [Row([], [40, 41]), Row([EOT], [40, 41])])
     assert empty == pytest.approx(eot, abs=1e-5)
+
+
+def test_progress_in_a_log(model, items, capsys, monkeypatch, tmp_path):
+    """Where there is no terminal: lines with the time left, and how many rows were scored before."""
+    monkeypatch.setattr("gpt2_eval.scoring.LOG_SECONDS", 0)
+    options = {"batch_size": 3, "progress": True, "resume": tmp_path / "out"}
+    score_items(model, items, **options)
+    assert re.search(r"scoring rows: 1 of \d batches, \d\d:\d\d left\n", capsys.readouterr().err)
+    score_items(model, items, **options)
+    assert re.match(r"(\d+) of \1 rows were scored before\n", capsys.readouterr().err)
 
 
 def test_no_rows(model):
@@ -265,8 +264,9 @@ def test_bf16_is_close(model, rows, scores):
     np.testing.assert_allclose(rounded, scores, rtol=0.02)
 
 
-def test_head_in_pieces(model):
-    positions = CPU_HEAD_BLOCK[0] + 3
+def test_head_in_pieces(model, monkeypatch):
+    monkeypatch.setattr("gpt2_eval.scoring.CPU_HEAD_BLOCK", (64, CPU_HEAD_BLOCK[1]))
+    positions = 64 + 3
     hidden, targets = 30 * torch.randn(positions, 64), torch.randint(50257, (positions,))
     with torch.inference_mode():
         logits = model.head(hidden)

@@ -7,6 +7,7 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from hub_server import HubServer
@@ -38,8 +39,8 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     for text in PASSAGES:
         ids = get_tokenizer().encode_ordinary(text)
         count = len(ids) - len(get_tokenizer().encode_ordinary(text.rpartition(" ")[0]))
-        logits = model(as_batch(ids[:-1]))[0][0, -count:]
-        targets = as_batch(ids)[0, -count:]
+        logits = model(torch.tensor([ids[:-1]]))[0][0, -count:]
+        targets = torch.tensor(ids[-count:])
         nats.append(-logits.log_softmax(-1).gather(1, targets[:, None]).sum().item())
         hits = (logits.argmax(-1) == targets).tolist()
         words.append(all(hits))
@@ -48,12 +49,6 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     assert result.metrics["acc_last_token"].value == sum(tokens) / 3
     assert result.metrics["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
     assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
-
-
-def as_batch(ids):
-    import torch
-
-    return torch.tensor([ids])
 
 
 def test_every_token_of_a_text_is_scored_once():
@@ -69,7 +64,7 @@ def test_every_token_of_a_text_is_scored_once():
     assert [row.continuation for row in windows_of(ids[:5], 64, 64, EOT)] == [ids[:5]]
 
 
-def test_perplexity_of_a_text(model, tmp_path):
+def test_perplexity_of_a_text(model, reference, tmp_path):
     text = " ".join(PASSAGES * 9)
     (tmp_path / "ptb.test.txt").write_text(text)
     corpus = load_corpus("ptb", tmp_path / "ptb.test.txt")
@@ -78,9 +73,7 @@ def test_perplexity_of_a_text(model, tmp_path):
     nats = 0.0
     for start in range(0, len(ids) - 1, 128):  # what is short of a window at the end has the more before it
         end = min(start + 128, len(ids) - 1)
-        window = ids[max(0, end - 128) : end + 1]
-        log_probs = model(as_batch(window[:-1]))[0][0].log_softmax(-1)
-        nats -= log_probs.gather(1, as_batch(window)[0, 1:, None])[start - end :].sum().item()
+        nats -= reference(ids[max(0, end - 128) : end + 1])[start - end :].sum()
     assert found.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
     assert found.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
     assert found.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
@@ -120,25 +113,31 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
         load_task(name, file)
 
 
-def test_files_that_hold_nothing(tmp_path):
-    for name, content, message in (
-        ("a.jsonl", b"", "holds no items"),
-        ("b.jsonl", b"[]", "b.jsonl:1: not a JSON"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            load_task("lambada", tmp_path / name)
-    for name, content, message in (
-        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", b" \n", "holds no text"),
+        ("d.txt", b"\xff", "not UTF-8"),
+        ("e.jsonl", b"{}", "no text"),
         ("f.parquet", b"PAR1", "no good Parquet"),
-    ):  # fmt: skip
-        (tmp_path / name).write_bytes(content)
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus("ptb", tmp_path / name)
+
+
+def test_names_and_limits_that_there_are_not(tmp_path):
+    for load, message in (
+        (load_task, "unknown task 'mmlu': choose"),
+        (load_corpus, "unknown corpus 'mmlu': choose"),
+    ):
         with pytest.raises(ValueError, match=message):
-            load_corpus("ptb", tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        load_task("piqa", tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="unknown task 'mmlu': choose one of lambada"):
-        load_task("mmlu")
+            load("mmlu")
+    file = write(tmp_path / "lambada.jsonl", [{"text": "a b"}])
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_task("lambada", file, limit=0)
 
 
 @pytest.fixture
@@ -223,20 +222,3 @@ def test_the_command_on_a_text_says_that_it_is_another(model_folder, tmp_path):
 def test_large_perplexities_are_readable():
     figures = [_figure(value, ".3f") for value in (1.5, 999_999, 1_553_000, 2e9, 1e24, math.nan)]
     assert figures == ["1.500", "999999.000", "1.55M", "2.00B", "1e+24", "n/a"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("lambada",), "give one of --model"),
-        (("lambada", "-m", "a", "--hf", "b"), "give one of --model"),
-        (("lambada", "-m", "a", "-m", "b"), "--model is given 2 times: give it once"),
-        (("ptb", "-m", "a", "--out", "b"), "is one text"),
-        (("lambada", "-m", "a", "--stride", 3), "has no windows"),
-        (("mmlu", "-m", "a"), "'mmlu' is not one of"),
-    ],
-)
-def test_wrong_usage(words, message):
-    wrong = run(*words)
-    assert wrong.exit_code == 2
-    assert message in wrong.stderr

@@ -12,9 +12,9 @@ FILES = 12
 
 @pytest.fixture(scope="session")
 def documents():
-    found = fineweb_like.paragraphs()
-    assert len(found) >= 50_000
-    return found
+    paragraphs = fineweb_like.paragraphs()
+    assert len(paragraphs) >= 50_000
+    return paragraphs
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ def expected(corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Runs of a small model, as forks of one process that has imported torch."""
-    made = train_faults.Runs(tmp_path_factory.mktemp("runs"))
-    yield made
-    made.server.close()
+    runs_of_model = train_faults.Runs(tmp_path_factory.mktemp("runs"))
+    yield runs_of_model
+    runs_of_model.server.close()
 
 
 @pytest.fixture(params=["tiktoken", "gigatoken"])

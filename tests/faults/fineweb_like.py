@@ -18,10 +18,10 @@ OPTIONS = {"val_tokens": 100_000, "shard_size": 500_000, "order": "shuffled", "s
 
 def paragraphs():
     """Paragraphs and functions of Python's documentation and sources: more than 50,000 documents, some empty."""
-    found = []
+    texts = []
     for _, text in pydocs.documents():
-        found += re.split(r"\n\s*\n|\n(?=\s*(?:def|class|return|if) )", text)
-    return found
+        texts += re.split(r"\n\s*\n|\n(?=\s*(?:def|class|return|if) )", text)
+    return texts
 
 
 def write_fineweb(path, texts):

@@ -4,20 +4,19 @@ import gzip
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset
+from gpt2_data.cli import main
 
-CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()", "build"]
 EOT = 50256
-OPTIONS = {"val_tokens": 0, "workers": 1}
+OPTIONS = {"val_tokens": 0, "workers": 1, "order": "source"}
 
 
 def tokens_of(folder):
@@ -80,14 +79,6 @@ def test_awkward_documents_from_every_kind_of_file(tmp_path, library):
         assert all_tokens.count(EOT) == 11
 
 
-def test_a_mark_at_the_start_of_a_file_is_not_text(tmp_path, library):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\r\n\r\n{"text": "there"}')
-    sources = [tmp_path / "a.txt", tmp_path / "a.jsonl"]
-    build(BuildConfig(sources, tmp_path / "out", tokenizer=library, **OPTIONS))
-    assert tokens_of(tmp_path / "out") == expected(["hello", "hello", "there"])
-
-
 def test_surrogates_and_keys_that_stand_twice(tmp_path, library):
     lines = [
         r'{"text": "a \ud800 b"}',
@@ -137,17 +128,10 @@ def test_long_runs_take_seconds(tmp_path, library, pieces):
 # --- through the command
 
 
-def run(*arguments, timeout=60):
+def run(*arguments):
     """The command's exit code, and what it said on stderr."""
-    done = subprocess.run(
-        [*CLI, *map(str, arguments), "--val-tokens", "0", "--workers", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
-    return done.returncode, done.stderr
+    done = CliRunner().invoke(main, ["build", *map(str, arguments), "--val-tokens", "0", "--workers", "1"])
+    return done.exit_code, done.stderr
 
 
 def refused(out, *sources):
@@ -160,8 +144,8 @@ def refused(out, *sources):
     assert len(error) < 1000, error
     if out.exists():
         assert [path.name for path in out.iterdir()] == [".build"]
-        left = [path.name for path in (out / ".build").iterdir()]
-        assert not [name for name in left if ".tmp-" in name or name.endswith((".u16", ".u64"))]
+        names = [path.name for path in (out / ".build").iterdir()]
+        assert not [name for name in names if ".tmp-" in name or name.endswith((".u16", ".u64"))]
     return error
 
 
@@ -293,8 +277,8 @@ def test_parquet_whose_footer_claims_what_cannot_be(tmp_path, parquet):
     chunk = metadata.row_group(1).column(0)
     path = tmp_path / "claims.parquet"
     for old, new, message in [
-        (200, 2**40, "cannot be|cannot be read"),
-        (chunk.total_compressed_size, 2**40, "row group 1 is damaged: its text is at bytes"),
+        (200, 2**40, "row group 0 is damaged: 1,099,511,627,776 rows of .* cannot be"),
+        (chunk.total_compressed_size, 2**40, "row group 1 cannot be read"),
         (chunk.dictionary_page_offset, 2**40, "row group 1"),
         (chunk.dictionary_page_offset, chunk.dictionary_page_offset - 9, "row group . cannot be read"),
     ]:
@@ -320,7 +304,6 @@ def test_every_encoding_of_parquet(tmp_path, library):
             (plain, {}),
             (plain, {"use_dictionary": False, "data_page_version": "2.0"}),
             (plain, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}),
-            (plain, {"use_dictionary": False, "column_encoding": "DELTA_LENGTH_BYTE_ARRAY"}),
             (plain, {"write_page_checksum": True, "row_group_size": 300, "data_page_size": 500}),
             (plain.cast(pa.large_string()), {"dictionary_pagesize_limit": 1000, "write_batch_size": 10}),
             (plain.dictionary_encode(), {}),

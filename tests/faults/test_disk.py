@@ -17,13 +17,13 @@ disk, saved = map(pathlib.Path, sys.argv[1:3])
 command = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 build = command + sys.argv[3:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], check=True)
-told = {}
+report = {}
 
 def run(name, arguments, meanwhile=lambda: None):
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     meanwhile()
     out, err = process.communicate(timeout=120)
-    told[name] = [process.returncode, out, err]
+    report[name] = [process.returncode, out, err]
 
 def fill():
     while not (disk / "out" / ".build" / "unit-00003.json").exists():
@@ -36,7 +36,7 @@ def fill():
             pass
 
 run("full", build, fill)
-told["left"] = sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
+report["left"] = sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
 run("still full", build)
 (disk / "filler").unlink()
 run("room", build)
@@ -44,7 +44,7 @@ subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
 run("verify", command + ["verify", str(disk / "out"), "--level", "full"])
 run("read-only", [text.replace(str(disk / "out"), str(disk / "other")) for text in build])
 subprocess.run(["cp", "-r", disk / "out", saved], check=True)
-print(json.dumps(told))
+print(json.dumps(report))
 """
 
 
@@ -70,28 +70,28 @@ def test_a_disk_that_fills_up(corpus, expected, tmp_path, workers):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    code, _, error = told["full"]
+    report = json.loads(done.stdout)
+    code, _, error = report["full"]
     assert code == 1
     assert error.startswith(f"Error: {disk}/out/")
     assert error.endswith("No space left on device: make room and run the same command again\n")
     assert error.count("\n") == 1
     assert not [
-        name for name in told["left"] if ".tmp-" in name or name.endswith((".bin", ".docs", "dataset.json"))
+        name for name in report["left"] if ".tmp-" in name or name.endswith((".bin", ".docs", "dataset.json"))
     ]
-    assert [name for name in told["left"] if name.endswith("unit-00003.json")]
-    code, _, error = told["still full"]
+    assert [name for name in report["left"] if name.endswith("unit-00003.json")]
+    code, _, error = report["still full"]
     assert code == 1
     assert error.count("\n") == 1
     assert "make room" in error
-    assert told["room"][0] == 0, told["room"]
+    assert report["room"][0] == 0, report["room"]
     assert hashes(saved) == expected
-    assert told["verify"] == [
+    assert report["verify"] == [
         0,
         f"{disk}/out: {len(expected) - 1} files, {size_of(saved)}: nothing wrong (full)\n",
         "",
     ]
-    code, _, error = told["read-only"]
+    code, _, error = report["read-only"]
     assert (code, error) == (1, f"Error: {disk}/other: Read-only file system\n")
 
 

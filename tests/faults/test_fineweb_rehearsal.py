@@ -1,6 +1,5 @@
 """The whole way of FineWeb-Edu, from a hub on this machine with its troubles to verified shards."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import fineweb_like
 import pyarrow.parquet as pq
 import pytest
-from hub_server import SECOND, Drop, HubServer, Refuse, Spoil, use
+from hub_server import SECOND, Drop, HubServer, Refuse, Spoil
 
-from gpt2_data import BuildConfig, build, get_tokenizer, open_dataset, verify
-from gpt2_data.sources import download, web
+from gpt2_data import BuildConfig, build, open_dataset, verify
 
 REPO = "HuggingFaceFW/fineweb-edu"
 CARD = b"""---
@@ -76,7 +74,7 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
     sizes = {path.name: path.stat().st_size for path in corpus.iterdir()}
     hub.faults = [
         Refuse(store=False, path="api", status=429, headers={"Retry-After": "1"}),
-        Refuse(path="001_", status=429, headers={"Retry-After": "1"}, method="GET"),
+        Refuse(path="001_", status=429, headers={"Retry-After": "1"}),
     ]
     hub.bytes_a_second = 1e6
     killed = subprocess.Popen(
@@ -161,35 +159,13 @@ def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
     local = BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1)
     build(local)
-    made, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
-    assert [shard.tokens_sha256 for shard in made.manifest.shards] == [
+    ours, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
+    assert [shard.tokens_sha256 for shard in ours.manifest.shards] == [
         shard.tokens_sha256 for shard in same.manifest.shards
     ]
     done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "body" in done.stderr
-
-
-def test_tinyshakespeare(hub, tmp_path, monkeypatch):
-    """In documents as llm.c has them; the file here stands for the real one."""
-    use(hub, monkeypatch)
-    text = "First Citizen:\nBefore we proceed.\n\nAll:\nSpeak, speak.\n\n" * 50 + "The end."
-    hub.pages["input.txt"] = text.encode()
-    file = web.WebFile(
-        f"{hub.url}/input.txt", "tinyshakespeare.txt", len(text), hashlib.sha256(text.encode()).hexdigest()
-    )
-    monkeypatch.setattr(download, "TINYSHAKESPEARE", file)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    result = build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1))
-    assert result.documents == 101
-    assert 0 < result.val_tokens < result.tokens / 5
-    data = open_dataset(tmp_path / "out")
-    tokens = [*data.read("val", 0, result.val_tokens), *data.read("train", 0, result.tokens - result.val_tokens)]
-    assert "".join(get_tokenizer().decode([t for t in map(int, tokens) if t != 50256])) == text
-    asked = len(hub.requests)
-    assert build(BuildConfig(["tinyshakespeare"], tmp_path / "out", workers=1)).already_built
-    build(BuildConfig(["tinyshakespeare"], tmp_path / "again", workers=1))
-    assert len(hub.requests) == asked
 
 
 def is_planned(out):

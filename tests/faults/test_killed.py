@@ -15,10 +15,7 @@ import pytest
 from fineweb_like import OPTIONS, arguments, hashes
 
 from gpt2_data import BuildConfig, build
-from gpt2_data.building import plan
-from gpt2_data.building import tokenize_units as units
-from gpt2_data.building import workers as engines
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.building import plan, workers
 
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
@@ -26,10 +23,6 @@ CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 SOAK = """
 import json, os, random, signal, sys, time
 from gpt2_data import BuildConfig, build, tokenizer
-from gpt2_data import dataset
-from gpt2_data.building import history
-from gpt2_data.building import cut_shards as shards
-from gpt2_data.building import workfolder
 
 sources, out, options, kills = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 config = BuildConfig([sources], out, workers=1, tokenizer="tiktoken", **options)
@@ -84,10 +77,10 @@ def test_the_command_and_all_its_workers_killed(corpus, expected, tmp_path):
     for _ in range(4):
         process = subprocess.Popen([*CLI, *arguments(corpus, out, "--workers", "2")], stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(1, 4))
-        workers = children(process.pid)
+        pids = children(process.pid)
         process.kill()
         process.wait()
-        wait_until(lambda pids=workers: not any(is_running(pid) for pid in pids))  # they do not stay behind
+        wait_until(lambda pids=pids: not any(is_running(pid) for pid in pids))  # they do not stay behind
     done = subprocess.run([*CLI, *arguments(corpus, out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hashes(out) == expected
@@ -102,25 +95,18 @@ def run_at_start(folder, program) -> dict[str, str]:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
     """One line, 128 + its number, no worker left behind, and nothing of Python's own housekeeping."""
-    environment = run_at_start(  # a unit takes half a second, so that there is time to stop
-        tmp_path,
-        "import time\n"
-        "from gpt2_data import tokenizer\n"
-        "real = tokenizer.encode_texts\n"
-        "tokenizer.encode_texts = lambda *args, **more: (time.sleep(0.5), real(*args, **more))[1]\n",
-    )
     out = tmp_path / "out"
     command = [*CLI, *arguments(corpus, out, "--workers", "2", "--tokenizer", "tiktoken")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: any((out / ".build").rglob("unit*")) or process.poll() is not None)
-    workers = children(process.pid)
+    pids = children(process.pid)
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + sent, errors
     assert errors.splitlines()[-1] == f"stopped by {sent.name}: the same command goes on from what is done"
     assert "Traceback" not in errors
     assert "leaked" not in errors
-    wait_until(lambda: not any(is_running(pid) for pid in workers))
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hashes(out) == expected
@@ -171,35 +157,30 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, mo
 
 
 def job(function, again=None, **more):
-    return engines.Job(function, again or function, lambda task: "unit 7", **more)
+    return workers.Job(function, again or function, lambda task: "unit 7", **more)
 
 
 def test_a_task_may_kill_its_worker_once_but_not_twice(tmp_path):
     once = f"test -e {tmp_path}/flag || {{ touch {tmp_path}/flag; kill -9 $PPID; }}"
-    assert engines.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
+    assert workers.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
     started = tmp_path / "started"
     with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
-        engines.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
+        workers.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
     assert len(started.read_text().splitlines()) == 2
 
 
 def test_tasks_wait_until_they_are_ready(tmp_path):
     flag = tmp_path / "flag"
     order = []
-
-    def ready(task):
-        return task == "touch" or flag.exists()
-
-    tasks = ["touch", f"test -e {flag}"]
-    for workers in 1, 2:
+    tasks = [f"sleep 0.3; touch {flag}", f"test -e {flag}"]
+    for count in 1, 2:
         flag.unlink(missing_ok=True)
-        tasks[0] = f"sleep 0.3; touch {flag}"
         run_job = job(
             os.system,
             done=lambda task, result: order.append(task),
             ready=lambda task: task == tasks[0] or flag.exists(),
         )
-        assert engines.run(run_job, tasks, workers) == [0, 0]
+        assert workers.run(run_job, tasks, count) == [0, 0]
         assert order[-2:] == tasks
 
 
@@ -208,39 +189,34 @@ class Stopped(BaseException):
 
 
 def test_stopped_before_and_after_every_file(corpus, tmp_path, monkeypatch):
-    """Every file is published by one rename and one fsync of its folder; stop at each of them in turn."""
+    """Every file is published by one rename, and those that stay by an fsync; stop at each of them in turn."""
     out = tmp_path / "out"
     config = BuildConfig([corpus / "00[0-2]*.parquet"], out, 100_000, 10_000, workers=1, order="shuffled")
     build(dataclasses.replace(config, out=tmp_path / "expected"))
-    real_sync, real_replace = formats.fsync_folder, Path.replace
     step = stops = 0
     while True:
-        left = step = step + 1
+        remaining = step = step + 1
 
-        def stop():
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Stopped
+        def stopping(real):
+            def call(*arguments):
+                nonlocal remaining
+                remaining -= 1
+                if remaining == 0:
+                    raise Stopped
+                return real(*arguments)
 
-        def replace(path, target):
-            stop()
-            return real_replace(path, target)
-
-        def sync(folder):
-            stop()
-            real_sync(folder)
+            return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", replace)
-            patch.setattr(formats, "fsync_folder", sync)
+            patch.setattr(Path, "replace", stopping(Path.replace))
+            patch.setattr(os, "fsync", stopping(os.fsync))
             try:
                 build(config)
                 break
             except Stopped:
                 stops += 1
                 finished = (out / "dataset.json").exists()
-        if finished:  # stopped after the last rename: nothing is left to do but to say so
+        if finished:  # stopped after the last rename: what remains is to say so
             assert build(config).already_built
             break
     assert stops > 10
@@ -260,7 +236,7 @@ def test_units_of_another_plan_are_not_used(corpus, tmp_path, monkeypatch):
     assert hashes(out) == hashes(tmp_path / "expected")
 
 
-def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp_path, monkeypatch):
+def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp_path):
     sources, out = [corpus / "00[0-2]*.parquet"], tmp_path / "out"
     config = BuildConfig(sources, out, 200_000, 10_000, workers=1)
     interrupt(config, "writing", shards=3)
@@ -269,14 +245,16 @@ def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp
         data[5000] ^= 1
         path.write_bytes(data)
     (out / "train_000099.bin").write_bytes(b"of an interrupted build with smaller shards")
-    made, real = [], units._encode
-    monkeypatch.setattr(
-        units, "_encode", lambda task, batch, first: made.append(task.unit.index) or real(task, batch, first)
-    )
-    before = (out / "train_000002.bin").stat().st_ino
-    build(config)
-    assert set(made) == {1}
-    assert (out / "train_000002.bin").stat().st_ino == before
+
+    def units():
+        return {path.name: path.stat().st_ino for path in (out / ".build").glob("*.u16")}
+
+    before, seen = units(), {}
+    shard = (out / "train_000002.bin").stat().st_ino
+    build(config, lambda status: seen.update(units()) if status.phase == "writing" else None)
+    assert len(before) > 2
+    assert [name for name in before if seen[name] != before[name]] == ["unit-00001.u16"]
+    assert (out / "train_000002.bin").stat().st_ino == shard
     build(dataclasses.replace(config, out=tmp_path / "expected"))
     assert hashes(out) == hashes(tmp_path / "expected")
 
@@ -297,17 +275,17 @@ def interrupt(config, phase="tokenizing", shards=0):
 
 
 def children(pid):
-    """The worker processes of a build."""
-    found = []
+    """Return the worker processes of a build."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                    pids.append(int(entry.name))
             except OSError:
                 continue  # it ended
-    return found
+    return pids
 
 
 def is_running(pid):

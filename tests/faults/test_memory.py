@@ -116,22 +116,12 @@ def test_a_hundred_megabytes_on_a_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_small_parquet_files_that_stand_for_much(tmp_path):
-    """A dictionary's megabyte in each of 500 rows, and pages of 100 MB: read bit by bit, or refused."""
+def test_a_small_parquet_file_that_stands_for_much(tmp_path):
+    """A page of 100 MB is read bit by bit."""
     fast.find_proof()
-    word = "word " * 200_000
-    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([word]))
-    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", compression="zstd")
-    assert (tmp_path / "a.parquet").stat().st_size < 10_000
-    found = peaks(tmp_path, [tmp_path / "a.parquet"], 1)
-    assert found[2:] == [500 * 200_002, 500]
-    assert found[0] < WORKER["tiktoken"]
     table = pa.table({"text": ["word " * 20_000] * 1000})
     pq.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "b.parquet").stat().st_size < 100_000
     found = peaks(tmp_path, [tmp_path / "b.parquet"], 1)
     assert found[3] == 1000
     assert found[0] < 200 + 6 * 100
-    table = pa.table({"text": ["word " * 60_000_000]})
-    pq.write_table(table, tmp_path / "c.parquet", compression="zstd", use_dictionary=False)
-    with pytest.raises(AssertionError, match="row group 0 cannot be read: a page of 300,000,010 bytes"):
-        peaks(tmp_path, [tmp_path / "c.parquet"], 1)

@@ -6,8 +6,7 @@ import pytest
 from fineweb_like import OPTIONS, hashes
 
 from gpt2_data import BuildConfig, build
-from gpt2_data.building import ray_engine
-from gpt2_data.building import workers as engines
+from gpt2_data.building import workers
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -59,7 +58,7 @@ def test_errors_and_killers_come_through(cluster):
     cluster, _ = cluster
 
     def run(function, tasks):
-        return ray_engine.run(engines.Job(function, function, lambda task: "unit 7"), tasks, None)
+        return workers.run_on_ray(workers.Job(function, function, lambda task: "unit 7"), tasks, None)
 
     def shell(command):
         return os.system(command)
@@ -74,4 +73,4 @@ def test_errors_and_killers_come_through(cluster):
 def test_without_a_cluster_that_answers(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(OSError, match="no Ray cluster answers at 127.0.0.1:1"):
-        ray_engine.run(engines.Job(int, int, str), ["1"], None)
+        workers.run_on_ray(workers.Job(int, int, str), ["1"], None)

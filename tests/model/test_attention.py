@@ -1,11 +1,14 @@
 """The attention of a CPU's bf16 is torch's, and its gradients: as near to fp64 as that kernel itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from gpt2_model import GPTConfig
 from gpt2_model.cpu.training import LONGEST, causal_attention, kept_bytes
-from gpt2_model.model import ACTIVATION_FUNCTIONS
+from gpt2_model.model import ACTIVATION_FUNCTIONS, CausalSelfAttention, plain_attention
 
 NAMES = ("output", "query", "key", "value")
 
@@ -41,6 +44,24 @@ def test_is_as_exact_as_torchs_kernel(time, spread, scale) -> None:
             assert relative(mine, truth) <= 1.5 * relative(other, truth) + 1e-4, name
         else:
             assert mine.abs().max() < 1e-2, name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernels_compute_the_plain_formula(masked) -> None:
+    """By the module and by hand: without a cache, and with one that has a mask and more positions than queries."""
+    torch.manual_seed(0)
+    module = CausalSelfAttention(GPTConfig(n_head=4, n_embd=32), layer=0)
+    x = torch.randn(2, 9, 32)
+    q, k, v = (part.view(2, 9, 4, 8).transpose(1, 2) for part in module.c_attn(x).split(32, dim=2))
+    mask, cache = None, None
+    if masked:
+        k, v = torch.cat([k, k + 1], 2), torch.cat([v, v + 1], 2)
+        mask = torch.rand(2, 1, 9, 18) < 0.5
+        mask[..., 0] = True
+        cache = SimpleNamespace(extend=lambda *_: (k, v, mask))
+    y = plain_attention(q, k, v, 8**-0.5, mask)
+    expected = module.c_proj(y.transpose(1, 2).reshape(2, 9, 32))
+    torch.testing.assert_close(module(x, cache), expected, rtol=0, atol=1e-5)
 
 
 def test_a_row_does_not_see_what_comes_after() -> None:

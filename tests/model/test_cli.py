@@ -127,7 +127,7 @@ def test_generate_from_nothing(tiny_hf_folder) -> None:
 def test_info_of_a_preset_and_a_folder(tiny_hf_folder) -> None:
     assert json.loads(run("info", "1558M", "--json").stdout)["parameters"] == 1_557_611_200
     assert json.loads(run("info", tiny_hf_folder, "--json").stdout)["n_embd"] == 64
-    assert "124,439,808" in run("info", "124M").stdout
+    assert "124,439,808" in run("info", "124M").stdout == run("info", "117M").stdout  # the paper's name
 
 
 def test_convert(tiny_hf_folder, tmp_path) -> None:
@@ -190,6 +190,8 @@ def test_output_that_is_not_utf8_gets_whole_json(tiny_hf_folder) -> None:
         (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "this machine has no device 'meta'"),
         (("generate", "-m", "x", "--max-new-tokens", "0", "Hi"), 2, "0 is not in the range"),
         (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs are shown by --json only"),
+        (("generate", "-m", "345M", "Hi"), 1, "345M is a size, not a model: OpenAI's of that size is gpt2-medium"),
+        (("generate", "-m", __file__, "Hi"), 1, "is no weights file of safetensors, torch.save or llm.c"),
         (("generate", "-m", "124M", "Hi"), 1, "124M is a size, not a model: OpenAI's of that size is gpt2"),
     ],
 )
@@ -205,6 +207,20 @@ def test_errors_are_one_line(arguments, code, message) -> None:
 def test_debug_shows_the_traceback() -> None:
     result = CliRunner().invoke(main, ["--debug", "info", "./nowhere"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_ctrl_c_ends_with_130(tiny_hf_folder, monkeypatch) -> None:
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2_model.generation.stream", interrupted)
+    run("generate", "-m", tiny_hf_folder, "Hello", code=130)
+
+
+def test_rows_say_which_prompt_and_that_the_context_is_full(tiny_hf_folder) -> None:
+    result = run("generate", "-m", tiny_hf_folder, "-n", 2, "--max-new-tokens", 999, "--stop-id", 50256, "A", "B")
+    assert "--- row 3, sample 2 of prompt 2" in result.stdout
+    assert "(the model's context of 128 tokens is full; --slide continues)" in result.stderr
 
 
 def test_memory_that_is_used_up_is_one_line(tiny_hf_folder, monkeypatch) -> None:

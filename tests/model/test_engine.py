@@ -79,15 +79,10 @@ def largest_difference(model: GPT, reference: GPT) -> float:
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_fp32_logits(fields) -> None:
+def test_fp32_and_int8_logits(fields) -> None:
+    """int8 against the module with the same quantised weights: only the 16 bits of the activations differ."""
     model = random_model(**fields)
     assert largest_difference(model, model) < 2e-5
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_int8_logits(fields) -> None:
-    """Against the module with the same quantised weights: only the 16 bits of the activations differ."""
-    model = random_model(**fields)
     quantize(model)
     assert largest_difference(model, model) < 2e-3
 

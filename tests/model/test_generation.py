@@ -10,15 +10,8 @@ from gpt2_model.decoding import TorchDecoder
 from gpt2_model.tokenizer import TextDecoder
 
 PROMPTS = [
-    "Hello, I'm",
-    "The quick brown fox jumped over the",
-    "One",
-    "A",
-    "In the year 2026",
-    "x = [",
-    "It",
-    "We are",
-]
+    "Hello, I'm", "The quick brown fox jumped over the", "One", "A", "In the year 2026", "x = [", "It", "We are"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +58,10 @@ def test_the_same_rows_in_batches_of_1_3_and_8_and_in_another_order(tiny_hf_fold
         assert rows(numbers) == {number: whole[number] for number in numbers}, numbers
 
 
-def test_the_first_rows_of_a_batch_are_the_batch_of_the_first_rows(model, way) -> None:
+def test_first_rows_and_samples_are_rows_as_any_other(model, way) -> None:
     whole = texts(model, PROMPTS, seed=7, **way)
     for size in (1, 3):
         assert texts(model, PROMPTS[:size], seed=7, **way) == whole[:size]
-
-
-def test_samples_of_a_prompt_are_rows_as_any_other(model, way) -> None:
     samples = texts(model, PROMPTS[:2], num_samples=4, seed=7, **way)
     assert samples == texts(model, [*PROMPTS[:1] * 4, *PROMPTS[1:2] * 4], seed=7, **way)
     assert len(set(map(tuple, samples))) == 8
@@ -93,12 +83,6 @@ def test_shares_of_the_samples_are_the_samples(model, way, share) -> None:
             assert row.logprobs == alone.logprobs
         else:
             assert row.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
-
-
-def test_streams_number_their_rows_from_the_first(model) -> None:
-    pieces = list(stream(model, PROMPTS[:2], num_samples=2, first_row=10, max_new_tokens=4))
-    assert {piece.row for piece in pieces} == {10, 11, 12, 13}
-    assert all(piece.row == piece.completion.row for piece in pieces if piece.completion)
 
 
 @pytest.mark.parametrize("decoder", [EngineDecoder, TorchDecoder])
@@ -236,11 +220,6 @@ def test_a_stop_string_across_tokens_is_found_and_never_shown() -> None:
     assert get_tokenizer().decode(completion.tokens).endswith("User:")
 
 
-def test_a_stop_string_in_the_middle_of_a_token() -> None:
-    _, completion = write("Hello wonderful world", stop=["der"])
-    assert completion.text == "Hello won"
-
-
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [
@@ -250,6 +229,7 @@ def test_a_stop_string_in_the_middle_of_a_token() -> None:
         ("abc", ["c", "b"], "a"),  # the one that comes first in the text
         ("no match", ["matches"], "no match"),  # what was held back comes at the end
         ("abc", ["abc"], ""),
+        ("Hello wonderful world", ["der"], "Hello won"),  # in the middle of a token
     ],
 )
 def test_stop_strings(text, stop, expected) -> None:
@@ -283,15 +263,17 @@ def test_text_decoder_is_the_tokenizers_decode() -> None:
 
 
 def test_streamed_rows_are_the_generated_ones(model) -> None:
-    options = {"num_samples": 2, "max_new_tokens": 12, "seed": 4, "stop": [" a", "e"]}
+    options = {"num_samples": 2, "first_row": 10, "max_new_tokens": 12, "seed": 4, "stop": [" a", "e"]}
     texts: dict[int, str] = {}
     done = {}
     for piece in stream(model, PROMPTS, **options):
         assert piece.row not in done
         texts[piece.row] = texts.get(piece.row, "") + piece.text
         if piece.completion:
+            assert piece.row == piece.completion.row
             done[piece.row] = piece.completion
     rows = generate(model, PROMPTS, **options)
+    assert [row.row for row in rows] == sorted(texts) == list(range(10, 26))
     assert [row.text for row in rows] == [texts[row.row] for row in rows]
     assert [row.tokens for row in rows] == [done[row.row].tokens for row in rows]
 

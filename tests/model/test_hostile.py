@@ -192,26 +192,39 @@ def test_code_in_a_pickle_is_never_run(folder, tmp_path, place, zipped) -> None:
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("kind", ["bare_pickle", "protocol_0", "tar", "zip_of_a_pickle", "text", "empty"])
-def test_other_files_called_bin(folder, tmp_path, kind) -> None:
+def tar_of(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo("pickle")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+OTHERS = {
+    "bare_pickle": lambda evil: pickle.dumps(evil),
+    "protocol_0": lambda evil: pickle.dumps(evil, protocol=0),
+    "tar": lambda evil: tar_of(pickle.dumps(evil)),
+    "zip_of_a_pickle": lambda evil: zip_of(
+        {"archive/data.pkl": pickle.dumps(evil, protocol=2), "archive/version": b"3\n"}
+    ),
+    "text": lambda evil: b"hello",
+    "empty": lambda evil: b"",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS.keys())
+def test_other_files_called_bin(folder, tmp_path, content) -> None:
     canary = tmp_path / "it-ran"
-    path = as_bin(folder, {})
-    if kind == "bare_pickle":
-        path.write_bytes(pickle.dumps(Touch(canary)))
-    elif kind == "protocol_0":
-        path.write_bytes(pickle.dumps(Touch(canary), protocol=0))
-    elif kind == "tar":
-        with tarfile.open(path, "w") as archive:
-            data = pickle.dumps(Touch(canary))
-            member = tarfile.TarInfo("pickle")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    elif kind == "zip_of_a_pickle":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps(Touch(canary), protocol=2))
-            archive.writestr("archive/version", "3\n")
-    else:
-        path.write_bytes(b"hello" if kind == "text" else b"")
+    as_bin(folder, {}).write_bytes(content(Touch(canary)))
     refused(folder, "; nothing was run")
     assert not canary.exists()
 
@@ -263,9 +276,7 @@ def test_a_storage_that_claims_more_than_the_file(folder) -> None:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 members = {name: archive.read(name) for name in archive.namelist()}
-            with zipfile.ZipFile(path, "w") as archive:
-                for name, data in members.items():
-                    archive.writestr(name, data.replace(short, long) if name.endswith("data.pkl") else data)
+            path.write_bytes(zip_of({name: data.replace(short, long) for name, data in members.items()}))
         else:
             data = path.read_bytes()
             assert short in data
@@ -299,9 +310,7 @@ def test_a_pickle_that_grows(folder) -> None:
     """Two million empty lists in as many bytes take 120 MB once unpickled."""
     path = as_bin(folder, {})
     bomb = b"\x80\x02(" + b"]" * 2_000_000 + b"l."
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", bomb)
-        archive.writestr("archive/version", "3\n")
+    path.write_bytes(zip_of({"archive/data.pkl": bomb, "archive/version": b"3\n"}))
     refused(folder, "its list of tensors is longer than 1,000,000 bytes")
     legacy = as_bin(folder, {"a": torch.zeros(1)}, _use_new_zipfile_serialization=False)
     head = legacy.read_bytes()[:15]

@@ -38,9 +38,7 @@ def edit_config(folder, **fields) -> None:
     [
         SMALL,
         GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=100, tie_word_embeddings=False, n_inner=48),
-        GPTConfig(
-            n_layer=1, n_head=2, n_embd=32, vocab_size=100, activation_function="relu", layer_norm_epsilon=1e-3
-        ),
+        GPTConfig(16, 100, 1, 2, 32, activation_function="relu", layer_norm_epsilon=1e-3),
     ],
 )
 def test_round_trip_is_bit_equal(tmp_path, config) -> None:
@@ -54,25 +52,6 @@ def test_round_trip_is_bit_equal(tmp_path, config) -> None:
     assert all(p.requires_grad for p in again.parameters())
 
 
-def test_names_met_in_the_wild(folder) -> None:
-    """OpenAI's export has no prefix and keeps the mask as a buffer; others have prefixes and a stored head."""
-    expected = GPT.from_pretrained(folder).state_dict()
-
-    def openai(tensors):
-        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
-        return bare | masks | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
-
-    def wrapped(tensors):
-        head = {"module.lm_head.weight": tensors["wte.weight"].clone()}
-        return {f"module._orig_mod.transformer.{name}": tensor for name, tensor in tensors.items()} | head
-
-    for change in (openai, wrapped):
-        edit_tensors(folder, change)
-        loaded = GPT.from_pretrained(folder).state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
-
-
 def test_half_precision_weights_become_the_asked_type(folder) -> None:
     edit_tensors(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
     assert GPT.from_pretrained(folder).wte.weight.dtype == torch.float32
@@ -81,13 +60,9 @@ def test_half_precision_weights_become_the_asked_type(folder) -> None:
 
 def test_aliases_of_config_fields(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
-    for ours, alias in (
-        ("n_embd", "hidden_size"),
-        ("n_layer", "num_hidden_layers"),
-        ("n_head", "num_attention_heads"),
-    ):
-        config[alias] = config.pop(ours)
-    config["max_position_embeddings"] = config.pop("n_positions")
+    aliases = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+               "n_positions": "max_position_embeddings"}  # fmt: skip
+    config = {aliases.get(name, name): value for name, value in config.items()}
     (folder / "config.json").write_text(json.dumps(config))
     assert GPT.from_pretrained(folder).config == SMALL
 
@@ -106,7 +81,6 @@ def test_a_vocabulary_of_its_own_gets_no_gpt2_tokenizer(folder) -> None:
 BROKEN = {
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
     "no_config": (lambda f: (f / "config.json").unlink(), "is no model folder: it has no config.json"),
-    "bad_json": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
     "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not GPT-2"),
     "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
     "activation": (lambda f: edit_config(f, activation_function="mish"), "'mish' is not one of"),
@@ -120,6 +94,10 @@ BROKEN = {
     "twice": (
         lambda f: edit_tensors(f, lambda t: {**t, "ln_f.bias": t["transformer.ln_f.bias"].clone()}),
         "holds 'ln_f.bias' twice",
+    ),
+    "head_of_another_type": (
+        lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].half()}),
+        "lm_head.weight differs from wte.weight",
     ),
     "other_head": (
         lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}),
@@ -139,19 +117,6 @@ def test_broken_folders_are_refused(folder, damage, message) -> None:
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name) -> None:
     with pytest.raises(FileNotFoundError, match="is neither a model folder, a weights file nor a hub name"):
         GPT.from_pretrained(name)
-
-
-def test_a_cut_weights_file_is_refused(folder) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        GPT.from_pretrained(folder)
-
-
-def test_a_tied_head_of_another_type_is_refused(folder) -> None:
-    edit_tensors(folder, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].half()})
-    with pytest.raises(ValueError, match="lm_head.weight differs from wte.weight"):
-        GPT.from_pretrained(folder)
 
 
 def test_a_disk_that_fills_while_saving_leaves_the_old_files(folder, monkeypatch) -> None:

@@ -163,6 +163,12 @@ def test_hellaswag(model, files, theirs):
     result = evaluate_hellaswag(model, files / "hellaswag.jsonl", protocol="lm-eval")
     for record, expected in zip(result.records, responses(samples), strict=True):
         assert record["lm-eval"]["sum"] == pytest.approx(expected, abs=1e-3)
+    for record, sample in zip(result.records, sorted(samples, key=lambda sample: sample["doc_id"]), strict=True):
+        sums, choices = record["lm-eval"]["sum"], sample["doc"]["choices"]
+        by_char = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+        by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
+        assert record["lm-eval"]["char"] == pytest.approx(by_char)
+        assert record["lm-eval"]["byte"] == pytest.approx(by_byte)
     metrics = result.metrics["lm-eval"]
     assert metrics["acc"].value == figures["acc,none"]
     assert metrics["acc_norm"].value == figures["acc_norm,none"]

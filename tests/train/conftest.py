@@ -17,5 +17,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = ["the", "a", "of", "and", "in", "is", "it", "cat", "dog", "sun", "sea", "runs", "sleeps", "under"]
     lines = [json.dumps({"text": " ".join(draw.choices(vocabulary, k=draw.randint(5, 60)))}) for _ in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    build(BuildConfig(sources=(str(folder / "text.jsonl"),), out=str(folder / "data"), val_tokens=500, workers=1))
+    build(
+        BuildConfig(
+            sources=(str(folder / "text.jsonl"),),
+            out=str(folder / "data"),
+            val_tokens=500,
+            workers=1,
+            order="source",
+        )
+    )
     return folder / "data"

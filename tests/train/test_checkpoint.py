@@ -56,7 +56,11 @@ def test_other_data_is_refused(tmp_path, run) -> None:
     from gpt2_data import BuildConfig, build
 
     (tmp_path / "t.jsonl").write_text('{"text": "another text altogether"}\n' * 40)
-    build(BuildConfig(sources=(str(tmp_path / "t.jsonl"),), out=str(tmp_path / "d"), val_tokens=20, workers=1))
+    build(
+        BuildConfig(
+            sources=(str(tmp_path / "t.jsonl"),), out=str(tmp_path / "d"), val_tokens=20, workers=1, order="source"
+        )
+    )
     with pytest.raises(ValueError, match="is not the dataset that .* was trained on"):
         train(TrainConfig(**{**TINY, "steps": 14}, data=str(tmp_path / "d"), out=str(run)))
 

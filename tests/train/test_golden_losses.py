@@ -24,7 +24,9 @@ def tool(monkeypatch):
 def run_again(tool, tmp_path):
     """changes -> (loss, gradient norm) of each step: an array (50, 2)."""
     tool.write_text(tmp_path / "text.jsonl")
-    config = BuildConfig((str(tmp_path / "text.jsonl"),), str(tmp_path / "data"), val_tokens=500, workers=1)
+    config = BuildConfig(
+        (str(tmp_path / "text.jsonl"),), str(tmp_path / "data"), val_tokens=500, workers=1, order="source"
+    )
     build(config)
 
     def run(**changes):

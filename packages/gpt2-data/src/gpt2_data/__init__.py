@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from gpt2_data.building.config import BuildConfig
     from gpt2_data.conversion import convert
     from gpt2_data.dataset import Dataset, open_dataset
-    from gpt2_data.formats.manifest import verify
-    from gpt2_data.loader import TokenLoader
-    from gpt2_data.prefetch import Prefetch
+    from gpt2_data.formats.verification import verify
+    from gpt2_data.loader import Prefetch, TokenLoader
     from gpt2_data.sources.download import fetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
@@ -40,7 +39,7 @@ _MODULE_OF = {
     "BuildConfig": "building.config",
     "BuildResult": "building.build",
     "Dataset": "dataset",
-    "Prefetch": "prefetch",
+    "Prefetch": "loader",
     "TokenLoader": "loader",
     "build": "building.build",
     "convert": "conversion",
@@ -48,7 +47,7 @@ _MODULE_OF = {
     "fetch": "sources.download",
     "get_tokenizer": "tokenizer",
     "open_dataset": "dataset",
-    "verify": "formats.manifest",
+    "verify": "formats.verification",
 }
 
 

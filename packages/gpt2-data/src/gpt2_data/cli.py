@@ -1,15 +1,12 @@
-"""gpt2-data build | verify | info | show.
+"""gpt2-data build | verify | info | show | convert.
 
-Nothing heavy is imported here at the top: help must answer at once. Results go to stdout, progress to stderr.
+Nothing heavy is imported at the top, since help must answer at once. Results go to stdout, progress to stderr.
 """
 
 import errno
-import glob
 import json
-import os
 import re
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +14,21 @@ from types import FrameType
 from typing import Any
 
 import click
+import cloup
 
-from gpt2_data.console import gb
+from gpt2_data.console import format_bytes, plural
 
-WORTH_WORKERS = 64_000_000
-"""Bytes of files from which on several processes are used for sure."""
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "GPT2_DATA"}
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "auto_envvar_prefix": "GPT2_DATA",
+    "max_content_width": 100,
+}
+SOURCES_SHOWN = 20
+"""Sources that `info` lists; a dataset may have thousands."""
 
 
 def size(text: str) -> int:
-    """A count such as 100M, 1.5B or 64k."""
+    """Read a count such as 100M, 1.5B or 64k."""
     factors = {"k": 10**3, "m": 10**6, "b": 10**9}
     digits = text.strip().lower()
     factor = factors.get(digits[-1:], 1)
@@ -39,7 +41,7 @@ def size(text: str) -> int:
     return int(number)
 
 
-class _Group(click.Group):
+class _Group(cloup.Group):
     """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -66,9 +68,9 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-@click.group(cls=_Group, context_settings=SETTINGS)
-@click.version_option(package_name="gpt2-data", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@cloup.group(cls=_Group, context_settings=SETTINGS)
+@cloup.version_option(package_name="gpt2-data", message="%(prog)s %(version)s")
+@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Text to verified GPT-2 token shards."""
 
@@ -86,39 +88,62 @@ def _choice(*names: str) -> Any:
     return {"type": click.Choice(names), "default": names[0], "show_default": True}
 
 
+AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
+FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+
+
 @main.command()
-@click.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to make.  [default: data/SOURCE]")
-@click.option("--shard-size", type=size, metavar="SIZE", default="100M", show_default=True, help="Tokens a shard.")
-@click.option(
-    "--val-tokens",
-    type=size,
-    metavar="SIZE",
-    help="Tokens for validation, 0 for none.  [default: 100M, or a tenth of a small source]",
+@cloup.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
+@cloup.option_group(
+    "Source",
+    cloup.option("--column", default="text", show_default=True, help="Column or JSON key of the text."),
+    cloup.option("--limit-docs", **COUNT, help="Take only the first N documents."),
+    cloup.option(
+        "--order",
+        type=click.Choice(["shuffled", "source"]),
+        help="Order of the documents; the first ones are validation.  [default: shuffled]",
+    ),
+    cloup.option("--seed", type=int, default=0, show_default=True, help="Seed of --order shuffled."),
 )
-@click.option("--format", **_choice("uint16", "arrow"), help="Of the shards: llm.c's, or Arrow.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Processes.  [default: one a core]")
-@click.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library; the tokens are the same.")
-@click.option("--order", **_choice("source", "shuffled"), help="Order of the documents.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --order shuffled.")
-@click.option("--column", default="text", show_default=True, help="Column or JSON key of the text.")
-@click.option(
-    "--limit-docs", type=click.IntRange(1), metavar="N", help="Only the first N documents of the source."
+@cloup.option_group(
+    "Shards",
+    cloup.option("--out", **FOLDER, help="Folder to make.  [default: data/SOURCE]"),
+    cloup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard."),
+    cloup.option(
+        "--val-tokens",
+        **SIZE,
+        help="Tokens for validation, 0 for none.  [default: 100M or, if less, a tenth of all]",
+    ),
+    cloup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow."),
+    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Order, split and cut as its fineweb.py."),
 )
-@click.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS).")
-@click.option("--part", metavar="I/N", callback=_part, help="Share I of N, for N jobs with one --out.")
-@click.option(
-    "--downloads",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Keep fetched files here.  [default: OUT/downloads]",
+@cloup.option_group(
+    "Work",
+    cloup.option("--workers", **COUNT, help="Processes.  [default: one a core]"),
+    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library for the same tokens."),
+    cloup.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS)."),
+    cloup.option("--part", metavar="I/N", callback=_part, help="Do share I of N, for N jobs with one --out."),
 )
-@click.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized.")
-@click.option(
-    "--compat", type=click.Choice(["build-nanogpt"]), help="Split and cut as its fineweb.py does, to the token."
+@cloup.option_group(
+    "Downloads",
+    cloup.option(
+        "--downloads",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Folder for fetched files.  [default: OUT/downloads]",
+    ),
+    cloup.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized."),
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be built.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+@cloup.option_group(
+    "Output",
+    cloup.option("--dry-run", is_flag=True, help="Only say what would be built, how large and how long."),
+    AS_JSON,
+)
+def build(
+    source: tuple[str, ...], out: Path | None, order: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
     \b
@@ -130,11 +155,15 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
       pydocs                      the text that comes with Python: no download
       FILES                       or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
 
-    An interrupted build goes on when the same command is run again. The result is the same, byte for byte, for any
+    An interrupted build resumes when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
+
+    \b
+    Example: all texts in a folder and below, in shards of 10 million tokens
+      gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
-    from gpt2_data import console
-    from gpt2_data.building import workers as engines
+    from gpt2_data import BuildConfig, console
+    from gpt2_data import build as run
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -142,23 +171,15 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
             _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    workers = 1 if dry_run or options["engine"] != "local" else _workers(source, options["workers"])
-    if workers > 1:  # before anything heavy is imported here
-        engines.start_early(workers, options["tokenizer"])
-    try:
-        from gpt2_data.building.config import BuildConfig
-
-        config = BuildConfig(sources=source, out=out, **options)
-        if dry_run:
-            console.print_plan(config, as_json)
-            return
-        from gpt2_data.building.build import build as run
-
-        with _stoppable(), console.progress() as progress:
-            result = run(config, progress)
-        console.print_result(result, config, as_json)
-    finally:
-        engines.discard_early()
+    if order is not None:  # else BuildConfig's default, which --compat changes
+        options["order"] = order
+    config = BuildConfig(sources=source, out=out, **options)
+    if dry_run:
+        console.print_plan(config, as_json)
+        return
+    with _stoppable(), console.progress() as progress:
+        result = run(config, progress)
+    console.print_result(result, config, as_json)
 
 
 @contextmanager
@@ -175,54 +196,41 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"\nstopped by {number.name}: the same command goes on from what is done", err=True)
+        click.echo(f"\nstopped by {number.name}: run the same command again to resume", err=True)
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _check_names(source: tuple[str, ...]) -> None:
-    """Raise ValueError for one that is none: more to the point than what else is missing."""
-    from gpt2_data.sources import catalog as sources
-    from gpt2_data.sources import hub
+    """Raise ValueError for a SOURCE that is none: more to the point than what else is missing."""
+    from gpt2_data.sources import catalog, hub
 
     for name in source:
         if hub.parse(name) is None:
-            sources.expand(name)
+            catalog.expand(name)
 
 
-def _workers(source: tuple[str, ...], wanted: int | None) -> int:
-    """How many workers a build of these files will have at most; 1 for little, which may be done without any."""
-    from gpt2_data.building import workers as engines
-
-    size = sum(os.path.getsize(path) for name in source for path in glob.glob(name) if os.path.isfile(path))
-    if size < WORTH_WORKERS:
-        return 1
-    return wanted or min(engines.cores(), size // 4_000_000)
-
-
-DATASET = click.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
+DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @main.command()
 @DATASET
-@click.option(
-    "--level",
-    type=click.Choice(["fast", "full"]),
-    default="fast",
-    show_default=True,
-    help="fast: files, sizes and headers; full: every byte.",
+@cloup.option(
+    "--level", **_choice("fast", "full"), help="fast: compare files, sizes and headers; full: read every byte."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@AS_JSON
 def verify(dataset: Path, level: str, as_json: bool) -> None:
     """Check a dataset's files against its dataset.json."""
-    from gpt2_data.formats.manifest import verify as check
+    from gpt2_data import verify as check
 
     report = check(dataset, level)
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **vars(report)}))
     elif report.ok:
-        click.echo(f"{dataset}: {report.files:,} files, {gb(report.bytes)}: nothing wrong ({level})")
+        click.echo(
+            f"{dataset}: {plural(report.files, 'file')}, {format_bytes(report.bytes)}: nothing wrong ({level})"
+        )
     else:
         for problem in report.problems:
             click.echo(problem)
@@ -232,44 +240,46 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
 
 @main.command()
 @DATASET
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@AS_JSON
 def info(dataset: Path, as_json: bool) -> None:
     """Say what a dataset is made of."""
     from gpt2_data.formats.manifest import SPLITS, load
 
-    made = load(dataset)
+    manifest = load(dataset)
     if as_json:
-        click.echo(json.dumps({"hash": made.hash, **json.loads(made.to_bytes())}))
+        click.echo(json.dumps({"hash": manifest.hash, **json.loads(manifest.to_bytes())}))
         return
-    options, source = made.options, made.source
+    options, source = manifest.options, manifest.source
     seed = f", seed {options['seed']}" if options["seed"] is not None else ""
-    click.echo(f"{dataset}  {made.hash[:16]}")
-    click.echo(f"tokenizer  {made.tokenizer['name']}, {made.vocab_size:,} tokens")
+    click.echo(f"{dataset}  {manifest.hash[:16]}")
+    click.echo(f"tokenizer  {manifest.tokenizer['name']}, {manifest.vocab_size:,} tokens")
     click.echo(f"order      {options['order']}{seed}")
     if "text_bytes" in source:  # not if it was converted from a dataset of others
         click.echo(
-            f"text       {gb(source['text_bytes'])} in {source['documents']:,} documents "
+            f"text       {format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')} "
             f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
         )
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
-    for item in source["inputs"]:
-        click.echo(f"source     {_printable(item['name'])}  {gb(item['bytes'])}  {item['sha256'][:16]}")
+    inputs = source["inputs"]
+    for item in inputs[:SOURCES_SHOWN]:
+        click.echo(f"source     {_printable(item['name'])}  {format_bytes(item['bytes'])}  {item['sha256'][:16]}")
+    if len(inputs) > SOURCES_SHOWN:
+        click.echo(f"           and {len(inputs) - SOURCES_SHOWN:,} more: --json lists them all")
     click.echo(f"\n{'split':<6} {'shards':>7} {'documents':>13} {'tokens':>16}")
     for split in SPLITS:
-        shards = made.split(split)
-        click.echo(f"{split:<6} {len(shards):>7,} {made.documents(split):>13,} {made.tokens(split):>16,}")
+        shards = len(manifest.split(split))
+        click.echo(f"{split:<6} {shards:>7,} {manifest.documents(split):>13,} {manifest.tokens(split):>16,}")
 
 
 @main.command()
 @DATASET
-@click.argument("number", metavar="[N]", type=click.IntRange(0), default=0)
-@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@cloup.argument("number", metavar="[N]", type=click.IntRange(0), default=0)
+@cloup.option("--split", **_choice("train", "val"), help="Split that the document is in.")
+@AS_JSON
 def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     """Print document N, counted from 0, as the model will see it."""
-    from gpt2_data.dataset import Dataset
-    from gpt2_data.tokenizer import get_tokenizer
+    from gpt2_data import Dataset, get_tokenizer
 
     data = Dataset(dataset)
     start, stop = data.document_range(split, number)
@@ -279,69 +289,36 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
         click.echo(json.dumps(facts))
         return
-    shown = " ".join(map(str, tokens[:12])) + (" ..." if len(tokens) > 12 else "")
+    first = " ".join(map(str, tokens[:12])) + (" ..." if len(tokens) > 12 else "")
     click.echo(f"document {number:,} of {data.num_documents(split):,} in {split}")
-    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {shown}\n")
+    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n")
     click.echo(text)
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Compare less, in half a minute, and keep nothing.")
-@click.option("--out", type=click.Path(path_type=Path), help="File of proofs to add to.  [default: in ~/.cache]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def prove(quick: bool, out: Path | None, as_json: bool) -> None:
-    """Prove that gigatoken gives tiktoken's tokens.
-
-    Compares the two, as they are installed, on every character and on millions of strings. The result is kept, and
-    from then on build takes gigatoken, which is many times as fast; text with a character that the two treat
-    differently is left to tiktoken. Versions that this package knows already need no proof.
-    """
-    from gpt2_data import console
-    from gpt2_data import gigatoken as fast
-    from gpt2_data.proof import prove as run
-
-    started = time.monotonic()
-    with console.bar() as progress:
-        result = run(quick, progress)
-    file = None if quick else out or fast.user_proofs()
-    if file is not None:
-        fast.keep_proof(result.proof, file)
-    seconds = time.monotonic() - started
-    if as_json:
-        facts = {**vars(result.proof), "code_points_that_differ": result.code_points_that_differ}
-        click.echo(json.dumps({**facts, "bytes": result.bytes, "seconds": seconds, "file": file and str(file)}))
-        return
-    click.echo(
-        f"gigatoken {result.proof.gigatoken} gives the tokens of tiktoken {result.proof.tiktoken} for "
-        f"{result.proof.strings:,} strings, {gb(result.bytes)}, all but those with one of "
-        f"{result.code_points_that_differ:,} characters; {seconds:.0f} s"
-    )
-    click.echo(f"kept in {file}" if file else "nothing kept: that takes the whole comparison, without --quick")
-
-
-@main.command()
-@DATASET
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
+@cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
+@cloup.argument("out", type=click.Path(path_type=Path))
+@cloup.option(
     "--to",
     required=True,
     type=click.Choice(["npy", "llmc", "uint16", "nanogpt", "megatron", "arrow"]),
     help="Format to write; uint16 is another name of llmc.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@AS_JSON
 def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
-    """Write a dataset in another format; the tokens stay the same, byte for byte.
+    """Write a dataset in another format; the tokens stay the same.
 
     DIR is a dataset of ours, or one of build-nanogpt's, llm.c's, nanoGPT's or Megatron's: a folder, or the common
     beginning of a Megatron pair's two names. OUT is a folder that is not there or empty. llmc and arrow are
     datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
     """
     from gpt2_data import console
-    from gpt2_data.conversion import convert as run
+    from gpt2_data import convert as run
 
     with console.bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
     if as_json:
         click.echo(json.dumps({**vars(result), "out": str(out)}))
         return
-    click.echo(f"{out}: {result.tokens:,} tokens in {result.files:,} files ({result.format}), {gb(result.bytes)}")
+    files = f"{plural(result.files, 'file')} ({result.format})"
+    click.echo(f"{out}: {plural(result.tokens, 'token')} in {files}, {format_bytes(result.bytes)}")

@@ -11,24 +11,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult, Progress, Status
+    from gpt2_data.building.build import BuildResult, Progress
     from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal: a short build says nothing there."""
-_UNITS = {"writing": " tokens", "converting": " tokens", "comparing": " strings"}
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
+"""tqdm's own format leaves one column of 80 for the bar."""
+_UNITS = {"writing": " tokens", "converting": " tokens", "counting": " row groups"}
 
 
 def print_plan(config: "BuildConfig", as_json: bool) -> None:
-    """What would be built, on what, and what it needs."""
+    """Print what would be built, on what, and what it needs."""
     from gpt2_data.building.estimate import estimate
     from gpt2_data.building.plan import make_plan
     from gpt2_data.tokenizer import choose_backend
 
     backend = choose_backend(config.tokenizer)
     plan = make_plan(config)
-    with _counting(sum(len(item.row_groups) for item, _ in plan.remote)) as count:
+    done, total = 0, sum(len(item.row_groups) for item, _ in plan.remote)
+    with bar() as show:
+
+        def count(row_groups: int) -> None:
+            nonlocal done
+            done += row_groups
+            show("counting", done, total)
+
         guess = estimate(plan, config, remote=True, progress=count)
+    guess.check_shards(config)
     folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
     facts: dict[str, Any] = {
         "files": sum(item.kind not in ("pydocs", "stream") for item in plan.inputs),
@@ -49,42 +59,29 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    about = "" if guess.counted else "about "
-    fetched = f", {gb(guess.download_bytes)} to download" if guess.download_bytes else ""
-    minutes = max(facts["minutes"], 0.1)
-    click.echo(f"files      {facts['files']:,}, in {facts['units']:,} work units{fetched}")
-    click.echo(f"documents  {about}{guess.documents:,}")
-    click.echo(f"tokens     {about}{guess.tokens:,} ({'counted in the source' if guess.counted else 'estimate'})")
-    click.echo(f"shards     {about}{facts['shards']:,} of {config.shard_size:,} tokens")
-    click.echo(
-        f"disk       {gb(facts['bytes'])}, {gb(facts['bytes_while_building'])} while building; "
-        f"{gb(facts['bytes_free'])} free"
-    )
-    click.echo(
-        f"time       about {minutes:,.1f} minutes with {facts['workers']:,} workers and {backend}"
-        f"{', downloads left out' if fetched else ''}"
-    )
+    about, how = ("", "counted in the source") if guess.counted else ("about ", "an estimate")
+    fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
+    sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
+    without = ", downloads left out" if fetched else ""
+    workers = plural(facts["workers"], "worker")
+    click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
+    click.echo(f"documents  {about}{format_count(guess.documents)}")
+    click.echo(f"tokens     {about}{format_count(guess.tokens)} ({how})")
+    click.echo(f"shards     {about}{facts['shards']:,} of {format_count(config.shard_size)} tokens")
+    click.echo(f"disk       {sizes[0]}, {sizes[1]} while building; {sizes[2]} free")
+    click.echo(f"time       about {format_seconds(60 * facts['minutes'])} with {workers} and {backend}{without}")
     click.echo(f"out        {config.out}")
 
 
-@contextmanager
-def _counting(total: int) -> "Iterator[Any]":
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total, desc="counting", unit=" row groups", leave=False, disable=not (total and sys.stderr.isatty())
-    ) as bar:
-        yield bar.update
-
-
 def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
-    """What was built."""
+    """Print what was built."""
     if as_json:
         click.echo(json.dumps({**vars(result), "out": str(result.out)}))
         return
-    what = f"{result.tokens:,} tokens of {result.documents:,} documents"
+    what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    shards = plural(result.shards, "shard")
     if result.already_built:
-        click.echo(f"{result.out}: already built: {what} in {result.shards:,} shards")
+        click.echo(f"{result.out}: already built: {what} in {shards}")
         return
     how = f"{result.seconds:.1f} s"
     if result.text_mb_per_second:  # 0 where all had been tokenized before
@@ -94,22 +91,25 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         number, count = config.part
         click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
         return
-    click.echo(
-        f"{result.out}: {what} in {result.shards:,} shards ({result.val_tokens:,} tokens for validation); {how}"
-    )
+    click.echo(f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}")
     for count, note in (
-        (result.documents_empty, "empty: only their <|endoftext|> is there"),
+        (result.documents_empty, "empty: only <|endoftext|> is there"),
         (result.documents_replaced, "not UTF-8: what could not be read became U+FFFD"),
     ):
         if count:
-            click.echo(f"{count:,} documents {note}", err=True)
+            click.echo(f"{plural(count, 'document')} {note}", err=True)
 
 
 @contextmanager
 def progress() -> "Iterator[Progress]":
-    """For build: `bar`, with what is done so far."""
+    """Show a build's progress by `bar`, with the tokens so far."""
     with bar() as show:
-        yield lambda status: show(status.phase, status.done, status.total, _counts(status))
+        yield lambda status: show(
+            status.phase,
+            status.done,
+            status.total,
+            f"{format_count(status.tokens)} tokens" if status.tokens else "",
+        )
 
 
 @contextmanager
@@ -118,22 +118,27 @@ def bar() -> "Iterator[Callable[..., None]]":
     from tqdm import tqdm
 
     drawn: Any = None
-    shown = ""
+    phase, started, first = "", 0.0, 0
     last_line = time.monotonic()
 
     def show(what: str, done: int, total: int, note: str = "") -> None:
-        nonlocal drawn, shown, last_line
-        if sys.stderr.isatty():
-            if what != shown:
-                if drawn is not None:
-                    drawn.close()
-                drawn = tqdm(desc=what, total=total, unit=_UNITS.get(what, "B"), unit_scale=True, leave=False)
-                shown = what
+        nonlocal drawn, phase, started, first, last_line
+        now = time.monotonic()
+        if what != phase:
+            phase, started, first = what, now, done
+            if drawn is not None:
+                drawn.close()
+            if sys.stderr.isatty():
+                unit = _UNITS.get(what, "B")
+                drawn = tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, bar_format=_BAR)
+        if drawn is not None:
             drawn.set_postfix_str(note, refresh=False)
             drawn.update(done - drawn.n)
-        elif time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            click.echo(f"{what}: {100 * done / max(total, 1):.0f}%{note and ', '}{note}", err=True)
+        elif now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            remaining = (now - started) * (total - done) / (done - first) if done > first else None
+            time_left = f", {format_seconds(remaining)} left" if remaining is not None else ""
+            click.echo(f"{what}: {100 * done / max(total, 1):.0f}%{time_left}{note and ', '}{note}", err=True)
 
     try:
         yield show
@@ -142,14 +147,30 @@ def bar() -> "Iterator[Callable[..., None]]":
             drawn.close()
 
 
-def _counts(status: "Status") -> str:
-    counts = f"{status.documents:,} documents, {status.tokens / 1e6:,.1f}M tokens"
-    return f"{counts}, {status.shards:,} shards" if status.phase == "writing" else counts
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: "1 shard", "2,000 shards"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def gb(size: int) -> str:
-    """Bytes for reading."""
+def format_count(number: int) -> str:
+    """A count for reading: "9,999", "38.7M", "9.95B"."""
+    for unit, factor in ("B", 1e9), ("M", 1e6), ("k", 1e3):
+        if number >= max(factor, 10_000):
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:,}"
+
+
+def format_bytes(size: int) -> str:
+    """Bytes for reading: "512 bytes", "1.2 GB"."""
     for unit, factor in ("GB", 1e9), ("MB", 1e6), ("kB", 1e3):
         if size >= factor:
-            return f"{size / factor:.1f} {unit}"
+            return f"{size / factor:,.1f} {unit}"
     return f"{size} bytes"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for reading: "40 seconds", "12 minutes", "3.5 hours", "2.1 days"."""
+    for unit, length in ("days", 86_400), ("hours", 3600), ("minutes", 60):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
+    return f"{max(round(seconds), 1)} seconds" if seconds > 1.5 else "a second"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, one writer at a time, and hashes."""
+"""Files that appear whole or not at all, one writer at a time, hashes, and the cores that work on them."""
 
 import contextlib
 import fcntl
@@ -73,6 +73,11 @@ def sign(file: IO[str]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cores() -> int:
+    """Return how many cores this process may use: in a container or a job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

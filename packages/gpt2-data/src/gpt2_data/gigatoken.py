@@ -1,12 +1,11 @@
 """gigatoken, many times as fast as tiktoken, where it is proven to give tiktoken's tokens.
 
-A proof (`gpt2-data prove`) holds for a pair of versions and lists the characters that the two treat differently,
-such as letters of a Unicode version that only one of them knows. Text with one of those is left to tiktoken.
+A proof (proven.json, written by tools/prove_gigatoken.py) holds for a pair of versions and lists the characters
+that the two treat differently, such as letters of a Unicode version that only one of them knows. Text with one of
+those is left to tiktoken.
 """
 
 import base64
-import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -20,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data.formats import uint16 as formats
-
 MAX_GROWTH = 250_000_000
 """Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.
 
@@ -31,15 +28,18 @@ process grows by up to twice this. Books make it grow by 100 MB in all, random l
 MAX_TEXT = 64_000_000
 """Bytes of text before the cache is dropped where a process cannot tell its memory: 450 MB of new words."""
 
-_SHIPPED = Path(__file__).with_name("proven.json")
+PROVEN = Path(__file__).with_name("proven.json")
 _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are searched
 
 
 @dataclass(frozen=True)
 class Proof:
-    """That two versions give the same tokens for `strings` strings, but for the characters in `differ`.
+    """Two versions that give the same tokens, but for some characters.
 
-    `differ` holds hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
+    Attributes:
+        machine: the kind of processor; gigatoken has code of its own for each.
+        strings: how many were compared.
+        differ: the characters, as hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
     """
 
     gigatoken: str
@@ -50,7 +50,7 @@ class Proof:
 
     @property
     def versions(self) -> tuple[str, str, str]:
-        """What it holds for. The machine counts because gigatoken has code of its own for each kind."""
+        """What it holds for."""
         return self.gigatoken, self.tiktoken, self.machine
 
     def code_points(self) -> NDArray[np.int64]:
@@ -60,7 +60,7 @@ class Proof:
 
 
 def installed_versions() -> tuple[str, str, str]:
-    """gigatoken's, tiktoken's, and the kind of machine. Raises ValueError if gigatoken is not installed."""
+    """The versions of gigatoken and tiktoken, and the kind of machine. Raises ValueError without gigatoken."""
     try:
         gigatoken = importlib.metadata.version("gigatoken")
     except importlib.metadata.PackageNotFoundError:
@@ -70,44 +70,21 @@ def installed_versions() -> tuple[str, str, str]:
     return gigatoken, importlib.metadata.version("tiktoken"), machine
 
 
+def read_proofs(file: Path) -> list[Proof]:
+    """Return the proofs in a file."""
+    return [Proof(**item | {"differ": tuple(item["differ"])}) for item in json.loads(file.read_bytes())]
+
+
 def find_proof() -> Proof:
-    """The proof for what is installed: the package's own or the user's. Raises ValueError if there is none."""
+    """Return the proof for what is installed. Raises ValueError if there is none."""
     versions = installed_versions()
-    for file in (_SHIPPED, user_proofs()):
-        for proof in read_proofs(file):
-            if proof.versions == versions:
-                return proof
+    for proof in read_proofs(PROVEN):
+        if proof.versions == versions:
+            return proof
     raise ValueError(
         f"gigatoken {versions[0]} is not proven to give the tokens of tiktoken {versions[1]} on {versions[2]}: "
-        "run `gpt2-data prove`, or build with --tokenizer tiktoken"
+        "build with --tokenizer tiktoken"
     )
-
-
-def user_proofs() -> Path:
-    """Where `gpt2-data prove` keeps its result."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "gpt2-data" / "proven.json"
-
-
-def read_proofs(file: Path) -> list[Proof]:
-    """The proofs in a file; none if it is not there."""
-    try:
-        proofs = [Proof(**item | {"differ": tuple(item["differ"])}) for item in json.loads(file.read_bytes())]
-        for proof in proofs:
-            proof.code_points()
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError, IndexError):
-        raise ValueError(f"{file} holds no proofs: delete it and run `gpt2-data prove`") from None
-    return proofs
-
-
-def keep_proof(proof: Proof, file: Path) -> None:
-    """Add a proof to a file, in place of one for the same versions."""
-    proofs = [other for other in read_proofs(file) if other.versions != proof.versions] + [proof]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with formats.atomic(file, file.parent) as out:
-        out.write(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1).encode() + b"\n")
 
 
 class CharacterSet:
@@ -122,8 +99,8 @@ class CharacterSet:
             self._second_bytes.setdefault(first, np.zeros(256, bool))[second] = True
 
     def find(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Byte offsets, in no order, of the set's characters in valid UTF-8."""
-        found = [np.empty(0, np.int64)]
+        """Return the byte offsets, in no order, of the set's characters in valid UTF-8."""
+        places = [np.empty(0, np.int64)]
         for start in range(0, len(data), _BLOCK):
             block = data[start : start + _BLOCK]
             # memchr on a copy is the quickest test there is: 0.3 ns a byte for three first bytes, copy included
@@ -134,8 +111,8 @@ class CharacterSet:
                     offsets = offsets[second_bytes[data[offsets + 1]]]
                     code_points = _decode(data, offsets, first)
                     at = np.searchsorted(self._code_points, code_points).clip(max=len(self._code_points) - 1)
-                    found.append(offsets[self._code_points[at] == code_points])
-        return np.concatenate(found)
+                    places.append(offsets[self._code_points[at] == code_points])
+        return np.concatenate(places)
 
 
 def _decode(data: NDArray[np.uint8], offsets: NDArray[np.int64], first: int) -> NDArray[np.int64]:
@@ -162,7 +139,7 @@ class Encoder:
     def encode(
         self, data: NDArray[np.uint8], offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Tokens of the texts `data[offsets[i] : offsets[i + 1]]`, valid UTF-8, and the offset of each in them."""
+        """Return the tokens of the texts `data[offsets[i] : offsets[i + 1]]`, valid UTF-8, and their offsets."""
         import awkward as ak
 
         if self._has_grown():
@@ -200,14 +177,9 @@ class Encoder:
 
 
 def _memory() -> int | None:
-    """Bytes of this process's own memory; not what it maps of files. None where the system does not say."""
+    """The bytes of this process's own memory, without what it maps of files; None if the system does not say."""
     try:
         fields = Path("/proc/self/statm").read_bytes().split()
     except OSError:
         return None
-    return (int(fields[1]) - int(fields[2])) * _page_size()
-
-
-@functools.cache
-def _page_size() -> int:
-    return os.sysconf("SC_PAGE_SIZE")
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")

@@ -2,11 +2,16 @@
 
 A split is one stream of tokens. Sample k is tokens [k*T, k*T + T + 1) of it: inputs, and the same shifted by one;
 the last begins earlier, so that it ends where the split does. Which sample comes when depends on the datasets, the
-seed and a running number alone.
+seed and the sample's number alone.
 """
 
+import copy
 import itertools
-from collections.abc import Mapping
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,31 +21,32 @@ from numpy.typing import NDArray
 from gpt2_data import mixing
 from gpt2_data.dataset import Dataset
 from gpt2_data.order import build_nanogpt_starts, mix, permute
-from gpt2_data.prefetch import Allocate, Pair, Prefetch
 
 STATE_VERSION = 2  # 1 left out the tail of a split
 Order = Literal["shuffled", "sequential", "build-nanogpt"]
 Datasets = str | Path | Mapping[str, float] | Mapping[Path, float]
+Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
+Allocate = Callable[[tuple[int, ...], np.dtype[np.int64]], NDArray[np.int64]]
 # Global samples whose places are computed at once: for 64 alone that takes longer than to read them.
 _PLANNED = 16384
 
 
 class TokenLoader:
-    """Batches for ever: each step yields (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
+    """An endless iterator of batches (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
 
     Args:
-        path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample. Of
-            each dataset the samples come as they would alone, through epochs of its own. Within each 4096 samples
+        path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample.
+            The samples of each dataset come as they would alone, through epochs of its own. In each 4096 samples
             their numbers are in proportion to the weights, to within one.
-        batch_size: this rank's. Step j of rank r takes the global samples j*B*W + r*B onwards: the ranks together
-            take what one rank with the whole batch would. A batch may span two epochs.
+        batch_size: samples in a step of this rank. Step j of rank r takes the global samples from j*B*W + r*B
+            on: the ranks together take what one rank with the whole batch would. A batch may span two epochs.
         order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", which is exactly what each rank of
-            build-nanogpt's DataLoaderLite reads, with the tails of shards that it skips: the one order that
+            build-nanogpt's DataLoaderLite reads, without the shards' ends that it skips: the one order that
             depends on batch_size and world_size.
 
     Attributes:
         samples_consumed: samples that all ranks together have taken.
-        num_windows: samples in an epoch of each dataset, but for the order "build-nanogpt".
+        num_windows: samples in an epoch of each dataset, except in the order "build-nanogpt".
 
     Raises:
         ValueError: a split (or, for "build-nanogpt", a shard) too short; damaged shards; datasets that cannot be
@@ -74,7 +80,7 @@ class TokenLoader:
             raise ValueError("the order build-nanogpt knows one dataset, not a mix")
         for dataset in self.datasets:
             self._check(dataset)
-        # Rounded up: what is left after whole windows is in a last one, which overlaps with the one before.
+        # Rounded up: the tokens after whole windows are in a last one, which overlaps with the one before.
         self.num_windows = [-((1 - dataset.tokens(split)) // seq_len) for dataset in self.datasets]
         self._hashes = [dataset.manifest.hash for dataset in self.datasets]
         self._tokens = np.empty((batch_size, seq_len + 1), np.uint16)
@@ -90,10 +96,10 @@ class TokenLoader:
             )
         if self.order == "build-nanogpt":
             needed = self.batch_size * self.seq_len * self.world_size + 1
-            for shard in dataset.manifest.shards:
-                if shard.split == self.split and shard.tokens < needed:
+            for file in dataset.files(self.split):
+                if file.tokens < needed:
                     raise ValueError(
-                        f"{dataset.path / shard.file} has {shard.tokens:,} tokens, and the order build-nanogpt "
+                        f"{file.path} has {file.tokens:,} tokens, and the order build-nanogpt "
                         f"needs {needed:,} in each shard, a batch for every rank: lower batch_size or seq_len"
                     )
         dataset.read(self.split, 0, 1)  # opens the split, so that a missing shard is noticed now
@@ -108,7 +114,7 @@ class TokenLoader:
         return x, y
 
     def next_into(self, x: NDArray[np.int64], y: NDArray[np.int64]) -> None:
-        """The next step's batch, into arrays of the caller's, of the shape and type that iteration yields."""
+        """Load the next step's batch into the caller's arrays, of the shape and type that iteration yields."""
         if not x.shape == y.shape == (self.batch_size, self.seq_len):
             raise ValueError(
                 f"arrays of shapes {x.shape} and {y.shape}: ({self.batch_size}, {self.seq_len}) needed"
@@ -127,23 +133,22 @@ class TokenLoader:
         np.copyto(y, tokens[:, 1:])
         self.samples_consumed += self.batch_size * self.world_size
 
-    def prefetch(self, depth: int = 2, allocate: Allocate | None = None) -> Prefetch:
-        """The same batches, loaded by a thread while the caller works: `depth` of them wait ready.
+    def prefetch(self, depth: int = 2, allocate: Allocate | None = None) -> "Prefetch":
+        """Return the same batches, loaded by a thread while the caller works: `depth` of them wait ready.
 
         The arrays belong to a ring of 2 * depth pairs: a pair is valid until the `depth`-th call of `next` after
-        the one that yielded it; that call may overwrite it. `state` of both this loader and what is returned says
-        where the consumer is. Until `close` (or the end of a `with`) this loader must not be used itself.
+        the one that yielded it; that call may overwrite it. `state` of this loader and of the result says where
+        the consumer is. Until `close` (or the end of a `with`) this loader must not be used itself. `next` raises
+        an error of the thread in the place of the batch that failed.
 
         Args:
-            allocate: makes each array from a shape and a dtype; page-locked ones for a GPU, say. By default
+            allocate: makes each array from a shape and a dtype, such as page-locked ones for a GPU. By default
                 `numpy.empty`.
-
-        An error in the thread is raised by `next` in the place of the batch it was met at.
         """
         return Prefetch(self, depth, allocate)
 
     def _next_windows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """From which dataset and which token on each row of the next batch comes."""
+        """Return the dataset and the first token of each row of the next batch."""
         step = self.batch_size * self.world_size
         row, rest = divmod(self.samples_consumed - self._planned_from, step)
         if rest or not 0 <= row < len(self._planned[0]):
@@ -156,9 +161,9 @@ class TokenLoader:
         return sources[row], starts[row]
 
     def windows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each of the global samples `numbers`, counted on through the epochs: its dataset and first token.
+        """Return the dataset (an index into `datasets`) and first token of each of the global samples `numbers`.
 
-        The dataset is an index into `datasets`. In the order "build-nanogpt", of this rank's samples.
+        Numbers are counted through all epochs; in the order "build-nanogpt" they are those of this rank's samples.
         """
         if self.order == "build-nanogpt":
             batches, rows = np.divmod(numbers, self.batch_size)
@@ -187,7 +192,7 @@ class TokenLoader:
         return starts
 
     def state(self) -> dict[str, Any]:
-        """Where the stream of batches stands, to be kept as JSON; the same on every rank."""
+        """Return where the stream of batches stands, to be stored as JSON; the same on every rank."""
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "dataset": self._hashes[0] if len(self._hashes) == 1 else self._hashes,
@@ -204,10 +209,11 @@ class TokenLoader:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, in O(1), also on another number of ranks or with another batch_size.
+        """Continue where `state` was taken, in O(1), also on another number of ranks or with another batch_size.
 
-        Raises ValueError naming the field if this loader's stream is another than that one's. In the order
-        "build-nanogpt", which each rank goes through on its own, that is so with another batch_size or world_size.
+        Raises:
+            ValueError: this loader's stream is another one; the field is named. In the order "build-nanogpt" it
+                depends on batch_size and world_size too.
         """
         for field, here in (self.state() | {"samples": state.get("samples")}).items():
             if state.get(field) != here:
@@ -220,10 +226,8 @@ class TokenLoader:
         self.samples_consumed = samples
 
 
-def _open(
-    path: Datasets,
-) -> tuple[list[Dataset], list[int]]:
-    """The datasets and their weights, in an order that does not hang on that of the mapping."""
+def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
+    """Open the datasets, in an order that does not depend on the mapping's, and return them and their weights."""
     if not isinstance(path, Mapping):
         return [Dataset(path)], [1]
     if not path:
@@ -236,3 +240,87 @@ def _open(
                 f"{one.path} and {other.path} are the same dataset: name it once, with its whole weight"
             )
     return [dataset for dataset, _ in opened], [weight for _, weight in opened]
+
+
+class Prefetch:
+    """A loader's batches, loaded ahead by a thread. Use it as a context manager, or call `close`."""
+
+    def __init__(self, loader: TokenLoader, depth: int, allocate: Allocate | None) -> None:
+        if depth < 1:
+            raise ValueError(f"prefetch depth {depth} must be 1 or more")
+        self._loader, self._depth = loader, depth
+        self._position = loader.samples_consumed
+        self._yielded: deque[Pair] = deque()  # and still valid, the oldest first
+        self._free: queue.SimpleQueue[Pair] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Pair | BaseException] = queue.SimpleQueue()
+        shape, dtype = (loader.batch_size, loader.seq_len), np.dtype(np.int64)
+        for _ in range(2 * depth):  # as many yielded as loaded
+            self._free.put(((allocate or np.empty)(shape, dtype), (allocate or np.empty)(shape, dtype)))
+        # The thread has a loader, and so open files, of its own, and no reference to this object, which can thus
+        # become garbage and stop it. It is a daemon since Python waits for others at exit before finalizers run.
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_load, args=(copy.deepcopy(loader), self._free, self._ready, stop), daemon=True, name="prefetch"
+        )
+        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop)
+        thread.start()
+
+    def __iter__(self) -> "Prefetch":
+        return self
+
+    def __next__(self) -> Pair:
+        if not self._finalizer.alive:
+            raise ValueError("this prefetch is closed")
+        if self._loader.samples_consumed != self._position:
+            raise ValueError(
+                "the loader was moved while it was prefetched: close the prefetch first, then begin another"
+            )
+        if len(self._yielded) == self._depth:
+            self._free.put(self._yielded.popleft())
+        loaded = self._ready.get()
+        if isinstance(loaded, BaseException):
+            self.close()
+            raise loaded
+        self._yielded.append(loaded)
+        self._position += self._loader.batch_size * self._loader.world_size
+        self._loader.samples_consumed = self._position
+        return loaded
+
+    def state(self) -> dict[str, Any]:
+        """Return the loader's state after the batches that were yielded, not those loaded ahead."""
+        return self._loader.state()
+
+    def close(self) -> None:
+        """End the thread, after the batch it is at. The loader may then be used as any other."""
+        self._finalizer()
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load(
+    loader: TokenLoader,
+    free: "queue.SimpleQueue[Pair]",
+    ready: "queue.SimpleQueue[Pair | BaseException]",
+    stop: threading.Event,
+) -> None:
+    try:
+        while True:
+            pair = free.get()
+            if stop.is_set():
+                return
+            loader.next_into(*pair)
+            ready.put(pair)
+    except BaseException as error:  # the consumer raises it
+        ready.put(error)
+
+
+def _stop(thread: threading.Thread, free: "queue.SimpleQueue[Pair]", stop: threading.Event) -> None:
+    stop.set()
+    nothing = np.empty(0, np.int64)
+    free.put((nothing, nothing))  # wakes it
+    if thread is not threading.current_thread():  # which may be where the garbage was found
+        thread.join()

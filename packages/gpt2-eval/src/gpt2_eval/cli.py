@@ -350,9 +350,10 @@ def _report(
     run: Run, model: Any, result: Any, show: Callable[[str], None], published: "Published | None" = None,
     about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """On rank 0, write --out, and print the result as JSON or by `show`, which is told where it was computed.
+    """On rank 0, write --out, and print the result as JSON or by `show`.
 
     Args:
+        show: prints a table; its argument names the device and the precision.
         published: the file that published numbers of this task are on; --data may be another.
         about: what the JSON says besides the result.
     """

@@ -88,9 +88,10 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
 
 
 def _text_of(record: dict[str, Any]) -> str:
-    if not isinstance(record.get("text"), str):
+    text = record.get("text")
+    if not isinstance(text, str):
         raise ValueError("no text")
-    return record["text"]  # type: ignore[no-any-return]
+    return text
 
 
 def evaluate_corpus(
@@ -107,11 +108,7 @@ def evaluate_corpus(
         stride: tokens by which the raw windows move on. None: by their whole length, the model's context. With
             less, each token has at least context - stride before it, and the text costs context / stride as much.
         encoder: the model's tokenizer; GPT-2's if None.
-        options: those of `score_items`.
-
-    Raises:
-        ValueError: the stride does not fit the model, or scores are not finite.
-        Interrupted: `stop` said True, here or on another rank.
+        options: those of `score_items`, and so are the errors.
     """
     start = time.perf_counter()
     block_size = model.config.block_size

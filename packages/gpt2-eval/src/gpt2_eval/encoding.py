@@ -43,11 +43,7 @@ def joint(encoder: Encoder, context: str, continuation: str) -> Row:
         ids = encoder.go_on(continuation)
         # A continuation that begins with the prefix is not given it twice.
         return Row(ids[:1], ids[1:]) if ids[:1] == [encoder.prefix] else Row([encoder.prefix], ids)
-    given, rest = encoder.begin(stripped), context[len(stripped) :] + continuation
-    if encoder.is_gpt2 and given and rest[:1] == " ":
-        # GPT-2 cuts a text before it merges, and always where a blank comes after something else: the same ids.
-        return Row(given, encoder.go_on(rest))
-    whole = encoder.begin(context + continuation)
+    given, whole = encoder.begin(stripped), encoder.begin(context + continuation)
     return Row(given or [encoder.prefix], whole[len(given) :])
 
 

@@ -42,11 +42,11 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness' cache of requests."""
+        """The name under which the harness caches requests."""
         return "gpt2"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; GPT-2 has no special tokens to add."""
+        """Return the ids; GPT-2 has no special tokens to add."""
         return self.encoder.begin(string)
 
     def _loglikelihood_tokens(
@@ -60,14 +60,14 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return [(row.logprob, row.greedy) for item in scored for row in item]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token once."""
+        """Return the log-likelihood of whole texts, each token scored once."""
         size = self.model.config.block_size
         texts = [windows_of(self.tok_encode(request.args[0]), size, size, EOT) for request in requests]
         scored = iter(score_items(self.model, [[row] for rows in texts for row in rows], **self.options))
         return [sum(next(scored)[0].logprob for _ in rows) for rows in texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy text up to a stop string, or `max_gen_toks` (256) tokens; too long a context loses its left."""
+        """Write greedily up to a stop string or `max_gen_toks` (256) tokens; a long context loses its start."""
         texts = []
         for request in requests:
             context, options = request.args

@@ -54,12 +54,11 @@ def evaluate_loss(
         batch_size: windows in a forward pass; 8 if None. It changes the speed and, in fp32, no more than the last
             digits.
         compile: run the model compiled, on batches of one shape: the last is filled up.
-        device, autocast_dtype, resume, progress, stop: as in `score_items`, and so are the ranks.
+        device, autocast_dtype, resume, progress, stop: as in `score_items`, and so are ranks and Interrupted.
 
     Raises:
-        ValueError: a size does not fit the model or the split, token ids are beyond the vocabulary, or the loss is
-            not finite.
-        Interrupted: `stop` said True, here or on another rank.
+        ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or the loss is not
+            finite.
     """
     block_size = model.config.block_size
     seq_len = block_size if seq_len is None else seq_len
@@ -115,11 +114,7 @@ def _result(
 
 
 def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
-    """Return the number of target tokens to score: `tokens`, or as many as the split has after its first.
-
-    Raises:
-        ValueError: `tokens` below 1, or a split with nothing to predict.
-    """
+    """Return the number of target tokens to score; a ValueError says that the split has none."""
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}")
     available = dataset.tokens(split)

@@ -1,9 +1,8 @@
 """What is evaluated: a GPT-2 of this project's, or any causal language model that transformers loads."""
 
 import sys
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,7 @@ from gpt2_model import GPT
 from gpt2_model.command import find_device
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Longest sequence and number of token ids."""
 
     block_size: int

@@ -117,13 +117,13 @@ class Batch:
 
     Attributes:
         packs: in the order of their lines.
-        starts: line and place in it where each begins.
+        starts: where each begins, counted over all lines.
         tokens, positions, groups, branches: (lines, length); a group is the number of a pack in its line, -1 the
             padding on the right.
     """
 
     packs: list[Pack]
-    starts: list[tuple[int, int]]
+    starts: list[int]
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     groups: NDArray[np.int16]
@@ -162,7 +162,7 @@ def lay_out(lines: Sequence[Sequence[Pack]], num_lines: int | None = None, lengt
             where = (number, slice(start, start + len(part.tokens)))
             tokens[where], positions[where], branches[where] = part.tokens, part.positions, part.branches
             groups[where] = group
-            starts.append((number, start))
+            starts.append(number * shape[1] + start)
             start += len(part.tokens)
     return Batch([part for line in lines for part in line], starts, tokens, positions, groups, branches)
 

@@ -67,12 +67,17 @@ def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | No
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     items, wrong, total = list[T](), list[str](), 0
-    for where, line in _lines(path):
+    for where, record in _records(path):
         total += 1
         try:
-            record = _json_object(line) if isinstance(line, bytes) else line
+            if isinstance(record, bytes):
+                record = json.loads(record)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
             if limit is None or total <= limit:
                 items.append(parse(record))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            wrong.append(f"{where}: not JSON: {error}")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
     if wrong:
@@ -82,7 +87,7 @@ def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | No
     return items, total
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -98,13 +103,3 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    return record

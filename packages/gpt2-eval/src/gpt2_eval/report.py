@@ -15,21 +15,16 @@ from gpt2_model.command import write_whole
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, NaN for a single item."""
+    """A figure, such as an accuracy from 0 to 1.
+
+    Attributes:
+        stderr: its standard error; NaN for a single item.
+        ties: of an accuracy, items whose best score is shared by several choices; the lowest index is taken.
+    """
 
     value: float
     stderr: float
-
-
-@dataclass(frozen=True)
-class Accuracy(Estimate):
-    """The share of items, 0 to 1, whose best-scored choice is the label.
-
-    Attributes:
-        ties: items whose best score is shared by several choices; the lowest index is taken.
-    """
-
-    ties: int
+    ties: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class HellaSwagResult:
         items: number of items scored.
         partial: items were left out by a limit, so that the numbers are not comparable.
         data_sha256: of the whole data file.
-        metrics: protocol -> metric -> Accuracy: `metrics["karpathy"]["acc_norm"].value`.
+        metrics: protocol -> metric -> Estimate: `metrics["karpathy"]["acc_norm"].value`.
         truncated: protocol -> rows (four an item) whose context was cut on the left to fit the model.
         seconds: from the rows to the scores.
         records: one mapping an item, in the file's order; see `write_records`.
@@ -49,18 +44,18 @@ class HellaSwagResult:
     items: int
     partial: bool
     data_sha256: str
-    metrics: dict[str, dict[str, Accuracy]]
+    metrics: dict[str, dict[str, Estimate]]
     truncated: dict[str, int]
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON. A protocol's `stderr` is that of its headline metric, `acc_norm`."""
-        protocols = {
-            name: {"stderr": metrics["acc_norm"].stderr} | _metrics_dict(metrics, self.truncated[name])
-            for name, metrics in self.metrics.items()
-        }
-        return _outline(self, "hellaswag") | protocols
+        result = {name: getattr(self, name) for name in ("items", "partial", "data_sha256", "seconds")}
+        for name, metrics in self.metrics.items():
+            headline = {"stderr": metrics["acc_norm"].stderr}
+            result[name] = headline | _metrics_dict(metrics, self.truncated[name])
+        return {"task": "hellaswag"} | result
 
 
 @dataclass(frozen=True)
@@ -87,19 +82,15 @@ class TaskResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
-        return _outline(self, self.task) | _metrics_dict(self.metrics, self.truncated)
-
-
-def _outline(result: HellaSwagResult | TaskResult, task: str) -> dict[str, Any]:
-    names = ("items", "partial", "data_sha256", "seconds")
-    return {"task": task} | {name: getattr(result, name) for name in names}
+        names = ("task", "items", "partial", "data_sha256", "seconds")
+        return {name: getattr(self, name) for name in names} | _metrics_dict(self.metrics, self.truncated)
 
 
 def _metrics_dict(metrics: Mapping[str, Estimate], truncated: int) -> dict[str, Any]:
     return {
         **{name: metric.value for name, metric in metrics.items()},
         **{f"{name}_stderr": metric.stderr for name, metric in metrics.items()},
-        "ties": {name: metric.ties for name, metric in metrics.items() if isinstance(metric, Accuracy)},
+        "ties": {name: metric.ties for name, metric in metrics.items() if metric.ties is not None},
         "truncated": truncated,
     }
 
@@ -128,11 +119,8 @@ class CorpusResult:
     """What a model makes of a text as a whole.
 
     Attributes:
-        corpus: the text's name.
-        data_sha256: of its file.
         stride: tokens by which the raw windows move on.
         perplexities: protocol -> Perplexity.
-        seconds: from the text to the result.
     """
 
     corpus: str
@@ -182,7 +170,7 @@ class LossResult:
         return {name: value for name, value in vars(self).items() if name != "records"}
 
 
-def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Accuracy:
+def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
     """Return the accuracy of taking the highest score: scores (items, choices), labels (items,).
 
     The standard error is sample deviation (Bessel) over sqrt(n), lm-evaluation-harness' `mean_stderr`.
@@ -190,7 +178,7 @@ def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Accuracy
     best = scores.max(axis=1, keepdims=True)
     correct = (scores.argmax(axis=1) == labels).astype(np.float64)  # argmax takes the lowest index of equals
     ties = int(((scores == best).sum(axis=1) > 1).sum())
-    return Accuracy(float(correct.mean()), standard_error(correct), ties)
+    return Estimate(float(correct.mean()), standard_error(correct), ties)
 
 
 def standard_error(values: NDArray[np.float64]) -> float:

@@ -128,14 +128,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file.
-
-    Attributes:
-        task: the task's name.
-        questions: in the file's order.
-        total: records in the file; more than `questions` under a limit.
-        sha256: of the whole file.
-    """
+    """The questions of a file; `total` counts its records, which may be more, and `sha256` is the whole file's."""
 
     task: str
     questions: list[Question]
@@ -179,15 +172,8 @@ def evaluate_task(
 
     A choice is measured by acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
     acc_norm (highest sum per character) and acc_bytes; a single continuation by acc (all its tokens are the
-    likeliest), acc_last_token (its last one is), and perplexity per continuation.
-
-    Args:
-        encoder: the model's tokenizer; GPT-2's if None.
-        options: those of `score_items`.
-
-    Raises:
-        ValueError: a row cannot be scored, or scores are not finite.
-        Interrupted: `stop` said True, here or on another rank.
+    likeliest), acc_last_token (its last one is), and perplexity per continuation. The encoder is the model's
+    tokenizer, GPT-2's if None; options and errors are those of `score_items`.
     """
     start = time.perf_counter()
     encoder = encoder or gpt2_encoder()

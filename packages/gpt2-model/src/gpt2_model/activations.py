@@ -45,9 +45,9 @@ def activation_bytes(
     """
     rows, embedding = batch * time, 4 * config.vocab_size * config.n_embd
     layer = _layer_bytes(config, time, device_type, bf16)
-    kept = config.n_layer * layer
+    blocks = config.n_layer * layer
     if checkpointing:  # each block keeps its input; one at a time has all the rest
-        kept = config.n_layer * 4 * config.n_embd + layer
+        blocks = config.n_layer * 4 * config.n_embd + layer
     copies = 2 * config.matrix_parameters if bf16 else 0
     if device_type == "cpu":
         # The gradient of the projection, to which the embedding's is added; and a block of logits.
@@ -55,15 +55,15 @@ def activation_bytes(
         size = 2 if bf16 else 4
         head = embedding + rows * 4 * config.n_embd + min(rows, ROWS) * config.vocab_size * size
         head += 0 if bf16 else embedding
-        return ActivationBytes(rows * kept + copies, head, int(HEAP_HOLES * embedding))
+        return ActivationBytes(rows * blocks + copies, head, int(HEAP_HOLES * embedding))
     # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
     # gradient and that of the logits, in fp32.
     head = embedding + rows * config.vocab_size * ((4 if bf16 else 8) if compiled else 12)
-    return ActivationBytes(rows * kept + copies, head, 0)
+    return ActivationBytes(rows * blocks + copies, head, 0)
 
 
 def _layer_bytes(config: GPTConfig, time: int, device_type: str, bf16: bool) -> int:
-    """What a block keeps of a token for the backward pass.
+    """Return the bytes that a block keeps of a token for the backward pass.
 
     In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
     middle what goes into the activation and what comes out. In bf16: the norms' inputs stay fp32, and the

@@ -19,8 +19,8 @@ class KVCache:
         batch: number of rows.
         capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
         dtype: of keys and values; by default the model's.
-        zeroed: False leaves numbers of whatever memory held: only for who never calls `extend`, which multiplies
-            what is masked by 0, and 0 * NaN is NaN.
+        zeroed: False saves a pass over the memory where `extend` is never called: it multiplies what is masked by
+            0, and 0 * NaN is NaN.
 
     Raises:
         ValueError: a capacity beyond the model's context.

@@ -126,7 +126,7 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
-    """From arguments, a file, or a pipe; a file's last newline is the editor's, not the text's."""
+    """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and _is_piped():
@@ -143,7 +143,7 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
 
 
 def _is_piped() -> bool:
-    """Standard input is a pipe or a file: a terminal, or nothing at all, has no prompt for us."""
+    """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
@@ -211,7 +211,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:  # of a line: begin it again
+        except KeyboardInterrupt:  # begin the line again
             continue
         if line == "/reset":
             text = before = ""

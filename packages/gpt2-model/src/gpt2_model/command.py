@@ -57,7 +57,7 @@ class Size(click.ParamType[int]):
 
 
 def format_size(number: int) -> str:
-    """The shortest exact form in which a person would type a number: 500000 is "500k", 10485760 is "10Mi"."""
+    """Return a number as a person would type it: 500000 is "500k", 10485760 is "10Mi"."""
     for suffix, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3), ("Mi", 2**20)):
         if number and number % factor == 0:
             return f"{number // factor}{suffix}"
@@ -71,7 +71,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())
 
 
@@ -123,7 +123,7 @@ def run_command(command: click.Command, name: str) -> None:
 
 
 def find_device(name: str) -> "torch.device":
-    """The torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
+    """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
 
     Raises:
         ValueError: this machine has no such device.
@@ -144,7 +144,7 @@ def find_device(name: str) -> "torch.device":
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's folder of gpt2-train; None if it has no whole one.
+    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one.
 
     A checkpoint's manifest.json is written last. Its hashes are not compared: that would read gigabytes.
     """
@@ -154,7 +154,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def find_model(name: str) -> str:
-    """The model that a name stands for: for a run's folder its newest checkpoint, which stderr is told."""
+    """Return the model that a name stands for: of a run's folder the newest checkpoint, which stderr is told."""
     checkpoint = None if (Path(name) / "config.json").exists() else newest_checkpoint(Path(name))
     if checkpoint is None:
         return name
@@ -171,7 +171,7 @@ def print_json(value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,14 +14,14 @@ class GPTConfig:
     Attributes:
         block_size: longest sequence, in tokens (`n_positions` in a Hugging Face config).
         vocab_size: number of token ids; 50,257 for GPT-2's own BPE.
-        n_layer: transformer blocks.
-        n_head: attention heads a block; must divide `n_embd`.
+        n_layer: number of transformer blocks.
+        n_head: attention heads of a block; must divide `n_embd`.
         n_embd: width of the residual stream.
         n_inner: hidden width of the MLP; None means 4 * n_embd.
-        activation_function: of the MLP; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
+        activation_function: the MLP's; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
         layer_norm_epsilon: added to the variance.
         scale_attn_weights: divide attention scores by sqrt(head width).
-        scale_attn_by_inverse_layer_idx: divide them by the block's number, from 1, as well (Mistral's GPT-2s).
+        scale_attn_by_inverse_layer_idx: also divide them by the block's number, from 1 (Mistral's GPT-2s).
         reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
         tie_word_embeddings: the output projection is the token embedding.
 
@@ -100,7 +100,7 @@ class GPTConfig:
 
 
 def _parse(name: str, text: str, kind: object) -> Any:
-    """The value of a field, from text; `kind` is the field's annotation."""
+    """Return the value of a field from text; `kind` is the field's annotation."""
     if kind is str:
         return text
     if kind is bool:
@@ -130,7 +130,7 @@ OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "15
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Floating-point operations of one training token, forward and backward: 803 million for 124M at 1,024.
+    """Return floating-point operations of a training token, forward and backward: 803 million for 124M at 1,024.
 
     6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal.
     This is llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts

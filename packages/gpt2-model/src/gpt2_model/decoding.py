@@ -14,7 +14,7 @@ from gpt2_model.model import GPT
 
 
 class Decoder(Protocol):
-    """What generation needs of a model. Logits are (rows, vocab_size) in fp32, rows in the order of `select`."""
+    """A model that remembers rows. Logits are (rows, vocab_size) in fp32, rows in the order of `select`."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Start a row for each prompt; return the logits of what follows it."""

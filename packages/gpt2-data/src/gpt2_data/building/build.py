@@ -1,43 +1,49 @@
-"""A source -> a dataset folder: the same bytes whoever builds it, on whatever, killed as often as may be.
+"""A source -> a dataset folder: the same bytes whoever builds it, on whatever machine, however often it is killed.
 
-Phase A (units.py) tokenizes the plan's units into OUT/.build, phase B (shards.py) cuts the documents into
-shards. dataset.json comes last: a folder without it is no dataset.
+Phase A (tokenize_units.py) tokenizes the plan's units into OUT/.build, phase B (cut_shards.py) cuts the documents
+into shards. dataset.json comes last: a folder without it is no dataset.
 """
 
 import contextlib
-import dataclasses
+import functools
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import tokenizer
-from gpt2_data.building import cut_shards as shards
-from gpt2_data.building import history, workfolder
-from gpt2_data.building import tokenize_units as units
-from gpt2_data.building import workers as engines
+from gpt2_data import disk, tokenizer
+from gpt2_data.building import workers, workfolder
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan
-from gpt2_data.building.tokenize_units import HashTask, Receipt, Result, Task, UnitTask, read_receipt
-from gpt2_data.formats import manifest
-from gpt2_data.formats import uint16 as formats
-from gpt2_data.formats.manifest import Manifest
-from gpt2_data.sources import fetching
-
-_HASHED_AT_ONCE = 64_000_000  # bytes of small local files that one task hashes
+from gpt2_data.building.cut_shards import lay_out, shard_tasks
+from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
+from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan, request_name
+from gpt2_data.building.tokenize_units import (
+    Receipt,
+    UnitTask,
+    document_at_work,
+    read_receipt,
+    tokenize_carefully,
+    tokenize_unit,
+)
+from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
+from gpt2_data.sources.download import Downloader
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a build is, for whoever shows it."""
+    """The progress of a build.
+
+    Attributes:
+        phase: "fetching", "tokenizing" or "writing".
+        done: of `total`: bytes of files, bytes of text, or tokens, by the phase.
+    """
 
     phase: str
-    """"fetching", "tokenizing" or "writing"."""
     done: int
     total: int
-    """Of the phase: bytes of files, bytes of text, or tokens."""
     documents: int = 0
     tokens: int = 0
     shards: int = 0
@@ -48,7 +54,12 @@ Progress = Callable[[Status], None]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build made; of a part that was not the last, what it did."""
+    """The result of a build, or of a part of it that was not the last.
+
+    Attributes:
+        finished: False for such a part.
+        text_mb_per_second: 10^6 bytes of text tokenized by this process, over its seconds.
+    """
 
     out: Path
     tokens: int
@@ -62,194 +73,215 @@ class BuildResult:
     finished: bool
     seconds: float
     text_mb_per_second: float
-    """10^6 bytes of text tokenized in this run, over its seconds."""
+
+
+@dataclass
+class _Run:
+    """A call of `build`. `text_bytes` counts what it has tokenized."""
+
+    config: BuildConfig
+    backend: str
+    progress: Progress
+    started: float
+    text_bytes: int = 0
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.config)
+
+    @functools.cached_property
+    def request(self) -> str:
+        return request_name(self.config)
+
+    @property
+    def work(self) -> Path:
+        return self.config.out / WORK
+
+    @functools.cached_property
+    def tasks(self) -> list[UnitTask]:
+        """The units in order; a file whose SHA-256 is not known is hashed with its first unit."""
+        unhashed = {item.path for item in self.plan.inputs if item.sha256 is None}
+        tasks = []
+        for unit in self.plan.units:
+            hashed = tuple(path for path in unit.files if path in unhashed)
+            unhashed.difference_update(hashed)
+            tasks.append(UnitTask(self.plan.name, unit, self.work, self.backend, hashed))
+        return tasks
+
+    def find_finished(self) -> Manifest | None:
+        """Return the dataset, if it is built already; see workfolder.find_finished."""
+        return workfolder.find_finished(self.config, self.request, lambda: self.plan)
+
+    def speed(self) -> float:
+        """Return the MB of text that were tokenized in a second."""
+        return round(self.text_bytes / 1e6 / (time.monotonic() - self.started), 3)
 
 
 def build(config: BuildConfig, progress: Progress = lambda status: None) -> BuildResult:
-    """Make the dataset that `config` describes; what an interrupted build of it left is used.
+    """Make the dataset that `config` describes from where an interrupted build was. A finished one stays as it is.
 
     With more than one worker the calling script needs its `if __name__ == "__main__":`, for processes are spawned.
-    Raises ValueError or OSError with one line that says what to do. A finished dataset is not touched.
+
+    Args:
+        progress: is called with a Status as the build advances. What it raises ends the build.
+
+    Raises:
+        ValueError, OSError: one line that says what to do.
     """
-    started = time.monotonic()
-    backend = tokenizer.choose_backend(config.tokenizer)
+    run = _Run(config, tokenizer.choose_backend(config.tokenizer), progress, time.monotonic())
     workfolder.check(config.out)
-    if (made := history.finished(config)) is not None:
-        return _result(config, made, backend, True, started, 0)
-    if config.part is not None:
-        return _build_part(config, backend, started, progress)
-    return _build_whole(config, backend, started, progress)
+    if (manifest := run.find_finished()) is not None:
+        return _result(run, manifest, already_built=True)
+    if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
+        raise ValueError("there is no text in the source")
+    return _build_whole(run) if config.part is None else _build_part(run, *config.part)
 
 
-def _build_whole(
-    config: BuildConfig, backend: str, started: float, progress: Progress, tokenized: int = 0
-) -> BuildResult:
-    """`tokenized`: bytes of text that this process has tokenized before, as a part."""
-    with workfolder.locked(config.out):
-        if (made := history.finished(config)) is not None:  # by the build that held the lock before us
-            return _result(config, made, backend, True, started, 0)
-        return _build_all(config, backend, started, progress, tokenized)
+def _build_whole(run: _Run) -> BuildResult:
+    with workfolder.locked(run.config.out):
+        if (manifest := run.find_finished()) is not None:  # by the build that held the lock before us
+            return _result(run, manifest, already_built=True)
+        workfolder.prepare(run.work, run.plan)
+        workfolder.check_space(run.plan, run.config)
+        receipts = _tokenize(run, run.tasks)
+        check_unchanged(run.plan)
+        if sum(receipt.tokens for receipt in receipts) == sum(receipt.documents for receipt in receipts):
+            shutil.rmtree(run.work)  # nothing but an EOT for each document
+            raise ValueError("there is no text in the source")
+        input_hashes = _input_hashes(run, receipts)
+        content = run.plan.content_hash(input_hashes)
+        shards = _write_shards(run, receipts, workfolder.shards_key(run.config, content))
+        source = workfolder.source_record(run.plan, input_hashes, content, receipts)
+        manifest = Manifest(tokenizer.identity(), source, workfolder.options(run.config), shards)
+        workfolder.append_history(
+            run.config,
+            {
+                "tokenizer": run.backend,
+                "request": run.request,
+                "seconds": round(time.monotonic() - run.started, 3),
+                "text_mb_per_second": run.speed(),
+                "dataset": manifest.hash,
+            },
+        )
+        with disk.write_whole(run.config.out / FILE_NAME, run.work) as file:
+            file.write(manifest.to_bytes())
+        shutil.rmtree(run.work)
+        return _result(run, manifest)
 
 
-def _build_all(
-    config: BuildConfig, backend: str, started: float, progress: Progress, tokenized: int
-) -> BuildResult:
-    work = config.out / WORK
-    plan = make_plan(config)
-    workfolder.prepare(work, plan.name)
-    workfolder.check_space(plan, config)
-    tasks = _tasks(plan, work, backend)
-    results = _run(config, plan, tasks, progress)
-    receipts = [result[0] for result in results if isinstance(result, tuple)]
-    fresh = tokenized + _text_bytes(results)
-    check_unchanged(plan)
-    hashes = iter([sha256 for result in results if isinstance(result, list) for sha256 in result])
-    input_hashes = [item.sha256 or next(hashes) for item in plan.inputs]
-    content = plan.content_hash(input_hashes)
-    unit_tasks = [task for task in tasks if isinstance(task, UnitTask)]
-    written = _write_shards(config, unit_tasks, receipts, content, progress)
-    source = history.source_record(plan, input_hashes, content, receipts)
-    made = Manifest(tokenizer.identity(), source, history.options(config), written)
-    history.append(config, backend, made, time.monotonic() - started, fresh, work)
-    with formats.atomic(config.out / manifest.FILE_NAME, work) as file:
-        file.write(made.to_bytes())
-    shutil.rmtree(work)
-    return _result(config, made, backend, False, started, fresh)
-
-
-def _build_part(config: BuildConfig, backend: str, started: float, progress: Progress) -> BuildResult:
+def _build_part(run: _Run, number: int, count: int) -> BuildResult:
     """Do this part's share of the units; cut the shards if no part is still at work and nothing is missing."""
-    assert config.part is not None
-    number, count = config.part
-    with workfolder.shared(config.out, number, count):
-        work = config.out / WORK
-        plan = make_plan(config)
-        workfolder.prepare_part(work, plan.name)
-        workfolder.check_space(plan, config)
-        tasks = _tasks(plan, work, backend)
-        share = tasks[len(tasks) * (number - 1) // count : len(tasks) * number // count]
-        results = _run(config, plan, share, progress)
-    text_bytes = _text_bytes(results)
+    with workfolder.shared(run.config.out, number, count):
+        workfolder.prepare_part(run.work, run.plan)
+        workfolder.check_space(run.plan, run.config)
+        share = run.tasks[len(run.tasks) * (number - 1) // count : len(run.tasks) * number // count]
+        receipts = _tokenize(run, share)
     # The lock is let go before looking: of parts that end together, the last to let go sees all done.
-    if all(task.receipt_file.exists() for task in tasks):
-        with contextlib.suppress(workfolder.Busy):  # another part looked, too, and is at it
-            whole = dataclasses.replace(config, part=None)
-            return _build_whole(whole, backend, started, progress, text_bytes)
-    receipts = [result[0] for result in results if isinstance(result, tuple)]
-    seconds = time.monotonic() - started
-    return BuildResult(
-        out=config.out,
-        tokens=sum(receipt.tokens for receipt in receipts),
-        documents=sum(receipt.documents for receipt in receipts),
-        shards=0,
-        val_tokens=0,
-        documents_empty=sum(receipt.documents_empty for receipt in receipts),
-        documents_replaced=sum(receipt.documents_replaced for receipt in receipts),
-        tokenizer=backend,
-        already_built=False,
-        finished=False,
-        seconds=round(seconds, 3),
-        text_mb_per_second=round(text_bytes / 1e6 / seconds, 3),
-    )
+    if all(task.receipt_file.exists() for task in run.tasks):
+        with contextlib.suppress(disk.Busy):  # another part looked, too, and cuts them
+            return _build_whole(run)
+    totals = {
+        name: sum(getattr(receipt, name) for receipt in receipts)
+        for name in ("tokens", "documents", "documents_empty", "documents_replaced")
+    }
+    return _result(run, None, **totals)
 
 
-def _text_bytes(results: list[Result]) -> int:
-    """Tokenized in this run, and not before."""
-    return sum(result[0].text_bytes for result in results if isinstance(result, tuple) and result[1])
+def _input_hashes(run: _Run, receipts: Sequence[Receipt]) -> list[str]:
+    """Return the SHA-256 of each input; one without documents has no unit that hashed it."""
+    hashes: dict[str, str] = {}
+    for task, receipt in zip(run.tasks, receipts, strict=True):
+        hashes.update(zip(task.hashed, receipt.sha256, strict=True))
+    return [item.sha256 or hashes.get(item.path) or disk.sha256(Path(item.path)) for item in run.plan.inputs]
 
 
 # --- phase A
 
 
-def _tasks(plan: Plan, work: Path, backend: str) -> list[Task]:
-    """The units in order, and in front of a file's units the task to hash it."""
-    tasks: list[Task] = []
-    left = iter(plan.units)
-    unit = next(left, None)
-    waiting: list[tuple[str, int, int]] = []
-    for i, item in enumerate(plan.inputs):
-        if item.sha256 is None:
-            waiting.append((item.path, item.bytes, item.mtime_ns))
-        last = i + 1 == len(plan.inputs)
-        if waiting and (last or item.kind != "txt" or sum(size for _, size, _ in waiting) >= _HASHED_AT_ONCE):
-            tasks.append(HashTask(len(tasks), tuple(waiting), work))
-            waiting = []
-        while unit is not None and item.path == unit.files[-1]:
-            tasks.append(UnitTask(plan.name, unit, work, backend))
-            unit = next(left, None)
-    assert unit is None
-    assert not waiting
-    return tasks
-
-
-def _run(config: BuildConfig, plan: Plan, tasks: list[Task], progress: Progress) -> list[Result]:
-    """The results of all tasks in order; files are fetched meanwhile."""
-    total = sum(task.unit.text_bytes for task in tasks if isinstance(task, UnitTask))
+def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
+    """Return the receipts of all tasks in order; files are fetched meanwhile."""
+    total = sum(task.unit.text_bytes for task in tasks)
     done = documents = tokens = 0
-    progress(Status("tokenizing", 0, total))
-    wanted = [task for task in tasks if isinstance(task, UnitTask) and read_receipt(task) is None]
-    with fetching.Fetcher(plan, config, wanted) as fetcher:
+    run.progress(Status("tokenizing", 0, total))
+    with _Downloads(run.plan, run.config, [task for task in tasks if read_receipt(task) is None]) as downloads:
 
-        def tell(task: Task, result: Result) -> None:
+        def note(task: UnitTask, result: tuple[Receipt, bool]) -> None:
             nonlocal done, documents, tokens
-            if isinstance(task, UnitTask) and isinstance(result, tuple):
-                done += task.unit.text_bytes
-                documents += result[0].documents
-                tokens += result[0].tokens
-                fetcher.release(task)
-            progress(Status("tokenizing", done, total, documents, tokens))
+            receipt, is_new = result
+            done += task.unit.text_bytes
+            documents += receipt.documents
+            tokens += receipt.tokens
+            run.text_bytes += receipt.text_bytes * is_new
+            downloads.release(task)
+            run.progress(Status("tokenizing", done, total, documents, tokens))
 
-        def ready(task: Task) -> bool:
-            if fetcher.ready(task):
+        def ready(task: UnitTask) -> bool:
+            if downloads.ready(task):
                 return True
-            progress(Status("fetching", fetcher.done_bytes, fetcher.total_bytes, documents, tokens))
+            run.progress(Status("fetching", *downloads.progress(), documents, tokens))
             return False
 
-        job = engines.Job(units.do_task, units.do_task_again, units.blame, tell, ready)
+        job = workers.Job(tokenize_unit, tokenize_carefully, document_at_work, note, ready)
         try:
-            if config.engine == "ray":
-                from gpt2_data.building import ray_engine
-
-                return ray_engine.run(job, tasks, config.workers)
-            return engines.run(job, tasks, config.num_workers(total))
+            if run.config.engine == "ray":
+                results = workers.run_on_ray(job, tasks, run.config.workers)
+            else:
+                results = workers.run(job, tasks, run.config.num_workers(total))
         finally:
-            workfolder.remove_temporaries(config.out / WORK, [task.receipt_file.stem for task in tasks])
+            workfolder.remove_temporaries(run.work, [task.receipt_file.stem for task in tasks])
+    return [receipt for receipt, _ in results]
+
+
+class _Downloads(contextlib.ExitStack):
+    """The files on the hub that the `wanted` units need, fetched in order in the background."""
+
+    def __init__(self, plan: Plan, config: BuildConfig, wanted: Iterable[UnitTask]) -> None:
+        super().__init__()
+        remote = {item.path: file for item, file in plan.remote}
+        self._wanted = {task.unit.index: task.unit.files[0] for task in wanted if task.unit.files[0] in remote}
+        self._uses = Counter(self._wanted.values())
+        # A file lies in the folder of its commit as in its repository.
+        files = [(file, Path(path.removesuffix(file.path))) for path, file in remote.items() if self._uses[path]]
+        ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
+        self._downloader = None
+        if files:
+            self._downloader = self.enter_context(Downloader(files, ahead, config.delete_downloads))
+
+    def ready(self, task: UnitTask) -> bool:
+        """True if the task's file is there, or is not needed. Raises the error that ended the fetching."""
+        path = self._wanted.get(task.unit.index)
+        return path is None or self._downloader is None or self._downloader.ready(Path(path))
+
+    def release(self, task: UnitTask) -> None:
+        """Note that the task is done; after the last task of a file the file may be deleted."""
+        path = self._wanted.get(task.unit.index)
+        if path is not None and self._downloader is not None:
+            self._uses[path] -= 1
+            if not self._uses[path]:
+                self._downloader.release(Path(path))
+
+    def progress(self) -> tuple[int, int]:
+        """Return the bytes on the disk, those of an earlier build counted, and the bytes of all files."""
+        assert self._downloader is not None
+        return self._downloader.bytes_done, self._downloader.bytes_total
 
 
 # --- phase B
 
 
-def _write_shards(
-    config: BuildConfig, tasks: list[UnitTask], receipts: list[Receipt], content: str, progress: Progress
-) -> tuple[manifest.Shard, ...]:
-    work = config.out / WORK
-    files = [
-        shards.UnitFiles(task.tokens_file, task.lengths_file, receipt.tokens, receipt.documents)
-        for task, receipt in zip(tasks, receipts, strict=True)
-    ]
-    seed = config.seed if config.order == "shuffled" else None
-    exact = config.shard_size if config.compat is not None else None
-    layout = shards.lay_out(files, work, seed, config.val_tokens, exact)
-    cuts = shards.shard_tasks(layout, config.shard_size, config.out, work, config.format)
-    workfolder.remove_other_shards(config.out, [cut.file for cut in cuts])
-    key = history.shards_key(config, content)
+def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
+    layout = lay_out(run.config, run.tasks, receipts)
+    cuts = shard_tasks(layout, run.config, run.work)
+    workfolder.remove_other_shards(run.config.out, [cut.file for cut in cuts])
     done = 0
-
-    def write(cut: shards.ShardTask) -> manifest.Shard:
-        shard = workfolder.kept_shard(cut, key)
-        if shard is None:
-            shard = shards.write_shard(cut)
-            workfolder.keep_shard(cut, key, shard)
-        return shard
-
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
     # to write. Twice as many as cores, since half of them wait for the disk.
-    with ThreadPoolExecutor(2 * config.num_workers(2 * layout.num_tokens)) as pool:
-        futures = [pool.submit(write, cut) for cut in cuts]
+    with ThreadPoolExecutor(2 * run.config.num_workers(2 * layout.num_tokens)) as pool:
+        futures = [pool.submit(workfolder.make_shard, cut, key) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 done += future.result().tokens
-                progress(
+                run.progress(
                     Status("writing", done, layout.num_tokens, layout.num_documents, layout.num_tokens, count)
                 )
         except BaseException:
@@ -258,21 +290,23 @@ def _write_shards(
     return tuple(future.result() for future in futures)
 
 
-def _result(
-    config: BuildConfig, made: Manifest, backend: str, existed: bool, started: float, text_bytes: int
-) -> BuildResult:
-    seconds = time.monotonic() - started
+def _result(run: _Run, manifest: Manifest | None, *, already_built: bool = False, **facts: int) -> BuildResult:
+    """Return what was built, or the `facts` of a part."""
+    if manifest is not None:
+        facts = {
+            "tokens": manifest.tokens("train") + manifest.tokens("val"),
+            "documents": manifest.documents("train") + manifest.documents("val"),
+            "documents_empty": manifest.source["documents_empty"],
+            "documents_replaced": manifest.source["documents_replaced"],
+        }
     return BuildResult(
-        out=config.out,
-        tokens=made.tokens("train") + made.tokens("val"),
-        documents=made.documents("train") + made.documents("val"),
-        shards=len(made.shards),
-        val_tokens=made.tokens("val"),
-        documents_empty=made.source["documents_empty"],
-        documents_replaced=made.source["documents_replaced"],
-        tokenizer=backend,
-        already_built=existed,
-        finished=True,
-        seconds=round(seconds, 3),
-        text_mb_per_second=round(text_bytes / 1e6 / seconds, 3),
+        out=run.config.out,
+        shards=0 if manifest is None else len(manifest.shards),
+        val_tokens=0 if manifest is None else manifest.tokens("val"),
+        tokenizer=run.backend,
+        already_built=already_built,
+        finished=manifest is not None,
+        seconds=round(time.monotonic() - run.started, 3),
+        text_mb_per_second=run.speed(),
+        **facts,
     )

@@ -7,7 +7,7 @@ and `starts` (where that document begins in the units' tokens, laid end to end).
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data import order
-from gpt2_data.formats import arrow
-from gpt2_data.formats import uint16 as formats
-from gpt2_data.formats.manifest import Shard, Sidecar
+from gpt2_data.building.config import BuildConfig
+from gpt2_data.building.tokenize_units import Receipt, UnitTask
+from gpt2_data.formats.manifest import Shard, shard_name, write_documents
+from gpt2_data.formats.uint16 import OFFSET, TokenFile, TokenFiles
 
 DEFAULT_VAL_TOKENS = 100_000_000
 _CHUNK_DOCUMENTS = 1_000_000
@@ -26,26 +27,21 @@ _CHUNK_TOKENS = 4_000_000
 
 
 @dataclass(frozen=True)
-class UnitFiles:
-    """A tokenized unit: raw uint16 tokens, and the u64 length of each document. EOTs are in both."""
-
-    tokens: Path
-    lengths: Path
-    num_tokens: int
-    num_documents: int
-
-
-@dataclass(frozen=True)
 class Layout:
-    """The stream of all documents in order; the first `val_tokens` of it are validation's."""
+    """The stream of all documents in order; its first `val_tokens` are for validation.
 
-    units: tuple[UnitFiles, ...]
+    Attributes:
+        units: the units' tokens.
+        seed: of the documents' order. None: the source's order.
+    """
+
+    units: tuple[TokenFile, ...]
     positions: Path
     starts: Path
     num_documents: int
     num_tokens: int
     val_tokens: int
-    seed: int | None  # of the documents' order; None: the source's
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -54,61 +50,62 @@ class ShardTask:
 
     layout: Layout
     folder: Path
-    temporary_folder: Path
+    work: Path
     split: str
     file: str
     start: int
     stop: int
-    format: str = "uint16"
+    format: str
 
 
-def lay_out(
-    units: Sequence[UnitFiles], work: Path, seed: int | None, val_tokens: int | None, exact: int | None = None
-) -> Layout:
-    """Put the documents in order: the source's, or for a seed the one it stands for.
+def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[Receipt]) -> Layout:
+    """Put the documents of the tokenized units in order, and decide how many are for validation.
 
-    Validation takes the first, as many whole ones as reach `val_tokens`; None: DEFAULT_VAL_TOKENS, or a tenth of
-    all tokens where that is less, and nothing where that would take more than half. `exact`: it takes so many
-    tokens and shares a document with training. Raises ValueError, saying what would do, if that leaves nothing for
-    training.
+    Validation takes the first documents, as many whole ones as reach `val_tokens`. None: DEFAULT_VAL_TOKENS, or a
+    tenth of all tokens if that is less, and nothing if that takes more than half. With `compat` it takes a shard
+    to the token, and may share a document with training. Raises ValueError if nothing is left for training.
     """
+    work = tasks[0].work
     source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
     with source.open("wb") as file:
-        num_documents = _write_sums(file, (np.fromfile(unit.lengths, formats.OFFSET) for unit in units))
-    if num_documents == sum(unit.num_tokens for unit in units):  # an <|endoftext|> each
-        raise ValueError("there is no text in the source")
+        num_documents = _write_sums(file, (np.fromfile(task.lengths_file, OFFSET) for task in tasks))
     begins = _map(source)
+    seed = config.seed if config.order == "shuffled" else None
     if seed is None:
         positions = starts = source
     else:
         with starts.open("wb") as file:
             for chosen in _permuted(num_documents, seed):
-                file.write(begins[chosen].astype(formats.OFFSET).data)
+                file.write(begins[chosen].astype(OFFSET).data)
         with positions.open("wb") as file:
             chunks = (begins[chosen + 1] - begins[chosen] for chosen in _permuted(num_documents, seed))
             _write_sums(file, chunks)
     sums = _map(positions)
     total = int(sums[-1])
-    if exact is not None:
-        val = exact
+    wanted = config.val_tokens
+    if config.compat is not None:
+        wanted = val = config.shard_size
     else:
-        wanted = min(DEFAULT_VAL_TOKENS, total // 10) if val_tokens is None else val_tokens
-        val = int(sums[min(int(np.searchsorted(sums, wanted)), num_documents)])
-        if val_tokens is None and val > total // 2:  # a first document that is most of the source, or all of it
+        least = min(DEFAULT_VAL_TOKENS, total // 10) if wanted is None else wanted
+        val = int(sums[min(int(np.searchsorted(sums, least)), num_documents)])
+        if wanted is None and val > total // 2:  # a first document that is most of the source, or all of it
             val = 0
     if val >= total:
-        raise ValueError(_nothing_left(sums, exact or val_tokens or 0))
-    return Layout(tuple(units), positions, starts, num_documents, total, val, seed)
+        raise ValueError(_nothing_left(sums, wanted or 0))
+    units = tuple(
+        TokenFile(task.tokens_file, receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)
+    )
+    return Layout(units, positions, starts, num_documents, total, val, seed)
 
 
 def _write_sums(file: BinaryIO, chunks: Iterator[NDArray[np.uint64]]) -> int:
-    """Write 0 and the running sums of the numbers in `chunks`; returns how many numbers there were."""
+    """Write 0 and the running sums of the numbers in `chunks`; return how many numbers there were."""
     total = count = 0
-    file.write(np.zeros(1, formats.OFFSET).data)
+    file.write(np.zeros(1, OFFSET).data)
     for chunk in chunks:
         if len(chunk):
             sums = total + np.cumsum(chunk, dtype=np.uint64)
-            file.write(sums.astype(formats.OFFSET).data)
+            file.write(sums.astype(OFFSET).data)
             total, count = int(sums[-1]), count + len(chunk)
     return count
 
@@ -119,7 +116,7 @@ def _permuted(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _map(path: Path) -> NDArray[np.uint64]:
-    return np.memmap(path, formats.OFFSET, "r")
+    return np.memmap(path, OFFSET, "r")
 
 
 def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
@@ -127,42 +124,37 @@ def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
     proposal = tokens // 20
     if proposal > 0:
         proposal = round(proposal, 2 - len(str(proposal)))  # two digits are enough to type
-    if int(np.searchsorted(sums, proposal)) >= documents:
+    if documents > 1 and int(np.searchsorted(sums, proposal)) >= documents:
         proposal = 0
+    advice = f"try --val-tokens {proposal}"
+    if documents == 1:
+        advice = (
+            "a document is not split, so write the text as several documents (files, or lines of JSON), or cut it "
+            f"anywhere with --compat build-nanogpt --shard-size {max(proposal, 1)}, or do without: --val-tokens 0"
+        )
     return (
         f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
-        f"{val_tokens:,} are wanted for validation: try --val-tokens {proposal}"
+        f"{val_tokens:,} are wanted for validation: {advice}"
     )
 
 
-def shard_tasks(
-    layout: Layout, shard_size: int, folder: Path, temporary_folder: Path, format: str = "uint16"
-) -> list[ShardTask]:
-    """The shards: validation's first, one running number in the names. A document may go on in the next shard."""
-    ends = {"val": (0, layout.val_tokens), "train": (layout.val_tokens, layout.num_tokens)}
-    ranges = [
-        (split, start, min(start + shard_size, last))
-        for split, (first, last) in ends.items()
-        for start in range(first, last, shard_size)
-    ]
-    return [
-        ShardTask(layout, folder, temporary_folder, split, shard_name(split, i, format), start, stop, format)
-        for i, (split, start, stop) in enumerate(ranges)
-    ]
-
-
-def shard_name(split: str, number: int, format: str) -> str:
-    """The file name of a shard in a dataset of ours."""
-    return f"{split}_{number:06d}{arrow.ENDING if format == 'arrow' else '.bin'}"
+def shard_tasks(layout: Layout, config: BuildConfig, work: Path) -> list[ShardTask]:
+    """Cut the shards: validation's first, numbered as one series. A document may continue in the next shard."""
+    tasks: list[ShardTask] = []
+    for split, first, last in ("val", 0, layout.val_tokens), ("train", layout.val_tokens, layout.num_tokens):
+        for start in range(first, last, config.shard_size):
+            file, stop = shard_name(split, len(tasks), config.format), min(start + config.shard_size, last)
+            tasks.append(ShardTask(layout, config.out, work, split, file, start, stop, config.format))
+    return tasks
 
 
 def document_ids(numbers: NDArray[np.int64], num_documents: int, seed: int | None) -> NDArray[np.int64]:
-    """The number in the source's order of each of the documents `numbers` of the stream."""
+    """Return the numbers in the source's order of the documents `numbers` of the stream."""
     return numbers if seed is None else order.permute(numbers, num_documents, seed)
 
 
 def write_shard(task: ShardTask) -> Shard:
-    """Write one shard: uint16 with its sidecar, or Arrow. Holds a chunk of its tokens and 20 bytes a document."""
+    """Write one shard: uint16 with its sidecar, or Arrow. Memory: a chunk of tokens and 20 bytes a document."""
     layout, num_tokens = task.layout, task.stop - task.start
     sums = _map(layout.positions)
     begin, end = (int(i) for i in np.searchsorted(sums[:-1], [task.start, task.stop]))  # documents that start here
@@ -170,56 +162,18 @@ def write_shard(task: ShardTask) -> Shard:
     tokens = _tokens(task, sums)
     ids = None
     if task.format == "arrow":
-        goes_on = int(begin == end or starts[0] > 0)  # the first row is what is left of the document before
-        numbers = np.arange(begin - goes_on, end)
+        continues = int(begin == end or starts[0] > 0)  # the first row is the rest of the document before
+        numbers = np.arange(begin - continues, end)
         ids = document_ids(numbers, layout.num_documents, layout.seed)
     path = task.folder / task.file
-    return write_documents(path, task.temporary_folder, task.split, num_tokens, tokens, starts, ids)
-
-
-def write_documents(
-    path: Path,
-    temporary_folder: Path,
-    split: str,
-    num_tokens: int,
-    chunks: Iterable[NDArray[np.uint16]],
-    starts: NDArray[np.integer],
-    ids: NDArray[np.int64] | None,
-) -> Shard:
-    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
-
-    `starts` are those of the documents that start in it, in tokens; `ids` are the rows', one more if the first row
-    goes on with the document before.
-    """
-    sidecar = None
-    if ids is None:
-        with formats.atomic(path.with_suffix(".docs"), temporary_folder) as file:
-            docs = formats.write_docs(file, starts)
-        sidecar = Sidecar(path.with_suffix(".docs").name, docs.bytes, docs.sha256)
-    with formats.atomic(path, temporary_folder) as file:
-        if ids is None:
-            written = formats.write_shard(file, num_tokens, chunks)
-        else:
-            rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
-            written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
-    return Shard(
-        split=split,
-        file=path.name,
-        tokens=num_tokens,
-        documents=len(starts),
-        bytes=written.bytes,
-        max_token=written.maximum,
-        tokens_sha256=written.payload_sha256,
-        sha256=written.sha256,
-        docs=sidecar,
-    )
+    return write_documents(path, task.work, task.split, num_tokens, tokens, starts, ids)
 
 
 def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.uint16]]:
-    """Tokens [start, stop) of the stream in chunks; a chunk is good until the next is asked for."""
+    """Yield tokens [start, stop) of the stream in chunks; a chunk is valid until the next is asked for."""
     units = task.layout.units
-    unit_starts = list(itertools.accumulate((unit.num_tokens for unit in units), initial=0))
-    files = formats.TokenFiles([formats.TokenFile(unit.tokens, unit.num_tokens, 0) for unit in units])
+    unit_starts = list(itertools.accumulate((unit.tokens for unit in units), initial=0))
+    files = TokenFiles(units)
     buffer = np.empty(min(_CHUNK_TOKENS, task.stop - task.start), np.uint16)
     filled = 0
     for start, length in _runs(task, sums):
@@ -237,7 +191,7 @@ def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.ui
 
 
 def _runs(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """(start, length) in the units' tokens of what the shard is made of; neighbours that adjoin are one."""
+    """Yield (start, length) in the units' tokens of the shard's pieces; pieces that adjoin are one."""
     first = int(np.searchsorted(sums, task.start, side="right")) - 1  # may have started before the shard
     last = int(np.searchsorted(sums[:-1], task.stop))
     bounds = np.clip(sums[first : last + 1].astype(np.int64), task.start, task.stop)

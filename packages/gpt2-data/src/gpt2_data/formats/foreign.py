@@ -1,7 +1,7 @@
-"""Datasets that others made: what a folder holds, told by names and first bytes, and where the tokens are in it.
+"""Datasets of other projects: what a folder holds, by names and first bytes, and where the tokens are in it.
 
 - `npy`, build-nanogpt: `edufineweb_train_000001.npy`, a NumPy file of uint16.
-- `llmc`, llm.c and modded-nanogpt: `fineweb_train_000001.bin`, the layout of our own uint16 shards (formats.py).
+- `llmc`, llm.c and modded-nanogpt: `fineweb_train_000001.bin`, the layout of our own uint16 shards (uint16.py).
 - `nanogpt`: `train.bin` and `val.bin`, uint16 and nothing else. No id of GPT-2's begins like llm.c's header.
 - `megatron`: pairs `X.bin`, uint16 and nothing else, and `X.idx`: the 9 bytes MMIDIDX 0 0, u64 version 1, u8 kind
   of number (8: uint16), u64 sequences S, u64 D; i32 lengths[S], i64 positions[S] in bytes, i64 documents[D]: the
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,12 +26,12 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data.formats import uint16 as formats
+from gpt2_data.formats import uint16
+from gpt2_data.formats.manifest import SPLITS, check_split
 from gpt2_data.formats.uint16 import TokenFile
 from gpt2_data.tokenizer import EOT, VOCAB_SIZE
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
-SPLITS = ("train", "val")
 NPY_HEADER_BYTES = 128
 IDX_MAGIC = b"MMIDIDX\0\0"
 IDX_HEADER_BYTES = 34
@@ -43,48 +43,49 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """A file of a foreign dataset, as far as it can be known without reading it."""
+    """A file of a foreign dataset. `max_token` is the largest id that reading accepts: the file is not read."""
 
     split: str
     file: str
     tokens: int
     max_token: int = VOCAB_SIZE - 1
-    """Not what is in it: what reading lets through."""
 
 
 @dataclass(frozen=True)
 class ForeignManifest:
-    """What stands for the dataset.json that a foreign dataset has not."""
+    """The description of a foreign dataset, in place of a dataset.json.
+
+    Attributes:
+        files: (split, file) in order.
+        indexes: Megatron's .idx, one a file.
+    """
 
     format: str
     files: tuple[tuple[str, TokenFile], ...]
-    """(split, file) in order."""
     indexes: tuple[Path, ...] = ()
-    """Megatron's .idx, one a file."""
     vocab_size = VOCAB_SIZE
 
     @property
     def shards(self) -> tuple[ForeignShard, ...]:
-        """The files as dataset.json would list them."""
+        """Return the files as dataset.json would list them."""
         return tuple(ForeignShard(split, file.path.name, file.tokens) for split, file in self.files)
 
     def split(self, split: str) -> list[TokenFile]:
-        """The files of a split in order. Raises ValueError for a split there cannot be."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+        """Return the files of a split in order. Raises ValueError for a split there cannot be."""
+        check_split(split)
         return [file for name, file in self.files if name == split]
 
     def tokens(self, split: str) -> int:
-        """Tokens of a split."""
+        """Return the number of tokens of a split."""
         return sum(file.tokens for file in self.split(split))
 
     @functools.cached_property
     def hash(self) -> str:
-        """Names the dataset, in hex: SHA-256 of the format and each file's split, name, size and a sample of it.
+        """The SHA-256, in hex, of the format and each file's split, name, size and a sample; names the dataset.
 
         The sample is 16 pieces of 16 KiB, spread evenly from the first byte to the last: all of a small file, a
-        thousandth of a shard of 100M tokens. So a file that was replaced, cut, swapped or made anew is noticed; a
-        few flipped bits may not be. `gpt2-data convert` makes a dataset that can be verified.
+        thousandth of a shard of 100M tokens. A file that was replaced, cut or swapped is noticed; a few flipped
+        bits may not be. `gpt2-data convert` makes a dataset that can be verified.
         """
         files = [[split, file.path.name, *_sampled(file.path)] for split, file in self.files]
         files += [["index", path.name, *_sampled(path)] for path in self.indexes]
@@ -102,13 +103,13 @@ def _sampled(path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-# --- telling what it is
+# --- what a folder holds
 
 
 def sniff(path: Path) -> ForeignManifest | None:
-    """What a folder, or the common beginning of a Megatron pair's two names, holds; None if nothing known.
+    """Return what a folder, or the common beginning of a Megatron pair's two names, holds; None if it is unknown.
 
-    Raises ValueError or OSError in one line if it is known but unsound, or if it may be more than one dataset.
+    Raises ValueError or OSError in one line if it is known but damaged, or may be more than one dataset.
     """
     if not path.is_dir():
         base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
@@ -117,32 +118,27 @@ def sniff(path: Path) -> ForeignManifest | None:
     names = sorted(entry.name for entry in path.iterdir())
     if any(name.endswith(".docs") for name in names):
         return None  # ours, and it has lost its dataset.json
-    pairs = [(path / name, path / f"{name[:-4]}.idx") for name in names if name.endswith(".bin")]
-    pairs = [pair for pair in pairs if pair[1].name in names]
-    paired = {pair[0].name for pair in pairs}
-    matches = [match for name in names if name not in paired and (match := _SHARD.fullmatch(name))]
-    kinds = {match.string: _kind(path / match.string) for match in matches}
-    kinds |= dict.fromkeys(paired, "megatron")
-    if len(set(kinds.values())) > 1:
-        one, other = (
-            next(name for name, kind in kinds.items() if kind == k) for k in sorted(set(kinds.values()))[:2]
-        )
-        raise ValueError(
-            f"{path} may be more than one dataset: {one} is {NAMES[kinds[one]]}'s and {other} is "
-            f"{NAMES[kinds[other]]}'s: keep one kind in a folder"
-        )
-    if not kinds:
-        return None
+    pairs = [name for name in names if name.endswith(".bin") and f"{name[:-4]}.idx" in names]
+    matches = [match for name in names if name not in pairs and (match := _SHARD.fullmatch(name))]
+    kinds = {_kind(path / match.string): match.string for match in matches}
     if pairs:
-        return _megatron(pairs)
-    return _shards(path, kinds[matches[0].string], matches)
+        kinds["megatron"] = pairs[0]
+    if len(kinds) > 1:
+        (one, file), (other, other_file) = sorted(kinds.items())[:2]
+        raise ValueError(
+            f"{path} may be more than one dataset: {file} is {NAMES[one]}'s and {other_file} is {NAMES[other]}'s: "
+            "keep one kind in a folder"
+        )
+    if pairs:
+        return _megatron([(path / name, path / f"{name[:-4]}.idx") for name in pairs])
+    return _shards(path, next(iter(kinds)), matches) if kinds else None
 
 
 def _kind(path: Path) -> str:
     if path.suffix == ".npy":
         return "npy"
     with path.open("rb") as file:
-        if file.read(4) == struct.pack("<i", formats.SHARD_MAGIC):
+        if file.read(4) == struct.pack("<i", uint16.SHARD_MAGIC):
             return "llmc"
     if path.name in ("train.bin", "val.bin"):
         return "nanogpt"
@@ -150,8 +146,12 @@ def _kind(path: Path) -> str:
 
 
 def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignManifest:
-    """Files of a split in the order of their numbers, which must be of one series without a gap."""
-    opener = {"npy": check_npy, "llmc": _check_llmc, "nanogpt": _check_raw}[kind]
+    """Put the files of each split in the order of their numbers, which must be of one series without a gap."""
+    openers: dict[str, Callable[[Path], TokenFile]] = {
+        "npy": check_npy,
+        "llmc": lambda path: TokenFile(path, uint16.check_shard(path)),
+        "nanogpt": _check_raw,
+    }
     files: list[tuple[str, TokenFile]] = []
     for split in SPLITS:
         here = sorted((match for match in matches if match[2] == split), key=lambda match: int(match[3] or 0))
@@ -164,12 +164,8 @@ def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignMan
         for before, after in itertools.pairwise(here):
             if int(after[3] or 0) != int(before[3] or 0) + 1:
                 raise ValueError(f"{folder}: {after.string} does not follow {before.string}: a shard is missing")
-        files += [(split, opener(folder / match.string)) for match in here]
+        files += [(split, openers[kind](folder / match.string)) for match in here]
     return ForeignManifest(kind, tuple(files))
-
-
-def _check_llmc(path: Path) -> TokenFile:
-    return TokenFile(path, formats.check_shard(path))
 
 
 def _check_raw(path: Path) -> TokenFile:
@@ -183,7 +179,9 @@ def _check_raw(path: Path) -> TokenFile:
 
 
 def check_npy(path: Path) -> TokenFile:
-    """A NumPy file of one row of uint16. Raises ValueError or OSError naming it.
+    """Open a NumPy file of one row of uint16. Raises ValueError or OSError naming it.
+
+    Not by numpy.lib.format, which allocates what the header's length claims, up to 4 GB.
 
     Layout: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
     """
@@ -208,12 +206,12 @@ def check_npy(path: Path) -> TokenFile:
         raise ValueError(f"{path}: holds {str(kind)[:40]!r}{order}, not uint16 tokens ('<u2')")
     if not (isinstance(shape, tuple) and len(shape) == 1 and type(shape[0]) is int and shape[0] > 0):
         raise ValueError(f"{path}: its shape is {str(shape)[:40]}, not one row of tokens")
-    formats.check_size(path, size, start + 2 * shape[0], f"{shape[0]:,} tokens")
+    uint16.check_size(path, size, start + 2 * shape[0], f"{shape[0]:,} tokens")
     return TokenFile(path, shape[0], start)
 
 
 def npy_header(num_tokens: int) -> bytes:
-    """The 128 bytes that numpy.save writes in front of that many uint16."""
+    """Return the 128 bytes that numpy.save writes in front of that many uint16."""
     text = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({num_tokens},), }}"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", NPY_HEADER_BYTES - 10) + text.encode().ljust(117) + b"\n"
 
@@ -222,13 +220,13 @@ def npy_header(num_tokens: int) -> bytes:
 
 
 def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
-    """Validation's are the files with `val` or `valid` in their names, training's all others but for `test`."""
-    found: dict[str, list[tuple[Path, Path]]] = {"train": [], "val": [], "test": []}
+    """Take files with `val` or `valid` in their names for validation, all others but `test` for training."""
+    pairs_of: dict[str, list[tuple[Path, Path]]] = {"train": [], "val": [], "test": []}
     for pair in pairs:
         words = set(re.split(r"[^a-z]+", pair[0].stem.lower()))
         split = "val" if words & {"val", "valid", "validation"} else "test" if "test" in words else "train"
-        found[split].append(pair)
-    chosen = [(split, pair) for split in SPLITS for pair in found[split]]
+        pairs_of[split].append(pair)
+    chosen = [(split, pair) for split in SPLITS for pair in pairs_of[split]]
     if not chosen:
         raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
     files = tuple((split, check_megatron(*pair)) for split, pair in chosen)
@@ -236,20 +234,24 @@ def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
 
 
 def check_megatron(tokens: Path, index: Path) -> TokenFile:
-    """A pair whose sequences are uint16 and fill the .bin one after the other. Raises ValueError or OSError."""
+    """Open a pair whose sequences are uint16 and fill the .bin in order. Raises ValueError or OSError."""
     sequences, documents = _read_idx_header(index)
     size = tokens.stat().st_size
     position = 0
-    for lengths, positions in _idx_parts(index, (0, "<i4", sequences), (4 * sequences, "<i8", sequences)):
-        ends = position + 2 * np.cumsum(lengths, dtype=np.int64)
-        if (lengths < 0).any() or ends[-1] > size or (positions != ends - 2 * lengths.astype(np.int64)).any():
+    for start in range(0, sequences, _CHUNK):
+        count = min(_CHUNK, sequences - start)
+        lengths = _idx_array(index, "<i4", 4 * start, count)
+        ends = position + 2 * np.cumsum(lengths)
+        positions = _idx_array(index, "<i8", 4 * sequences + 8 * start, count)
+        if (lengths < 0).any() or ends[-1] > size or (positions != ends - 2 * lengths).any():
             raise ValueError(f"{index}: its sequences do not lie one after the other in {tokens.name}: damaged")
         position = int(ends[-1])
-    formats.check_size(tokens, size, position, f"{position // 2:,} tokens")
+    uint16.check_size(tokens, size, position, f"{position // 2:,} tokens")
     if position == 0:
         raise ValueError(f"{tokens}: holds no tokens")
     before = 0
-    for (numbers,) in _idx_parts(index, (12 * sequences, "<i8", documents)):
+    for start in range(0, documents, _CHUNK):
+        numbers = _idx_array(index, "<i8", 12 * sequences + 8 * start, min(_CHUNK, documents - start))
         if (np.diff(numbers, prepend=before) < 0).any() or numbers[-1] > sequences:
             raise ValueError(
                 f"{index}: its documents are out of order or outside the {sequences:,} sequences: damaged"
@@ -259,7 +261,7 @@ def check_megatron(tokens: Path, index: Path) -> TokenFile:
 
 
 def _read_idx_header(index: Path) -> tuple[int, int]:
-    """(sequences, entries that list documents), once they agree with the file's size."""
+    """Return (sequences, entries that list documents), once they agree with the file's size."""
     with index.open("rb") as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(IDX_HEADER_BYTES)
     if len(header) < IDX_HEADER_BYTES or not header.startswith(IDX_MAGIC):
@@ -270,34 +272,30 @@ def _read_idx_header(index: Path) -> tuple[int, int]:
     if kind != _IDX_UINT16:
         raise ValueError(f"{index}: number kind {kind}, not uint16 ({_IDX_UINT16}), which GPT-2's tokens are")
     expected = IDX_HEADER_BYTES + 12 * sequences + 8 * documents
-    formats.check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
+    uint16.check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
     return sequences, documents
 
 
-def _idx_parts(index: Path, *arrays: tuple[int, str, int]) -> Iterator[list[NDArray[np.int64]]]:
-    """Arrays of an .idx side by side in chunks; each is (byte behind the header, number type, length)."""
-    with index.open("rb") as file:
-        for start in range(0, arrays[0][2], _CHUNK):
-            parts = []
-            for place, kind, length in arrays:
-                dtype, count = np.dtype(kind), min(_CHUNK, length - start)
-                file.seek(IDX_HEADER_BYTES + place + dtype.itemsize * start)
-                parts.append(np.frombuffer(file.read(dtype.itemsize * count), dtype).astype(np.int64))
-            yield parts
+def _idx_array(index: Path, kind: str, position: int, count: int) -> NDArray[np.int64]:
+    """Read `count` numbers of an .idx from byte `position` behind the header on."""
+    return np.fromfile(index, kind, count, offset=IDX_HEADER_BYTES + position).astype(np.int64)
 
 
 def megatron_starts(description: ForeignManifest, split: str) -> NDArray[np.int64]:
-    """Where each document of a split begins in its stream, in tokens; 8 bytes a document."""
-    found, before = [np.empty(0, np.int64)], 0
+    """Return where each document of a split begins in its stream, in tokens; 8 bytes a document."""
+    starts, before = [np.empty(0, np.int64)], 0
     for (name, file), index in zip(description.files, description.indexes, strict=True):
         if name == split:
-            found.append(_idx_starts(index) + before)
+            sequences, documents = _read_idx_header(index)
+            positions = _idx_array(index, "<i8", 4 * sequences, sequences) // 2
+            numbers = _idx_array(index, "<i8", 12 * sequences, documents)[:-1]
+            starts.append(positions[numbers[numbers < sequences]] + before)  # behind the last are empty ones
             before += file.tokens
-    return np.concatenate(found)
+    return np.concatenate(starts)
 
 
 def write_idx(file: BinaryIO, begins: NDArray[np.int64]) -> None:
-    """The .idx of sequences of one document each; `begins` in tokens, and at the end the number of tokens."""
+    """Write the .idx of one-document sequences; `begins` are in tokens, with the number of tokens at the end."""
     count = len(begins) - 1
     file.write(IDX_MAGIC + struct.pack("<QBQQ", 1, _IDX_UINT16, count, count + 1))
     for start in range(0, count, _CHUNK):
@@ -308,31 +306,22 @@ def write_idx(file: BinaryIO, begins: NDArray[np.int64]) -> None:
         file.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").data)
 
 
-def _idx_starts(index: Path) -> NDArray[np.int64]:
-    sequences, documents = _read_idx_header(index)
-    at = IDX_HEADER_BYTES + 4 * sequences
-    positions = np.fromfile(index, "<i8", sequences, offset=at) // 2
-    numbers = np.fromfile(index, "<i8", documents, offset=at + 8 * sequences)[:-1]
-    starts: NDArray[np.int64] = positions[numbers[numbers < sequences]]  # behind the last there may be empty ones
-    return starts
-
-
 # --- documents
 
 
 def scanned_starts(
     read: Callable[[NDArray[np.uint16], int], None], num_tokens: int, eot_behind: bool
 ) -> NDArray[np.int64]:
-    """Where documents begin in a stream: at each EOT, or if it stands behind them, after each but the last.
+    """Find where documents begin: at each EOT, or if EOTs stand behind documents, after each but the last.
 
-    Reads all of it once; 8 bytes a document. `read` fills an array with the tokens from a place on.
+    Reads the stream once and returns 8 bytes a document. `read` fills an array with tokens from a position on.
     """
-    found = [np.zeros(int(eot_behind), np.int64)]
+    pieces = [np.zeros(int(eot_behind), np.int64)]
     buffer = np.empty(min(_CHUNK, num_tokens), np.uint16)
     for start in range(0, num_tokens, _CHUNK):
         tokens = buffer[: num_tokens - start]
         read(tokens, start)
-        found.append(np.flatnonzero(tokens == EOT) + start + int(eot_behind))
-    starts = np.concatenate(found)
+        pieces.append(np.flatnonzero(tokens == EOT) + start + int(eot_behind))
+    starts = np.concatenate(pieces)
     inside: NDArray[np.int64] = starts[starts < num_tokens]
     return inside

@@ -7,12 +7,10 @@ Its sidecar (`train_000001.docs`) is ours: the 8 bytes GPT2DOCS, u64 version 1, 
 that starts in the shard the offset of its first token, u64. Arrow shards have their own module, arrow.py.
 """
 
-import contextlib
 import hashlib
 import os
-import secrets
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +29,7 @@ OFFSET = np.dtype("<u8")
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where a file holds its tokens: `tokens` of them, uint16, from byte `start` on and without a gap."""
+    """A file of `tokens` uint16 tokens in one piece that begins at byte `start`."""
 
     path: Path
     tokens: int
@@ -40,46 +38,12 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: file size in bytes, SHA-256 of what follows the header and of the file, largest value."""
+    """Facts of a written file: its bytes, SHA-256 of what follows the header and of all, the largest value."""
 
     bytes: int
     payload_sha256: str
     sha256: str
     maximum: int
-
-
-@contextlib.contextmanager
-def atomic(path: Path, temporary_folder: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` whole, and on the disk, or not at all.
-
-    `temporary_folder` must be on the same file system; leftovers of a killed process in it match *.tmp-*. Not
-    `durable`: a power loss may leave anything under that name, so whoever reads it must have its hash.
-    """
-    temporary = temporary_folder / f"{path.name}.tmp-{secrets.token_hex(8)}"  # several machines may be at it
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failing write does not say where
-        raise
-    if durable:
-        fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_shard(file: BinaryIO, num_tokens: int, chunks: Iterable[NDArray[np.uint16]]) -> Written:
@@ -126,17 +90,17 @@ def write(
 
 
 def shard_bytes(num_tokens: int) -> int:
-    """Size of a shard's file in bytes."""
+    """Return the size of a shard's file in bytes."""
     return SHARD_HEADER_BYTES + TOKEN.itemsize * num_tokens
 
 
 def docs_bytes(num_documents: int) -> int:
-    """Size of a sidecar's file in bytes."""
+    """Return the size of a sidecar's file in bytes."""
     return DOCS_HEADER_BYTES + OFFSET.itemsize * num_documents
 
 
 def check_shard(path: Path) -> int:
-    """How many tokens the shard holds, by its header, once that agrees with the size of the file.
+    """Return the number of tokens that the header says, once it agrees with the size of the file.
 
     Raises ValueError or OSError, naming the file. Nothing is allocated on the word of a header.
     """
@@ -157,7 +121,7 @@ def check_shard(path: Path) -> int:
 
 
 def check_docs(path: Path) -> int:
-    """How many documents the sidecar lists, once that agrees with the size of the file. Raises as check_shard."""
+    """Return the sidecar's number of documents, once it agrees with the file's size. Raises as check_shard."""
     with path.open("rb") as file:
         header = file.read(DOCS_HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
@@ -178,7 +142,7 @@ def check_size(path: Path, size: int, expected: int, claim: str) -> None:
 
 
 def read_docs(path: Path, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-    """Entries [start, stop) of a sidecar: offsets in tokens."""
+    """Return entries [start, stop) of a sidecar: offsets in tokens."""
     stop = check_docs(path) if stop is None else stop
     with path.open("rb") as file:
         file.seek(docs_bytes(start))
@@ -187,7 +151,7 @@ def read_docs(path: Path, start: int = 0, stop: int | None = None) -> NDArray[np
 
 
 class TokenFiles:
-    """Random reads of tokens in a list of files. Safe across fork; not for several threads at once.
+    """Read tokens at any place of a list of files. Safe across fork; not for several threads at once.
 
     By pread, not by memory map: if a file is cut while we read it, a map kills the process by SIGBUS; this raises.
     At most `max_open` files are held open.

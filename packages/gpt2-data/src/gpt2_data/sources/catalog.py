@@ -1,7 +1,8 @@
-"""Where documents come from: names on the command line -> inputs; a work unit of one -> its documents.
+"""Where documents come from: a name on the command line leads to inputs, a work unit of one to its documents.
 
 A source is read one unit at a time (plan.py cuts them), as a stream of batches, so that no big file is ever held
-whole. Every reader yields the documents in the source's own order.
+whole. Every reader yields the documents in the source's own order. A new kind of file needs an entry in
+FILE_KINDS, a branch in _batches, a reader in files.py, and in plan.py a cut into units.
 """
 
 import glob
@@ -12,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data.sources import files as readers
-from gpt2_data.sources import pydocs
+from gpt2_data.sources import files, pydocs
 from gpt2_data.sources.files import Batch, Part
 
 FILE_KINDS = {
@@ -33,21 +33,31 @@ BUILT_IN = ("pydocs", "tinyshakespeare")
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: a range of one source's documents. What is in it depends on the source alone."""
+    """A piece of work: a range of one source's documents. What is in it depends on the source alone.
+
+    Attributes:
+        kind: parquet, jsonl, txt, pydocs, tinyshakespeare or stream.
+        files: one, but for txt; for stream the Listing of what is on the hub, as JSON.
+        start: first row group (parquet), byte (jsonl), shard (stream) or document (pydocs).
+        stop: behind the last; 0: to the end.
+        limit: read no more than this many documents.
+        documents: how many there are, empty ones counted; None if that is not known without reading.
+        text_bytes: about how much text, for progress and estimates.
+    """
 
     index: int
-    kind: str  # parquet, jsonl, txt, pydocs, tinyshakespeare or stream
-    files: tuple[str, ...]  # one, but for txt; for stream the Listing of what is on the hub, as JSON
-    start: int = 0  # first row group (parquet), byte (jsonl), shard (stream) or document (pydocs)
-    stop: int = 0  # behind the last; 0: to the end
-    limit: int | None = None  # read no more than this many documents
-    documents: int | None = None  # how many there are, empty ones counted, if that is known without reading
-    text_bytes: int = 0  # about how much text, for progress and estimates
+    kind: str
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int = 0
+    limit: int | None = None
+    documents: int | None = None
+    text_bytes: int = 0
     column: str = "text"
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The unit's name in messages."""
         if self.kind == "stream":
             return f"unit {self.index} (shard {self.start} of the stream)"
         what = {"parquet": "row groups", "jsonl": "bytes", "txt": "files"}.get(self.kind, "documents")
@@ -57,7 +67,7 @@ class Unit:
 
 
 def expand(source: str) -> list[tuple[str, str]]:
-    """A SOURCE argument -> (kind, path) in order; globs expand sorted. Raises ValueError naming what is wrong."""
+    """Return (kind, path) of each file of a SOURCE, globs sorted. Raises ValueError naming what is wrong."""
     if source in BUILT_IN:
         return [(source, source)]
     if os.path.isdir(source):
@@ -75,54 +85,52 @@ def expand(source: str) -> list[tuple[str, str]]:
 
 
 def read(unit: Unit) -> Iterator[Batch]:
-    """The documents of a unit. Raises ValueError or OSError that names the file, and in JSON the line."""
-    left = unit.limit
+    """Yield the documents of a unit. Raises ValueError or OSError that names the file, and in JSON the line."""
+    remaining = unit.limit
     for batch in _batches(unit):
-        if left is not None:
-            if batch.documents >= left:
-                yield batch.head(left)
+        if remaining is not None:
+            if batch.documents >= remaining:
+                yield batch.head(remaining)
                 return
-            left -= batch.documents
+            remaining -= batch.documents
         yield batch
 
 
 def _batches(unit: Unit) -> Iterator[Batch]:
     path = unit.files[0]
     if unit.kind == "parquet":
-        yield from readers.read_parquet(path, unit.column, unit.start, unit.stop)
+        yield from files.read_parquet(path, unit.column, unit.start, unit.stop)
     elif unit.kind == "jsonl":
-        yield from readers.gather(readers.read_jsonl(path, unit.column, unit.start, unit.stop))
+        yield from files.gather(files.read_jsonl(path, unit.column, unit.start, unit.stop))
     elif unit.kind == "txt":
-        yield from readers.gather(part for path in unit.files for part in readers.read_text(path))
+        yield from files.gather(part for path in unit.files for part in files.read_text(path))
     elif unit.kind == "pydocs":
-        yield from readers.gather(Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
+        yield from files.gather(Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
     elif unit.kind == "tinyshakespeare":
-        yield from readers.gather(_speeches(path))
+        yield from files.gather(_speeches(path))
     else:
-        yield from readers.gather(_streamed(unit))
+        yield from files.gather(_streamed(unit))
 
 
 def _speeches(path: str) -> Iterator[Part]:
-    """TinyShakespeare in documents as llm.c has them: what stands between blank lines, with the blank line."""
+    """Yield TinyShakespeare's documents as llm.c has them: between blank lines, with the blank line."""
     texts = Path(path).read_text(encoding="utf-8").split("\n\n")
     for i, text in enumerate(texts, 1):
         yield Part(text + "\n\n" * (i < len(texts)))
 
 
 def _streamed(unit: Unit) -> Iterator[Part]:
-    from gpt2_data.sources import hub
-    from gpt2_data.sources import streaming as streams
+    from gpt2_data.sources import hub, streaming
 
     listing = hub.Listing.from_json(json.loads(unit.files[0]))
-    for texts in streams.documents(listing, unit.start, unit.column):
-        for text in texts:
-            yield Part(text)
+    for texts in streaming.documents(listing, unit.start, unit.column):
+        yield from map(Part, texts)
 
 
 def document_name(unit: Unit, number: int) -> str:
-    """Where the unit's document `number`, counted from 0, stands: for messages."""
+    """Say for a message where the unit's document `number`, counted from 0, stands."""
     if unit.kind == "parquet":
-        with readers.parquet_file(unit.files[0], unit.column) as file:
+        with files.open_parquet(unit.files[0], unit.column) as file:
             rows = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
         return f"{unit.files[0]}: row {rows + number:,}, counted from 0"
     if unit.kind == "txt" and number < len(unit.files):

@@ -5,23 +5,22 @@ receipt by which a rerun knows the file without hashing it again; NAME.lock keep
 """
 
 import contextlib
-import fcntl
+import dataclasses
 import hashlib
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2_data.disk import Busy, lock, sync_folder, write_whole
 from gpt2_data.disk import sha256 as sha256_of
-from gpt2_data.disk import sync_folder, write_whole
 from gpt2_data.sources import hub, web
-from gpt2_data.sources.hub import HubFile
 from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
-SECONDS_BETWEEN_LOOKS = 0.2  # at a lock that another holds
 
 Progress = Callable[[int, int], object]  # (bytes on disk, bytes of the file)
 
@@ -48,29 +47,29 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
         ValueError: the source is malformed, or the hub has no such dataset, config or split, or several files.
         OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
     """
-    source_on_hub = hub.parse(source)
-    if source_on_hub is None and not source.startswith(("http://", "https://")):
+    on_hub = hub.parse(source)
+    if on_hub is None and not source.startswith(("http://", "https://")):
         raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-    if name is None:
-        name = "" if source_on_hub else source.partition("?")[0].rpartition("/")[2]
-    if name and sha256 is not None:
-        path = folder / name
+    place = name or ("" if on_hub is not None else source.partition("?")[0].rpartition("/")[2])
+    if place and sha256 is not None:
+        path = folder / place
         if path.is_file() and sha256_of(path) == sha256:
             return path
-    if source_on_hub is None:
-        file: HubFile | WebFile = WebFile(source, name, web.size_of(source), sha256)
-    else:
-        files = hub.list_files(source_on_hub).files
+    if on_hub is not None:
+        files = hub.list_files(on_hub).files
         if len(files) != 1:
             raise ValueError(f"{source} has {len(files)} files on the hub, not one")
-        listed = files[0]
-        name = name or f"{source_on_hub.repo.replace('/', '--')}/{listed.path}"
-        file = WebFile(listed.url, name, listed.size, sha256 or listed.sha256)
+        place = place or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
+        file = dataclasses.replace(files[0], path=place, sha256=sha256 or files[0].sha256)
+    elif place:
+        file = WebFile(source, place, web.size_of(source), sha256)
+    else:
+        raise ValueError(f"{source}: this address names no file: give its name")
     return download_file(file, folder, unreachable=web.UNREACHABLE)
 
 
 def download_file(
-    file: HubFile | WebFile,
+    file: WebFile,
     folder: Path,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -78,9 +77,13 @@ def download_file(
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError in one line: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong
-    content TRIES times over, no room (what is there is kept). Raises web.Stopped once `stop` is set.
-    `unreachable`: seconds to try a server that does not answer at all, if not web.PATIENCE.
+    Args:
+        unreachable: seconds to try a server that does not answer, if not web.PATIENCE.
+
+    Raises:
+        OSError: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong content TRIES
+            times, or no room (what is there is kept).
+        web.Stopped: `stop` is set.
     """
     path = folder / file.path
     if is_done(path, file):
@@ -90,27 +93,26 @@ def download_file(
     with _locked(path.with_name(path.name + ".lock"), patience):
         if is_done(path, file):  # by another process meanwhile
             return path
-        if path.exists() and path.stat().st_size == file.size and _hash(path, patience) == file.sha256:
+        if path.exists() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
             _write_receipt(path, file, file.sha256)  # killed before the receipt, or put there by hand
             return path
-        digest = _download(file, path.with_name(path.name + ".part"), progress, patience)
-        path.with_name(path.name + ".part").replace(path)
+        part = path.with_name(path.name + ".part")
+        digest = _download(file, part, progress, patience)
+        part.replace(path)
         sync_folder(path.parent)
         _write_receipt(path, file, digest)
     return path
 
 
-def is_done(path: Path, file: HubFile | WebFile) -> bool:
-    """Whether the file is there, by its size and its receipt."""
+def is_done(path: Path, file: WebFile) -> bool:
+    """True if the file is there, by its size and its receipt."""
     try:
-        found, receipt = path.stat(), json.loads(_receipt(path).read_text())
+        status, receipt = path.stat(), json.loads(_receipt(path).read_text())
     except (OSError, ValueError):
         return False
-    here = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-    meant = (
-        {"size": file.size, "url": file.url} if file.sha256 is None else {"size": file.size, "sha256": file.sha256}
-    )
-    return isinstance(receipt, dict) and (here | meant).items() <= receipt.items() and found.st_size == file.size
+    expected: dict[str, object] = {"size": file.size, "mtime_ns": status.st_mtime_ns}
+    expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
+    return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
 def remove(path: Path) -> None:
@@ -123,19 +125,13 @@ def _receipt(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _write_receipt(path: Path, file: HubFile | WebFile, digest: str) -> None:
-    found = path.stat()
-    receipt = {"size": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns, "url": file.url}
+def _write_receipt(path: Path, file: WebFile, digest: str) -> None:
+    receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
     with write_whole(_receipt(path)) as out:
         out.write((json.dumps(receipt) + "\n").encode())
 
 
-def _hash(path: Path, patience: web.Patience) -> str:
-    with path.open("rb") as file:
-        return _hash_of(file, patience).hexdigest()
-
-
-def _hash_of(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
+def _hash_rest(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
     digest = hashlib.sha256()
     while block := file.read(2**20):
         patience.check()
@@ -144,22 +140,22 @@ def _hash_of(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
 
 
 @contextlib.contextmanager
-def _locked(lock: Path, patience: web.Patience) -> Iterator[None]:
-    """Alone with a file; the lock goes with the process, however it ends. NAME.lock stays: to delete it races."""
-    with lock.open("ab") as file:
+def _locked(path: Path, patience: web.Patience) -> Iterator[None]:
+    """Lock a file; the lock goes with the process, however it ends. NAME.lock stays, since to delete it races."""
+    with path.open("a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, f"{path} is locked")
                 break
-            except BlockingIOError:
+            except Busy:
                 patience.check()
-                patience.stop.wait(SECONDS_BETWEEN_LOOKS)
+                patience.stop.wait(0.2)
         patience.progress()  # another's time is not ours
         yield
 
 
-def _download(file: HubFile | WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
-    """Complete `part`; its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
+def _download(file: WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
+    """Complete `part` and return its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
     link = web.Link(file.url)
     problem = ""
     for attempt in range(TRIES):
@@ -184,9 +180,9 @@ def _download(file: HubFile | WebFile, part: Path, progress: Progress | None, pa
 
 
 def _receive(
-    file: HubFile | WebFile, link: web.Link, out: BinaryIO, progress: Progress | None, patience: web.Patience
+    file: WebFile, link: web.Link, out: BinaryIO, progress: Progress | None, patience: web.Patience
 ) -> str:
-    """Append to `out` what is missing of the file; the SHA-256 of the whole.
+    """Append to `out` what is missing of the file, and return the SHA-256 of the whole.
 
     What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process
     starts anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
@@ -194,40 +190,46 @@ def _receive(
     out.seek(0)
     if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
         out.truncate(0)
-    digest = _hash_of(out, patience)
-    have, etag = out.tell(), None
-    while have < file.size:
+    digest = _hash_rest(out, patience)
+    size, etag = out.tell(), None
+
+    def receive_more() -> None:
+        nonlocal size, etag
         patience.check()
-        try:
-            with link.open(have, etag=etag) as response:
-                size = web.total_size(response)
-                if size not in (None, file.size):
-                    raise _Wrong(f"the file has {size:,} bytes, should have {file.size:,}")
-                if response.status_code == 416 or (have and web.range_start(response) != have):
-                    raise _Wrong(f"the server does not go on at byte {have:,} of {file.size:,}")
-                if file.sha256 is None:  # else the hash tells, and stores do not always agree on an ETag
-                    etag = web.strong_etag(response)
-                for block in web.blocks(response, file.url):
-                    patience.check()
-                    if have + len(block) > file.size:
-                        raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
-                    out.write(block)
-                    digest.update(block)
-                    have += len(block)
-                    patience.progress()
-                    if progress is not None:
-                        progress(have, file.size)
-            if have < file.size:
-                raise web.Again(f"the connection closed after {have:,} of {file.size:,} bytes")
-        except web.Again as again:
-            patience.wait(again)
+        with link.open(size, etag=etag) as response:
+            first, total = web.span(response)
+            if total not in (None, file.size):
+                raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
+            if response.status_code == 416 or first != size:
+                raise _Wrong(f"the server does not go on at byte {size:,} of {file.size:,}")
+            tag = response.headers.get("ETag", "")
+            if file.sha256 is None and tag.startswith('"'):  # a strong one stands for these very bytes
+                etag = tag
+            for block in web.blocks(response):
+                patience.check()
+                if size + len(block) > file.size:
+                    raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
+                out.write(block)
+                digest.update(block)
+                size += len(block)
+                patience.progress()
+                if progress is not None:
+                    progress(size, file.size)
+        if size < file.size:
+            raise web.Again(f"the connection closed after {size:,} of {file.size:,} bytes")
+
+    if size < file.size:
+        patience.call(receive_more)
     return digest.hexdigest()
 
 
 class Downloader:
     """Fetches files in order in a background thread, while the caller works on those that are there.
 
-    No more than `ahead` files are finished and not yet released (None: no limit). With `delete`, release deletes.
+    Args:
+        files: each with its folder.
+        ahead: how many files may be there that are not released; None: all.
+        delete: True deletes a file that is released.
 
         with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
             while not downloader.ready(path): ...      # raises what stopped the thread
@@ -236,48 +238,41 @@ class Downloader:
     """
 
     def __init__(
-        self, files: Sequence[tuple[HubFile | WebFile, Path]], ahead: int | None = None, delete: bool = False
+        self, files: Sequence[tuple[WebFile, Path]], ahead: int | None = None, delete: bool = False
     ) -> None:
-        self.files, self.ahead, self.delete = list(files), ahead, delete
-        self.paths = [folder / file.path for file, folder in files]
+        self.delete = delete
+        self.files = {folder / file.path: (file, folder) for file, folder in files}
         self.bytes_total = sum(file.size for file, _ in files)
-        self._finished: set[Path] = set()
-        self._released: set[Path] = set()
         self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
-        self._error: BaseException | None = None
+        self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
+        self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
-        self._changed = threading.Condition()
+        # A daemon, since a server that is silent must not hold up the end of the program.
         self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
     @property
     def bytes_done(self) -> int:
-        """Of bytes_total; what an earlier run had fetched counts as soon as it is found."""
+        """The bytes that are on the disk; what an earlier run had fetched counts as soon as it is seen."""
         return self._complete + self._current
 
     def ready(self, path: Path) -> bool:
-        """Whether the file is there. Raises the thread's OSError if it never will be."""
-        if path in self._finished:
-            return True
-        if self._error is not None:
-            raise self._error
-        return False
+        """True if the file is there. Raises the thread's OSError if it never will be."""
+        arrived = self._arrived[path]
+        if arrived.done():
+            arrived.result()
+        return arrived.done()
 
     def release(self, path: Path) -> None:
-        """The caller is done with the file: room for another."""
-        assert path in self._finished, path
+        """Take note that a file is done with."""
         if self.delete:
             remove(path)
-        with self._changed:
-            self._released.add(path)
-            self._changed.notify_all()
+        self._room.release()
 
     def close(self) -> None:
-        """Stop soon; the part that is half there stays, to be resumed by the next one."""
+        """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
         self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-        # A thread that waits for a silent server ends with its read's timeout, without writing anything more.
+        self._room.release()
         self._thread.join(2.0)
 
     def __enter__(self) -> "Downloader":
@@ -286,27 +281,22 @@ class Downloader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _room(self) -> bool:
-        return self._stop.is_set() or self.ahead is None or len(self._finished - self._released) < self.ahead
-
     def _run(self) -> None:
-        try:
-            for file, folder in self.files:
-                with self._changed:
-                    self._changed.wait_for(self._room)
-                if self._stop.is_set():
-                    return
-                path = download_file(file, folder, self._note, self._stop)
-                with self._changed:
-                    self._complete, self._current = self._complete + file.size, 0
-                    self._finished.add(path)
-                    self._changed.notify_all()
-        except web.Stopped:
-            pass
-        except BaseException as error:  # the caller's thread raises it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        for path, (file, folder) in self.files.items():
+            self._room.acquire()
+            if self._stop.is_set():
+                return
+            try:
+                download_file(file, folder, self._note, self._stop)
+            except web.Stopped:
+                return
+            except BaseException as error:  # the caller's thread raises it
+                for arrived in self._arrived.values():
+                    if not arrived.done():
+                        arrived.set_exception(error)
+                return
+            self._complete, self._current = self._complete + file.size, 0
+            self._arrived[path].set_result(None)
 
     def _note(self, done: int, _: int) -> None:
         self._current = done
@@ -321,11 +311,11 @@ TINYSHAKESPEARE = WebFile(
 
 
 def tinyshakespeare() -> Path:
-    """TinyShakespeare, downloaded once into the user's cache and checked each time. Raises OSError in one line."""
+    """Have TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
     path = cache / TINYSHAKESPEARE.path
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == TINYSHAKESPEARE.sha256:
+        if sha256_of(path) == TINYSHAKESPEARE.sha256:
             return path
         remove(path)
     try:

@@ -1,4 +1,4 @@
-"""Files -> batches of documents as Arrow arrays, in the file's own order and in bounded memory.
+"""Files read as batches of documents in Arrow arrays, in the file's own order and in bounded memory.
 
 A batch is about 4 MB of text, or one document where that is longer; a text file is cut further. Arrow arrays, not
 Python strings: the tokenizers take UTF-8, and making a str of each document costs as much as reading Parquet does.
@@ -6,7 +6,6 @@ Python strings: the tokenizers take UTF-8, and making a str of each document cos
 
 import codecs
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -19,7 +18,6 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from gpt2_data import tokenizer
-from gpt2_data.sources import pages
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
@@ -34,25 +32,32 @@ _SHOWN = 300  # characters of a list in a message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other."""
+    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other.
+
+    Attributes:
+        replaced: True if bytes that are not UTF-8 became U+FFFD.
+        continues: True if it belongs to the document of the part before.
+    """
 
     text: str | None
-    replaced: bool = False  # bytes that are not UTF-8 became U+FFFD
-    continues: bool = False  # goes on with the document of the part before
+    replaced: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents, or of a long one a part."""
+    """Documents, or of a long one a part.
+
+    Attributes:
+        texts: pyarrow string or large_string array: valid UTF-8, no nulls.
+        replaced: which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became
+            U+FFFD.
+        continues: True if the only text belongs to the last document of the batch before.
+    """
 
     texts: Any
-    """pyarrow string or large_string array: valid UTF-8, no nulls."""
-    empty: int
-    """Documents without text in it; they are kept."""
     replaced: tuple[int, ...]
-    """Which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became U+FFFD."""
     continues: bool = False
-    """The only text goes on with the last document of the batch before."""
 
     @property
     def documents(self) -> int:
@@ -60,75 +65,73 @@ class Batch:
         return len(self.texts) - self.continues
 
     @property
+    def empty(self) -> int:
+        """How many documents have no text; they are kept."""
+        _, offsets = tokenizer.text_buffers(self.texts)
+        return 0 if self.continues else int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+
+    @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes."""
+        """The bytes of all texts in UTF-8."""
         _, offsets = tokenizer.text_buffers(self.texts)
         return int(offsets[-1] - offsets[0])
 
     def head(self, documents: int) -> "Batch":
         """The first `documents` of it."""
-        texts = self.texts.slice(0, documents)
-        return Batch(texts, _count_empty(texts), tuple(i for i in self.replaced if i < documents))
+        return Batch(self.texts.slice(0, documents), tuple(i for i in self.replaced if i < documents))
 
     def row(self, i: int) -> "Batch":
         """Document i of it alone."""
-        texts = self.texts.slice(i, 1)
-        return Batch(texts, _count_empty(texts), (0,) if i in self.replaced else ())
+        return Batch(self.texts.slice(i, 1), (0,) if i in self.replaced else ())
 
 
 def gather(parts: Iterable[Part]) -> Iterator[Batch]:
-    """Parts -> batches. A part that continues a document is a batch of its own."""
-    texts: list[str] = []
-    replaced: list[int] = []
+    """Yield parts in batches. A part that continues a document is a batch of its own."""
+    some: list[Part] = []
     characters = 0
     for part in parts:
-        text = part.text or ""
-        if texts and (part.continues or characters + len(text) > BLOCK or len(texts) >= _BATCH_PARTS):
-            yield _batch(texts, replaced)
-            texts, replaced, characters = [], [], 0
-        if part.replaced:
-            replaced.append(len(texts))
-        texts.append(text)
-        characters += len(text)
+        size = len(part.text or "")
+        if some and (part.continues or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+            yield _batch(some)
+            some, characters = [], 0
+        some.append(part)
+        characters += size
         if part.continues:
-            yield dataclasses.replace(_batch(texts, replaced), empty=0, continues=True)
-            texts, replaced, characters = [], [], 0
-    if texts:
-        yield _batch(texts, replaced)
+            yield _batch(some)
+            some, characters = [], 0
+    if some:
+        yield _batch(some)
 
 
-def _batch(texts: list[str], replaced: list[int]) -> Batch:
+def _batch(parts: list[Part]) -> Batch:
     import pyarrow as pa
 
+    texts = [part.text or "" for part in parts]
+    replaced = {i for i, part in enumerate(parts) if part.replaced}
     try:
         array = pa.array(texts, pa.large_string())
     except UnicodeEncodeError:  # surrogates, which JSON can write as "\ud800"
         fixed = [tokenizer.repair_surrogates(text) for text in texts]
-        replaced = [i for i, text in enumerate(fixed) if ("\ufffd" in text and text != texts[i]) or i in replaced]
+        replaced |= {i for i, text in enumerate(fixed) if "\ufffd" in text and text != texts[i]}
         array = pa.array(fixed, pa.large_string())
-    return Batch(array, _count_empty(array), tuple(replaced))
-
-
-def _count_empty(texts: Any) -> int:
-    _, offsets = tokenizer.text_buffers(texts)
-    return int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+    return Batch(array, tuple(sorted(replaced)), parts[0].continues)
 
 
 # --- Parquet
 
 
-def parquet_file(path: str, column: str) -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings, or say why not."""
+def open_parquet(path: str, column: str) -> Any:
+    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as plain:
-            metadata, schema = plain.metadata, plain.schema_arrow
-        check_text_column(schema, column)
-        return _open(path, metadata, [])
+        # The column of a row group is read in pieces, since it may be gigabytes.
+        file = pq.ParquetFile(path, buffer_size=_READ, page_checksum_verification=True)
+        check_text_column(file.schema_arrow, column)
+        return file
     except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: it names the file
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
             raise
         raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     except ValueError as error:
@@ -149,88 +152,45 @@ def check_text_column(schema: Any, column: str) -> None:
         raise ValueError(f"column {column!r} holds {kind}, not strings")
 
 
-def _open(path: str, metadata: Any, dictionaries: list[str]) -> Any:
-    import pyarrow.parquet as pq
+def row_groups(path: str, column: str) -> list[tuple[int, int]]:
+    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer."""
+    with open_parquet(path, column) as file:
+        groups = row_groups_of(file.metadata, column)
+    for i, (rows, size) in enumerate(groups):
+        if not 0 <= rows < 2**31 or size < 0:
+            raise ValueError(f"{path}: row group {i} is damaged: {rows:,} rows of {size:,} bytes cannot be")
+    return groups
 
-    # The column of a row group is read in pieces: it may be gigabytes.
-    return pq.ParquetFile(
-        path, metadata=metadata, read_dictionary=dictionaries, buffer_size=_READ, page_checksum_verification=True
-    )
+
+def row_groups_of(metadata: Any, column: str) -> list[tuple[int, int]]:
+    """The same of a file whose footer is read."""
+    # Nested columns before it count for several leaves.
+    number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
-    """Row groups [start, stop)."""
+    """Yield the documents of row groups [start, stop)."""
     import pyarrow as pa
 
-    with contextlib.ExitStack() as stack:
-        plain = stack.enter_context(parquet_file(path, column))
-        raw = stack.enter_context(open(path, "rb"))
-        number = column_number(plain.metadata, column)
-        # Where few bytes can stand for many copies a dictionary stays one: that takes a seventh more time. Arrow
-        # cannot do it where DELTA encodings are used, too.
-        has_delta = _has_delta(plain.metadata, column)
+    with open_parquet(path, column) as file:
+        sizes = row_groups_of(file.metadata, column)
         for group in range(start, stop):
+            rows, size = sizes[group]
+            at_once = max(1, min(8 * _BATCH_PARTS, 4 * BLOCK * rows // max(size, 1)))
             try:
-                found = pages.read_pages(raw, plain.metadata.row_group(group).column(number))
-                few = pages.copies_are_few(found)
-                file = plain if few or has_delta else stack.enter_context(_open(path, plain.metadata, [column]))
-                # Many, for what is read of the dictionary is copied for each time.
-                rows = pages.rows_at_once(found, 8 * _BATCH_PARTS, 4 * BLOCK, has_delta)
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-                    yield from map(_from_column, _plain(batch.column(0)))
+                for batch in file.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
+                    yield _from_column(batch.column(0))
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise ValueError(f"{path}: row group {group} cannot be read: {first_line(error)}") from error
-
-
-def _has_delta(metadata: Any, column: str) -> bool:
-    number = column_number(metadata, column)
-    chunks = (metadata.row_group(i).column(number) for i in range(metadata.num_row_groups))
-    return any("DELTA" in encoding for chunk in chunks for encoding in chunk.encodings)
-
-
-def row_groups(path: str, column: str) -> list[tuple[int, int]]:
-    """(rows, bytes of text uncompressed) of each row group by the footer. Raises ValueError if it cannot be."""
-    with parquet_file(path, column) as file:
-        number = column_number(file.metadata, column)
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        for i, group in enumerate(groups):
-            try:
-                pages.check_claims(group, number, Path(path).stat().st_size)
-            except ValueError as error:
-                raise ValueError(f"{path}: row group {i} is damaged: {error}") from error
-        return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
-
-
-def column_number(metadata: Any, column: str) -> int:
-    """Which of the leaf columns it is: nested ones before it count for several."""
-    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-
-
-def _plain(column: Any) -> Iterator[Any]:
-    """A dictionary array as arrays of strings, of BLOCK bytes or a row."""
-    import pyarrow as pa
-
-    if not pa.types.is_dictionary(column.type):
-        yield column
-        return
-    import pyarrow.compute as pc  # takes 0.2 s, once
-
-    lengths = pc.binary_length(column.dictionary).take(column.indices)
-    if lengths.null_count:
-        lengths = lengths.fill_null(0)
-    sums = pc.cumulative_sum(lengths.cast(pa.int64()))
-    ends = np.frombuffer(sums.buffers()[1], np.int64)  # to_numpy would import pandas
-    start = 0
-    while start < len(column):
-        done = int(ends[start - 1]) if start else 0
-        stop = max(int(np.searchsorted(ends, done + BLOCK, "right")), start + 1)
-        yield column.dictionary.take(column.indices.slice(start, stop - start))
-        start = stop
 
 
 def _from_column(column: Any) -> Batch:
     import pyarrow as pa
 
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if column.null_count:
         column = column.fill_null("")
     replaced: tuple[int, ...] = ()
@@ -240,14 +200,14 @@ def _from_column(column: Any) -> Batch:
         pairs = [_decode(data) for data in column.cast(pa.large_binary()).to_pylist()]
         column = pa.array([text for text, _ in pairs], pa.large_string())
         replaced = tuple(i for i, (_, bad) in enumerate(pairs) if bad)
-    return Batch(column, _count_empty(column), replaced)
+    return Batch(column, replaced)
 
 
 # --- JSON lines
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """A file for reading, decompressed if its name says so. A cut-short stream raises OSError on reading."""
+    """Open a file, decompressed if its name says so. A cut-short stream raises OSError on reading."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
     if codec is None:
         return open(path, "rb")
@@ -258,12 +218,12 @@ def open_bytes(path: str) -> BinaryIO:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the file can be read from its start only."""
+    """True if the file can be read from its start only."""
     return path.endswith((".gz", ".zst"))
 
 
 def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
-    """Bytes [start, stop) of the file, both at the starts of lines; stop 0: to the end."""
+    """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0: to the end."""
     for number, line in enumerate(_lines(path, start, stop), 1):
         if not line.isspace():
             part = _json_part(line, key)
@@ -273,7 +233,7 @@ def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
 
 
 def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """The lines of bytes [start, stop) of a file, without a byte order mark."""
+    """Yield the lines of bytes [start, stop) of a file, without a byte order mark."""
     with naming(path), open_bytes(path) as file:
         position = start
         if position:
@@ -286,7 +246,7 @@ def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 
 def next_line(file: BinaryIO) -> int:
-    """Where the next line begins, or the file ends; nothing is held. A line that is refused is not read on."""
+    """Return where the next line begins, or the file ends; stop in a line that is too long."""
     read = 0
     while (some := file.readline(BLOCK)) and not some.endswith(b"\n") and read < MAX_LINE:
         read += len(some)
@@ -294,7 +254,7 @@ def next_line(file: BinaryIO) -> int:
 
 
 def _json_part(line: bytes, key: str) -> Part | str:
-    """The document, or what is wrong."""
+    """Return the document, or what is wrong."""
     # A number or bracket becomes 20 times its size in memory, a string of a text no more than 10 times.
     if len(line) > _LONG_LINE and len(_STRINGS.sub(b"", line)) > _LONG_LINE:
         return f"more than {_LONG_LINE:,} bytes of JSON that are not in strings"
@@ -316,7 +276,7 @@ def _json_part(line: bytes, key: str) -> Part | str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names for a message, of which a file may have any number."""
+    """Join names for a message; a file may have any number."""
     text = ""
     for name in names:
         if len(text) + len(name) > _SHOWN:
@@ -326,7 +286,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _lines_before(path: str, position: int) -> int:
-    """How many lines of the file stand before a byte; counted only to name a faulty one."""
+    """Count the lines of the file before a byte; done only to name a faulty one."""
     count = 0
     with open_bytes(path) as file:
         for _ in range(-(-position // BLOCK)):
@@ -335,7 +295,7 @@ def _lines_before(path: str, position: int) -> int:
 
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:
-    """How many documents bytes [start, stop) of a JSON lines file hold, counted no further than `limit`."""
+    """Count the documents in bytes [start, stop) of a JSON lines file, no further than `limit`."""
     documents = (1 for line in _lines(path, start, stop) if not line.isspace())
     return sum(itertools.islice(documents, limit))
 
@@ -344,7 +304,7 @@ def count_lines(path: str, start: int, stop: int, limit: int) -> int:
 
 
 def read_text(path: str) -> Iterator[Part]:
-    """The file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
+    """Yield the file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
     with naming(path), open_bytes(path) as file:
         continues = False
         rest = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
@@ -371,13 +331,13 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text: Arrow's go on for several."""
+    """The first line of an error's text: Arrow's have several."""
     return str(error).partition("\n")[0]
 
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Arrow's errors about a compressed stream do not say of which file; here they do."""
+    """Name the file in Arrow's errors about a compressed stream."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,11 @@
 """Datasets on the Hugging Face hub: their names and their files.
 
-A listing is pinned to a commit and can be kept on disk, so that a build that goes on next week reads the same
-bytes though `main` has moved. How configs and splits are found:
+A listing is pinned to a commit and can be kept on disk, so that a build that resumes next week reads the same
+bytes though `main` has moved. How configs and splits are chosen:
 https://huggingface.co/docs/hub/datasets-data-files-configuration
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gpt2_data.sources import web
+from gpt2_data.sources.web import WebFile
 
 SHORT = {  # name -> repository, config
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
@@ -23,7 +25,6 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(
     rf"hf:(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[^\s:@]+))?(?::(?P<config>[^\s:]*)(?::(?P<split>\w[\w.]*))?)?"
 )
-_PATHS_A_CALL = 500
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,6 @@ class HubSource:
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """A file of a dataset at a commit: bytes, and its SHA-256 in hex (None for the small ones that are in git)."""
-
-    repo: str
-    commit: str
-    path: str
-    size: int
-    sha256: str | None
-
-    @property
-    def url(self) -> str:
-        """Where the hub has it; HF_ENDPOINT counts."""
-        from huggingface_hub import constants
-
-        return f"{constants.ENDPOINT}/datasets/{self.repo}/resolve/{self.commit}/{quote(self.path)}"
-
-
-@dataclass(frozen=True)
 class Listing:
     """The data files of a source, by path, at one commit."""
 
@@ -68,11 +51,11 @@ class Listing:
     commit: str
     config: str | None  # as the dataset's card names it; None where the card names none
     split: str
-    files: tuple[HubFile, ...]
+    files: tuple[WebFile, ...]
 
     @property
     def parquet(self) -> bool:
-        """Whether the files can be read as they are; otherwise streams.py reads them."""
+        """True if the files can be read as they are; otherwise streaming.py reads them."""
         return all(file.path.endswith(".parquet") for file in self.files)
 
     @property
@@ -81,27 +64,25 @@ class Listing:
         return sum(file.size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
-        """What from_json takes, for json.dump."""
+        """Return what from_json takes, for json.dump."""
         files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files]
         return asdict(self) | {"files": files}
 
     @classmethod
     def from_json(cls, data: Any) -> "Listing":
-        """A listing that was kept. Raises ValueError where it is none."""
+        """Return a listing that was kept. Raises ValueError if it is none."""
         try:
-            repo, commit = (
-                _matching(_NAME + f"(/{_NAME})?", data["repo"]),
-                _matching("[0-9a-f]{40}", data["commit"]),
-            )
+            repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
+            commit = _matching("[0-9a-f]{40}", data["commit"])
             config = None if data["config"] is None else _matching(r"\S+", data["config"])
-            files = tuple(_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
+            files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
             return cls(repo, commit, config, _matching(r"[\w.]+", data["split"]), files)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a listing of a dataset's files: {error!r}") from error
 
 
 def parse(text: str) -> HubSource | None:
-    """What a SOURCE argument names on the hub, or None. Raises ValueError where it is meant so but malformed."""
+    """Return what a SOURCE names on the hub, or None. Raises ValueError if it is meant so but malformed."""
     short, colon, config = text.partition(":")
     if short in SHORT:
         if colon and not re.fullmatch(r"[^\s:]+", config):
@@ -119,62 +100,59 @@ def parse(text: str) -> HubSource | None:
 
 
 def list_files(source: HubSource) -> Listing:
-    """The source's files at the commit that its revision stands for now, in two requests or a few more.
+    """List the source's files at the commit that its revision stands for now, by one request.
 
-    Raises ValueError (no such dataset, config or split; the known ones are named) or OSError (not allowed, not
-    reached), in one line.
+    Raises:
+        ValueError: no such dataset, config or split; the known ones are named.
+        OSError: not allowed, or not reached.
     """
-    from huggingface_hub import constants
-
-    api = f"{constants.ENDPOINT}/api/datasets/{source.repo}"
     patience = web.Patience(f"hub dataset {source.repo}", unreachable=web.UNREACHABLE)
-    info = _call(f"{api}/revision/{quote(source.revision or 'main', safe='')}", source, patience)
-    names = sorted(row["rfilename"] for row in info.get("siblings") or [])
-    commit = _matching("[0-9a-f]{40}", info.get("sha"))
-    configs = (info.get("cardData") or {}).get("configs") or []
-    config, splits = _splits(source, configs, _data_names(names))
+    info = patience.call(lambda: _dataset_info(source))
+    siblings = {row.rfilename: row for row in info.siblings or []}
+    names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
+    configs = (info.card_data.get("configs") if info.card_data else None) or []
+    config, splits = _splits(source, configs, names)
     if source.split not in splits:
-        raise ValueError(
-            f"{source.name}: no split {source.split!r}; there are: {', '.join(sorted(splits)) or 'none'}"
-        )
-    chosen = _one_kind(splits[source.split])
+        known = ", ".join(sorted(splits)) or "none"
+        raise ValueError(f"{source.name}: no split {source.split!r}; there are: {known}")
+    chosen = [siblings[name] for name in _one_kind(splits[source.split])]
     if not chosen:
         raise ValueError(f"{source.name}: its card names files that the dataset does not have")
-    rows: dict[str, Any] = {}
-    for i in range(0, len(chosen), _PATHS_A_CALL):
-        form = {"paths": chosen[i : i + _PATHS_A_CALL], "expand": False}
-        rows |= {row["path"]: row for row in _call(f"{api}/paths-info/{commit}", source, patience, form)}
-    missing = [name for name in chosen if name not in rows]
-    if missing:
-        raise OSError(f"{source.name}: the hub lists {missing[0]} but knows nothing about it")
-    files = (_file(source.repo, commit, n, rows[n]["size"], (rows[n].get("lfs") or {}).get("oid")) for n in chosen)
+    commit = _matching("[0-9a-f]{40}", info.sha)
+    files = (hub_file(source.repo, commit, row.rfilename, row.size, row.lfs and row.lfs.sha256) for row in chosen)
     return Listing(source.repo, commit, config, source.split, tuple(files))
 
 
-def _call(url: str, source: HubSource, patience: web.Patience, form: dict[str, Any] | None = None) -> Any:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def _dataset_info(source: HubSource) -> Any:
+    """Ask the hub about the dataset, with sizes and hashes of its files. Raises web.Again, too."""
+    from huggingface_hub import HfApi, constants, errors
 
-    try:
-        status, answer, code = web.get_json(url, patience, form)
-    except OfflineModeIsEnabled as error:
-        raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
-    if answer is not None:
-        return answer
     what = f"hub dataset {source.repo}"
-    if code == "RevisionNotFound":
-        raise ValueError(f"{what} has no revision {source.revision!r}")
-    if code == "GatedRepo":
-        page = url.partition("/api/")[0] + f"/datasets/{source.repo}"
-        raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}")
-    if status == 401 and code and "credentials" in code:
-        raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew")
-    if status in (401, 403, 404):  # the hub does not tell a private dataset from none
-        raise ValueError(f"no hub dataset {source.repo}; if it is private, {web.LOGIN}")
-    raise OSError(f"{what}: the hub refuses (HTTP {status})")
+    try:
+        with web.transport(constants.ENDPOINT):
+            return HfApi(library_name="gpt2-data").dataset_info(
+                source.repo, revision=source.revision, files_metadata=True, timeout=web.READ_TIMEOUT
+            )
+    except errors.OfflineModeIsEnabled as error:
+        raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{what} has no revision {source.revision!r}") from error
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/datasets/{source.repo}"
+        raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}") from error
+    except errors.RepositoryNotFoundError as error:  # the hub does not tell a private dataset from none
+        raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
+    except errors.HfHubHTTPError as error:
+        web.raise_again(error.response)
+        if "credentials" in (error.server_message or ""):
+            raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew") from error
+        raise OSError(f"{what}: the hub refuses (HTTP {error.response.status_code})") from error
+    except json.JSONDecodeError as error:
+        raise web.Again("the hub answers with something that is not JSON") from error
 
 
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
-    """(config as the card has it, split -> files) of the source."""
+    """Return the config as the card has it, and the files of each split."""
     known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
     config = source.config
     if config is None and known:
@@ -198,9 +176,12 @@ def _named(known: dict[str, Any]) -> str:
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """split -> files by an entry of the card's `configs:`; data_files is a string, a list, or a list of splits."""
-    folder = str(entry.get("data_dir") or "").strip("/")
-    base = f"{folder}/" if folder else ""
+    """Return the files of each split by an entry of the card's `configs:`.
+
+    data_files is a string, a list, or a list of splits.
+    """
+    base = str(entry.get("data_dir") or "").strip("/")
+    base = f"{base}/" if base else ""
     given = entry.get("data_files")
     if given is None:
         return _splits_by_name([name for name in names if name.startswith(base)], base)
@@ -209,24 +190,24 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
     for row in rows:
         split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
         patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
-    found = {}
+    splits = {}
     for split, globs in patterns.items():
         for pattern in globs:
             if not isinstance(pattern, str) or "://" in pattern:
                 raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
         regex = re.compile("|".join(_glob(base + pattern.removeprefix("./")) for pattern in globs))
-        found[split] = [name for name in names if regex.fullmatch(name)]
-    return found
+        splits[split] = [name for name in names if regex.fullmatch(name)]
+    return splits
 
 
 def _glob(pattern: str) -> str:
-    """A glob as a regular expression: `*` stays in a folder, `**` does not."""
+    """Turn a glob into a regular expression: `*` stays in a folder, `**` does not."""
     parts = {"**/": r"(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    found = []
+    regex = ""
     for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern):
         sets = piece.replace("[!", "[^", 1) if len(piece) > 1 else re.escape(piece)
-        found.append(parts.get(piece, sets))
-    return "".join(found)
+        regex += parts.get(piece, sets)
+    return regex
 
 
 _KEYWORDS = {
@@ -234,23 +215,13 @@ _KEYWORDS = {
     "validation": "validation|valid|dev|val",
     "test": "test|testing|eval|evaluation",
 }
-_NO_DATA = {
-    "README.md",
-    "config.json",
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dummy_data.zip",
-    "dataset_dict.json",
-}
-
-
-def _data_names(names: list[str]) -> list[str]:
-    hidden = re.compile(r"(?:.*/)?(?:\.|__).*")
-    return [name for name in names if not hidden.fullmatch(name) and PurePosixPath(name).name not in _NO_DATA]
+_NO_DATA = re.compile(
+    r"(?:.*/)?(?:\.|__).*|(?:.*/)?(?:README\.md|(?:config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)"
+)
 
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
-    """split -> files by the hub's naming: data/train-00000-of-00002*, folders or files named train, else train."""
+    """Return the files of each split by their names: data/train-00000-of-00002*, folders or files named train."""
     sharded: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
@@ -259,31 +230,36 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     if sharded:
         return sharded
     for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
-        found = {}
+        splits = {}
         for split, words in _KEYWORDS.items():
             regex = re.compile(where.format(words))
-            found[split] = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
-        if any(found.values()):
-            return {split: inside for split, inside in found.items() if inside}
+            inside = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
+            if inside:
+                splits[split] = inside
+        if splits:
+            return splits
     return {"train": names} if names else {}
 
 
 def _one_kind(names: list[str]) -> list[str]:
-    """Without a licence or a picture among Parquet files, as `datasets` does."""
+    """Leave out a licence or a picture among Parquet files, as `datasets` does."""
     endings = Counter(PurePosixPath(name).suffix for name in names)
     if endings and max(endings, key=lambda ending: endings[ending]) == ".parquet":
         return [name for name in names if name.endswith(".parquet")]
     return names
 
 
-def _file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> HubFile:
-    """A file that is what it should be: its path becomes one on this machine."""
+def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFile:
+    """Return the file of a dataset at a commit, checked, since its path becomes one on this machine."""
+    from huggingface_hub import constants
+
     parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{repo}: {path!r} is no path of a file in a dataset")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"{repo}: {path}: {size!r} is no size")
-    return HubFile(repo, commit, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
+    url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"
+    return WebFile(url, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
 
 
 def _matching(pattern: str, value: Any) -> str:

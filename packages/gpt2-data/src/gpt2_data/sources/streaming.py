@@ -15,16 +15,18 @@ BATCH = 256  # rows
 
 
 def num_shards(listing: Listing) -> int:
-    """How many shards `documents` knows. Raises ValueError or OSError in one line."""
+    """Return how many shards `documents` knows. Raises ValueError or OSError in one line."""
     with _one_line_errors(listing):
         return int(_open(listing).num_shards)
 
 
 def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[list[str | None]]:
-    """The documents of a shard, in batches and in order; null is None.
+    """Yield the documents of a shard, in batches and in order; null is None.
 
-    Raises ValueError (the column is missing or holds no strings, the data cannot be read, `datasets` is not
-    installed) or OSError, in one line. A connection that drops is tried again by `datasets`.
+    Raises:
+        ValueError: the column is missing or holds no strings, the data cannot be read, or `datasets` is not
+            installed.
+        OSError: the hub is not reached.
     """
     with _one_line_errors(listing):
         opened = _open(listing)
@@ -68,7 +70,7 @@ def _open(listing: Listing) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(listing: Listing) -> Iterator[None]:
-    """`datasets` and what it calls raise a dozen kinds, some of many lines; here it is one of two, in one line."""
+    """Turn the dozen kinds that `datasets` raises, some of many lines, into one of two, in one line."""
     try:
         yield
     except Exception as error:

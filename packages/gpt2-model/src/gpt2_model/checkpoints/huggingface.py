@@ -237,28 +237,24 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
     """Turn huggingface_hub's errors, of many lines, into ours of one."""
     from huggingface_hub import errors
 
+    login = "`hf auth login` or set HF_TOKEN"
+    absent = f"is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)})"
+    unreachable = "is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+    messages = {  # the first that fits
+        errors.LocalEntryNotFoundError: unreachable,
+        errors.EntryNotFoundError: "on the hub is no model folder: it lacks config.json or weights",
+        errors.RevisionNotFoundError: "is no revision of this model on the hub",
+        errors.GatedRepoError: f"is gated: ask for access on its page on the hub, then {login}",
+        errors.RepositoryNotFoundError: f"{absent}; if it is private, {login}",
+        errors.HFValidationError: absent,
+    }
+    kinds: tuple[type[Exception], ...] = (*messages, errors.HfHubHTTPError)
     try:
         yield
-    except errors.LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"{name} is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
-        ) from None
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{name} on the hub is no model folder: it lacks config.json or weights") from None
-    except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{name}: the hub has this model, but not this revision of it") from None
-    except errors.GatedRepoError:
-        raise FileNotFoundError(
-            f"{name} is gated: ask for access on its page on the hub, then `hf auth login` or set HF_TOKEN"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise FileNotFoundError(
-            f"{name} is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)}); "
-            "if it is private, `hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name} could not be downloaded from the hub: {reason}") from None
+    except kinds as error:
+        reason = f"could not be downloaded from the hub: {str(error).strip().splitlines()[0]}"
+        text = next((text for kind, text in messages.items() if isinstance(error, kind)), reason)
+        raise FileNotFoundError(f"{name} {text}") from None
     except (OSError, ValueError):  # a full disk, no right to write, or an index that is none
         raise
     except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide

@@ -19,7 +19,7 @@ from gpt2_model.checkpoints.files import read_json, read_safetensors, read_shard
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.command import newest_checkpoint, write_whole
-from gpt2_model.config import OPENAI_NAMES, PRESETS, GPTConfig
+from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
 from gpt2_model.tokenizer import EOT
 
 _PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -81,8 +81,8 @@ def _open(name: str) -> _Checkpoint:
         return _open_folder(path)
     if path.is_file():
         return _open_file(path)
-    if name in PRESETS:
-        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[name]}")
+    if (size := PAPER_NAMES.get(name, name)) in PRESETS:
+        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[size]}")
     # "a/b" can be a hub id; what starts like a path or goes deeper cannot.
     if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")

@@ -1,4 +1,4 @@
-"""Large CPU tensors whose memory is kept."""
+"""Large CPU tensors keep their memory."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 def keep_buffers() -> None:
-    """Have large CPU tensors in huge pages, and their memory kept for the next one instead of given back.
+    """Put large CPU tensors into huge pages, and keep their memory for the next one instead of giving it back.
 
     For a command's start, before the first large tensor: both hold for the whole process. Logits of a training
     step are hundreds of megabytes. By default each is mapped anew and faulted in, 4 KiB at a time: 412,000 faults

@@ -89,7 +89,7 @@ def _processor() -> str:
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
-    """The user's cache folder if nobody else may write there, else one that goes once the engine is loaded."""
+    """Return the user's cache folder if nobody else may write there, else one that goes after the loading."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -42,12 +42,12 @@ def takes_own(device_type: str, dtype: torch.dtype, time: int) -> bool:
 
 
 def kept_bytes(time: int) -> int:
-    """Bytes of probabilities that one head keeps of `time` positions for the backward."""
+    """Return the bytes of probabilities that one head keeps of `time` positions for the backward."""
     return 2 * sum((end - start) * end for start, end in _blocks(time))
 
 
 def _blocks(time: int) -> list[tuple[int, int]]:
-    """Blocks of queries: 64, so that a block's scores stay in a cache, or an eighth of them all."""
+    """Return blocks of queries: 64, so that a block's scores stay in a cache, or an eighth of them all."""
     length = max(64, -(-time // 8))
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
@@ -56,7 +56,7 @@ def _blocks(time: int) -> list[tuple[int, int]]:
 # to compile instead of 49 at 256 tokens, more than 200 at 1,024.
 @torch.library.custom_op("gpt2_model::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax of a block of queries' scores at a time, over the keys that the block may see.
+    """Compute the attention of a block of queries at a time, over the keys that the block may see.
 
     Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16, and so would be its
     probability. The probabilities are kept, in bf16.
@@ -77,7 +77,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value.
+    """Return the gradients of query, key and value.
 
     The probabilities' gradient is rounded to bf16, which is no more than its factors already are: against fp64 the
     results are 0.8 to 1.3 times as far off as those of torch's kernel, and it takes three quarters of the time.
@@ -97,13 +97,13 @@ def _attention_backward(
 
 
 def _room(query: Tensor) -> Tensor:
-    """An empty tensor for the probabilities of all blocks, one after another."""
+    """Return an empty tensor for the probabilities of all blocks, one after another."""
     batch, heads, time, _ = query.shape
     return query.new_empty(batch * heads * kept_bytes(time) // 2)
 
 
 def _split(probabilities: Tensor, shape: torch.Size) -> list[Tensor]:
-    """Views of each block's probabilities, (batch * heads, queries, keys)."""
+    """Return views of each block's probabilities, (batch * heads, queries, keys)."""
     rows = shape[0] * shape[1]
     shapes = [(rows, end - start, end) for start, end in _blocks(shape[2])]
     parts = torch.split(probabilities, [rows * queries * keys for _, queries, keys in shapes])
@@ -166,7 +166,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradients are computed in the forward, while a block of logits is at hand, so that it can be dropped.
+    """The loss, whose gradients are computed in the forward, while a block of logits is there: it can be dropped.
 
     Softmax, loss and the gradient of the logits take one buffer, in place. Source of the idea: llm.c's
     fused_classifier; the blocks are those of chunked cross-entropy losses (torchtitan, Liger).
@@ -264,7 +264,7 @@ def look_up(embedding: nn.Embedding, tokens: Tensor, share_gradient: bool) -> tu
 
 
 class _LookUp(torch.autograd.Function):
-    """The backward adds the gradient of the rows that were looked up to that of the whole weight."""
+    """The embedding, whose backward adds the gradient of its rows to that of the whole weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

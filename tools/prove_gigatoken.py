@@ -1,22 +1,27 @@
-"""The proof that gigatoken gives tiktoken's tokens: `gpt2-data prove`.
+"""Prove that gigatoken gives tiktoken's tokens, as the two are installed here, and keep the proof in gpt2-data.
+
+For whoever releases gpt2-data for a new version of either: `python tools/prove_gigatoken.py`, some ten minutes.
 
 First every code point in some contexts, which tells the characters that the two treat differently. Then, without
 those: long runs, white space, real text, and random mixtures of all kinds of characters. One difference there, and
 there is no proof.
 """
 
+import dataclasses
 import itertools
+import json
+import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from gpt2_data import gigatoken as fast
-from gpt2_data import tokenizer
-from gpt2_data.gigatoken import Proof
+from gpt2_data import gigatoken, tokenizer
 from gpt2_data.sources import pydocs
 
 CONTEXTS = (
@@ -26,8 +31,6 @@ CONTEXTS = (
 """In which every code point is tried. Before 's it shows best what a character is taken for: 's is one piece after
 a letter or a digit; after a sign its ' goes with the sign."""
 
-QUICK_CONTEXTS = (" {}'s",)
-
 MAX_DIFFER = 20_000
 """Code points that may differ. With more of them the two are not the same encoding."""
 
@@ -36,30 +39,50 @@ _WHITE = " \n\t\r\x0b\x85\xa0\u2028\u3000"
 _ENGLISH = "etaoin shrdlu \n'.,0123456789STDM-\t"
 _PRINTABLE = "".join(map(chr, range(32, 127)))
 
-Progress = Callable[[str, int, int], None]
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=gigatoken.PROVEN,
+    help="File of proofs to add to.  [gpt2-data's]",
+)
+def main(out: Path) -> None:
+    """Compare the two libraries on every character and millions of strings, and keep the proof."""
+    try:
+        proof = prove()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    keep(proof, out)
+    click.echo(
+        f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken} for {proof.strings:,} strings "
+        f"without the {len(proof.code_points()):,} characters that differ; kept in {out}"
+    )
 
 
-@dataclass
+def keep(proof: gigatoken.Proof, file: Path) -> None:
+    """Add a proof to a file, in place of one for the same versions."""
+    others = gigatoken.read_proofs(file) if file.exists() else []
+    proofs = [other for other in others if other.versions != proof.versions] + [proof]
+    file.write_text(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1) + "\n")
+
+
 class _Comparison:
-    """Counts what was compared, and tells of it."""
+    """Compares texts, and counts them."""
 
-    progress: Progress
-    total: int
-    strings: int = 0
-    bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self._fast = fast.Encoder(tokenizer.token_ranks())
+    def __init__(self) -> None:
+        self.bar = tqdm(unit=" strings", unit_scale=True, disable=not sys.stderr.isatty())
+        self.strings = 0
+        self._fast = gigatoken.Encoder(tokenizer.token_ranks())
         self._encoding = tokenizer.get_tokenizer()
 
     def differing(self, texts: Sequence[str]) -> list[int]:
-        """Which of the texts the two libraries encode differently."""
+        """Return which of the texts the two libraries encode differently."""
         data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
         tokens, ends = self._fast.encode(data, offsets)
         expected = [self._encoding.encode_ordinary(text) for text in texts]
         self.strings += len(texts)
-        self.bytes += len(data)
-        self.progress("comparing", self.strings, max(self.total, self.strings))
+        self.bar.update(len(texts))
         lengths = np.fromiter(map(len, expected), np.int64, len(expected))
         if np.array_equal(lengths, np.diff(ends)):
             all_expected = np.fromiter(itertools.chain.from_iterable(expected), np.uint32, int(lengths.sum()))
@@ -68,64 +91,37 @@ class _Comparison:
         return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
 
     def check(self, batches: Iterable[Sequence[str]]) -> None:
-        """Raises ValueError if any of the texts is encoded differently."""
+        """Raise ValueError if any of the texts is encoded differently."""
         for texts in batches:
             for i in self.differing(texts)[:1]:
-                text = self._shortest(texts[i])
-                data, offsets = tokenizer.text_buffers(pa.array([text], pa.large_string()))
-                tokens = self._fast.encode(data, offsets)[0].tolist()
-                raise ValueError(
-                    f"not proven: for {text!a} gigatoken gives {tokens}, "
-                    f"tiktoken {self._encoding.encode_ordinary(text)}: build with --tokenizer tiktoken"
-                )
-
-    def _shortest(self, text: str) -> str:
-        """A part of the text that still differs, made shorter as long as that is easy."""
-        size = len(text) // 2
-        while size:
-            shorter = [text[:i] + text[i + size :] for i in range(0, len(text), size)]
-            still = self.differing(shorter)
-            text, size = (
-                (shorter[still[0]], min(size, len(shorter[still[0]]) // 2)) if still else (text, size // 2)
-            )
-        return text
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `prove` found, and how much it compared."""
-
-    proof: Proof
-    bytes: int
-    code_points_that_differ: int
+                raise ValueError(f"not proven: the two give different tokens for {texts[i][:1000]!a}")
 
 
 def prove(
-    quick: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    contexts: Iterable[str] = CONTEXTS,
     code_points: Iterable[int] = range(0x110000),
-    mixtures: int | None = None,
+    mixtures: int = 3_000_000,
     seed: int = 0,
-) -> Result:
-    """Compare the two installed libraries. Raises ValueError if no proof comes of it, with a text that shows why.
+) -> gigatoken.Proof:
+    """Compare the two installed libraries.
 
-    quick: few contexts and mixtures. code_points: those to try; surrogates are left out, text has none. mixtures:
-    how many random strings.
+    Args:
+        code_points: those to try; surrogates are left out, text has none.
+        mixtures: how many random strings.
+
+    Raises:
+        ValueError: no proof comes of it; names a text that shows why.
     """
-    versions = fast.installed_versions()
+    versions = gigatoken.installed_versions()
     characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
-    contexts = QUICK_CONTEXTS if quick else CONTEXTS
-    mixtures = mixtures if mixtures is not None else 50_000 if quick else 3_000_000
-    comparison = _Comparison(progress, len(characters) * (len(contexts) + (not quick)) + mixtures + 100_000)
+    comparison = _Comparison()
     differ = _characters_that_differ(comparison, characters, contexts)
     known = "".join(sorted(set(characters) - differ))
-    if not quick:
-        comparison.check(_neighbours(known))
+    comparison.check(_neighbours(known))
     comparison.check(_special_strings(known))
     comparison.check(_real_text(differ))
     comparison.check(_mixtures(known, mixtures, seed))
-    proof = Proof(*versions, comparison.strings, tuple(_ranges(sorted(map(ord, differ)))))
-    return Result(proof, comparison.bytes, len(differ))
+    return gigatoken.Proof(*versions, comparison.strings, tuple(_ranges(sorted(map(ord, differ)))))
 
 
 def _characters_that_differ(
@@ -140,7 +136,7 @@ def _characters_that_differ(
                 example = ascii(context.replace("{}", min(differ)))
                 raise ValueError(
                     f"not proven: {len(differ):,} characters and more are encoded differently, "
-                    f"for example {example}: build with --tokenizer tiktoken"
+                    f"for example {example}"
                 )
     return differ
 
@@ -217,3 +213,7 @@ def _ranges(code_points: Sequence[int]) -> Iterator[str]:
     for run in np.split(array, np.flatnonzero(np.diff(array) > 1) + 1):
         if len(run):
             yield f"{run[0]:x}" if len(run) == 1 else f"{run[0]:x}-{run[-1]:x}"
+
+
+if __name__ == "__main__":
+    main()
