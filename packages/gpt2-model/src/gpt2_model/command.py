@@ -198,7 +198,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)  # a failing write does not say where
         raise
     finally:
