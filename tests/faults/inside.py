@@ -178,7 +178,12 @@ def file_events(folder, do):
 
 def copy_at_changes(folder, to, last=10**9):
     """Copy the folder before each of its changes: what a SIGKILL at that instant would leave."""
-    file_events(folder, lambda number: number > last or shutil.copytree(folder, f"{to}/{number:04d}"))
+
+    def copy(number):
+        if number <= last and os.path.isdir(folder):  # the first change of a new run makes it
+            shutil.copytree(folder, f"{to}/{number:04d}")
+
+    file_events(folder, copy)
 
 
 def change_nothing(folder):
