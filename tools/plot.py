@@ -1,7 +1,7 @@
 """Draw the curves of runs: python tools/plot.py runs/a runs/b --out loss.png
 
-Loss of each step, faint, under its mean over the steps around; validation losses; accuracy on HellaSwag. Beside runs
-of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
+Loss of each step, faint, under its mean over the steps around; validation losses; accuracy on HellaSwag. Beside
+runs of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
 """
 
 import json
@@ -69,7 +69,7 @@ SOURCES = (
 
 @dataclass
 class Run:
-    """What is drawn of a run: curves of (x, value); `test` is the name of its test's file if that is not HellaSwag's."""
+    """What is drawn of a run: curves of (x, value); `test` is its test's file, if that is not HellaSwag's."""
 
     name: str
     color: str

@@ -147,7 +147,7 @@ def summary(out: Path, checkpoint: Path, seconds: float) -> None:
     click.echo(f"""
                               untrained   trained
   validation loss             {loss_before:9.2f} {loss:9.2f}   nats per token
-  right ending of four        {right_before:9.1%} {right:9.1%}   +- {error:.1%} of {HELLASWAG_ITEMS} items; an untrained
+  right ending of four        {right_before:9.1%} {right:9.1%}   +- {error:.1%}; an untrained
                                                     model has its own leanings: 15 to 28 %
 
   {out / "loss.png"}        the loss curve

@@ -51,7 +51,7 @@ class Package:
 def read_packages() -> list[Package]:
     """The packages, each after those that it depends on."""
     packages = {}
-    for file in ROOT.glob("packages/*/pyproject.toml"):
+    for file in sorted(ROOT.glob("packages/*/pyproject.toml")):
         project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
         name, version = project["name"], project.get("version", "missing")
         if not re.fullmatch(r"\d+\.\d+\.\d+", version):
@@ -118,7 +118,7 @@ def status_of(package: Package) -> dict[str, Any]:
     return {
         "package": package.name,
         "version": str(package.version),
-        "last_tag": tags[0] if tags else None,
+        "last_tag": tags[0] if tags else "none",
         "commits": int(git("rev-list", "--count", f"{tags[0]}..HEAD" if tags else "HEAD", "--", package.place)),
         "unreleased": len(re.findall(r"^- ", unreleased(package), re.MULTILINE)),
         "depends": {requirement.name: span(requirement) for requirement in package.ours},
@@ -163,7 +163,7 @@ def status(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    line = "{package:<12}{version:<9}{last_tag!s:<20}{commits:>13}{unreleased:>12}  {depends}"
+    line = "{package:<12}{version:<9}{last_tag:<20}{commits:>13}{unreleased:>12}  {depends}"
     click.echo(line.format(package="package", version="version", last_tag="last tag", commits="commits since",
                            unreleased="unreleased", depends="depends on"))  # fmt: skip
     for row in rows:
