@@ -129,6 +129,13 @@ def test_source_stays_short() -> None:
     assert len(list(ROOT.glob("packages/gpt2-data/src/gpt2_data/*.*"))) <= 14
 
 
+@pytest.mark.slow
+def test_types() -> None:
+    """mypy as a test: it takes half a minute of one core, beside the others."""
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def test_no_file_names_a_machine() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     home = re.compile(r"(?<![\w.])/(root|home/\w+|work|Users/\w+)/")
