@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from benchmarks import cases, data, harness, peers
-from benchmarks.cases import CASES
 from benchmarks.harness import Bench, Case, Ready
 from benchmarks.report import Check, bars_of, brief, draw, provenance, table
+from benchmarks.suite import CASES, FIRST_TOKEN, starting
 from gpt2_model.command import SETTINGS, one_line, write_whole
 
 Document = dict[str, Any]
@@ -64,13 +64,12 @@ CHECK = click.option("--check", is_flag=True, help="Exit 1, with a line each, if
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options of every command that measures."""
+    threads = os.cpu_count()
     options = [
         click.option("--only", multiple=True, metavar="NAME", help="Only cases of this name; may be given often."),
         DEVICE,
         click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case."),
-        click.option(
-            "--threads", type=COUNT, default=os.cpu_count(), help="Threads of each.  [default: one a core]"
-        ),
+        click.option("--threads", type=COUNT, default=threads, help="Threads of each.  [default: one a core]"),
         click.option("--out", type=FILE, callback=_writable, help="Write the JSON to a file, too."),
         click.option("--png", type=FILE, callback=_writable, help="Draw it, too."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table."),
@@ -207,7 +206,7 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
         least = 1 / 1.1 if count == 1 else 2.5 if (precision, rows) == ("bf16", 1) else 1.0
         checks.append(Check((f"ours{where}",), (f"transformers{where}",), least))
         checks += [Check((f"ours{where}",), (f"ctranslate2{where}",), 1.0)] if count > 1 else []
-    groups.append([cases.start("start to first token", *cases.FIRST_TOKEN, fields=fields)])
+    groups.append([starting("start to first token", FIRST_TOKEN, fields)])
     checks.append(Check(("start to first token",), (), 1 / 3))
     title = f"GPT-2 {fields or '124M'}, random weights, prompts of 16 tokens"
     measure("decode", title, groups, [] if on_gpu else checks, device=device, **options)
@@ -249,15 +248,11 @@ def eval_(data: str, items: int, fields: dict[str, int], device: str, **options:
 def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
     """Time the way from Parquet to verified shards, the loader, and verify, a process a core.
 
-    Beside build-nanogpt's method, the tokenizer libraries alone, and sha256sum. All must write the same tokens.
+    Beside build-nanogpt's method and sha256sum. All must write the same tokens.
     """
 
     def case(name: str, unit: str, prepare: Callable[..., Ready], **more: Any) -> Case:
         return Case(name, prepare.__name__, unit, prepare, {"source": source, "megabytes": megabytes, **more})
-
-    def alone(library: str) -> Case:
-        return Case(f"{library} alone", "8 MB in memory", "MB", data.tokenizing,
-                    {"library": library, "processes": threads, "scale": 1e-6})  # fmt: skip
 
     groups = [
         [
@@ -267,27 +262,18 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
             # A process a core, and as many as it takes itself.
             case("build-nanogpt's method", "MB", data.building_as_nanogpt, workers=threads),
             case("build-nanogpt's, half", "MB", data.building_as_nanogpt, workers=max(1, threads // 2)),
-            alone("gigatoken"),
-            alone("tiktoken"),
         ],
-        [
-            case("loader", "tokens", data.loading),
-            case("loader, prefetch", "tokens", data.loading, prefetch=True),
-        ],
-        [
-            case("gpt2-data verify", "bytes", data.verifying, program=["gpt2-data"]),
-            case("sha256sum", "bytes", data.verifying, program=["sha256sum"]),
-            case("openssl", "bytes", data.verifying, program=["openssl", "dgst", "-sha256"]),
-        ],
-    ]
+        [case("loader", "tokens", data.loading), case("loader, prefetch", "tokens", data.loading, prefetch=True)],
+        [case(program[0], "bytes", data.verifying, program=program)
+         for program in (["gpt2-data"], ["sha256sum"], ["openssl", "dgst", "-sha256"])],
+    ]  # fmt: skip
     pools = ("build-nanogpt's method", "build-nanogpt's, half")
     checks = [
         Check(("ours, gigatoken",), pools, 8.0),
         Check(("ours, tiktoken",), pools, 1.3),
-        Check(("ours, gigatoken",), ("gigatoken alone",), 0.5),
         Check(("loader",), (), 150e6),
         Check(("loader, prefetch",), (), 150e6),
-        Check(("gpt2-data verify",), ("sha256sum",), 1 / 1.3),
+        Check(("gpt2-data",), ("sha256sum",), 1 / 1.3),
     ]
     measure("data", source or f"{megabytes} MB of Python sources", groups, checks, threads=threads, **options)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import matplotlib
@@ -33,17 +33,8 @@ LINE = 0.045  # height of a label, of its axis'
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B6914", "#5D3A9B", "#E69F00")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Published figures of one size.
-
-    Attributes:
-        title: what OpenAI's weights of that size are called.
-        val_loss: GPT-2's, nats per token.
-        hellaswag: GPT-2's accuracy in percent, raw context, mean per token.
-        gpt3_title: what GPT-3's paper calls the nearest size.
-        gpt3_hellaswag: its accuracy in percent.
-    """
+class Reference(NamedTuple):
+    """Published figures of a size: GPT-2's loss, nats per token, and accuracies in percent."""
 
     title: str
     val_loss: float
@@ -72,12 +63,16 @@ class Run:
     """What is drawn of a run: curves of (x, value); `test` is its test's file, if that is not HellaSwag's."""
 
     name: str
-    color: str
+    color: str = ""
     train: Curve = field(default_factory=list)
     validation: Curve = field(default_factory=list)
     accuracy: Curve = field(default_factory=list)
     reference: Reference | None = None
     test: str = ""
+
+    @property
+    def curves(self) -> list[Curve]:
+        return [curve for curve in (self.train, self.validation, self.accuracy) if curve]
 
 
 @click.command(context_settings=SETTINGS)
@@ -92,16 +87,16 @@ def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
 
     A folder of runs stands for all that are in it.
     """
-    folders = [run for folder in runs for run in runs_in(folder)]
-    loaded = [
-        load_run(folder, name, COLORS[number % len(COLORS)], unit)
-        for number, (folder, name) in enumerate(zip(folders, names(folders), strict=True))
-    ]
-    shown = [run for run in loaded if run.train or run.validation or run.accuracy]
+    inner = [[path.parent for path in sorted(folder.glob("*/metrics.jsonl"))] for folder in runs]
+    folders = [run for folder, inside in zip(runs, inner, strict=True) for run in inside or [folder]]
+    loaded = [load_run(*pair, unit) for pair in zip(folders, names(folders), strict=True)]
+    shown = [run for run in loaded if run.curves]
     if not shown:
         raise click.ClickException(f"{', '.join(map(str, runs))}: no run with a row in its metrics.jsonl")
+    for number, run in enumerate(shown):
+        run.color = COLORS[number % len(COLORS)]
     for run in loaded:
-        if run not in shown:
+        if not run.curves:
             click.echo(f"{run.name}: no rows of a run to draw", err=True)
     figure = draw(shown, unit)
     temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
@@ -114,12 +109,6 @@ def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     click.echo(str(out))
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or the runs in it where it is none."""
-    inner = [] if (folder / "metrics.jsonl").exists() else sorted(folder.glob("*/metrics.jsonl"))
-    return [path.parent for path in inner] or [folder]
-
-
 def names(runs: Sequence[Path]) -> list[str]:
     """A short name of each folder: its own, with its parents' where others have the same."""
     parts = [run.absolute().parts for run in runs]
@@ -129,16 +118,17 @@ def names(runs: Sequence[Path]) -> list[str]:
     return [str(Path(*part[-length:])) for part in parts]
 
 
-def load_run(folder: Path, name: str, color: str, unit: str) -> Run:
+def load_run(folder: Path, name: str, unit: str) -> Run:
     """A run's curves; broken lines and rows without tokens are passed over, with a word to stderr."""
-    run, rows, lines = Run(name, color), [], []
-    if (folder / "metrics.jsonl").exists():
-        lines = [line for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line]
-    for line in lines:
-        row = parsed(line)
-        rows += [row] if row else []
-    if len(rows) < len(lines):
-        click.echo(f"{name}: broken lines of metrics.jsonl passed over: {len(lines) - len(rows)}", err=True)
+    run, rows, broken, file = Run(name), [], 0, folder / "metrics.jsonl"
+    for line in filter(None, file.read_bytes().split(b"\n") if file.exists() else ()):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        click.echo(f"{name}: broken lines of metrics.jsonl passed over: {broken}", err=True)
     # A run that was resumed by an older program may have a step twice: the last one counts.
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
     for key, curve in (("loss", run.train), ("val_loss", run.validation), ("hellaswag_acc_norm", run.accuracy)):
@@ -155,15 +145,6 @@ def load_run(folder: Path, name: str, color: str, unit: str) -> Run:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # of no known size
     return run
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """A line's row; None if it is broken."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def draw(runs: list[Run], unit: str) -> Figure:
@@ -183,8 +164,7 @@ def draw(runs: list[Run], unit: str) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
         axis.tick_params(colors=INK, length=3)
-        last = [curve[-1][0] for run in runs for curve in (run.train, run.validation, run.accuracy) if curve]
-        axis.set_xlim(0, 1.015 * max(1, *last))
+        axis.set_xlim(0, 1.015 * max(1, *(curve[-1][0] for run in runs for curve in run.curves)))
     columns = 5 if with_accuracy else 3
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
     if references:
@@ -282,17 +262,11 @@ def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
     """Write (y, text, color) each beside the right end of the axis, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     labels = sorted(labels)
-    own = [(y - low) / (high - low) for y, _, _ in labels]
-    for y, middle, (_, text, color) in zip(own, spread(own, LINE), labels, strict=True):
-        arrow = {
-            "arrowstyle": "-",
-            "color": color,
-            "linewidth": 0.7,
-            "shrinkA": 1,
-            "shrinkB": 0,
-            "relpos": (0, 0.5),
-        }
-        axis.annotate(text, (1, y), (1.04, middle), "axes fraction", "axes fraction", arrow,
+    places = spread([(y - low) / (high - low) for y, _, _ in labels], LINE)
+    for middle, (y, text, color) in zip(places, labels, strict=True):
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0}
+        own = (1, (y - low) / (high - low))
+        axis.annotate(text, own, (1.04, middle), "axes fraction", "axes fraction", arrow | {"relpos": (0, 0.5)},
                       color=color, fontsize=8.5, va="center")  # fmt: skip
 
 
@@ -312,7 +286,7 @@ def spread(places: Sequence[float], height: float) -> list[float]:
     return [mean(stack) + height * (n - (len(stack) - 1) / 2) for stack in stacks for n in range(len(stack))]
 
 
-def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+def centred_mean(values: np.ndarray, window: int) -> Any:
     """The mean of the `window` values around each place, of fewer at the ends."""
     sums, places = np.concatenate(([0.0], np.cumsum(values))), np.arange(len(values))
     starts = np.maximum(0, places - (window - 1) // 2)

@@ -6,9 +6,9 @@ cores, so that a loaded machine does not fail them, and a tenfold regression doe
 
 import pytest
 
-from benchmarks.cases import CASES
 from benchmarks.harness import Bench
 from benchmarks.machine import rate
+from benchmarks.suite import CASES
 
 # Of what bounds it, in the same process; where nothing does, units a second.
 FLOORS = {

@@ -18,22 +18,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data
-from benchmarks.harness import Bench, Case, Ready
-from benchmarks.machine import processor
+import torch
 
-QUICKSTART = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}  # the quickstart's model
+from benchmarks.data import dataset, memory_of_children, model_folder
+from benchmarks.harness import Bench, Ready
+from benchmarks.machine import processor
+from gpt2_data import open_dataset
+from gpt2_eval import Row, evaluate_loss, score_items
+from gpt2_model import GPT, PRESETS, GPTConfig, flops_per_token, generate
+from gpt2_train import make_optimizer
+
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def inner(*names: str) -> Any:
     """Return the first of these modules that there is: today's name, then earlier ones."""
-    for name in names:
+    for name in names[:-1]:
         try:
             return import_module(name)
         except ModuleNotFoundError:
             continue
-    raise ValueError(f"there is no module {' or '.join(names)}")
+    return import_module(names[-1])
 
 
 def keep_buffers() -> None:
@@ -43,25 +49,21 @@ def keep_buffers() -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """A training step of `batch` sequences of `seq_len` tokens at once.
+    """A training step of `batch` sequences of `seq_len` tokens at once, in fp32 or, under autocast, in bf16.
 
     Attributes:
         size: 124M, 350M, ..., changed by `fields`.
-        precision: "fp32" or "bf16", under autocast.
     """
 
     size: str
     batch: int
     seq_len: int
     precision: str
-    device: str = "cpu"
+    device: str
     fields: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def config(self) -> Any:
-        """The model's shape."""
-        from gpt2_model import PRESETS, GPTConfig
-
+    def config(self) -> GPTConfig:
         preset = vars(PRESETS[self.size]) | {"block_size": max(1024, self.seq_len)}
         return GPTConfig(**{**preset, **self.fields})
 
@@ -75,31 +77,14 @@ class Work:
         """Micro-batches of a step: one on a CPU, as many as make 524,288 tokens on a GPU."""
         return max(1, 524_288 // (self.batch * self.seq_len)) if self.device == "cuda" else 1
 
-    def ready(self, call: Callable[[], object], **more: Any) -> Ready:
-        """A step and what bounds it. It warms up until the heap stays as it is."""
-        from gpt2_model import flops_per_token
-
-        tokens = self.accumulation * self.batch * self.seq_len
-        cost = tokens * flops_per_token(self.config, self.seq_len)
-        return Ready(call, tokens, f"matrix {self.precision}", cost, **{"warm_up": 5, **more})
-
-
-def refuse_emulation(work: Work) -> None:
-    """Raise ValueError if the precision is bf16 on a processor that has no instructions for it."""
-    fast = {"avx512_bf16", "amx_bf16", "bf16"} & {*processor()["features"]}
-    if (work.precision, work.device) == ("bf16", "cpu") and not fast:
-        raise ValueError("this processor has no bf16 instructions")
-
 
 def training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
     """A step as gpt2-train does it."""
-    import torch
-
-    from gpt2_model import GPT
-    from gpt2_train import make_optimizer
-
-    step = Work(**work, device=bench.device)
-    refuse_emulation(step)
+    step = Work(device=bench.device, **work)
+    if step.precision == "bf16" and bench.device == "cpu" and not {*processor()["features"]} & {
+        "avx512_bf16", "amx_bf16", "bf16",
+    }:  # fmt: skip
+        raise ValueError("this processor has no bf16 instructions")
     keep_buffers()
     torch.manual_seed(0)
     model = GPT(step.config).to(step.device)
@@ -111,8 +96,6 @@ def training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> R
 
 def stepping(work: Work, model: Any, optimizer: Any, loss_of: Callable[..., Any]) -> Ready:
     """A step of any model: random tokens, autocast, clipping by 1, the optimizer."""
-    import torch
-
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 50257, (work.batch, work.seq_len), generator=draw).to(work.device) for _ in "xy")
 
@@ -127,7 +110,9 @@ def stepping(work: Work, model: Any, optimizer: Any, loss_of: Callable[..., Any]
         if work.device == "cuda":
             torch.cuda.synchronize()
 
-    return work.ready(step)
+    tokens = work.accumulation * work.batch * work.seq_len
+    cost = tokens * flops_per_token(work.config, work.seq_len)
+    return Ready(step, tokens, f"matrix {work.precision}", cost, warm_up=5)  # until the heap stays as it is
 
 
 def gpt2_train(
@@ -143,12 +128,12 @@ def gpt2_train(
         threads: threads of each process; 0 for the bench's.
         compression: what gradients are sent as.
     """
-    step, left_out = Work(**work, device=bench.device), max(2, steps // 4)  # the first steps get their memory
+    step = Work(device=bench.device, **work)
     tokens = ranks * (accumulation or step.accumulation) * step.batch * step.seq_len
     values = {
-        "data": data.dataset(bench), "steps": steps, "warmup": 1, "micro-batch": step.batch,
-        "seq-len": step.seq_len, "batch-tokens": tokens, "device": step.device, "precision": step.precision,
-        "eval-every": 0, "checkpoint-every": 0, "grad-compression": compression,
+        "data": dataset(bench), "steps": steps, "warmup": 1, "micro-batch": step.batch, "seq-len": step.seq_len,
+        "batch-tokens": tokens, "device": step.device, "precision": step.precision, "eval-every": 0,
+        "checkpoint-every": 0, "grad-compression": compression,
     }  # fmt: skip
     words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
     words += [word for name, value in step.sizes.items() for word in ("--model", f"{name}={value}")]
@@ -157,7 +142,7 @@ def gpt2_train(
 
     def speed_of(out: Path) -> float:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return tokens / statistics.median(row["seconds"] for row in rows[left_out:])
+        return tokens / statistics.median(row["seconds"] for row in rows[2:])  # the first two get their memory
 
     def call() -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -177,36 +162,29 @@ def gpt2_train(
                     )
             return copies * tokens / sum(map(speed_of, outs))
 
-    return Ready(call, copies * tokens, warm_up=0, memory=data.memory_of_children)
+    return Ready(call, copies * tokens, warm_up=0, memory=memory_of_children)
 
 
 def generating(
-    bench: Bench, precision: str, rows: int, new_tokens: int, fields: Mapping[str, int], compiled: bool = False,
-    after_first: bool = True,
+    bench: Bench, precision: str, rows: int, new_tokens: int = 64, fields: Mapping[str, int] | None = None,
+    compiled: bool = False, after_first: bool = True,
 ) -> Ready:  # fmt: skip
     """Text of ours, sampled with top-k 50."""
-    import torch
-
-    from gpt2_model import GPT, generate
-
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-    model = GPT.from_pretrained(model_folder(bench, fields), dtype=kind).to(bench.device)
+    model = random_model(bench, fields, dtype=KINDS[precision])
     options: dict[str, Any] = {"compile": True} if compiled else {}
 
     def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
         written = generate(model, prompts, max_new_tokens=count, top_k=50, stop_ids=(), seed=0, **options)
         return [row.tokens for row in written]
 
-    return writing(precision, rows, new_tokens, fields, write, after_first)
+    return writing(model.config, precision, rows, new_tokens, write, after_first)
 
 
 def writing(
-    precision: str, rows: int, new_tokens: int, fields: Mapping[str, int],
+    config: GPTConfig, precision: str, rows: int, new_tokens: int,
     write: Callable[[list[list[int]], int], Sequence[Sequence[int]]], after_first: bool = True,
 ) -> Ready:  # fmt: skip
     """Time `write(prompts, tokens)` of any model; after_first: without the call for one, where there are more."""
-    from gpt2_model import GPTConfig
-
     after_first, draw = after_first and new_tokens > 1, random.Random(0)
     prompts = [draw.choices(range(50_256), k=16) for _ in range(rows)]
 
@@ -220,10 +198,10 @@ def writing(
     def call() -> float:
         rest = seconds(new_tokens) - (statistics.median(seconds(1) for _ in range(3)) if after_first else 0)
         if rest <= 0:
-            raise ValueError(f"{new_tokens} tokens take no longer than 1 here: ask for more with --new-tokens")
+            raise ValueError(f"{new_tokens} tokens take no longer than 1 here: measure a larger model")
         return rest
 
-    config, count = GPTConfig(**dict[str, Any](fields)), new_tokens - after_first
+    count = new_tokens - after_first
     # A step of the whole batch reads all weights once, but for the positions.
     weights = (config.num_parameters - config.block_size * config.n_embd) * BYTES[precision]
     return Ready(call, rows * count, "read", count * weights)
@@ -231,11 +209,8 @@ def writing(
 
 def scoring(bench: Bench) -> Ready:
     """Items of HellaSwag's shape: a context of 50 ids and four endings of 29."""
-    from gpt2_eval import Row, score_items
-    from gpt2_model import GPT
-
     keep_buffers()
-    model, draw = GPT.from_pretrained(model_folder(bench, {})).to(bench.device).eval(), random.Random(0)
+    model, draw = random_model(bench), random.Random(0)
     contexts = [draw.choices(range(50_000), k=50) for _ in range(12 if bench.device == "cpu" else 600)]
     items = [[Row(context, draw.choices(range(50_000), k=29)) for _ in "abcd"] for context in contexts]
     positions, scored = len(items) * (49 + 1 + 4 * 28), len(items) * 4 * 29
@@ -247,24 +222,15 @@ def scoring(bench: Bench) -> Ready:
 
 def losing(bench: Bench) -> Ready:
     """Validation loss of 124M."""
-    from gpt2_data import open_dataset
-    from gpt2_eval import evaluate_loss
-    from gpt2_model import GPT, flops_per_token
-
     keep_buffers()
-    model = GPT.from_pretrained(model_folder(bench, {})).to(bench.device).eval()
+    model, shards = random_model(bench), open_dataset(dataset(bench))
     tokens = 2048 if bench.device == "cpu" else 65_536
-    shards = open_dataset(data.dataset(bench))
     cost = tokens * flops_per_token(model.config, 1024) / 3  # no backward
     return Ready(lambda: evaluate_loss(model, shards, tokens=tokens), tokens, "matrix fp32", cost)
 
 
 def saving(bench: Bench) -> Ready:
     """A checkpoint of 124M with its moments: written, hashed, read back and flushed to the disk."""
-    import torch
-
-    from gpt2_model import GPT, GPTConfig
-
     model, run = GPT(GPTConfig()), bench.place("run")
     moments = {f"{kind}.{name}": torch.zeros_like(p) for kind in "mv" for name, p in model.named_parameters()}
     run.mkdir(exist_ok=True)
@@ -275,91 +241,10 @@ def saving(bench: Bench) -> Ready:
 
 def opening(bench: Bench) -> Ready:
     """124M, from_pretrained."""
-    from gpt2_model import GPT, GPTConfig
-
-    path, size = model_folder(bench, {}), 4 * GPTConfig().num_parameters
-    return Ready(lambda: GPT.from_pretrained(path).to(bench.device), size, "copy", size)
+    size = 4 * random_model(bench).config.num_parameters
+    return Ready(lambda: random_model(bench), size, "copy", size)
 
 
-def starting(bench: Bench, words: Sequence[str], fields: Mapping[str, int]) -> Ready:
-    """A command from its start as a process to its end."""
-    model = model_folder(bench, fields) if "{model}" in words else ""
-    command = [word.format(model=model, device=bench.device) for word in words]
-    memory = [0]
-
-    def call() -> float:
-        seconds, memory[0] = data.run_command(command)
-        return seconds
-
-    return Ready(call, 1, memory=lambda: memory[0])
-
-
-def model_folder(bench: Bench, fields: Mapping[str, int]) -> Path:
-    """A model with random weights, 124M by default, saved once, by a process whose memory counts for nobody.
-
-    As drawn, all tokens are about as likely: spread out, they give scores in which rounding has a scale.
-    """
-    path = bench.place("model")
-    if not path.exists():
-        code = f"""
-import torch
-from gpt2_model import GPT, GPTConfig
-torch.manual_seed(0)
-model = GPT(GPTConfig(**{dict(fields)}))
-model.wte.weight.data.mul_(4)
-model.save_pretrained({str(path)!r})"""
-        subprocess.run([sys.executable, "-c", code], check=True)
-    return path
-
-
-def _training(name: str, batch: int, seq_len: int, precision: str, device: str = "cpu") -> Case:
-    size = name.split("-")[1]
-    preset, fields = ("124M", QUICKSTART) if size == "7M" else (size, {})
-    work = {"size": preset, "batch": batch, "seq_len": seq_len, "precision": precision, "fields": fields}
-    options = {"work": work, "compiled": device == "cuda"}
-    return Case(name, f"a step of {batch} x {seq_len}", "tokens", training, options, (device,))
-
-
-def _generating(
-    name: str, text: str, precision: str, rows: int, devices: tuple[str, ...] = ("cpu", "cuda")
-) -> Case:
-    options = {"precision": precision, "rows": rows, "new_tokens": 64, "fields": {}, "after_first": False}
-    return Case(name, f"124M, {text}, 64 new tokens", "tokens", generating, options, devices)
-
-
-def start(name: str, *words: str, fields: Mapping[str, int] | None = None) -> Case:
-    """A command's start and end as a case."""
-    return Case(name, " ".join(words[:2]), "starts", starting, {"words": words, "fields": fields or {}})
-
-
-FIRST_TOKEN = ("gpt2-model", "generate", "-m", "{model}", "-d", "{device}", "--max-new-tokens", "1", "Hello")
-CASES = [
-    _training("train-7M-fp32", 4, 256, "fp32"),
-    _training("train-124M-fp32", 4, 256, "fp32"),
-    _training("train-124M-fp32-1024", 1, 1024, "fp32"),
-    _training("train-124M-bf16", 4, 256, "bf16"),
-    _training("train-124M-bf16-1024", 1, 1024, "bf16"),
-    _training("train-350M-fp32", 2, 256, "fp32"),
-    _training("train-774M-fp32", 1, 256, "fp32"),
-    _training("train-124M", 64, 1024, "bf16", "cuda"),
-    _training("train-350M", 32, 1024, "bf16", "cuda"),
-    _training("train-774M", 16, 1024, "bf16", "cuda"),
-    _training("train-1558M", 8, 1024, "bf16", "cuda"),
-    _generating("generate-fp32", "one row", "fp32", 1),
-    _generating("generate-bf16", "one row", "bf16", 1),
-    _generating("generate-int8", "one row", "int8", 1, ("cpu",)),
-    _generating("generate-fp32-8", "eight rows", "fp32", 8),
-    Case("tokenize-gigatoken", "8 MB of Python sources, one process", "bytes", data.tokenizing,
-         {"library": "gigatoken"}),
-    Case("tokenize-tiktoken", "8 MB of Python sources, one process", "bytes", data.tokenizing,
-         {"library": "tiktoken"}),
-    Case("data-build", "gpt2-data build of Python's own text", "tokens", data.building),
-    Case("data-load", "batches of 64 x 1024, shuffled", "tokens", data.loading),
-    Case("data-verify", "every hash of a dataset", "bytes", data.verifying),
-    Case("eval-hellaswag", "124M, items of HellaSwag's shape", "items", scoring),
-    Case("eval-loss", "124M, windows of 1,024", "tokens", losing),
-    Case("checkpoint-save", "124M with its moments, verified", "bytes", saving, {}, ("cpu",)),
-    Case("checkpoint-load", "124M, from_pretrained", "bytes", opening),
-    *(start(f"start-{name}", f"gpt2-{name}", "--help") for name in ("model", "data", "eval", "train")),
-    start("start-generate", *FIRST_TOKEN),
-]  # fmt: skip
+def random_model(bench: Bench, fields: Mapping[str, int] | None = None, **options: Any) -> GPT:
+    """Load a model with random weights, 124M by default, which the first to ask for it makes."""
+    return GPT.from_pretrained(model_folder(bench, fields or {}), **options).to(bench.device).eval()

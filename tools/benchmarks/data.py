@@ -1,7 +1,4 @@
-"""What is timed of data: building, loading and verifying datasets, ours and by other methods.
-
-Of builds the start counts; the sources lie in the page cache, and each goes into a fresh folder on one disk.
-"""
+"""What is timed of data and of commands: building, loading and verifying datasets, and starting. Without torch."""
 
 import glob
 import hashlib
@@ -15,9 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,33 +37,14 @@ def python_texts(size: int) -> list[str]:
     return texts
 
 
-def tokenizing(bench: Bench, library: str, processes: int = 1, scale: float = 1.0) -> Ready:
-    """8 MB of Python's own sources in memory, in so many processes at once."""
-    context, size = (
-        multiprocessing.get_context("spawn"),
-        sum(len(text.encode()) for text in python_texts(8_000_000)),
-    )
-    pools = [ProcessPoolExecutor(1, context) for _ in range(processes - 1)]
-
-    def call() -> None:
-        elsewhere = [pool.submit(_encode, library) for pool in pools]
-        _encode(library)
-        for encoding in elsewhere:
-            encoding.result()
-
-    return Ready(call, processes * size * scale)
-
-
-def _encode(library: str) -> None:
-    # Not a public name, but one that every version has.
-    importlib.import_module("gpt2_data.tokenizer").encode_texts(_array(), library)
-
-
-@cache
-def _array() -> Any:
+def tokenizing(bench: Bench, library: str) -> Ready:
+    """8 MB of Python's own sources in a process."""
     import pyarrow as pa
 
-    return pa.array(python_texts(8_000_000), pa.large_string())
+    encode_texts = importlib.import_module("gpt2_data.tokenizer").encode_texts  # not public, but in every version
+    texts = python_texts(8_000_000)
+    array = pa.array(texts, pa.large_string())
+    return Ready(lambda: encode_texts(array, library), sum(len(text.encode()) for text in texts))
 
 
 def corpus(bench: Bench, source: str, megabytes: int) -> list[str]:
@@ -261,3 +237,34 @@ def verifying(bench: Bench, source: str = "", megabytes: int = 0, program: Seque
         return Ready(lambda: gpt2_data.verify(data, "full", bench.threads), size, "sha256", size)
     words = verify(data) if program == ["gpt2-data"] else [*program, *files]
     return Ready(lambda: run_command(words)[0], size, "sha256", size, memory=memory_of_children)
+
+
+def starting(bench: Bench, words: Sequence[str], fields: Mapping[str, int]) -> Ready:
+    """A command from its start as a process to its end."""
+    model = model_folder(bench, fields) if "{model}" in words else ""
+    command = [word.format(model=model, device=bench.device) for word in words]
+    memory = [0]
+
+    def call() -> float:
+        seconds, memory[0] = run_command(command)
+        return seconds
+
+    return Ready(call, 1, memory=lambda: memory[0])
+
+
+def model_folder(bench: Bench, fields: Mapping[str, int]) -> Path:
+    """A model with random weights, 124M by default, saved once, by a process whose memory counts for nobody.
+
+    As drawn, all tokens are about as likely: spread out, they give scores in which rounding has a scale.
+    """
+    path = bench.place("model")
+    if not path.exists():
+        code = f"""
+import torch
+from gpt2_model import GPT, GPTConfig
+torch.manual_seed(0)
+model = GPT(GPTConfig(**{dict(fields)}))
+model.wte.weight.data.mul_(4)
+model.save_pretrained({str(path)!r})"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+    return path

@@ -11,10 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.cases import Work, keep_buffers, model_folder, stepping, writing
+import torch
+
+from benchmarks.cases import KINDS, Work, keep_buffers, random_model, stepping, writing
+from benchmarks.data import model_folder
 from benchmarks.harness import Bench, Ready
+from gpt2_eval import load_hellaswag, score_items
+from gpt2_model import GPTConfig
 
 EOT = 50256
+Scores = list[list[float]]
 
 
 def library(name: str) -> Any:
@@ -37,9 +43,7 @@ def _transformers(work: Work) -> Any:
 
 def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
     """transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
-    import torch
-
-    step = Work(**work, device=bench.device)
+    step = Work(device=bench.device, **work)
     model = _transformers(step)
     stepped = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -48,9 +52,7 @@ def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool 
 
 def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> Ready:
     """nanoGPT's or build-nanogpt's model and optimizer, from a clone, compiled on a GPU."""
-    import torch
-
-    step = Work(**work, device=bench.device)
+    step = Work(device=bench.device, **work)
     if clone == "nanoGPT":
         sys.path.insert(0, folder)
         module = library("model")
@@ -71,10 +73,8 @@ def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> 
 
 def products(bench: Bench, work: Mapping[str, Any]) -> Ready:
     """The matrix products of a step alone: each matrix forward, the gradient of its input, and its own."""
-    import torch
-
-    step = Work(**work, device=bench.device)
-    config, kind = step.config, {"fp32": torch.float32, "bf16": torch.bfloat16}[step.precision]
+    step = Work(device=bench.device, **work)
+    config, kind = step.config, KINDS[step.precision]
     width, hidden, rows = config.n_embd, config.mlp_dim, step.batch * step.seq_len
     layer = [(3 * width, width), (width, width), (hidden, width), (width, hidden)]
     shapes = [*layer * config.n_layer, (config.vocab_size, width)]
@@ -99,18 +99,12 @@ def products(bench: Bench, work: Mapping[str, Any]) -> Ready:
     return Ready(call, rows, f"matrix {step.precision}", 6.0 * rows * sum(a * b for a, b in shapes))
 
 
-def transformers_generating(
-    bench: Bench, precision: str, rows: int, new_tokens: int, fields: Mapping[str, int]
-) -> Ready:
+def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
     """transformers' generate."""
-    import torch
-
-    transformers = library("transformers")
     if precision == "int8":
         raise ValueError("no int8 for CPUs")
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    folder = model_folder(bench, fields)
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=kind).to(bench.device)
+    folder, transformers = model_folder(bench, fields), library("transformers")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=KINDS[precision]).to(bench.device)
     model.generation_config.eos_token_id = None  # no end, and none to be masked at each token
 
     def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
@@ -120,10 +114,10 @@ def transformers_generating(
         written: list[list[int]] = tokens[:, ids.shape[1] :].tolist()
         return written
 
-    return writing(precision, rows, new_tokens, fields, write)
+    return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
 
 
-def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Mapping[str, int]) -> Ready:
+def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
     """CTranslate2 with the same weights."""
     ct2, folder = library("ctranslate2"), bench.place("ctranslate2")
     kind = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[precision]
@@ -146,10 +140,7 @@ def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields
         results = model.generate_batch([[words[token] for token in prompt] for prompt in prompts], **options)
         return [result.sequences_ids[0] for result in results]
 
-    return writing(precision, rows, new_tokens, fields, write)
-
-
-Scores = list[list[float]]
+    return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
 
 
 def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[str, int]) -> Ready:
@@ -158,13 +149,9 @@ def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[
     Ours scores all of them in a call, as a user would; others, whose speed does not hang on how many there are, a
     part in each round.
     """
-    from gpt2_eval import load_hellaswag
-
     items = load_hellaswag(data or None, limit=count).items
-    folder, bf16 = model_folder(bench, fields), bench.device == "cuda"
-    score = {"karpathy": _ours, "lm-eval": _ours, "build-nanogpt": _plain, "harness": _harness}[method](
-        folder, bench.device, bf16, method
-    )
+    contenders = {"build-nanogpt": _plain, "harness": _harness}
+    score = contenders.get(method, _ours)(bench, fields, method)
     size = len(items) if method in ("karpathy", "lm-eval") else -(-len(items) // bench.rounds)
     starts = cycle(range(0, len(items), size))
     score(items[:12])  # to warm up
@@ -180,14 +167,9 @@ def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[
     return Ready(call, 1, warm_up=0)
 
 
-def _ours(folder: Path, device: str, bf16: bool, protocol: str) -> Callable[[Sequence[Any]], Scores]:
-    import torch
-
-    from gpt2_eval import score_items
-    from gpt2_model import GPT
-
+def _ours(bench: Bench, fields: Mapping[str, int], protocol: str) -> Callable[[Sequence[Any]], Scores]:
     keep_buffers()
-    model, kind = GPT.from_pretrained(folder).to(device), torch.bfloat16 if bf16 else None
+    model, kind = random_model(bench, fields), torch.bfloat16 if bench.device == "cuda" else None
 
     def score(items: Sequence[Any]) -> Scores:
         scored = score_items(model, [item.rows[protocol] for item in items], autocast_dtype=kind)
@@ -196,11 +178,10 @@ def _ours(folder: Path, device: str, bf16: bool, protocol: str) -> Callable[[Seq
     return score
 
 
-def _plain(folder: Path, device: str, bf16: bool, _: str) -> Callable[[Sequence[Any]], Scores]:
+def _plain(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
     """One item at a time: its four rows, padded to the longest, through the whole model; then the mask."""
-    import torch
-
-    model = library("transformers").GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+    transformers, device = library("transformers"), bench.device
+    model = transformers.GPT2LMHeadModel.from_pretrained(model_folder(bench, fields)).to(device).eval()
 
     @torch.no_grad()
     def score(item: Any) -> list[float]:
@@ -212,7 +193,7 @@ def _plain(folder: Path, device: str, bf16: bool, _: str) -> Callable[[Sequence[
             tokens[i, : len(ids)] = torch.tensor(ids)
             mask[i, len(row.context) : len(ids)] = 1
         tokens, mask = tokens.to(device), mask.to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(tokens).logits
         flat = logits[:, :-1].contiguous().flatten(0, 1)
         losses = torch.nn.functional.cross_entropy(flat, tokens[:, 1:].flatten(), reduction="none").view(4, -1)
@@ -221,11 +202,11 @@ def _plain(folder: Path, device: str, bf16: bool, _: str) -> Callable[[Sequence[
     return lambda items: [score(item) for item in items]
 
 
-def _harness(folder: Path, device: str, bf16: bool, _: str) -> Callable[[Sequence[Any]], Scores]:
+def _harness(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
     """lm-evaluation-harness' own model class, given the very rows: it sorts, batches by 16 and scores them."""
-    dtype = "bfloat16" if bf16 else "float32"
+    kind, folder = "bfloat16" if bench.device == "cuda" else "float32", str(model_folder(bench, fields))
     model = library("lm_eval.models.huggingface").HFLM(
-        pretrained=str(folder), device=device, dtype=dtype, batch_size=16
+        pretrained=folder, device=bench.device, dtype=kind, batch_size=16
     )
 
     def score(items: Sequence[Any]) -> Scores:
