@@ -80,7 +80,12 @@ RANGE = f"{EVAL}/pyproject.toml: gpt2-model>=0.1,<0.2 leaves out gpt2-model 0.2.
 OLDER = "## [0.0.9] - 2026-11-23\n\n### Fixed\n- It.\n\n## [0.1.0]"
 BROKEN = {
     "no end": (f"{EVAL}/pyproject.toml", "model>=0.1,<0.2", "model>=0.1", "gpt2-model>=0.1 has no upper end"),
-    "version": (f"{MODEL}/pyproject.toml", '"0.1.0"', '"0.1.1"', "has version 0.1.1, the changelog 0.1.0"),
+    "version": (
+        f"{MODEL}/pyproject.toml",
+        '"0.1.0"',
+        '"0.1.1"',
+        "not that of pyproject.toml, 0.1.1",
+    ),
     "not static": (f"{MODEL}/pyproject.toml", 'version = "0.1.0"', 'dynamic = ["version"]', "and is missing"),
     "licence": (f"{MODEL}/LICENSE", "MIT", "My", f"{MODEL}/LICENSE is not the repository's"),
     "kind": (f"{MODEL}/CHANGELOG.md", "### Added", "### New", "'### New' must be one of Added, "),
@@ -88,9 +93,9 @@ BROKEN = {
         f"{MODEL}/CHANGELOG.md",
         "- Something new,\n  on two lines.\n",
         "",
-        "'### Added' must have entries",
+        "'### Added' must be one of Added, ",
     ),
-    "stray": (f"{MODEL}/CHANGELOG.md", "- Something", "Something", "'### Added' must have entries"),
+    "stray": (f"{MODEL}/CHANGELOG.md", "- Something", "Something", "'### Added' must be one of Added, "),
     "no day": (f"{MODEL}/CHANGELOG.md", "0] - 2026", "0] 2026", "a section is '## [Unreleased]' or "),
     "order": (f"{MODEL}/CHANGELOG.md", "## [0.1.0]", OLDER, "the newest version stands first"),
     "two": (f"{MODEL}/CHANGELOG.md", "## [0.1", f"{UNRELEASED}## [0.1", "[Unreleased] must stand once, above"),

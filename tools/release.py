@@ -30,22 +30,18 @@ SECTION = re.compile(r"^## \[(Unreleased|\d+\.\d+\.\d+)\](?: - (\d{4}-\d\d-\d\d)
 
 @dataclass(frozen=True)
 class Package:
-    """What a pyproject.toml says; `ours` is what it requires of this repository."""
+    """What a pyproject.toml says, and its changelog; `ours` is what it requires of this repository."""
 
     name: str
     folder: Path
     version: Version
     ours: tuple[Requirement, ...]
+    changelog: str
 
     @property
-    def place(self) -> str:
-        """The folder, as git and a person call it."""
-        return f"packages/{self.name}"
-
-    @property
-    def changelog(self) -> str:
-        """The text of its changelog."""
-        return (self.folder / "CHANGELOG.md").read_text(encoding="utf-8")
+    def unreleased(self) -> str:
+        text = self.changelog.partition("## [Unreleased]\n")[2]
+        return text.partition("\n## ")[0].strip()
 
 
 def read_packages() -> list[Package]:
@@ -58,48 +54,41 @@ def read_packages() -> list[Package]:
             raise ValueError(f"packages/{name}: version must be three numbers, like 0.1.0, and is {version}")
         required = map(Requirement, project["dependencies"])
         ours = tuple(one for one in required if (ROOT / "packages" / one.name).is_dir())
-        packages[name] = Package(name, file.parent, Version(version), ours)
+        changelog = file.with_name("CHANGELOG.md").read_text(encoding="utf-8")
+        packages[name] = Package(name, Path("packages", name), Version(version), ours, changelog)
     order = TopologicalSorter({name: [one.name for one in package.ours] for name, package in packages.items()})
     return [packages[name] for name in order.static_order()]
 
 
 def problems_of(package: Package) -> list[str]:
     """What is wrong with a package's changelog, version or licence, a line each."""
-    text, place = package.changelog, f"{package.place}/CHANGELOG.md"
-    problems = []
+    text, file, problems = package.changelog, package.folder / "CHANGELOG.md", []
     sections = SECTION.findall(text)
     versions = [(Version(name), day) for name, day in sections if name != "Unreleased"]
     if len(sections) != len(re.findall("^## ", text, re.MULTILINE)) or any(not day for _, day in versions):
-        problems.append(f"{place}: a section is '## [Unreleased]' or '## [0.1.0] - 2026-11-22'")
+        problems.append(f"{file}: a section is '## [Unreleased]' or '## [0.1.0] - 2026-11-22'")
     if "Unreleased" in [name for name, _ in sections[1:]]:
-        problems.append(f"{place}: [Unreleased] must stand once, above all versions")
+        problems.append(f"{file}: [Unreleased] must stand once, above all versions")
     if any(above[0] <= below[0] or above[1] < below[1] for above, below in pairwise(versions)):
-        problems.append(f"{place}: the newest version stands first, by number and by date")
+        problems.append(f"{file}: the newest version stands first, by number and by date")
     if not versions or versions[0][0] != package.version:
-        newest = versions[0][0] if versions else "none"
-        problems.append(f"{package.place}: pyproject.toml has version {package.version}, the changelog {newest}")
+        problems.append(f"{file}: its newest version is not that of pyproject.toml, {package.version}")
     for kind, entries in re.findall(r"^### (.*)\n((?:(?!#).*\n?)*)", text, re.MULTILINE):
-        if kind not in KINDS:
-            problems.append(f"{place}: '### {kind}' must be one of {', '.join(KINDS)}")
-        elif not re.match(r"\s*- ", entries):
-            problems.append(f"{place}: '### {kind}' must have entries, each '- ...'")
-    if (package.folder / "LICENSE").read_bytes() != (ROOT / "LICENSE").read_bytes():
-        problems.append(f"{package.place}/LICENSE is not the repository's: copy it there")
+        if kind not in KINDS or not re.match(r"\s*- ", entries):
+            problems.append(f"{file}: '### {kind}' must be one of {', '.join(KINDS)}, with entries '- ...'")
+    if (ROOT / package.folder / "LICENSE").read_bytes() != (ROOT / "LICENSE").read_bytes():
+        problems.append(f"{package.folder}/LICENSE is not the repository's: copy it there")
     return problems
 
 
 def range_problems(packages: list[Package], cut: dict[str, Version]) -> list[str]:
-    """A line for each range between the packages that leaves out a version, or that has no upper end.
-
-    Args:
-        cut: versions that are about to be, by package.
-    """
+    """A line for each range that leaves a package out, `cut` as it is about to be, or that has no upper end."""
     versions = {package.name: package.version for package in packages} | cut
     problems = []
     for package in packages:
         for requirement in package.ours:
             name, allowed = requirement.name, requirement.specifier
-            text = f"{package.place}/pyproject.toml: {name}{span(requirement)}"
+            text = f"{package.folder}/pyproject.toml: {name}{span(requirement)}"
             if not allowed.contains(versions[name]):
                 problems.append(f"{text} leaves out {name} {versions[name]}: edit the range there")
             elif allowed.contains("9999.0.0"):
@@ -115,20 +104,15 @@ def span(requirement: Requirement) -> str:
 def status_of(package: Package) -> dict[str, Any]:
     """Version, last tag, commits since then, entries under Unreleased, and ranges."""
     tags = git("tag", "--list", "--merged", "HEAD", "--sort=-v:refname", f"{package.name}-v*").splitlines()
+    since = f"{tags[0]}..HEAD" if tags else "HEAD"
     return {
         "package": package.name,
         "version": str(package.version),
         "last_tag": tags[0] if tags else "none",
-        "commits": int(git("rev-list", "--count", f"{tags[0]}..HEAD" if tags else "HEAD", "--", package.place)),
-        "unreleased": len(re.findall(r"^- ", unreleased(package), re.MULTILINE)),
+        "commits": int(git("rev-list", "--count", since, "--", package.folder)),
+        "unreleased": len(re.findall(r"^- ", package.unreleased, re.MULTILINE)),
         "depends": {requirement.name: span(requirement) for requirement in package.ours},
     }
-
-
-def unreleased(package: Package) -> str:
-    """What the changelog has under Unreleased."""
-    text = package.changelog.partition("## [Unreleased]\n")[2]
-    return text.partition("\n## ")[0].strip()
 
 
 def refuse(problems: list[str]) -> None:
@@ -138,7 +122,7 @@ def refuse(problems: list[str]) -> None:
 
 
 def run(*words: str | Path) -> str:
-    """Run a command in the repository and return what it printed. Its last words are ours if it fails."""
+    """Run a command in the repository and return what it printed. Its last words are ours where it fails."""
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
@@ -163,12 +147,10 @@ def status(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    line = "{package:<12}{version:<9}{last_tag:<20}{commits:>13}{unreleased:>12}  {depends}"
-    click.echo(line.format(package="package", version="version", last_tag="last tag", commits="commits since",
-                           unreleased="unreleased", depends="depends on"))  # fmt: skip
-    for row in rows:
-        row["depends"] = ", ".join(f"{name} {span}" for name, span in row["depends"].items())
-        click.echo(line.format(**row).rstrip())
+    line = "{:<12}{:<9}{:<20}{:>13}{:>12}  {}"
+    click.echo(line.format("package", "version", "last tag", "commits since", "unreleased", "depends on"))
+    for *row, depends in (row.values() for row in rows):
+        click.echo(line.format(*row, ", ".join(f"{name} {span}" for name, span in depends.items())).rstrip())
 
 
 @main.command()
@@ -206,18 +188,17 @@ def cut(name: str, level: str, dry_run: bool) -> None:
     place = ("major", "minor", "patch").index(level)
     numbers = [*package.version.release[:place], package.version.release[place] + 1, 0, 0][:3]
     version = Version(".".join(map(str, numbers)))
-    tag, notes = f"{name}-v{version}", unreleased(package)
+    tag, notes = f"{name}-v{version}", package.unreleased
     problems = problems_of(package)
     if git("status", "--porcelain"):
         problems.append("there are changes that are not committed (git status): commit or stash them")
     if git("tag", "--list", tag):
         problems.append(f"the tag {tag} exists")
     if not notes:
-        problems.append(f"{package.place}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
+        problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
     refuse(problems + range_problems(packages, {name: version}))
-    below = {requirement.name for requirement in package.ours}
     for other in packages:
-        if other.name in below and unreleased(other):
+        if other.name in [requirement.name for requirement in package.ours] and other.unreleased:
             click.echo(f"Note: {other.name} has unreleased changes; if {name} needs them, cut it first.", err=True)
     if dry_run:
         click.echo(f"{tag} would be committed and tagged, with:\n{notes}")
@@ -227,7 +208,7 @@ def cut(name: str, level: str, dry_run: bool) -> None:
         "CHANGELOG.md": ("## [Unreleased]\n", f"## [Unreleased]\n\n## [{version}] - {date.today()}\n"),
     }
     for file, (old, new) in edits.items():
-        path = package.folder / file
+        path = ROOT / package.folder / file
         path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     git("commit", "--quiet", "--all", "-m", f"{name} {version}")
     # Headings begin with '#', and git takes such lines out of a message unless told otherwise.
