@@ -186,12 +186,6 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
     return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in dist.glob("*.whl")}
 
 
-def with_lower(package: str) -> list[str]:
-    """A package and those of ours that it needs."""
-    lower = {"gpt2-eval": ["gpt2-model", "gpt2-data"], "gpt2-train": ["gpt2-eval", "gpt2-model", "gpt2-data"]}
-    return [package, *lower.get(package, [])]
-
-
 def reached(requirements: list[str]) -> dict[tuple[str, str], Distribution]:
     """What is installed here of these requirements, and of theirs, by name and extra."""
     found: dict[tuple[str, str], Distribution] = {}
@@ -214,24 +208,33 @@ def reached(requirements: list[str]) -> dict[tuple[str, str], Distribution]:
 @pytest.mark.parametrize("package", ["gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train"])
 def test_each_wheel_works_alone(wheels, tmp_path, package) -> None:
     """What it requires is linked from this environment, so an import that it does not ask for fails there."""
-    env, module = tmp_path / "env", package.replace("-", "_")
+    env, bin, module = tmp_path / "env", tmp_path / "env" / "bin", package.replace("-", "_")
     venv.create(env, with_pip=False, symlinks=True)
     target = next(env.glob("lib/python*/site-packages"))
-    needed = with_lower(package)
+    needed = {"gpt2-eval": ["gpt2-model", "gpt2-data"], "gpt2-train": ["gpt2-eval", "gpt2-model", "gpt2-data"]}
+    needed = [package, *needed.get(package, [])]
     projects = [(ROOT / "packages" / name / "pyproject.toml").read_text() for name in needed]
     required = [text for project in projects for text in tomllib.loads(project)["project"]["dependencies"]]
     for (_, extra), one in reached(required).items():
         for top in {file.parts[0] for file in one.files or []} - {"..", "__pycache__"} if not extra else ():
             if not (target / top).exists():  # folders of namespace packages are several distributions'
                 (target / top).symlink_to(Path(str(one.locate_file(top))).resolve())
-    pip = [sys.executable, "-m", "pip", "--python", env / "bin" / "python", "install", "--quiet", "--no-index"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    for words in (
+    pip = [sys.executable, "-m", "pip", "--python", bin / "python", "install", "--quiet", "--no-index"]
+    commands = [
         [*pip, *(wheels[name] for name in needed)],  # pip refuses ranges that do not hold
-        [env / "bin" / "python", "-I", "-c", TRY, module],
-        [env / "bin" / package, "--version"],
-        [env / "bin" / package, "--help"],
-    ):
+        [bin / "python", "-I", "-c", TRY, module],
+        [bin / package, "--version"],
+        [bin / package, "--help"],
+    ]
+    if package == "gpt2-data":
+        assert not (target / "torch").exists()
+        out = tmp_path / "out"
+        commands.append(
+            [bin / package, "build", "pydocs", "--val-tokens", "100k", "--limit-docs", "100", "--out", out]
+        )
+        commands.append([bin / package, "verify", out, "--level", "full"])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for words in commands:
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
 

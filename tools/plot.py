@@ -233,10 +233,8 @@ def draw_accuracy(axis: Axes, runs: list[Run], references: list[Reference]) -> N
             labels.append((float(accuracy[-1]), f"{accuracy[-1]:.1f}", run.color))
             values += list(accuracy)
     for one in references:
-        for name, value, dashes in (
-            (f"GPT-2 {one.title}", one.hellaswag, (5, 3)),
-            (f"GPT-3 {one.gpt3_title}", one.gpt3_hellaswag, (5, 2, 1, 2)),
-        ):
+        gpt2 = (f"GPT-2 {one.title}", one.hellaswag, (5, 3))
+        for name, value, dashes in (gpt2, (f"GPT-3 {one.gpt3_title}", one.gpt3_hellaswag, (5, 2, 1, 2))):
             axis.axhline(value, color=INK, linestyle=(0, dashes), linewidth=1, zorder=1)
             labels.append((value, f"{name}  {value:.4g}", INK))
             values.append(value)

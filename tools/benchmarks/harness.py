@@ -46,9 +46,8 @@ class Ready:
     Attributes:
         call: does it once. It may return its own seconds, or a dictionary of "seconds" and an "answer": lists of
             numbers by name, which all cases of a group must agree on.
-        amount: units of a call; speeds are units a second.
-        ceiling: the machine's rate that bounds it, as `machine.rate` names it; None if nothing does.
-        cost: floating-point operations or bytes of a call, whatever the ceiling counts.
+        amount: units of a call.
+        ceiling: the rate of the machine that bounds it, if one does; `cost`: what that counts, of a call.
         warm_up: calls before the timed ones; without any, a sample is one call, however short.
         memory: returns the most bytes that a call took, where that is not this process's own memory.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 READ_BYTES, COPY_BYTES, HASH_BYTES = 512 << 20, 256 << 20, 32 << 20
-FEATURES = (
+FEATURES = {
     "avx2",
     "sha_ni",
     "avx512f",
@@ -22,7 +22,7 @@ FEATURES = (
     "asimd",
     "i8mm",
     "bf16",
-)
+}
 
 
 def processor() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def processor() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "features": [name for name in FEATURES if name in flags],
+        "features": sorted(FEATURES & {*flags}),
     }
 
 

@@ -145,19 +145,12 @@ def brief(document: Mapping[str, Any]) -> dict[str, Any]:
     """What results.jsonl keeps of `run`: the medians, and where they are from."""
     rows = {}
     for one in document["results"]:
-        seconds = one["seconds"]
-        row = {"per_second": _rounded(one["per_second"]["median"], 4), "unit": one["unit"]}
-        row["spread"] = _rounded((seconds["max"] - seconds["min"]) / seconds["median"], 2)
-        row["peak_memory"] = one["peak_memory"]
-        if "share" in one:
-            row |= {"share": _rounded(one["share"]["median"], 3), "of": one["ceiling"]}
-        rows[one["name"]] = row
-    names = ("date", "commit", "machine", "versions", "settings", "absent")
+        seconds, names = one["seconds"], [name for name in ("per_second", "share") if name in one]
+        row = {name: float(f"{one[name]['median']:.4g}") for name in names}
+        row["spread"] = float(f"{(seconds['max'] - seconds['min']) / seconds['median']:.2g}")
+        rows[one["name"]] = row | {"unit": one["unit"], "peak_memory": one["peak_memory"], "of": one["ceiling"]}
+    names = ["date", "commit", "machine", "versions", "settings", "absent"]
     return {name: document[name] for name in names} | {"results": rows}
-
-
-def _rounded(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -169,12 +162,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
     of_suite, rows = document["benchmark"] == "run", document["results"]
     measure, nothing = "share" if of_suite else "per_second", {"median": 0.0, "min": 0.0, "max": 0.0}
-    names = [one["name"] for one in rows]
-    middle, least, most = ([one.get(measure, nothing)[of] for one in rows] for of in ("median", "min", "max"))
-    errors = [
-        [a - b for a, b in zip(middle, least, strict=True)],
-        [b - a for a, b in zip(middle, most, strict=True)],
-    ]
+    names, spreads = [one["name"] for one in rows], [one.get(measure, nothing) for one in rows]
+    middle, most = ([one[of] for one in spreads] for of in ("median", "max"))
+    errors = [[one["median"] - one["min"] for one in spreads], [one["max"] - one["median"] for one in spreads]]
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
     colors = [OURS if of_suite or name.startswith(("ours", "gpt2-")) else PEER for name in names]
     axes.barh(names, middle, color=colors, height=0.62, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 0.8})
