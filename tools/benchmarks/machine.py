@@ -11,18 +11,7 @@ from pathlib import Path
 from typing import Any
 
 READ_BYTES, COPY_BYTES, HASH_BYTES = 512 << 20, 256 << 20, 32 << 20
-FEATURES = {
-    "avx2",
-    "sha_ni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "i8mm",
-    "bf16",
-}
+FEATURES = {"sha_ni", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16"}
 
 
 def processor() -> dict[str, Any]:
