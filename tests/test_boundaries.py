@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train")
 COMMANDS = {
     "gpt2_model.cli": ([], ["generate"], ["info"], ["convert"]),
-    "gpt2_data.cli": ([], ["build"], ["verify"], ["info"], ["show"], ["convert"], ["prove"]),
+    "gpt2_data.cli": ([], ["build"], ["verify"], ["info"], ["show"], ["convert"]),
     "gpt2_eval.cli": ([], ["loss"], ["hellaswag"], ["task"], ["compare"], ["lm-eval"]),
     "gpt2_train.cli": ([],),
 }
