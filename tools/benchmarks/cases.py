@@ -140,7 +140,7 @@ def gpt2_train(
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads or bench.threads)}
 
-    def speed_of(out: Path) -> float:
+    def speed_of(out: Path) -> Any:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return tokens / statistics.median(row["seconds"] for row in rows[2:])  # the first two get their memory
 
