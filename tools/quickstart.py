@@ -145,7 +145,7 @@ def summary(out: Path, checkpoint: Path, seconds: float) -> None:
     error = (right * (1 - right) / HELLASWAG_ITEMS) ** 0.5
     click.secho(f"\nDone in {seconds:.0f} s", bold=True)
     click.echo(f"""
-                              untrained   trained
+  as training measured it     untrained   trained
   validation loss             {loss_before:9.2f} {loss:9.2f}   nats per token
   right ending of four        {right_before:9.1%} {right:9.1%}   +- {error:.1%}; an untrained
                                                     model has its own leanings: 15 to 28 %
