@@ -99,13 +99,10 @@ def test_each_is_read(folder, kind):
         dataset.tokens("test")
 
 
-def test_what_numpy_itself_writes_and_other_versions_of_its_header(folder):
+def test_what_numpy_itself_writes(folder):
     where = folder({})
     np.save(where / "train_1.npy", np.array(STREAM, np.uint16))
     assert (where / "train_1.npy").read_bytes() == npy(STREAM)
-    for version in 1, 2, 3:
-        dataset = open_dataset(folder({"train_1.npy": npy(STREAM, version=version)}))
-        assert dataset.read("train", 0, 11).tolist() == STREAM
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -239,15 +236,14 @@ U2 = "{'descr': '<u2', 'fortran_order': False, 'shape': "
     [
         (b"", "not a NumPy file"),
         (u16(STREAM * 9), "not a NumPy file"),
-        (npy([1], version=4), "not a NumPy file"),
-        (npy([1])[:100], "a header of 118 bytes in a file of 100"),
-        (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1), "a header of 4,294,967,295 bytes"),
+        (npy([1], version=2), "not a NumPy file of version 1"),
+        (npy([1])[:100], "header cannot be read"),
+        (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1), "not a NumPy file of version 1"),
         (npy([1, 2])[:-1], "cut short: header says 2 tokens = 132 bytes, file has 131"),
         (npy([1, 2]) + b"x", "bytes after its end"),
         (npy([1], U2 + "(1099511627776,), }"), "cut short: header says 1,099,511,627,776 tokens"),
         (npy([1], U2 + "(-1,), }"), r"its shape is \(-1,\), not one row"),
         (npy([1], U2 + "(0,), }"), "not one row"),
-        (npy([1], U2 + "(True,), }"), "not one row"),
         (npy([1], U2 + "(1, 1), }"), "not one row"),
         (npy([1], U2 + "(4294967296, 4294967296), }"), "not one row"),
         (npy([1], U2 + "(" + "9" * 50 + ",), }"), "cut short"),
@@ -285,7 +281,7 @@ def test_a_faulty_npy_is_refused_by_name(folder, data, message):
         (idx([11], counts=(2**64 - 1, 2**64 - 1)), "cut short"),
         (idx([-1]), "do not lie one after the other"),
         (idx([12, -1]), "do not lie one after the other"),
-        (idx([2**31 - 1]), "do not lie one after the other"),
+        (idx([2**31 - 1]), r"a\.bin: cut short: header says 2,147,483,647 tokens"),
         (idx([5, 6], positions=[0, 8]), "do not lie one after the other"),
         (idx([5, 6], positions=[0, -10]), "do not lie one after the other"),
         (idx([5, 6], positions=[0, 2**62]), "do not lie one after the other"),

@@ -30,9 +30,10 @@ def test_a_sidecar_is_these_bytes(tmp_path):
     with path.open("wb") as file:
         uint16.write_docs(file, np.array([0, 7], np.int64))
     assert path.read_bytes() == b"GPT2DOCS" + struct.pack("<4Q", 1, 2, 0, 7)
-    assert uint16.check_docs(path) == 2
-    assert uint16.read_docs(path).tolist() == [0, 7]
-    assert uint16.read_docs(path, 1, 2).tolist() == [7]
+    offsets = uint16.check_docs(path)
+    assert offsets.count == 2
+    assert offsets.read().tolist() == [0, 7]
+    assert offsets.read(1, 2).tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -70,6 +71,16 @@ def sign(file: IO[str]) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
+
+
+def check_space(folder: Path, needed: int, option: str) -> None:
+    """Raise OSError if less than `needed` bytes are free; `option` is what to choose another folder by."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder.parent}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free: "
+            f"make room or choose another {option}"
+        )
 
 
 def sha256(path: Path) -> str:
