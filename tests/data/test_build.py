@@ -273,7 +273,9 @@ def test_what_fails_at_once_leaves_no_folder(write_jsonl, tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     for out in tmp_path / "full", tmp_path / "mine":
-        with pytest.raises(OSError, match="are needed while building"):  # noticed before the work starts
+        with pytest.raises(
+            OSError, match="about .* GB are needed, 0.0 GB are free"
+        ):  # noticed before the work starts
             build(BuildConfig([good], out, val_tokens=0, workers=1))
     assert not (tmp_path / "full").exists()
     assert list((tmp_path / "mine").iterdir()) == []
@@ -320,7 +322,6 @@ def test_pydocs_estimates_and_units(tmp_path):
     assert len(layout.units) > 2
     guess = estimate.estimate(layout, config)
     assert 3_000_000 < guess.tokens < 12_000_000
-    assert not guess.counted
 
 
 def test_many_random_layouts(make, tmp_path):

@@ -129,7 +129,7 @@ class _Job:
             yield from self._read(file, file.tokens)
 
     def pieces(self, split: str) -> Iterator[tuple[int, TokenFile, Iterator[NDArray[np.uint16]]]]:
-        """Yield what becomes a shard each: the number of its file, where it is, and its tokens, to be taken at once."""
+        """Yield what becomes a shard each: its file's number, where it is, and its tokens, to be taken at once."""
         has_shards = isinstance(self.manifest, Manifest) or self.manifest.format in ("npy", "llmc")
         for number, file in enumerate(self.dataset.files(split)):
             size = file.tokens if has_shards and file.tokens <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS

@@ -58,25 +58,14 @@ class UnitTask:
     backend: str
     hashed: tuple[str, ...] = ()
 
-    @property
-    def tokens_file(self) -> Path:
-        """The file of its tokens, EOT in front of each document: uint16 and nothing else."""
-        return self.work / f"unit-{self.unit.index:05d}.u16"
+    def file(self, ending: str) -> Path:
+        """Return one of its files.
 
-    @property
-    def lengths_file(self) -> Path:
-        """The file of its documents' lengths in tokens: u64 and nothing else."""
-        return self.work / f"unit-{self.unit.index:05d}.u64"
-
-    @property
-    def receipt_file(self) -> Path:
-        """The file of its receipt, which is written when those two are whole."""
-        return self.work / f"unit-{self.unit.index:05d}.json"
-
-    @property
-    def position_file(self) -> Path:
-        """The file of the number of the document at work, while the unit is tokenized carefully."""
-        return self.work / f"unit-{self.unit.index:05d}.at"
+        `u16`: the tokens, EOT in front of each document, as uint16 and nothing else. `u64`: the documents' lengths
+        in tokens. `json`: the receipt, written when those two are whole. `at`: the number of the document at work,
+        while the unit is tokenized carefully.
+        """
+        return self.work / f"unit-{self.unit.index:05d}.{ending}"
 
 
 def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
@@ -100,8 +89,8 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         lengths_crc = zlib.crc32(data, lengths_crc)
 
     with (
-        write_whole(task.tokens_file, durable=False) as tokens_file,
-        write_whole(task.lengths_file, durable=False) as lengths_file,
+        write_whole(task.file("u16"), durable=False) as tokens_file,
+        write_whole(task.file("u64"), durable=False) as lengths_file,
     ):
         for batch in _noted(task) if careful else catalog.read(task.unit):
             tokens, lengths = _encode(task, batch, counts["documents"])
@@ -129,9 +118,9 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         sha256=hashes,
         **counts,
     )
-    with write_whole(task.receipt_file, durable=False) as file:
+    with write_whole(task.file("json"), durable=False) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
-    task.position_file.unlink(missing_ok=True)
+    task.file("at").unlink(missing_ok=True)
     return receipt, True
 
 
@@ -151,7 +140,7 @@ def _encode(task: UnitTask, batch: Batch, first: int) -> tuple[NDArray[np.uint16
 def _noted(task: UnitTask) -> Iterator[Batch]:
     """Yield the unit's documents one by one; their numbers stand in the position file before."""
     number = 0
-    with task.position_file.open("wb", buffering=0) as file:
+    with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
             if batch.continues:
                 yield batch
@@ -165,7 +154,7 @@ def _noted(task: UnitTask) -> Iterator[Batch]:
 def document_at_work(task: UnitTask) -> str:
     """Name the document at which a process died, for a message; the unit if nothing is known."""
     try:
-        number = int(task.position_file.read_bytes())
+        number = int(task.file("at").read_bytes())
     except (OSError, ValueError):
         return task.unit.name
     return catalog.document_name(task.unit, number)
@@ -174,7 +163,7 @@ def document_at_work(task: UnitTask) -> str:
 def read_receipt(task: UnitTask) -> Receipt | None:
     """Return the receipt of this very unit, if there is one; its files are not looked at."""
     try:
-        receipt = Receipt(**json.loads(task.receipt_file.read_bytes()))
+        receipt = Receipt(**json.loads(task.file("json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     same = (receipt.plan, receipt.unit, len(receipt.sha256)) == (task.plan, task.unit.index, len(task.hashed))
@@ -185,8 +174,8 @@ def valid_receipt(task: UnitTask) -> Receipt | None:
     """Return the receipt of this very unit, if its files are whole by their hashes."""
     receipt = read_receipt(task)
     try:
-        if receipt is not None and _crc32(task.tokens_file) == receipt.tokens_crc32:
-            return receipt if _crc32(task.lengths_file) == receipt.lengths_crc32 else None
+        if receipt is not None and _crc32(task.file("u16")) == receipt.tokens_crc32:
+            return receipt if _crc32(task.file("u64")) == receipt.lengths_crc32 else None
     except OSError:
         pass
     return None
