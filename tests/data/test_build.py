@@ -248,7 +248,7 @@ def test_the_order_is_shuffled_unless_it_is_given(write_jsonl, texts, tmp_path, 
     options = {"sources": [source / "*.jsonl"], "out": tmp_path / "out", "val_tokens": 0, "workers": 1}
     build(BuildConfig(**options, order="source"))
     before = files_of(tmp_path / "out")
-    message = "in the source's order, and shuffled is the default now: add --order source to keep it"
+    message = "its order is source, shuffled is wanted.: add --order source to keep it"
     with pytest.raises(ValueError, match=message):  # as a command of version 0.1, repeated
         build(BuildConfig(**options))
     assert files_of(tmp_path / "out") == before

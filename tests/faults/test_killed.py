@@ -103,7 +103,7 @@ def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + sent, errors
-    assert errors.splitlines()[-1] == f"stopped by {sent.name}: the same command goes on from what is done"
+    assert errors.splitlines()[-1] == f"stopped by {sent.name}: run the same command again to resume"
     assert "Traceback" not in errors
     assert "leaked" not in errors
     wait_until(lambda: not any(is_running(pid) for pid in pids))

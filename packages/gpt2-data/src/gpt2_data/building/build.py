@@ -206,7 +206,7 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
     remote = {item.path: item.remote for item in run.plan.inputs if item.remote is not None}
     waiting: dict[Path, set[int]] = {}  # a file to be fetched -> the units of it that are not tokenized
     for task in tasks:
-        if task.unit.files[0] in remote and read_receipt(task) is None:
+        if task.unit.files[0] in remote and read_receipt(task, check_files=False) is None:
             waiting.setdefault(Path(task.unit.files[0]), set()).add(task.unit.index)
     # A file lies in the folder of its commit as in its repository.
     fetched = [(remote[str(path)], Path(str(path).removesuffix(remote[str(path)].path))) for path in waiting]

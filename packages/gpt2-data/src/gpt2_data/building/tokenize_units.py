@@ -75,19 +75,12 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         careful: take one document at a time and note its number in the position file first, so that a document
             which kills this process can be named.
     """
-    if (receipt := valid_receipt(task)) is not None:
+    if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
     hashes = [sha256(Path(path)) for path in task.hashed]
-    tokens_crc = lengths_crc = num_tokens = 0
+    num_tokens = 0
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
     counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
-
-    def write_lengths() -> None:
-        nonlocal lengths_crc
-        data = pending.astype(OFFSET, copy=False).data
-        lengths_file.write(data)
-        lengths_crc = zlib.crc32(data, lengths_crc)
-
     with (
         write_whole(task.file("u16"), durable=False) as tokens_file,
         write_whole(task.file("u64"), durable=False) as lengths_file,
@@ -98,23 +91,21 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 tokens = tokens[1:]
                 pending[-1] += len(tokens)
             else:
-                write_lengths()
+                lengths_file.write(pending.astype(OFFSET, copy=False).data)
                 pending = lengths
-            data = tokens.astype(TOKEN, copy=False).data
-            tokens_file.write(data)
-            tokens_crc = zlib.crc32(data, tokens_crc)
+            tokens_file.write(tokens.astype(TOKEN, copy=False).data)
             num_tokens += len(tokens)
             counts["documents"] += batch.documents
             counts["documents_empty"] += batch.empty
             counts["documents_replaced"] += len(batch.replaced)
             counts["text_bytes"] += batch.text_bytes
-        write_lengths()
+        lengths_file.write(pending.astype(OFFSET, copy=False).data)
     receipt = Receipt(
         plan=task.plan,
         unit=task.unit.index,
         tokens=num_tokens,
-        tokens_crc32=tokens_crc,
-        lengths_crc32=lengths_crc,
+        tokens_crc32=_crc32(task.file("u16")),
+        lengths_crc32=_crc32(task.file("u64")),
         sha256=hashes,
         **counts,
     )
@@ -160,25 +151,16 @@ def document_at_work(task: UnitTask) -> str:
     return catalog.document_name(task.unit, number)
 
 
-def read_receipt(task: UnitTask) -> Receipt | None:
-    """Return the receipt of this very unit, if there is one; its files are not looked at."""
+def read_receipt(task: UnitTask, check_files: bool) -> Receipt | None:
+    """Return the receipt of this very unit, if there is one, and if its files are whole by their hashes."""
     try:
         receipt = Receipt(**json.loads(task.file("json").read_bytes()))
+        hashes = receipt.tokens_crc32, receipt.lengths_crc32
+        whole = not check_files or hashes == (_crc32(task.file("u16")), _crc32(task.file("u64")))
     except (OSError, ValueError, TypeError):
         return None
     same = (receipt.plan, receipt.unit, len(receipt.sha256)) == (task.plan, task.unit.index, len(task.hashed))
-    return receipt if same else None
-
-
-def valid_receipt(task: UnitTask) -> Receipt | None:
-    """Return the receipt of this very unit, if its files are whole by their hashes."""
-    receipt = read_receipt(task)
-    try:
-        if receipt is not None and _crc32(task.file("u16")) == receipt.tokens_crc32:
-            return receipt if _crc32(task.file("u64")) == receipt.lengths_crc32 else None
-    except OSError:
-        pass
-    return None
+    return receipt if same and whole else None
 
 
 def _crc32(path: Path) -> int:

@@ -35,15 +35,13 @@ def check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     work = out / WORK
-    if (out / FILE_NAME).exists() or not out.exists():
-        return
     if work.exists():
-        if any(work.iterdir()) and not (work / "lock").exists():
+        if any(work.iterdir()) and not (work / "lock").exists() and not (out / FILE_NAME).exists():
             raise ValueError(f"{work} was not made by gpt2-data: choose another --out")
-        return
-    for entry in sorted(out.iterdir()):
-        if manifest.is_shard_name(entry.name):
-            raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
+    elif out.exists() and not (out / FILE_NAME).exists():
+        for entry in sorted(out.iterdir()):
+            if manifest.is_shard_name(entry.name):
+                raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
 
 
 # --- one build at a time
@@ -206,15 +204,12 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
         return None
     dataset = manifest.load(out)
     for key, value in options(config).items():
-        if dataset.options.get(key) == value:
-            continue
-        if key == "order" and value == "shuffled":
+        here = dataset.options.get(key)
+        if here != value:
+            flag = f"add --{key.replace('_', '-')} {here} to keep it, or choose" if here is not None else "choose"
             raise ValueError(
-                f"{out} is built in the source's order, and shuffled is the default now: add --order source to "
-                "keep it, or choose another --out"
+                f"{out} holds another dataset (its {key} is {here}, {value} is wanted): {flag} another --out"
             )
-        how = f"its {key} is {dataset.options.get(key)}, {value} is wanted"
-        raise ValueError(f"{out} holds another dataset ({how}): choose another --out")
     if not _was_requested(out, request, dataset.hash):
         same = False
         if all(hub.parse(source) is None for source in config.sources):  # else its files are not here to compare

@@ -150,13 +150,11 @@ def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignMan
     for split in SPLITS:
         here = sorted((match for match in matches if match[2] == split), key=lambda match: int(match[3] or 0))
         for before, after in itertools.pairwise(here):
-            if before[1] != after[1]:
+            if before[1] != after[1] or int(after[3] or 0) != int(before[3] or 0) + 1:
                 raise ValueError(
-                    f"{folder} may be more than one dataset: its {split} files begin with {before[1]!r} and "
-                    f"{after[1]!r}: keep one in a folder"
+                    f"{folder}: {after.string} does not follow {before.string}: a shard is missing, "
+                    "or there is more than one dataset: keep one in a folder"
                 )
-            if int(after[3] or 0) != int(before[3] or 0) + 1:
-                raise ValueError(f"{folder}: {after.string} does not follow {before.string}: a shard is missing")
         shards += [ForeignShard(split, open_file(folder / match.string)) for match in here]
     return ForeignManifest(kind, tuple(shards))
 
