@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import shutil
 import struct
 from types import SimpleNamespace
@@ -322,17 +321,6 @@ def test_pydocs_estimates_and_units(tmp_path):
     assert len(layout.units) > 2
     guess = estimate.estimate(layout, config)
     assert 3_000_000 < guess.tokens < 12_000_000
-
-
-def test_many_random_layouts(make, tmp_path):
-    rng = random.Random(3)
-    for _ in range(8):
-        documents = ["word " * rng.choice([0, 1, 2, 5, 30]) for _ in range(rng.randrange(2, 30))] + ["end", "end"]
-        val, size = rng.choice([0, 1, 10]), rng.choice([3, 7, 31, 1000])
-        order = rng.choice(["source", "shuffled"])
-        folder = make(documents, val_tokens=val, shard_size=size, order=order)
-        for split, tokens in expected_splits(documents, val, 0 if order == "shuffled" else None).items():
-            assert stored(folder, split)[0] == tokens
 
 
 def build_nanogpt_shards(documents, shard_size):
