@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import platform
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -64,13 +63,6 @@ def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Busy(message) from None
-
-
-def sign(file: IO[str]) -> None:
-    """Write into a lock file which process holds it."""
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
 
 
 def check_space(folder: Path, needed: int, option: str) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from gpt2_data import disk, tokenizer
 from gpt2_data.building import workers, workfolder
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import lay_out, shard_tasks
+from gpt2_data.building.cut_shards import lay_out, shard_tasks, write_shard
 from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
-from gpt2_data.building.plan import WORK, Plan, check_unchanged, json_sha256, make_plan, request_name
+from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan, request_name
 from gpt2_data.building.tokenize_units import (
     Receipt,
     UnitTask,
@@ -162,7 +162,7 @@ def _build_whole(run: _Run) -> BuildResult:
             raise ValueError("there is no text in the source")
         source = workfolder.source_record(run.plan, _input_hashes(run, receipts), receipts)
         options = workfolder.options(config)
-        shards = _write_shards(run, receipts, json_sha256([source["plan_sha256"], options]))
+        shards = _write_shards(run, receipts)
         manifest = Manifest(tokenizer.identity(), source, options, shards)
         result = run.result(manifest, receipts)
         facts = {name: getattr(result, name) for name in ("tokenizer", "seconds", "text_mb_per_second")}
@@ -248,7 +248,7 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
 # --- phase B
 
 
-def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
+def _write_shards(run: _Run, receipts: Sequence[Receipt]) -> tuple[Shard, ...]:
     layout = lay_out(run.config, run.tasks, receipts)
     cuts = shard_tasks(layout, run.config)
     workfolder.remove_other_shards(run.config.out, [cut.file for cut in cuts])
@@ -256,7 +256,7 @@ def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Sha
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
     # to write. Twice as many as cores, since half of them wait for the disk.
     with ThreadPoolExecutor(2 * run.config.num_workers(2 * layout.num_tokens)) as pool:
-        futures = [pool.submit(workfolder.make_shard, cut, key) for cut in cuts]
+        futures = [pool.submit(write_shard, cut) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 done += future.result().tokens

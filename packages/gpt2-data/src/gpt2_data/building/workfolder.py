@@ -5,7 +5,6 @@ options, and build.jsonl: who built the dataset, when and with which versions.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -18,12 +17,11 @@ from typing import Any
 
 from gpt2_data import disk
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import ShardTask, write_shard
 from gpt2_data.building.estimate import estimate
 from gpt2_data.building.plan import WORK, Plan, downloads
 from gpt2_data.building.tokenize_units import Receipt
 from gpt2_data.formats import manifest
-from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
+from gpt2_data.formats.manifest import FILE_NAME, Manifest
 from gpt2_data.formats.verification import verify
 from gpt2_data.sources import hub
 
@@ -79,14 +77,13 @@ def _lock_file(work: Path, name: str, shared: bool = False) -> Iterator[None]:
         who = f" ({owners[0]})" if owners else ""
         busy = f"another build is at work in {work.parent}{who}: wait for it or choose another --out"
         disk.lock(file, busy, shared=shared)
-        try:
-            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-        except FileNotFoundError:
-            ours = False
-        if not ours:  # a build that ended meanwhile removed the folder: this lock keeps nobody away
-            raise disk.Busy(busy)
+        there = Path(file.name)
+        if not there.exists() or not os.path.samestat(os.fstat(file.fileno()), there.stat()):
+            raise disk.Busy(busy)  # a build that ended meanwhile removed the folder: this lock keeps nobody away
         if not shared:
-            disk.sign(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
         yield
 
 
@@ -115,12 +112,8 @@ def prepare(work: Path, plan: Plan, alone: bool) -> None:
         )
     for name, content in [*plan.pins.items(), ("plan.json", {"plan": plan.name})]:
         if not (work / name).exists():
-            _write_json(work / name, content)
-
-
-def _write_json(path: Path, content: object) -> None:
-    with disk.write_whole(path) as file:
-        file.write(json.dumps(content).encode())
+            with disk.write_whole(work / name) as file:
+                file.write(json.dumps(content).encode())
 
 
 def remove_temporaries(work: Path, names: list[str]) -> None:
@@ -147,25 +140,6 @@ def remove_other_shards(out: Path, files: list[str]) -> None:
     for entry in out.iterdir():
         if manifest.is_shard_name(entry.name) and entry.name not in files + sidecars:
             entry.unlink()
-
-
-def make_shard(cut: ShardTask, key: str) -> Shard:
-    """Write a shard, unless a build with the same key has and the shard's files are whole by their hashes."""
-    receipt_file = cut.layout.positions.parent / f"shard-{cut.file}.json"
-    try:
-        receipt = json.loads(receipt_file.read_bytes())
-        shard = manifest.shard_from_json(receipt["shard"])
-        same = receipt["key"] == key and (shard.file, shard.tokens) == (cut.file, cut.stop - cut.start)
-        hashes = {shard.file: shard.sha256}
-        if shard.docs is not None:
-            hashes[shard.docs.file] = shard.docs.sha256
-        if same and all(disk.sha256(cut.folder / name) == sha256 for name, sha256 in hashes.items()):
-            return shard
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    shard = write_shard(cut)
-    _write_json(receipt_file, {"key": key, "shard": dataclasses.asdict(shard)})
-    return shard
 
 
 # --- what a finished dataset says of its making

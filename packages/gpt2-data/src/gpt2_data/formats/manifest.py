@@ -148,14 +148,8 @@ def not_a_dataset(folder: Path, what: str, hint: str) -> str:
     return f"{folder} is not a {what}: there is no {FILE_NAME} in it{hint}"
 
 
-def shard_from_json(item: Any) -> Shard:
-    """Undo dataclasses.asdict. Raises KeyError, TypeError or ValueError if `item` is no shard."""
-    docs = None if item["docs"] is None else _typed(Sidecar, item["docs"])
-    shard: Shard = _typed(Shard, item | {"docs": docs})
-    return shard
-
-
 def _typed(kind: Any, item: Any) -> Any:
+    """Make a dataclass of JSON, whose values must be of the fields' types."""
     record = kind(**item)
     for field in dataclasses.fields(kind):
         value = getattr(record, field.name)
@@ -168,7 +162,10 @@ def _parse(content: Any) -> Manifest:
     version = content["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this program reads version {FORMAT_VERSION}")
-    shards = tuple(shard_from_json(item) for item in content["shards"])
+    shards = tuple(
+        _typed(Shard, item | {"docs": item["docs"] and _typed(Sidecar, item["docs"])})
+        for item in content["shards"]
+    )
     manifest = Manifest(content["tokenizer"], content["source"], content["options"], shards)
     vocab_size, eot = manifest.tokenizer["vocab_size"], manifest.tokenizer["eot"]
     if not isinstance(vocab_size, int) or not 0 < vocab_size <= 2**16:
