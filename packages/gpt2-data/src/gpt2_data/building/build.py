@@ -82,15 +82,12 @@ class _Run:
     backend: str
     progress: Progress
     started: float
+    request: str
     text_bytes: int = 0
 
     @functools.cached_property
     def plan(self) -> Plan:
         return make_plan(self.config)
-
-    @functools.cached_property
-    def request(self) -> str:
-        return request_name(self.config)
 
     @functools.cached_property
     def tasks(self) -> list[UnitTask]:
@@ -139,8 +136,9 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
     Raises:
         ValueError, OSError: one line that says what to do.
     """
-    run = _Run(config, tokenizer.choose_backend(config.tokenizer), progress, time.monotonic())
     workfolder.check(config.out)
+    backend = tokenizer.choose_backend(config.tokenizer)
+    run = _Run(config, backend, progress, time.monotonic(), request_name(config))
     if (manifest := run.find_finished()) is not None:
         return run.result(manifest, [], is_new=False)
     if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind

@@ -90,7 +90,11 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
         if wanted is None and val > total // 2:  # a first document that is most of the source, or all of it
             val = 0
     if val >= total:
-        raise ValueError(_nothing_left(sums, wanted or 0))
+        proposal = total // 20 if int(np.searchsorted(sums, total // 20)) < num_documents else 0
+        raise ValueError(
+            f"nothing is left for training: the source has {total:,} tokens in {num_documents:,} documents and "
+            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal}, or a source of more documents"
+        )
     units = tuple(
         TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)
     )
@@ -116,23 +120,6 @@ def _permuted(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 def _map(path: Path) -> NDArray[np.uint64]:
     return np.memmap(path, OFFSET, "r")
-
-
-def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
-    documents, tokens = len(sums) - 1, int(sums[-1])
-    proposal = tokens // 20
-    if documents == 1:
-        advice = (
-            "a document is not split, so write the text as several documents (files, or lines of JSON), or cut it "
-            f"anywhere with --compat build-nanogpt --shard-size {max(proposal, 1)}, or do without: --val-tokens 0"
-        )
-    else:
-        fits = int(np.searchsorted(sums, proposal)) < documents
-        advice = f"try --val-tokens {proposal if fits else 0}"
-    return (
-        f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
-        f"{val_tokens:,} are wanted for validation: {advice}"
-    )
 
 
 def shard_tasks(layout: Layout, config: BuildConfig) -> list[ShardTask]:

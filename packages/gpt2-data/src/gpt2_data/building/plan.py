@@ -33,23 +33,16 @@ _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
 
 @dataclass(frozen=True)
 class Input:
-    """A file (or pydocs, or a stream) that documents come from.
-
-    Attributes:
-        path: where it is, or will be once it is fetched from the hub; for a stream its Listing as JSON.
-        name: without its folder: a dataset is the same wherever its sources lay.
-        sha256: if it is known without reading the file.
-        row_groups: of Parquet on the hub: (rows, bytes of text).
-    """
+    """A file (or pydocs, or a stream) that documents come from."""
 
     kind: str
-    path: str
-    name: str
+    path: str  # where it is, or will be once it is fetched from the hub; for a stream its Listing as JSON
+    name: str  # without its folder: a dataset is the same wherever its sources lay
     bytes: int
     mtime_ns: int = 0
-    sha256: str | None = None
+    sha256: str | None = None  # if it is known without reading the file
     remote: WebFile | None = None
-    row_groups: tuple[tuple[int, int], ...] = ()
+    row_groups: tuple[tuple[int, int], ...] = ()  # of Parquet on the hub: (rows, bytes of text)
 
     @property
     def known(self) -> list[object]:
