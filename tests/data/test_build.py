@@ -163,7 +163,7 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     assert 0 < result.val_tokens < result.tokens
     assert result.text_mb_per_second == 0  # what was tokenized before was used
     one = write_jsonl(["only one"], folder="one")
-    with pytest.raises(ValueError, match="try --val-tokens 0, or a source of more documents"):
+    with pytest.raises(ValueError, match="try --val-tokens 0 or more documents"):
         build(BuildConfig([one / "*.jsonl"], tmp_path / "two", val_tokens=1, workers=1))
     text = "a document of more than ten tokens, alone in its source: none is left for validation"
     alone = write_jsonl([text], folder="alone")

@@ -93,7 +93,7 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
         proposal = total // 20 if int(np.searchsorted(sums, total // 20)) < num_documents else 0
         raise ValueError(
             f"nothing is left for training: the source has {total:,} tokens in {num_documents:,} documents and "
-            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal}, or a source of more documents"
+            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents"
         )
     units = tuple(
         TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)
