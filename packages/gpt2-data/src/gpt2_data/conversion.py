@@ -125,8 +125,8 @@ class _Job:
 
     def tokens(self, split: str) -> Iterator[NDArray[np.uint16]]:
         """Yield all tokens of a split in chunks; a chunk is valid until the next is asked for."""
-        for file in self.dataset.files(split):
-            yield from self._read(file, file.tokens)
+        for _, _, chunks in self.pieces(split):
+            yield from chunks
 
     def pieces(self, split: str) -> Iterator[tuple[int, TokenFile, Iterator[NDArray[np.uint16]]]]:
         """Yield what becomes a shard each: its file's number, where it is, and its tokens, to be taken at once."""
@@ -159,19 +159,15 @@ class _Job:
                 self._done += len(chunk)
                 self._progress(self._done)
             digest.update(source.read(1024))  # what follows the tokens of an Arrow shard
-            self._finish(file.path, digest.hexdigest(), source.tell())
-
-    def _finish(self, path: Path, sha256: str, size: int) -> None:
+            size, sha256 = source.tell(), digest.hexdigest()
+        kind = self.manifest.options["format"] if isinstance(self.manifest, Manifest) else self.manifest.format
+        self.inputs.append({"kind": kind, "name": file.path.name, "bytes": size, "sha256": sha256})
         if isinstance(self.manifest, Manifest):
-            kind = str(self.manifest.options["format"])
-            shard = next(shard for shard in self.manifest.shards if shard.file == path.name)
-            if sha256 != shard.sha256:
-                raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
-            if shard.docs is not None and disk.sha256(path.with_name(shard.docs.file)) != shard.docs.sha256:
-                raise ValueError(f"{path.with_name(shard.docs.file)}: damaged: its SHA-256 is another")
-        else:
-            kind = self.manifest.format
-        self.inputs.append({"kind": kind, "name": path.name, "bytes": size, "sha256": sha256})
+            shard = next(shard for shard in self.manifest.shards if shard.file == file.path.name)
+            for part in [shard] + ([shard.docs] if shard.docs else []):
+                path = file.path.with_name(part.file)
+                if part.sha256 != (sha256 if part is shard else disk.sha256(path)):
+                    raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
 
 
 def _take(chunks: Iterator[NDArray[np.uint16]], count: int) -> Iterator[NDArray[np.uint16]]:

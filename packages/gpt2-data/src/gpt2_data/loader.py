@@ -167,7 +167,7 @@ class TokenLoader:
         """
         if self.order == "build-nanogpt":
             batches, rows = np.divmod(numbers, self.batch_size)
-            shards = [shard.tokens for shard in self.datasets[0].manifest.split(self.split)]
+            shards = [file.tokens for file in self.datasets[0].files(self.split)]
             starts = build_nanogpt_starts(
                 batches // self.world_size, shards, self.batch_size, self.seq_len, self.rank, self.world_size
             )

@@ -92,18 +92,21 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ArrowShard:
-    """A shard that has the size and the header of its counts; where its rows begin, in tokens, and their ids."""
+    """A shard that has the size and the header of its counts.
+
+    Attributes:
+        rows: where each row begins, in tokens. The first may continue the last document of the shard before.
+        documents: of `rows`, those at which a document begins.
+    """
 
     file: TokenFile
     rows: Numbers
+    documents: Numbers
     ids: Numbers
 
 
 def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
-    """Open a shard of that many tokens, with that many documents that start in it.
-
-    The first row may continue a document of the shard before. Raises ValueError or OSError, naming the file.
-    """
+    """Open a shard of so many tokens and of documents that start in it. Raises ValueError or OSError."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for rows in num_documents, num_documents + 1:
@@ -116,6 +119,7 @@ def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
                 return ArrowShard(
                     TokenFile(path, num_tokens, tokens),
                     Numbers(path, rows, offsets, _ROW),
+                    Numbers(path, num_documents, offsets + _ROW.itemsize * (rows - num_documents), _ROW),
                     Numbers(path, rows, ids, _ID),
                 )
     least = shard_bytes(num_tokens, max(num_documents, 1))

@@ -53,11 +53,6 @@ class ForeignShard:
     index: Path | None = None
     max_token = VOCAB_SIZE - 1
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens in the file."""
-        return self.file.tokens
-
 
 @dataclass(frozen=True)
 class ForeignManifest:
@@ -74,7 +69,7 @@ class ForeignManifest:
 
     def tokens(self, split: str) -> int:
         """Return the number of tokens of a split."""
-        return sum(shard.tokens for shard in self.split(split))
+        return sum(shard.file.tokens for shard in self.split(split))
 
     @functools.cached_property
     def hash(self) -> str:
@@ -275,7 +270,7 @@ def document_starts(kind: str, shard: ForeignShard) -> NDArray[np.int64]:
     starts = eots(shard.file)
     if kind == "nanogpt" and not (len(starts) and starts[0] == 0):
         starts = np.append(0, starts + 1)
-    return starts[starts < shard.tokens]
+    return starts[starts < shard.file.tokens]
 
 
 def eots(file: TokenFile) -> NDArray[np.int64]:

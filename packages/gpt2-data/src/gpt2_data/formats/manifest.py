@@ -237,8 +237,7 @@ def open_shard(folder: Path, shard: Shard) -> TokenFile:
 def open_documents(folder: Path, shard: Shard) -> Numbers:
     """Return where a shard's documents begin, in tokens, once the header of the file that says so is right."""
     if shard.docs is None:
-        rows = arrow.check_shard(folder / shard.file, shard.tokens, shard.documents).rows
-        return rows.skip(rows.count - shard.documents)  # a row in front continues the shard before's last document
+        return arrow.check_shard(folder / shard.file, shard.tokens, shard.documents).documents
     offsets = uint16.check_docs(folder / shard.docs.file)
     if offsets.count != shard.documents:
         raise ValueError(f"{offsets.path}: {offsets.count:,} documents, {FILE_NAME} says {shard.documents:,}")

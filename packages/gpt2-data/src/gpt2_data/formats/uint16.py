@@ -53,10 +53,6 @@ class Numbers:
             raise ValueError(f"{self.path}: cut short while it was read")
         return numbers.astype(np.int64)
 
-    def skip(self, count: int) -> "Numbers":
-        """Return all numbers but the first `count`."""
-        return Numbers(self.path, self.count - count, self.start + self.dtype.itemsize * count, self.dtype)
-
 
 @dataclass(frozen=True)
 class Written:
