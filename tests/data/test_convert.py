@@ -287,13 +287,9 @@ def test_the_command(built, tmp_path):
     assert "nothing wrong" in done.output
     done = CliRunner().invoke(main, ["convert", str(out), str(tmp_path / "b"), "--to", "npy", "--json"])
     facts = json.loads(done.stdout)
-    assert facts == {
-        "out": str(tmp_path / "b"),
-        "format": "npy",
-        "tokens": tokens,
-        "files": 2,
-        "bytes": facts["bytes"],
-    }
+    assert facts | {"bytes": 0} == {
+        "out": str(tmp_path / "b"), "format": "npy", "tokens": tokens, "files": 2, "bytes": 0
+    }  # fmt: skip
     for arguments, code, message in [
         (["convert", str(tmp_path), str(tmp_path / "c"), "--to", "npy"], 1, "is not a dataset"),
         (["convert", str(out), str(tmp_path / "c"), "--to", "mds"], 2, "--to"),

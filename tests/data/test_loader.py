@@ -225,13 +225,6 @@ def test_batches_go_into_arrays_of_the_callers(folder):
     assert loader.samples_consumed == 9
 
 
-def test_batches_that_were_kept_stay_as_they_were(folder):
-    loader = TokenLoader(folder, batch_size=2, seq_len=40)
-    batches = take(loader, 50)
-    again = TokenLoader(folder, batch_size=2, seq_len=40)
-    assert all(np.array_equal(x, next(again)[0]) for x, _ in batches)
-
-
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_an_id_outside_the_vocabulary_is_named(folder, order):
     with (folder / "train_000002.bin").open("r+b") as file:

@@ -168,7 +168,7 @@ def test_a_loader_that_was_moved_meanwhile_is_noticed(folder):
 
 def test_the_thread_ends_with_the_block_an_error_close_or_the_last_reference(folder):
     def thread_runs():
-        return any(thread.name == "prefetch" for thread in threading.enumerate())
+        return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
     def fail():
         with loader_of(folder).prefetch() as batches:
@@ -203,7 +203,7 @@ def test_the_thread_itself_may_find_that_nobody_needs_it(folder, monkeypatch):
     batches = loader_of(folder).prefetch()
     batches.itself = batches  # only the collector finds such garbage
     del batches
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "prefetch")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name.startswith("prefetch"))
     abandoned.set()
     thread.join(20)
     assert not thread.is_alive()

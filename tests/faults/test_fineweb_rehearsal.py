@@ -47,21 +47,22 @@ def run(hub, arguments, **options):
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, **options)
 
 
-def test_dry_run_counts_without_a_download(hub, corpus, expected, tmp_path):
+def test_dry_run_estimates_without_a_download(hub, corpus, tmp_path):
     done = run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"])
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     tables = [pq.read_table(path, columns=["token_count"]) for path in sorted(corpus.iterdir())]
     rows = sum(len(table) for table in tables)
     assert facts["documents"] == rows
-    assert facts["tokens"] == rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
-    assert facts["tokens_estimated"] is False
+    tokens = rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
+    assert 0.6 * tokens < facts["tokens"] < 1.5 * tokens  # of Python code and prose
+    assert facts["tokens_estimated"] is True
     size = sum(path.stat().st_size for path in corpus.iterdir())
     assert facts["bytes_to_download"] == size
     assert facts["bytes_while_building"] > facts["bytes"] + size
-    assert facts["shards"] == sum(name.endswith(".bin") for name in expected)
+    assert facts["shards"] > 1
     assert facts["minutes"] > 0
-    assert hub.sent(".parquet") < size / 3  # footers and one column
+    assert hub.sent(".parquet") < size / 3  # footers
     assert not (tmp_path / "out").exists()
     less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]).stdout)
     assert less["bytes_while_building"] < facts["bytes_while_building"]

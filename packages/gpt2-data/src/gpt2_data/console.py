@@ -18,40 +18,31 @@ SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal: a short build says nothing there."""
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 """tqdm's own format leaves one column of 80 for the bar."""
-_UNITS = {"writing": " tokens", "converting": " tokens", "counting": " row groups"}
+_UNITS = {"writing": " tokens", "converting": " tokens"}
 
 
 def print_plan(config: "BuildConfig", as_json: bool) -> None:
     """Print what would be built, on what, and what it needs."""
-    from gpt2_data.building.estimate import estimate
+    from gpt2_data.building.estimate import estimate, minutes
     from gpt2_data.building.plan import make_plan
     from gpt2_data.tokenizer import choose_backend
 
     backend = choose_backend(config.tokenizer)
     plan = make_plan(config)
-    done, total = 0, sum(len(item.row_groups) for item, _ in plan.remote)
-    with bar() as show:
-
-        def count(row_groups: int) -> None:
-            nonlocal done
-            done += row_groups
-            show("counting", done, total)
-
-        guess = estimate(plan, config, remote=True, progress=count)
-    guess.check_shards(config)
+    guess = estimate(plan, config)
     folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
     facts: dict[str, Any] = {
         "files": sum(item.kind not in ("pydocs", "stream") for item in plan.inputs),
         "units": len(plan.units),
         "documents": guess.documents,
         "tokens": guess.tokens,
-        "tokens_estimated": not guess.counted,
-        "shards": guess.shards(config),
-        "bytes": guess.dataset_bytes(),
+        "tokens_estimated": True,
+        "shards": guess.shards,
+        "bytes": guess.dataset_bytes,
         "bytes_to_download": guess.download_bytes,
-        "bytes_while_building": guess.peak_bytes(),
+        "bytes_while_building": guess.peak_bytes,
         "bytes_free": shutil.disk_usage(folder).free,
-        "minutes": round(guess.minutes(config, plan, backend), 4),
+        "minutes": round(minutes(plan, config, backend), 4),
         "workers": config.num_workers(plan.text_bytes),
         "tokenizer": backend,
         "out": str(config.out),
@@ -59,15 +50,14 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    about, how = ("", "counted in the source") if guess.counted else ("about ", "an estimate")
     fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
     sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
     without = ", downloads left out" if fetched else ""
     workers = plural(facts["workers"], "worker")
     click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
-    click.echo(f"documents  {about}{format_count(guess.documents)}")
-    click.echo(f"tokens     {about}{format_count(guess.tokens)} ({how})")
-    click.echo(f"shards     {about}{facts['shards']:,} of {format_count(config.shard_size)} tokens")
+    click.echo(f"documents  about {format_count(guess.documents)}")
+    click.echo(f"tokens     about {format_count(guess.tokens)} (an estimate)")
+    click.echo(f"shards     about {facts['shards']:,} of {format_count(config.shard_size)} tokens")
     click.echo(f"disk       {sizes[0]}, {sizes[1]} while building; {sizes[2]} free")
     click.echo(f"time       about {format_seconds(60 * facts['minutes'])} with {workers} and {backend}{without}")
     click.echo(f"out        {config.out}")
