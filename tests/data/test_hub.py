@@ -5,11 +5,13 @@ import json
 import socket
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hub_server import FIRST, SECOND, Refuse
+from hub_server import FIRST, SECOND, Drop, NoRanges, Refuse, Short
 from huggingface_hub import constants
 
-from gpt2_data.sources import hub, remote, web
+from gpt2_data.sources import hub, web
 from gpt2_data.sources.hub import HubSource, Listing, hub_file, list_files
 
 EDU = """---
@@ -108,7 +110,7 @@ def test_a_listing_is_kept_and_stays_though_main_moves(server, monkeypatch):
     assert list_files(HubSource("a/b", FIRST)).files == listing.files
     again = Listing.from_json(json.loads(json.dumps(listing.to_json())))
     assert again == listing
-    assert remote.RemoteFile(again.files[0]).read() == b"old"
+    assert web.read_range(again.files[0].url, 0, 3) == b"old"
 
 
 def test_a_kept_listing_is_not_trusted():
@@ -220,7 +222,7 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
     for source, kind, message in [
         (HubSource("no/such"), ValueError, "no hub dataset no/such; if it is private, log in by `hf auth login`"),
         (HubSource("a/private"), ValueError, "no hub dataset a/private; if it is private, log in"),
-        (HubSource("a/gated"), OSError, "is gated: ask for access at http.*/datasets/a/gated, then log in by"),
+        (HubSource("a/gated"), OSError, "a/gated: gated: ask for access on the dataset's page, then log in by"),
         (HubSource("a/b", "v9"), ValueError, "hub dataset a/b has no revision 'v9'"),
         (HubSource("a/b", config="en"), ValueError, "hf:a/b: no config 'en'; it has none"),
         (HubSource("a/empty"), ValueError, "no split 'train'; there are: none"),
@@ -235,7 +237,7 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
 
     message = {"X-Error-Message": "Invalid credentials in Authorization header"}
     server.faults = [Refuse(store=False, status=401, headers=message)]
-    with pytest.raises(OSError, match="a/b: the hub does not know your token: log in by"):
+    with pytest.raises(OSError, match="a/b: not allowed: log in by"):
         list_files(HubSource("a/b"))
 
     server.requests.clear()
@@ -279,3 +281,63 @@ def test_no_wait_is_endless(server):
     server.faults = [Refuse(store=False, status=429, headers={"Retry-After": "4000"}, times=100)]
     with pytest.raises(OSError, match=r"\(HTTP 429\), and asks to wait 4000 seconds; gave up after one try: run"):
         list_files(HubSource("a/b"))
+
+
+# --- Parquet, by its footer alone
+
+
+def added(server, *paths):
+    server.add("a/b", {path.name: path for path in paths})
+    return {file.path: file for file in list_files(HubSource("a/b")).files}
+
+
+def test_a_footer_takes_two_requests(server, tmp_path):
+    """A footer beyond what is asked for at first, as FineWeb-Edu's 3 MB; whatever happens on the way."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"document {i} " * 20 for i in range(4000)]}), path, row_group_size=2)
+    metadata = pq.read_metadata(path)
+    footer = metadata.serialized_size
+    assert footer > 200_000
+    file = added(server, path)["a.parquet"]
+    groups = hub.row_groups(file)
+    assert groups == [(2, metadata.row_group(i).column(0).total_uncompressed_size) for i in range(2000)]
+    assert len(server.asked("a.parquet", store=True)) == 2
+    assert server.sent("a.parquet") <= footer + 8 + 65536
+
+    server.faults = [
+        Refuse(),
+        Drop(at=10_000),
+        Drop(at=0),
+        Short(),
+        Refuse(store=False, path="resolve", status=500),
+    ]
+    assert hub.row_groups(file) == groups
+    assert not any(fault.times for fault in server.faults)
+    server.faults = [NoRanges(times=5)]
+    with pytest.raises(OSError, match="sends no ranges of a file: download it instead"):
+        hub.row_groups(file)
+
+
+def test_parquet_that_cannot_be_used(server, tmp_path):
+    numbers, other, words, broken, empty = (
+        tmp_path / f"{name}.parquet" for name in ("numbers", "other", "words", "broken", "empty")
+    )
+    pq.write_table(pa.table({"text": [1, 2]}), numbers)
+    pq.write_table(pa.table({"n": [{"a": 1, "b": 2}], "body": ["x"]}), other)
+    pq.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), words)
+    broken.write_bytes(b"this is no Parquet file")
+    empty.write_bytes(b"")
+    files = added(server, numbers, other, words, broken, empty)
+    for name, message in {
+        "numbers.parquet": "numbers.parquet: column 'text' holds int64, not strings",
+        "other.parquet": "other.parquet: no column 'text'; the columns are n, body",
+        "broken.parquet": "broken.parquet: not a readable Parquet file",
+        "empty.parquet": "empty.parquet: not a readable Parquet file",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            hub.row_groups(files[name])
+        assert "\n" not in str(error.value)
+    assert hub.row_groups(files["other.parquet"], "body")[0][0] == 1
+    assert hub.row_groups(files["words.parquet"])[0][0] == 3  # a dictionary of strings, as in a local file
+    with pytest.raises(OSError, match=r"gone.parquet: no such file \(HTTP 404\)"):
+        hub.row_groups(hub_file("a/b", FIRST, "gone.parquet", 100, None))

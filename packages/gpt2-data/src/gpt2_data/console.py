@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal: a short build says nothing there."""
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 """tqdm's own format leaves one column of 80 for the bar."""
-_UNITS = {"writing": " tokens", "converting": " tokens", "counting": " row groups"}
+_UNITS = {"writing": " tokens", "converting": " tokens"}
 
 
 def print_plan(config: "BuildConfig", as_json: bool) -> None:
@@ -29,15 +29,7 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
 
     backend = choose_backend(config.tokenizer)
     plan = make_plan(config)
-    done, total = 0, sum(len(item.row_groups) for item, _ in plan.remote)
-    with bar() as show:
-
-        def count(row_groups: int) -> None:
-            nonlocal done
-            done += row_groups
-            show("counting", done, total)
-
-        guess = estimate(plan, config, remote=True, progress=count)
+    guess = estimate(plan, config)
     guess.check_shards(config)
     folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
     facts: dict[str, Any] = {

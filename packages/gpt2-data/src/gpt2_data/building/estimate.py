@@ -1,6 +1,5 @@
 """What a build will amount to, before it is begun."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpt2_data.building.config import BuildConfig
@@ -8,7 +7,6 @@ from gpt2_data.building.cut_shards import DEFAULT_VAL_TOKENS
 from gpt2_data.building.plan import Input, Plan, text_bytes
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
 from gpt2_data.sources import files
-from gpt2_data.sources.remote import token_counts
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
@@ -66,19 +64,9 @@ class Estimate:
         return plan.text_bytes / 1e6 / _MB_PER_SECOND[backend] / config.num_workers(plan.text_bytes) / 60
 
 
-def estimate(
-    plan: Plan, config: BuildConfig, remote: bool = False, progress: Callable[[int], object] | None = None
-) -> Estimate:
-    """Count what can be counted quickly: rows, and the token_count column where a Parquet file has one.
-
-    Args:
-        remote: count that column in files on the hub too, which takes a request for each row group.
-        progress: is called with each number of row groups that were asked for.
-    """
+def estimate(plan: Plan, config: BuildConfig) -> Estimate:
+    """Count what can be counted quickly: rows, and the token_count column where a Parquet file here has one."""
     documents, tokens, counted = 0, 0.0, True
-    asked = plan.remote if remote else []
-    counts = token_counts([file for _, file in asked], progress=progress)
-    on_hub = {item.path: count for (item, _), count in zip(asked, counts, strict=True)}
     for item in plan.inputs:
         units = [unit for unit in plan.units if item.path in unit.files]
         text = sum(unit.text_bytes for unit in units)
@@ -89,9 +77,7 @@ def estimate(
         else:
             count = sum(unit.documents or 0 for unit in units)
         column = None
-        if item.remote is not None:
-            column = on_hub.get(item.path) if count == sum(rows for rows, _ in item.row_groups) else None
-        elif item.kind == "parquet":
+        if item.kind == "parquet" and item.remote is None:
             column = _token_count(item.path, count)
         per_token = _BYTES_PER_TOKEN_OF_CODE if item.kind == "pydocs" else _BYTES_PER_TOKEN
         documents += count

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs, remote, streaming
+from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.hub import HubSource, Listing
 from gpt2_data.sources.web import WebFile
@@ -176,7 +176,7 @@ def _pin(config: BuildConfig, source: str, wanted: HubSource) -> tuple[str, dict
     except (OSError, ValueError, KeyError, TypeError):
         pass
     listing = hub.list_files(wanted)
-    row_groups = [remote.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
+    row_groups = [hub.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
     return name, {"listing": listing.to_json(), "row_groups": row_groups}, listing
 
 

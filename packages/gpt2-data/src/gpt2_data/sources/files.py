@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -91,14 +90,12 @@ def gather(parts: Iterable[Part]) -> Iterator[Batch]:
     characters = 0
     for part in parts:
         size = len(part.text or "")
-        if some and (part.continues or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+        alone = part.continues or (some and some[0].continues)
+        if some and (alone or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
             yield _batch(some)
             some, characters = [], 0
         some.append(part)
         characters += size
-        if part.continues:
-            yield _batch(some)
-            some, characters = [], 0
     if some:
         yield _batch(some)
 
@@ -120,62 +117,58 @@ def _batch(parts: list[Part]) -> Batch:
 # --- Parquet
 
 
-def open_parquet(path: str, column: str) -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError."""
+def open_parquet(source: Any, column: str, name: str = "") -> Any:
+    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError.
+
+    Args:
+        source: a path, or what pyarrow reads from; `name` stands for that in errors.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = name or source
     try:
         # The column of a row group is read in pieces, since it may be gigabytes.
-        file = pq.ParquetFile(path, buffer_size=_READ, page_checksum_verification=True)
-        check_text_column(file.schema_arrow, column)
-        return file
-    except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
+        file = pq.ParquetFile(source, buffer_size=_READ, page_checksum_verification=True)
+        schema = file.schema_arrow
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
             raise
-        raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def check_text_column(schema: Any, column: str) -> None:
-    """Raise ValueError unless an Arrow schema has this column of strings."""
-    import pyarrow as pa
-
+        raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
         hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
+        raise ValueError(f"{name}: no column {column!r}; the columns are {listed(schema.names)}{hint}")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"column {column!r} holds {kind}, not strings")
+        raise ValueError(f"{name}: column {column!r} holds {kind}, not strings")
+    return file
 
 
-def row_groups(path: str, column: str) -> list[tuple[int, int]]:
+def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]]:
     """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer."""
-    with open_parquet(path, column) as file:
-        groups = row_groups_of(file.metadata, column)
-    for i, (rows, size) in enumerate(groups):
-        if not 0 <= rows < 2**31 or size < 0:
-            raise ValueError(f"{path}: row group {i} is damaged: {rows:,} rows of {size:,} bytes cannot be")
-    return groups
-
-
-def row_groups_of(metadata: Any, column: str) -> list[tuple[int, int]]:
-    """The same of a file whose footer is read."""
+    with open_parquet(source, column, name) as file:
+        metadata = file.metadata
     # Nested columns before it count for several leaves.
     number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
+    groups = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        rows, size = group.num_rows, group.column(number).total_uncompressed_size
+        if not 0 <= rows < 2**31 or size < 0:
+            where = f"{name or source}: row group {i}"
+            raise ValueError(f"{where} is damaged: {rows:,} rows of {size:,} bytes cannot be")
+        groups.append((rows, size))
+    return groups
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
     """Yield the documents of row groups [start, stop)."""
     import pyarrow as pa
 
+    sizes = row_groups(path, column)
     with open_parquet(path, column) as file:
-        sizes = row_groups_of(file.metadata, column)
         for group in range(start, stop):
             rows, size = sizes[group]
             at_once = max(1, min(8 * _BATCH_PARTS, 4 * BLOCK * rows // max(size, 1)))
@@ -208,12 +201,9 @@ def _from_column(column: Any) -> Batch:
 
 def open_bytes(path: str) -> BinaryIO:
     """Open a file, decompressed if its name says so. A cut-short stream raises OSError on reading."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
-    if codec is None:
-        return open(path, "rb")
     import pyarrow as pa
 
-    raw = cast(io.RawIOBase, pa.input_stream(path, compression=codec))
+    raw = cast(io.RawIOBase, pa.input_stream(path, compression="detect"))
     return cast(BinaryIO, io.BufferedReader(raw, BLOCK))
 
 
@@ -228,7 +218,8 @@ def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
         if not line.isspace():
             part = _json_part(line, key)
             if isinstance(part, str):
-                raise ValueError(f"{path}:{_lines_before(path, start) + number}: {part}")
+                before = sum(1 for _ in _lines(path, 0, start)) if start else 0
+                raise ValueError(f"{path}:{before + number}: {part}")
             yield part
 
 
@@ -283,15 +274,6 @@ def listed(names: Iterable[str]) -> str:
             return f"{text or name[:_SHOWN]} ..."
         text += f", {name}" if text else name
     return text or "(none)"
-
-
-def _lines_before(path: str, position: int) -> int:
-    """Count the lines of the file before a byte; done only to name a faulty one."""
-    count = 0
-    with open_bytes(path) as file:
-        for _ in range(-(-position // BLOCK)):
-            count += file.read(min(BLOCK, position - file.tell())).count(b"\n")
-    return count
 
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:
