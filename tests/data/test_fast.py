@@ -137,7 +137,7 @@ def test_memory_is_bounded():
 
 def test_without_proc_the_cache_is_bounded_by_text(monkeypatch):
     monkeypatch.setattr(fast, "_memory", lambda: None)
-    encoder = fast.Encoder(tokenizer.token_ranks(), max_text=3_000_000)
+    encoder = fast.Encoder(tokenizer.token_ranks(), max_growth=7 * 3_000_000 - 1)
     for seed in range(7):
         encoder.encode(*random_words(seed))
     assert encoder.renewals == 2

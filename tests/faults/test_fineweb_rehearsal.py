@@ -47,22 +47,22 @@ def run(hub, arguments, **options):
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, **options)
 
 
-def test_dry_run_counts_without_a_download(hub, corpus, expected, tmp_path):
+def test_dry_run_needs_no_download(hub, corpus, expected, tmp_path):
     done = run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"])
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     tables = [pq.read_table(path, columns=["token_count"]) for path in sorted(corpus.iterdir())]
     rows = sum(len(table) for table in tables)
+    tokens = rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
     assert facts["documents"] == rows
-    counted = rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
-    print(facts["tokens"], counted, hub.sent(".parquet"), sum(path.stat().st_size for path in corpus.iterdir()))
     assert facts["tokens_estimated"] is True
+    assert 0.6 * tokens < facts["tokens"] < 1.2 * tokens  # it counts on prose, and half of this is code
     size = sum(path.stat().st_size for path in corpus.iterdir())
     assert facts["bytes_to_download"] == size
     assert facts["bytes_while_building"] > facts["bytes"] + size
-    assert facts["shards"] == sum(name.endswith(".bin") for name in expected)
+    assert 0.6 < facts["shards"] / sum(name.endswith(".bin") for name in expected) < 1.2
     assert facts["minutes"] > 0
-    assert hub.sent(".parquet") < size / 3  # footers and one column
+    assert hub.sent(".parquet") <= 2**16 * len(tables) < size / 9  # a footer each
     assert not (tmp_path / "out").exists()
     less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]).stdout)
     assert less["bytes_while_building"] < facts["bytes_while_building"]
