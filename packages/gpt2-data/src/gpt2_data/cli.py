@@ -23,15 +23,13 @@ SETTINGS: dict[str, Any] = {
     "auto_envvar_prefix": "GPT2_DATA",
     "max_content_width": 100,
 }
-SOURCES_SHOWN = 20
-"""Sources that `info` lists; a dataset may have thousands."""
+SOURCES_SHOWN = 20  # by `info`; a dataset may have thousands
 
 
 def size(text: str) -> int:
     """Read a count such as 100M, 1.5B or 64k."""
-    factors = {"k": 10**3, "m": 10**6, "b": 10**9}
     digits = text.strip().lower()
-    factor = factors.get(digits[-1:], 1)
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:], 1)
     try:
         number = float(digits[:-1] if factor > 1 else digits) * factor
         if number < 0 or number != int(number):
@@ -56,11 +54,12 @@ class _Group(cloup.Group):
 
 
 def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         full = ": make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        return _printable(f"{where}{error.strerror}{full}")
-    return _printable(" ".join(str(error).split()))
+        text = f"{where}{error.strerror}{full}"
+    return _printable(text)
 
 
 def _printable(text: str) -> str:
@@ -92,6 +91,7 @@ AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON d
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
 FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+DATASET = cloup.argument("dataset", **FOLDER)
 
 
 @main.command()
@@ -141,9 +141,7 @@ FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
     cloup.option("--dry-run", is_flag=True, help="Only say what would be built, how large and how long."),
     AS_JSON,
 )
-def build(
-    source: tuple[str, ...], out: Path | None, order: str | None, dry_run: bool, as_json: bool, **options: Any
-) -> None:
+def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
     \b
@@ -168,11 +166,8 @@ def build(
     source = source or ("fineweb-edu",)
     if out is None:
         if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
-            _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    if order is not None:  # else BuildConfig's default, which --compat changes
-        options["order"] = order
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
         console.print_plan(config, as_json)
@@ -185,33 +180,19 @@ def build(
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block, and the command, with 128 + their number; the workers are ended, too."""
-    number = signal.SIGINT
 
-    def stop(received: int, _: FrameType | None) -> None:
-        nonlocal number
-        number = signal.Signals(received)
-        raise KeyboardInterrupt
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or (signal.SIGINT,))
         click.echo(f"\nstopped by {number.name}: run the same command again to resume", err=True)
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _check_names(source: tuple[str, ...]) -> None:
-    """Raise ValueError for a SOURCE that is none: more to the point than what else is missing."""
-    from gpt2_data.sources import catalog, hub
-
-    for name in source:
-        if hub.parse(name) is None:
-            catalog.expand(name)
-
-
-DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @main.command()
@@ -296,7 +277,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 
 
 @main.command()
-@cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
+@DATASET
 @cloup.argument("out", type=click.Path(path_type=Path))
 @cloup.option(
     "--to",
