@@ -121,6 +121,6 @@ def test_without_the_library(monkeypatch):
     listing = Listing("a/b", "1" * 40, None, "train", (hub_file("a/b", "1" * 40, "x.jsonl", 1, None),))
     for call in (lambda: streams.num_shards(listing), lambda: next(streams.documents(listing, 0))):
         with pytest.raises(
-            ValueError, match=r"^hub dataset a/b is not Parquet: pip install 'gpt2-data\[datasets\]' to"
+            ValueError, match=r"^hub dataset a/b: it is not Parquet: pip install 'gpt2-data\[datasets\]' to"
         ):
             call()

@@ -52,9 +52,10 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     about, how = ("", "counted in the source") if guess.counted else ("about ", "an estimate")
-    fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
+    fetched = without = ""
+    if guess.download_bytes:
+        fetched, without = f", {format_bytes(guess.download_bytes)} to download", ", downloads left out"
     sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
-    without = ", downloads left out" if fetched else ""
     workers = plural(facts["workers"], "worker")
     click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
     click.echo(f"documents  {about}{format_count(guess.documents)}")
@@ -84,12 +85,11 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
         return
     click.echo(f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}")
-    for count, note in (
-        (result.documents_empty, "empty: only <|endoftext|> is there"),
-        (result.documents_replaced, "not UTF-8: what could not be read became U+FFFD"),
-    ):
-        if count:
-            click.echo(f"{plural(count, 'document')} {note}", err=True)
+    if result.documents_empty:
+        click.echo(f"{plural(result.documents_empty, 'document')} empty: only <|endoftext|> is there", err=True)
+    if result.documents_replaced:
+        note = "not UTF-8: what could not be read became U+FFFD"
+        click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager

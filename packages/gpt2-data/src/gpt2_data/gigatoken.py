@@ -50,7 +50,6 @@ class Proof:
 
     @property
     def versions(self) -> tuple[str, str, str]:
-        """What it holds for."""
         return self.gigatoken, self.tiktoken, self.machine
 
     def code_points(self) -> NDArray[np.int64]:
@@ -60,7 +59,7 @@ class Proof:
 
 
 def installed_versions() -> tuple[str, str, str]:
-    """The versions of gigatoken and tiktoken, and the kind of machine. Raises ValueError without gigatoken."""
+    """Return the versions of gigatoken and tiktoken, and the machine. Raises ValueError without gigatoken."""
     try:
         gigatoken = importlib.metadata.version("gigatoken")
     except importlib.metadata.PackageNotFoundError:

@@ -24,7 +24,8 @@ from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 
-Progress = Callable[[int], object]  # bytes on disk
+Progress = Callable[[int], object]
+"""Is called with the bytes of the file that are on the disk."""
 
 
 class _Wrong(Exception):
@@ -73,14 +74,13 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
 
 
 def _size_of(url: str) -> int:
-    def ask() -> int | None:
+    def ask() -> int:
         with web.get(url, {"Range": "bytes=0-0"}) as response:
-            return web.span(response)[1]
+            if (size := web.span(response)[1]) is None:
+                raise OSError(f"{url}: the server does not say how long the file is")
+            return size
 
-    size = web.Patience(url).call(ask)
-    if size is None:
-        raise OSError(f"{url}: the server does not say how long the file is")
-    return size
+    return web.Patience(url).call(ask)
 
 
 def download_file(
@@ -122,12 +122,6 @@ def is_done(path: Path, file: WebFile) -> bool:
     expected: dict[str, object] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
-
-
-def remove(path: Path) -> None:
-    """Delete a fetched file and its receipt, if they are there."""
-    _receipt(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def _receipt(path: Path) -> Path:
@@ -228,6 +222,9 @@ class Downloader:
         ahead: how many files may be there that are not released; None: all.
         delete: True deletes a file that is released.
 
+    Attributes:
+        bytes_done: on the disk; what an earlier run had fetched counts as soon as it is seen.
+
         with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
             while not downloader.ready(path): ...      # raises what stopped the thread
             ...
@@ -239,8 +236,7 @@ class Downloader:
     ) -> None:
         self.delete = delete
         self.files = {folder / file.path: (file, folder) for file, folder in files}
-        self.bytes_total = sum(file.size for file, _ in files)
-        self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
+        self.bytes_done, self.bytes_total = 0, sum(file.size for file, _ in files)
         self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
         self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
@@ -248,22 +244,16 @@ class Downloader:
         self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
-    @property
-    def bytes_done(self) -> int:
-        """The bytes that are on the disk; what an earlier run had fetched counts as soon as it is seen."""
-        return self._complete + self._current
-
     def ready(self, path: Path) -> bool:
         """True if the file is there. Raises the thread's OSError if it never will be."""
         arrived = self._arrived[path]
-        if arrived.done():
-            arrived.result()
-        return arrived.done()
+        return arrived.done() and arrived.result() is None
 
     def release(self, path: Path) -> None:
         """Take note that a file is done with."""
         if self.delete:
-            remove(path)
+            _receipt(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         self._room.release()
 
     def __enter__(self) -> "Downloader":
@@ -276,24 +266,26 @@ class Downloader:
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        for path, (file, folder) in self.files.items():
-            self._room.acquire()
-            if self._stop.is_set():
-                return
-            try:
-                download_file(file, folder, self._note, self._stop)
-            except web.Stopped:
-                return
-            except BaseException as error:  # the caller's thread raises it
-                for arrived in self._arrived.values():
-                    if not arrived.done():
-                        arrived.set_exception(error)
-                return
-            self._complete, self._current = self._complete + file.size, 0
-            self._arrived[path].set_result(None)
+        complete = 0
 
-    def _note(self, done: int) -> None:
-        self._current = done
+        def note(size: int) -> None:
+            self.bytes_done = complete + size
+
+        try:
+            for path, (file, folder) in self.files.items():
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                download_file(file, folder, note, self._stop)
+                complete += file.size
+                note(0)
+                self._arrived[path].set_result(None)
+        except web.Stopped:
+            return
+        except BaseException as error:  # the caller's thread raises it
+            for arrived in self._arrived.values():
+                if not arrived.done():
+                    arrived.set_exception(error)
 
 
 TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -31,12 +31,7 @@ _SHOWN = 300  # characters of a list in a message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other.
-
-    Attributes:
-        replaced: True if bytes that are not UTF-8 became U+FFFD.
-        continues: True if it belongs to the document of the part before.
-    """
+    """A document or, of one too long to hold, a part: as a Batch of one."""
 
     text: str | None
     replaced: bool = False
@@ -60,12 +55,12 @@ class Batch:
 
     @property
     def documents(self) -> int:
-        """How many documents begin in it."""
+        """The number of documents that begin in it."""
         return len(self.texts) - self.continues
 
     @property
     def empty(self) -> int:
-        """How many documents have no text; they are kept."""
+        """The number of documents without text; they are kept."""
         _, offsets = tokenizer.text_buffers(self.texts)
         return 0 if self.continues else int(np.count_nonzero(offsets[1:] == offsets[:-1]))
 
