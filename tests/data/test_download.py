@@ -138,9 +138,7 @@ def test_patience_ends(server, file, tmp_path, monkeypatch):
         download_file(file, tmp_path)
     monkeypatch.setattr(web, "PATIENCE", 0.3)
     server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
-    with pytest.raises(
-        OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command again"
-    ):
+    with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command"):
         download_file(file, tmp_path)
     assert (tmp_path / "data" / "big.parquet.part").read_bytes() == CONTENT[:1000]
 
@@ -162,7 +160,7 @@ def test_wrong_content_once_and_always(server, file, tmp_path):
     server.faults, folder = [Spoil(times=100)], tmp_path / "other"
     wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
     with pytest.raises(
-        OSError, match=f"big.parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
+        OSError, match=f"parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
     ):
         download_file(file, folder)
     assert names(folder / "data") == ["big.parquet.lock"]
@@ -197,7 +195,7 @@ def test_a_server_without_ranges_starts_over(server, file, tmp_path):
     assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
     server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
     with pytest.raises(
-        OSError, match="given up after 3 downloads: the server does not resume at byte 1,000,000 of 3,00"
+        OSError, match="after 3 downloads: the server does not resume at byte 1,000,000 of 3,000,0"
     ):
         download_file(file, tmp_path / "other")
 
@@ -205,9 +203,8 @@ def test_a_server_without_ranges_starts_over(server, file, tmp_path):
 def test_a_file_of_another_size(server, file, tmp_path):
     for size in (SIZE - 1, SIZE + 1):
         meant = hub_file("a/b", FIRST, "data/big.parquet", size, SHA256)
-        with pytest.raises(
-            OSError, match=f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
-        ):
+        message = f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
+        with pytest.raises(OSError, match=message):
             download_file(meant, tmp_path)
     assert len(server.asked("cdn")) == 6
     (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)
@@ -215,14 +212,11 @@ def test_a_file_of_another_size(server, file, tmp_path):
         download_file(meant, tmp_path)
 
 
-GATED = {"X-Error-Code": "GatedRepo"}
-
-
 @pytest.mark.parametrize(
     ("store", "status", "headers", "message"),
     [
         (False, 401, {}, "not allowed: log in by `hf auth login` or set HF_TOKEN, with an account"),
-        (False, 403, GATED, "gated: ask for access on the dataset's page, then log in"),
+        (False, 403, {"X-Error-Code": "GatedRepo"}, "gated: ask for access on the dataset's page, then log in"),
         (True, 403, {}, r"not allowed: .*\(HTTP 403\)"),
         (False, 404, {}, r"no such file \(HTTP 404\)"),
         (True, 418, {}, r"refused \(HTTP 418\)"),
@@ -235,7 +229,7 @@ def test_refusals_are_final(server, file, tmp_path, store, status, headers, mess
         download_file(file, tmp_path)
     assert str(error.value).startswith(file.url)
     assert "\n" not in str(error.value)
-    assert len(server.requests) <= 3
+    assert len(server.requests) <= 2
 
 
 def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog, capfd):
