@@ -31,7 +31,7 @@ def started(server, folder, code, *arguments):
         "import json, sys, warnings\nwarnings.simplefilter('ignore')\n"
         "from gpt2_data.sources import hub\nfrom gpt2_data.sources import streaming as streams\n"
         "def read(listing, shard, column='text'):\n"
-        "    return [text for batch in streams.documents(listing, shard, column) for text in batch]\n"
+        "    return list(streams.documents(listing, shard, column))\n"
         "def said(function, *arguments):\n"
         "    try:\n        return function(*arguments)\n"
         "    except (ValueError, OSError) as error:\n        return f'{type(error).__name__}: {error}'\n"

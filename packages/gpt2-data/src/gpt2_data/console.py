@@ -73,14 +73,13 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         return
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
-    if result.already_built:
-        click.echo(f"{result.out}: already built: {what} in {shards}")
-        return
     how = f"{result.seconds:.1f} s"
     if result.text_mb_per_second:  # 0 where all had been tokenized before
         how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
-    if not result.finished:
-        assert config.part is not None
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+        return
+    if not result.finished and config.part is not None:
         number, count = config.part
         click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
         return

@@ -38,7 +38,7 @@ class Proof:
 
     Attributes:
         machine: the kind of processor; gigatoken has code of its own for each.
-        strings: how many were compared.
+        strings: the number that were compared.
         differ: the characters, as hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
     """
 

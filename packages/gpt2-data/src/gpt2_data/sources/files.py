@@ -20,8 +20,7 @@ from gpt2_data import tokenizer
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
-MAX_LINE = 1 << 27
-"""Bytes of a line: a small compressed file may stand for more than any memory holds."""
+MAX_LINE = 1 << 27  # bytes; a small compressed file may stand for more than any memory holds
 _LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NEAR_END = 1000  # bytes of a block in which a place to cut at is most often found
@@ -31,7 +30,7 @@ _SHOWN = 300  # characters of a list in a message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document or, of one too long to hold, a part: as a Batch of one."""
+    """A document or, of one too long to hold, a part. The fields are those of a Batch."""
 
     text: str | None
     replaced: bool = False
@@ -44,8 +43,7 @@ class Batch:
 
     Attributes:
         texts: pyarrow string or large_string array: valid UTF-8, no nulls.
-        replaced: which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became
-            U+FFFD.
+        replaced: texts in which bytes that are not UTF-8, or surrogates without a partner, became U+FFFD.
         continues: True if the only text belongs to the last document of the batch before.
     """
 
@@ -115,8 +113,7 @@ def _batch(parts: list[Part]) -> Batch:
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
     """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError.
 
-    Args:
-        source: a path, or what pyarrow reads from; `name` stands for that in errors.
+    `source` is a path, or what pyarrow reads from, which errors call `name`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -132,7 +129,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
         hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"{name}: no column {column!r}; the columns are {listed(schema.names)}{hint}")
+        raise ValueError(f"{name}: no column {column!r}; the columns are {_listed(schema.names)}{hint}")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -181,14 +178,11 @@ def _from_column(column: Any) -> Batch:
         column = column.dictionary_decode()
     if column.null_count:
         column = column.fill_null("")
-    replaced: tuple[int, ...] = ()
     try:
         column.validate(full=True)  # Arrow does not look at what it stores
     except pa.ArrowInvalid:
-        pairs = [_decode(data) for data in column.cast(pa.large_binary()).to_pylist()]
-        column = pa.array([text for text, _ in pairs], pa.large_string())
-        replaced = tuple(i for i, (_, bad) in enumerate(pairs) if bad)
-    return Batch(column, replaced)
+        return _batch([Part(*_decode(data)) for data in column.cast(pa.large_binary()).to_pylist()])
+    return Batch(column, ())
 
 
 # --- JSON lines
@@ -255,20 +249,16 @@ def _json_part(line: bytes, key: str) -> Part | str:
         return f"a JSON object is wanted, this is {type(row).__name__}"
     if key not in row:
         hint = "" if key != "text" else ": name the key of the text with --column"
-        return f"no key {key!r}; the keys are {listed(row)}{hint}"
+        return f"no key {key!r}; the keys are {_listed(row)}{hint}"
     if not isinstance(row[key], str | None):
         return f"{key!r} holds {type(row[key]).__name__}, not a string"
     return Part(row[key], replaced)
 
 
-def listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Join names for a message; a file may have any number."""
-    text = ""
-    for name in names:
-        if len(text) + len(name) > _SHOWN:
-            return f"{text or name[:_SHOWN]} ..."
-        text += f", {name}" if text else name
-    return text or "(none)"
+    text = ", ".join(names) or "(none)"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:

@@ -101,9 +101,6 @@ def parse(text: str) -> HubSource | None:
 def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
     """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer alone.
 
-    Two ranges of the file are read. huggingface_hub's HfFileSystem would do as much, but with retries that end
-    after five tries or never.
-
     Raises:
         ValueError: the file is no Parquet, or `column` holds no strings.
         OSError: the file is not reached.
@@ -158,8 +155,7 @@ def _dataset_info(source: HubSource) -> Any:
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{what} has no revision {source.revision!r}") from error
     except errors.HfHubHTTPError as error:
-        # The hub does not tell a private dataset from none.
-        if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        if type(error) is errors.RepositoryNotFoundError:  # the hub does not tell a private dataset from none
             raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
         raise web.refusal(error.response, what) from error
     except json.JSONDecodeError as error:

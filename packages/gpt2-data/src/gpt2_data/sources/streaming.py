@@ -20,8 +20,8 @@ def num_shards(listing: Listing) -> int:
         return int(_open(listing).num_shards)
 
 
-def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[list[str | None]]:
-    """Yield the documents of a shard, in batches and in order; null is None.
+def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
+    """Yield the documents of a shard in order; null is None.
 
     Raises:
         ValueError: the column is missing or holds no strings, the data cannot be read, or `datasets` is not
@@ -36,11 +36,10 @@ def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[li
         for batch in part.iter(batch_size=BATCH):
             if column not in batch:
                 raise _Refused(f"no column {column!r}; the columns are {', '.join(batch)}")
-            texts = list(batch[column])
-            for text in texts:
+            for text in batch[column]:
                 if not isinstance(text, str | None):
                     raise _Refused(f"column {column!r} holds {type(text).__name__}, not strings")
-            yield texts
+                yield text
 
 
 @functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
