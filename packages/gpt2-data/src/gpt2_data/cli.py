@@ -172,8 +172,8 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     if dry_run:
         console.print_plan(config, as_json)
         return
-    with _stoppable(), console.progress() as progress:
-        result = run(config, progress)
+    with _stoppable(), console.bar() as show:
+        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
     console.print_result(result, config, as_json)
 
 

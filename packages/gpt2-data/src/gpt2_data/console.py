@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult, Progress
+    from gpt2_data.building.build import BuildResult
     from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -92,29 +92,18 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
 
 
 @contextmanager
-def progress() -> "Iterator[Progress]":
-    """Show a build's progress by `bar`, with the tokens so far."""
-    with bar() as show:
-        yield lambda status: show(
-            status.phase,
-            status.done,
-            status.total,
-            f"{format_count(status.tokens)} tokens" if status.tokens else "",
-        )
-
-
-@contextmanager
 def bar() -> "Iterator[Callable[..., None]]":
-    """Show (what, done, total[, note]): a bar on a terminal, a line now and then elsewhere; on stderr."""
+    """Show (what, done, total[, tokens so far]): a bar on a terminal, a line now and then elsewhere; on stderr."""
     from tqdm import tqdm
 
     drawn: Any = None
     phase, started, first = "", 0.0, 0
     last_line = time.monotonic()
 
-    def show(what: str, done: int, total: int, note: str = "") -> None:
+    def show(what: str, done: int, total: int, tokens: int = 0) -> None:
         nonlocal drawn, phase, started, first, last_line
         now = time.monotonic()
+        note = f"{format_count(tokens)} tokens" if tokens else ""
         if what != phase:
             phase, started, first = what, now, done
             if drawn is not None:
