@@ -151,20 +151,16 @@ def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
 
 
 def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
-    texts = documents[:2000]
-    lines = [json.dumps({"body": text}).encode() + b"\n" for text in texts]
+    lines = [json.dumps({"body": text}).encode() + b"\n" for text in documents[:2000]]
     hub.add("some/lines", {"a.jsonl": b"".join(lines[:900]), "b.jsonl": b"".join(lines[900:])})
-    build_lines = [*CLI, "build", "hf:some/lines", "--column", "body", "--out", str(tmp_path / "out")]
-    done = run(hub, [*build_lines, "--val-tokens", "0", "--workers", "2"])
+    lines_of_hub = [*CLI, "build", "hf:some/lines", "--workers", "2", "--val-tokens", "0"]
+    done = run(hub, [*lines_of_hub, "--column", "body", "--out", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
-    local = BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1)
-    build(local)
-    ours, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
-    assert [shard.tokens_sha256 for shard in ours.manifest.shards] == [
-        shard.tokens_sha256 for shard in same.manifest.shards
-    ]
-    done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])
+    build(BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1))
+    ours, same = (open_dataset(tmp_path / name).manifest.shards for name in ("out", "local"))
+    assert [shard.tokens_sha256 for shard in ours] == [shard.tokens_sha256 for shard in same]
+    done = run(hub, [*lines_of_hub, "--out", str(tmp_path / "none")])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "body" in done.stderr
 

@@ -50,16 +50,12 @@ class _Group(cloup.Group):
         except (ValueError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        full = ": make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        text = f"{where}{error.strerror}{full}"
-    return _printable(text)
+            text = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                if error.errno == errno.ENOSPC:
+                    text += ": make room and run the same command again"
+            raise click.ClickException(_printable(text)) from error
 
 
 def _printable(text: str) -> str:
@@ -206,15 +202,13 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     from gpt2_data import verify as check
 
     report = check(dataset, level)
+    files = f"{plural(report.files, 'file')}, {format_bytes(report.bytes)}"
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **vars(report)}))
     elif report.ok:
-        click.echo(
-            f"{dataset}: {plural(report.files, 'file')}, {format_bytes(report.bytes)}: nothing wrong ({level})"
-        )
+        click.echo(f"{dataset}: {files}: nothing wrong ({level})")
     else:
-        for problem in report.problems:
-            click.echo(problem)
+        click.echo("\n".join(report.problems))
     if not report.ok:
         raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files are not right")
 
@@ -236,10 +230,9 @@ def info(dataset: Path, as_json: bool) -> None:
     click.echo(f"tokenizer  {manifest.tokenizer['name']}, {manifest.vocab_size:,} tokens")
     click.echo(f"order      {options['order']}{seed}")
     if "text_bytes" in source:  # not if it was converted from a dataset of others
-        click.echo(
-            f"text       {format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')} "
-            f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
-        )
+        text = f"{format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')}"
+        odd = f"{source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired"
+        click.echo(f"text       {text} ({odd})")
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
     inputs = source["inputs"]

@@ -24,8 +24,7 @@ from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 
-Progress = Callable[[int], object]
-"""Is called with the bytes of the file that are on the disk."""
+Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
 
 
 class _Wrong(Exception):
@@ -215,20 +214,14 @@ def _check_answer(response: httpx2.Response, file: WebFile, size: int) -> None:
 
 
 class Downloader:
-    """Fetches files in order in a background thread, while the caller works on those that are there.
+    """Fetches files, each into its folder, in order in a background thread, while the caller works on others.
 
     Args:
-        files: each with its folder.
-        ahead: how many files may be there that are not released; None: all.
+        ahead: the number of files that may be there and not released; None: all.
         delete: True deletes a file that is released.
 
     Attributes:
         bytes_done: on the disk; what an earlier run had fetched counts as soon as it is seen.
-
-        with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
-            while not downloader.ready(path): ...      # raises what stopped the thread
-            ...
-            downloader.release(path)
     """
 
     def __init__(
