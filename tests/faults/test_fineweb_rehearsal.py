@@ -153,14 +153,14 @@ def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
 def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
     lines = [json.dumps({"body": text}).encode() + b"\n" for text in documents[:2000]]
     hub.add("some/lines", {"a.jsonl": b"".join(lines[:900]), "b.jsonl": b"".join(lines[900:])})
-    lines_of_hub = [*CLI, "build", "hf:some/lines", "--workers", "2", "--val-tokens", "0"]
-    done = run(hub, [*lines_of_hub, "--column", "body", "--out", str(tmp_path / "out")])
+    build_lines = [*CLI, "build", "hf:some/lines", "--val-tokens", "0"]
+    done = run(hub, [*build_lines, "--column", "body", "--workers", "2", "--out", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
     build(BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1))
     ours, same = (open_dataset(tmp_path / name).manifest.shards for name in ("out", "local"))
     assert [shard.tokens_sha256 for shard in ours] == [shard.tokens_sha256 for shard in same]
-    done = run(hub, [*lines_of_hub, "--out", str(tmp_path / "none")])
+    done = run(hub, [*build_lines, "--out", str(tmp_path / "none")])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "body" in done.stderr
 
