@@ -4,7 +4,6 @@ The public names load on first use, so that `gpt2-data --help` pays for none of 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from gpt2_data.tokenizer import encode_documents as encode_documents
     from gpt2_data.tokenizer import get_tokenizer as get_tokenizer
 
-__version__ = version("gpt2-data")
+    __version__: str
 
 _MODULE_OF = {
     "EOT": "tokenizer",
@@ -43,10 +42,14 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms of help's half second
+
+        return version("gpt2-data")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"gpt2_data.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])
