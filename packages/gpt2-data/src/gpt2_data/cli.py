@@ -23,15 +23,13 @@ SETTINGS: dict[str, Any] = {
     "auto_envvar_prefix": "GPT2_DATA",
     "max_content_width": 100,
 }
-SOURCES_SHOWN = 20
-"""Sources that `info` lists; a dataset may have thousands."""
+SOURCES_SHOWN = 20  # by `info`; a dataset may have thousands
 
 
 def size(text: str) -> int:
     """Read a count such as 100M, 1.5B or 64k."""
-    factors = {"k": 10**3, "m": 10**6, "b": 10**9}
     digits = text.strip().lower()
-    factor = factors.get(digits[-1:], 1)
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:], 1)
     try:
         number = float(digits[:-1] if factor > 1 else digits) * factor
         if number < 0 or number != int(number):
@@ -52,15 +50,12 @@ class _Group(cloup.Group):
         except (ValueError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        full = ": make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        return _printable(f"{where}{error.strerror}{full}")
-    return _printable(" ".join(str(error).split()))
+            text = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                if error.errno == errno.ENOSPC:
+                    text += ": make room and run the same command again"
+            raise click.ClickException(_printable(text)) from error
 
 
 def _printable(text: str) -> str:
@@ -92,6 +87,7 @@ AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON d
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
 FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+DATASET = cloup.argument("dataset", **FOLDER)
 
 
 @main.command()
@@ -141,9 +137,7 @@ FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
     cloup.option("--dry-run", is_flag=True, help="Only say what would be built, how large and how long."),
     AS_JSON,
 )
-def build(
-    source: tuple[str, ...], out: Path | None, order: str | None, dry_run: bool, as_json: bool, **options: Any
-) -> None:
+def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
     \b
@@ -168,50 +162,33 @@ def build(
     source = source or ("fineweb-edu",)
     if out is None:
         if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
-            _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    if order is not None:  # else BuildConfig's default, which --compat changes
-        options["order"] = order
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
         console.print_plan(config, as_json)
         return
-    with _stoppable(), console.progress() as progress:
-        result = run(config, progress)
+    with _stoppable(), console.bar() as show:
+        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
     console.print_result(result, config, as_json)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block, and the command, with 128 + their number; the workers are ended, too."""
-    number = signal.SIGINT
 
-    def stop(received: int, _: FrameType | None) -> None:
-        nonlocal number
-        number = signal.Signals(received)
-        raise KeyboardInterrupt
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or (signal.SIGINT,))
         click.echo(f"\nstopped by {number.name}: run the same command again to resume", err=True)
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _check_names(source: tuple[str, ...]) -> None:
-    """Raise ValueError for a SOURCE that is none: more to the point than what else is missing."""
-    from gpt2_data.sources import catalog, hub
-
-    for name in source:
-        if hub.parse(name) is None:
-            catalog.expand(name)
-
-
-DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
 
 
 @main.command()
@@ -225,15 +202,13 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     from gpt2_data import verify as check
 
     report = check(dataset, level)
+    files = f"{plural(report.files, 'file')}, {format_bytes(report.bytes)}"
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **vars(report)}))
     elif report.ok:
-        click.echo(
-            f"{dataset}: {plural(report.files, 'file')}, {format_bytes(report.bytes)}: nothing wrong ({level})"
-        )
+        click.echo(f"{dataset}: {files}: nothing wrong ({level})")
     else:
-        for problem in report.problems:
-            click.echo(problem)
+        click.echo("\n".join(report.problems))
     if not report.ok:
         raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files are not right")
 
@@ -255,10 +230,9 @@ def info(dataset: Path, as_json: bool) -> None:
     click.echo(f"tokenizer  {manifest.tokenizer['name']}, {manifest.vocab_size:,} tokens")
     click.echo(f"order      {options['order']}{seed}")
     if "text_bytes" in source:  # not if it was converted from a dataset of others
-        click.echo(
-            f"text       {format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')} "
-            f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
-        )
+        text = f"{format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')}"
+        odd = f"{source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired"
+        click.echo(f"text       {text} ({odd})")
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
     inputs = source["inputs"]
@@ -296,7 +270,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 
 
 @main.command()
-@cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
+@DATASET
 @cloup.argument("out", type=click.Path(path_type=Path))
 @cloup.option(
     "--to",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult, Progress
+    from gpt2_data.building.build import BuildResult
     from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -51,8 +51,8 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
-    sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
     without = ", downloads left out" if fetched else ""
+    sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
     workers = plural(facts["workers"], "worker")
     click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
     click.echo(f"documents  about {format_count(guess.documents)}")
@@ -70,50 +70,37 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         return
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
-    if result.already_built:
-        click.echo(f"{result.out}: already built: {what} in {shards}")
-        return
     how = f"{result.seconds:.1f} s"
     if result.text_mb_per_second:  # 0 where all had been tokenized before
         how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
-    if not result.finished:
-        assert config.part is not None
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+        return
+    if not result.finished and config.part is not None:
         number, count = config.part
         click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
         return
     click.echo(f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}")
-    for count, note in (
-        (result.documents_empty, "empty: only <|endoftext|> is there"),
-        (result.documents_replaced, "not UTF-8: what could not be read became U+FFFD"),
-    ):
-        if count:
-            click.echo(f"{plural(count, 'document')} {note}", err=True)
-
-
-@contextmanager
-def progress() -> "Iterator[Progress]":
-    """Show a build's progress by `bar`, with the tokens so far."""
-    with bar() as show:
-        yield lambda status: show(
-            status.phase,
-            status.done,
-            status.total,
-            f"{format_count(status.tokens)} tokens" if status.tokens else "",
-        )
+    if result.documents_empty:
+        click.echo(f"{plural(result.documents_empty, 'document')} empty: only <|endoftext|> is there", err=True)
+    if result.documents_replaced:
+        note = "not UTF-8: what could not be read became U+FFFD"
+        click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager
 def bar() -> "Iterator[Callable[..., None]]":
-    """Show (what, done, total[, note]): a bar on a terminal, a line now and then elsewhere; on stderr."""
+    """Show (what, done, total[, tokens so far]): a bar on a terminal, a line now and then elsewhere; on stderr."""
     from tqdm import tqdm
 
     drawn: Any = None
     phase, started, first = "", 0.0, 0
     last_line = time.monotonic()
 
-    def show(what: str, done: int, total: int, note: str = "") -> None:
+    def show(what: str, done: int, total: int, tokens: int = 0) -> None:
         nonlocal drawn, phase, started, first, last_line
         now = time.monotonic()
+        note = f"{format_count(tokens)} tokens" if tokens else ""
         if what != phase:
             phase, started, first = what, now, done
             if drawn is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs, remote, streaming
+from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.hub import HubSource, Listing
 from gpt2_data.sources.web import WebFile
@@ -164,7 +164,7 @@ def _hub_inputs(
         listing, row_groups = Listing.from_json(pin["listing"]), pin["row_groups"]
     except (OSError, ValueError, KeyError, TypeError):
         listing = hub.list_files(on_hub)
-        row_groups = [remote.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
+        row_groups = [hub.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
     pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)

@@ -1,8 +1,7 @@
 """Where documents come from: a name on the command line leads to inputs, a work unit of one to its documents.
 
-A source is read one unit at a time (plan.py cuts them), as a stream of batches, so that no big file is ever held
-whole. Every reader yields the documents in the source's own order. A new kind of file needs an entry in
-FILE_KINDS, a branch in _batches, a reader in files.py, and in plan.py a cut into units.
+A source is read one unit at a time (plan.py cuts them), as a stream of batches in the source's own order. A new
+kind of file needs an entry in FILE_KINDS, a branch in _batches, a reader in files.py, and a cut in plan.py.
 """
 
 import glob
@@ -123,8 +122,7 @@ def _streamed(unit: Unit) -> Iterator[Part]:
     from gpt2_data.sources import hub, streaming
 
     listing = hub.Listing.from_json(json.loads(unit.files[0]))
-    for texts in streaming.documents(listing, unit.start, unit.column):
-        yield from map(Part, texts)
+    yield from map(Part, streaming.documents(listing, unit.start, unit.column))
 
 
 def document_name(unit: Unit, number: int) -> str:
