@@ -121,5 +121,5 @@ def test_user_errors(uniform, ids, options, message):
 
 def test_nan_is_an_error(uniform, dataset):
     uniform.head_weight = torch.full((50257, 1), float("nan"))
-    with pytest.raises(ValueError, match="3 of 3 sequences have a log-likelihood of NaN"):
+    with pytest.raises(ValueError, match="3 of 3 windows have a log-likelihood of NaN"):
         evaluate_loss(uniform, dataset, tokens=300)

@@ -21,8 +21,7 @@ from transformers import (
 
 from gpt2_eval import score_items
 from gpt2_eval.cli import main
-from gpt2_eval.encoding import joint
-from gpt2_eval.models import HFModel, load_model
+from gpt2_eval.models import HFModel, joint, load_model
 from gpt2_eval.packing import Row
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}

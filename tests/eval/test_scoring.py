@@ -207,8 +207,8 @@ def other_weights(model):
 def test_left_truncation_equals_transformers(model, reference):
     rows = [Row(list(range(1000, 1400)), [5, 6, 7]), Row([1, 2], list(range(128))), Row(list(range(127)), [3, 4])]
     np.testing.assert_allclose(score_rows(model, rows), scored_one_by_one(reference, rows), rtol=0, atol=2e-4)
-    assert count_truncated(rows, 128) == 2  # the last needs 128 inputs: its final token is none
-    assert count_truncated([Row([], [1] * 128)], 128) == 0
+    assert count_truncated([rows], 128) == 2  # the last needs 128 inputs: its final token is none
+    assert count_truncated([[Row([], [1] * 128)]], 128) == 0
 
 
 def test_order_of_rows_changes_nothing(model, rows, scores):

@@ -45,9 +45,9 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
         hits = (logits.argmax(-1) == targets).tolist()
         words.append(all(hits))
         tokens.append(hits[-1])
-    assert result.metrics["acc"].value == sum(words) / 3
-    assert result.metrics["acc_last_token"].value == sum(tokens) / 3
-    assert result.metrics["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
+    assert result.metrics["lm-eval"]["acc"].value == sum(words) / 3
+    assert result.metrics["lm-eval"]["acc_last_token"].value == sum(tokens) / 3
+    assert result.metrics["lm-eval"]["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
     assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
 
 
@@ -197,7 +197,9 @@ def test_the_command_on_items(model_folder, tmp_path):
     out = tmp_path / "out.jsonl"
     done = run("lambada", "-m", model_folder, "--data", file, "--out", out)
     assert done.exit_code == 0, done.output
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["acc", "acc_last_token", "perplexity"]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:4]] == [
+        ["lm-eval", metric] for metric in ("acc", "acc_last_token", "perplexity")
+    ]
     assert "Not the published file (SHA-256" in done.stdout
     assert len(out.read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir() if "rows" in path.name] == []
