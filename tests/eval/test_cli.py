@@ -5,6 +5,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from click.testing import CliRunner
 from lm_eval.tasks import TaskManager
 
@@ -76,6 +77,7 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
         ((*hellaswag, items_file, "--out", tmp_path / "no" / "items.jsonl"), "does not exist"),
         ((*hellaswag, items_file, "-d", "abacus"), "no device 'abacus'"),
         (("hellaswag", "-m", tmp_path / "none", "--data", items_file), "none"),
+        (("hellaswag", "--hf", tmp_path / "none", "--data", items_file), "transformers cannot load"),
         (("lm-eval", "-m", model_folder, "--tasks", f"nonsense,{items_file}"), "has no task nonsense:"),
         ((*loss, tmp_path / "none"), "none"),
         ((*loss, dataset_folder, "--split", "test"), "test"),
@@ -145,8 +147,6 @@ def test_a_missing_extra_is_named(items_file, monkeypatch, module, arguments, ex
 
 
 def test_memory_that_is_used_up_is_one_line(model_folder, items_file, monkeypatch):
-    import torch
-
     monkeypatch.setattr("gpt2_eval.hellaswag.score_items", lambda *_, **__: torch.empty(2**60))
     result = run("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
     assert result.exit_code == 1

@@ -40,11 +40,12 @@ def test_accuracy(tmp_path):
 def test_changed_answers_need_not_be_right(tmp_path):
     """What bf16 does to a model is not seen where one wrong answer replaces another."""
     sums = [[0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
-    a = write(tmp_path / "a.jsonl", [{"item": i, "label": 0, "sum": one} for i, one in enumerate(sums)])
-    b = write(tmp_path / "b.jsonl", [{"item": i, "label": 0, "sum": one[::-1]} for i, one in enumerate(sums)])
-    _, found = compare(a, b)
-    # 1 -> 1, 2 -> 0 and 0 -> 2
-    assert (found["acc"].changed, found["acc"].only_a, found["acc"].only_b) == (2, 1, 1)
+    a, b = (
+        write(tmp_path / name, [{"item": i, "label": 0, "sum": one[::step]} for i, one in enumerate(sums)])
+        for name, step in (("a", 1), ("b", -1))
+    )
+    acc = compare(a, b)[1]["acc"]
+    assert (acc.changed, acc.only_a, acc.only_b) == (2, 1, 1)  # 1 -> 1, 2 -> 0 and 0 -> 2
 
 
 def test_verdict(tmp_path):

@@ -65,25 +65,21 @@ def test_rows_of_an_item(items_file):
     assert capitalised.bytes[1] - capitalised.chars[1] == 4  # é, ï and an em dash
 
 
-def test_one_protocol_and_loaded_items(model, items_file, result):
+def test_one_protocol_loaded_items_and_a_limit(model, items_file, result):
     data = load_hellaswag(items_file)
-    alone = evaluate_hellaswag(model, data, protocol="lm-eval")
+    alone = evaluate_hellaswag(model, data, protocol="lm-eval", limit=99)
     assert list(alone.metrics) == ["lm-eval"]
     assert list(alone.records[0]) == ["ind", "label", "hash", "lm-eval"]
     assert alone.metrics["lm-eval"] == result.metrics["lm-eval"]
+    assert not alone.partial
     with pytest.raises(ValueError, match="unknown protocol 'nanochat'"):
         evaluate_hellaswag(model, data, protocol="nanochat")
-
-
-def test_limit_is_partial(model, items_file, result):
     limited = evaluate_hellaswag(model, items_file, limit=6)
     assert (limited.items, limited.partial) == (6, True)
     assert limited.data_sha256 == result.data_sha256
     for ours, whole in zip(limited.records, result.records, strict=False):
         assert ours["karpathy"]["sum"] == pytest.approx(whole["karpathy"]["sum"], abs=1e-4)
-    assert evaluate_hellaswag(model, load_hellaswag(items_file), limit=6).metrics == limited.metrics
-    assert not result.partial
-    assert not evaluate_hellaswag(model, load_hellaswag(items_file), limit=99).partial
+    assert evaluate_hellaswag(model, data, limit=6).metrics == limited.metrics
 
 
 def test_uniform_model_ties_go_to_the_lowest_index(uniform, items_file, items):
@@ -128,12 +124,6 @@ def test_records_appear_whole_or_not_at_all(tmp_path, result):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def broken_line(items, change):
-    item = dict(items[1])
-    change(item)
-    return json.dumps(item)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,16 +142,16 @@ def broken_line(items, change):
     ],
 )
 def test_broken_items_name_file_and_line(items, tmp_path, change, message):
-    path = tmp_path / "broken.jsonl"
-    path.write_text(json.dumps(items[0]) + "\n" + broken_line(items, change) + "\n")
+    path, broken = tmp_path / "broken.jsonl", dict(items[1])
+    change(broken)
+    path.write_text(f"{json.dumps(items[0])}\n{json.dumps(broken)}\n")
     with pytest.raises(ValueError, match=rf"broken\.jsonl:2: .*{message}"):
         load_hellaswag(path)
 
 
 def test_broken_items_are_counted(items, tmp_path):
     path = tmp_path / "broken.jsonl"
-    broken = broken_line(items, lambda item: item.pop("label"))
-    path.write_text("\n".join([json.dumps(items[0]), "{", json.dumps(items[2]), broken, broken]))
+    path.write_text("\n".join([json.dumps(items[0]), "{", json.dumps(items[2]), "{}", "{}"]))
     with pytest.raises(ValueError, match=r"broken\.jsonl:2: not JSON: .* \(and 2 more of 5 records\)$"):
         load_hellaswag(path)
 
@@ -182,16 +172,11 @@ def test_broken_files(tmp_path, content, message):
         load_hellaswag(path)
 
 
-def test_labels_as_text(items, tmp_path):
-    path = tmp_path / "hub.jsonl"
-    path.write_text(json.dumps(items[0] | {"label": "3"}))
-    assert load_hellaswag(path).items[0].label == 3
-
-
-def test_truncated_contexts_are_counted(model, items, tmp_path):
+def test_truncated_contexts_and_labels_as_text(model, items, tmp_path):
     path = tmp_path / "long.jsonl"
-    long = items[1] | {"ctx": "word " * 300}
+    long = items[1] | {"ctx": "word " * 300, "label": "3"}
     path.write_text(json.dumps(items[0]) + "\n" + json.dumps(long) + "\n")
+    assert load_hellaswag(path).items[1].label == 3
     result = evaluate_hellaswag(model, path)
     assert result.truncated == {"karpathy": 4, "lm-eval": 0}
     assert result.as_dict()["karpathy"]["truncated"] == 4

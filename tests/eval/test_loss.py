@@ -12,6 +12,21 @@ from gpt2_eval.loss import bytes_per_token
 from gpt2_model import EOT, get_tokenizer
 
 
+class Tokens:
+    """A split of the ids that a test wants."""
+
+    manifest = SimpleNamespace(hash="0123")
+
+    def __init__(self, ids):
+        self.ids = np.array(ids, dtype=np.uint16)
+
+    def tokens(self, split):
+        return len(self.ids)
+
+    def read(self, split, start, stop):
+        return self.ids[start:stop]
+
+
 @pytest.mark.parametrize(("tokens", "seq_len"), [(640, 64), (700, 64), (300, 128), (50, 128)])
 def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len):
     ids = dataset.read("val", 0, tokens + 1)
@@ -22,10 +37,8 @@ def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len):
     assert (result.sequences, result.seq_len) == (len(windows), seq_len)
     assert result.loss == pytest.approx(nats.mean(), abs=1e-5)
     assert result.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-4)
-    text = get_tokenizer().decode([token for token in ids[1:].tolist() if token != EOT])
-    assert "\ufffd" not in text[:-1]  # tokens may end inside the last character
-    num_bytes = len(b"".join(get_tokenizer().decode_tokens_bytes([t for t in ids[1:].tolist() if t != EOT])))
-    assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / num_bytes, rel=1e-5)
+    text = b"".join(get_tokenizer().decode_tokens_bytes([token for token in ids[1:].tolist() if token != EOT]))
+    assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / len(text), rel=1e-5)
     if tokens == 640:
         means = [window.mean() for window in windows]
         assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(len(means)), rel=1e-3)
@@ -54,18 +67,7 @@ def test_uniform_model(uniform, dataset):
     assert result.loss == pytest.approx(math.log(50257), rel=1e-6)
     assert result.perplexity == pytest.approx(50257, rel=1e-4)
     assert result.stderr == pytest.approx(0, abs=1e-6)
-
-
-def test_training_mode_and_gradients_survive(model, dataset):
-    model.train()
-    try:
-        evaluate_loss(model, dataset, tokens=64)
-        assert model.training
-        _, loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
-        loss.backward()
-    finally:
-        model.zero_grad()
-        model.eval()
+    assert math.isnan(evaluate_loss(uniform, Tokens([EOT] * 9)).bits_per_byte)  # there is no text
 
 
 def test_autocast_is_close(model, dataset):
@@ -83,25 +85,6 @@ def test_bytes_per_token():
     assert table[get_tokenizer().encode_ordinary(text)].sum() == len(text.encode())
 
 
-class Tokens:
-    """A split of the ids that a test wants."""
-
-    manifest = SimpleNamespace(hash="0123")
-
-    def __init__(self, ids):
-        self.ids = np.array(ids, dtype=np.uint16)
-
-    def tokens(self, split):
-        return len(self.ids)
-
-    def read(self, split, start, stop):
-        return self.ids[start:stop]
-
-
-def test_bits_per_byte_of_no_text(uniform):
-    assert math.isnan(evaluate_loss(uniform, Tokens([EOT] * 9)).bits_per_byte)
-
-
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
@@ -117,9 +100,3 @@ def test_bits_per_byte_of_no_text(uniform):
 def test_user_errors(uniform, ids, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_loss(uniform, Tokens(ids), **options)
-
-
-def test_nan_is_an_error(uniform, dataset):
-    uniform.head_weight = torch.full((50257, 1), float("nan"))
-    with pytest.raises(ValueError, match="3 of 3 windows have a log-likelihood of NaN"):
-        evaluate_loss(uniform, dataset, tokens=300)

@@ -27,10 +27,6 @@ def write(path, records):
     return path
 
 
-def test_names_of_the_command_are_those_of_the_tables():
-    assert (*TASKS, *CORPORA) == cli.TASK_NAMES
-
-
 def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     """Greedy by transformers' definition: argmax at each place, given the right tokens before it."""
     file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
@@ -113,19 +109,14 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
         load_task(name, file)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("c.txt", b" \n", "holds no text"),
-        ("d.txt", b"\xff", "not UTF-8"),
-        ("e.jsonl", b"{}", "no text"),
+def test_files_that_hold_no_text(tmp_path):
+    for name, content, message in (
+        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
         ("f.parquet", b"PAR1", "no good Parquet"),
-    ],
-)
-def test_files_that_hold_no_text(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_corpus("ptb", tmp_path / name)
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_corpus("ptb", tmp_path / name)
 
 
 def test_names_and_limits_that_there_are_not(tmp_path):
@@ -152,10 +143,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_file_of_the_hub_is_fetched_once(hub, tmp_path):
-    records = [
-        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "1"}
-    ]
-    pq.write_table(pa.Table.from_pylist(records), tmp_path / "test.parquet")
+    record = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "1"}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "test.parquet")
     configs = [{"config_name": "ARC-Easy", "data_files": [{"split": "test", "path": "ARC-Easy/test-*"}]}]
     hub.add("allenai/ai2_arc", {
         "README.md": f"---\n{yaml.dump({'configs': configs})}---\n".encode(),
@@ -221,6 +210,7 @@ def test_the_command_on_a_text_says_that_it_is_another(model_folder, tmp_path):
     assert json.loads(run(*words, "--json").stdout)["published_file"] is False
 
 
-def test_large_perplexities_are_readable():
+def test_names_and_figures_of_the_tables():
+    assert (*TASKS, *CORPORA) == cli.TASK_NAMES
     figures = [_figure(value, ".3f") for value in (1.5, 999_999, 1_553_000, 2e9, 1e24, math.nan)]
     assert figures == ["1.500", "999999.000", "1.55M", "2.00B", "1e+24", "n/a"]

@@ -3,11 +3,11 @@
 The harness runs once, on all tasks, through transformers; and once more with our model in it, by the bridge.
 """
 
-import json
 import os
 from pathlib import Path
 
 import pytest
+from hellaswag_items import make_items, write_items
 
 from gpt2_eval import evaluate_hellaswag
 from gpt2_eval.corpora import evaluate_corpus, load_corpus, split_pages
@@ -19,24 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the harness' own, and those of what it imports
 ]
 
-HELLASWAG = [
-    {
-        "ind": i, "activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}".strip(),
-        "endings": endings, "label": i % 4, "source_id": f"own~{i}",
-    }
-    for i, (activity, ctx_a, ctx_b, endings) in enumerate(
-        [
-            ("Style", "[header] How to tie a scarf [title] Fold it. [step] Lay it flat [substeps]", "",
-             ["[substeps] Many fold it.", "Fold [not too tight] here.", "Throw it  away.", "[title] Eat it."]),
-            ("Removing ice", "Then, the man writes over the snow.", "then He Scrapes",
-             [", the ice away.", "with a café spoon — naïvely.", "his dog.", "   three blanks"]),
-            ("Cooking", "A pot of 味噌汁 boils [next] on the stove.", "a woman",
-             ["adds 豆腐 to it.", "adds tofu.", "leaves, humming 🎵.", "sings"]),
-            ("Playing", "A line\u2028separator stands here.", "", ["one", "one two", "three", "four " * 9]),
-            ("Running", "She runs " + "and runs " * 40 + "on.", "she", ["stops.", "falls down.", "goes on", "is"]),
-        ] * 3
-    )
-]  # fmt: skip
 CHOICES = {
     "arc_easy": ("question", [
         ("Which is a gas?", ["iron", "air", "wood"], list("ABC"), "B"),
@@ -95,11 +77,10 @@ WIKITEXT = "\n".join(
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
-    for name, records in ({"hellaswag": HELLASWAG} | RECORDS).items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "wiki.test.raw").write_text(WIKITEXT)
     pages = [{"page": page} for page in split_pages(WIKITEXT)]
-    (folder / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    for name, records in (RECORDS | {"hellaswag": make_items(15), "wikitext": pages}).items():
+        write_items(folder / f"{name}.jsonl", records)
+    (folder / "wiki.test.raw").write_text(WIKITEXT)
     return folder
 
 
@@ -152,19 +133,21 @@ def model(tiny_hf_folder):
     return GPT.from_pretrained(tiny_hf_folder)
 
 
+def ordered(samples):
+    return sorted(samples, key=lambda sample: sample["doc_id"])
+
+
 def responses(samples):
     """Log-likelihoods of the choices of each item, in the file's order."""
-    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-    return [[response[0][0] for response in sample["resps"]] for sample in ordered]
+    return [[response[0][0] for response in sample["resps"]] for sample in ordered(samples)]
 
 
 def test_hellaswag(model, files, theirs):
     figures, samples = theirs["hellaswag"]
     result = evaluate_hellaswag(model, files / "hellaswag.jsonl", protocol="lm-eval")
-    for record, expected in zip(result.records, responses(samples), strict=True):
-        assert record["lm-eval"]["sum"] == pytest.approx(expected, abs=1e-3)
-    for record, sample in zip(result.records, sorted(samples, key=lambda sample: sample["doc_id"]), strict=True):
+    for record, expected, sample in zip(result.records, responses(samples), ordered(samples), strict=True):
         sums, choices = record["lm-eval"]["sum"], sample["doc"]["choices"]
+        assert sums == pytest.approx(expected, abs=1e-3)
         by_char = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
         by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
         assert record["lm-eval"]["char"] == pytest.approx(by_char)

@@ -26,8 +26,6 @@ TASK_NAMES = (
 ONE_MODEL = RequireExactly(1).rephrased(
     "give one", "give one of --model, for a GPT-2, and --hf, for any model that transformers loads"
 )
-
-
 user_errors = command.user_errors("use a smaller --batch-size, or --dtype bf16")
 
 
