@@ -85,7 +85,6 @@ def evaluate_hellaswag(
     data: HellaSwag | str | Path,
     *,
     protocol: str = "both",
-    limit: int | None = None,
     **options: Unpack[ScoringOptions],
 ) -> HellaSwagResult:
     """Score `data`, a file or the items that `load_hellaswag` read, by one protocol or by both in one pass.
@@ -94,14 +93,13 @@ def evaluate_hellaswag(
 
     Args:
         protocol: "karpathy", "lm-eval" or "both".
-        limit: score the first so many items only; the result is then marked partial.
         options: those of `score_items`, and so are the errors, beside those of `load_hellaswag`.
     """
     if protocol not in (*METRICS, "both"):
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
     if not isinstance(data, HellaSwag):
-        data = load_hellaswag(data, limit=limit)
-    items = data.items[:limit]
+        data = load_hellaswag(data)
+    items = data.items
     start = time.perf_counter()
     rows = {name: [item.rows[name] for item in items] for name in METRICS if protocol in (name, "both")}
     scored = score_items(model, list(chain.from_iterable(rows.values())), **options)

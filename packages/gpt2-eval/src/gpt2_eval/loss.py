@@ -44,7 +44,7 @@ def evaluate_loss(
         seq_len: tokens a window; the model's context if None.
         batch_size: windows in a forward pass; 8 if None. In fp32 it changes but the last digits.
         compile: run the model compiled, on batches of one shape: the last is filled up.
-        options: device, autocast_dtype, resume, progress, stop: as in `score_items`; so are ranks and Interrupted.
+        options: autocast_dtype, resume, progress, stop: as in `score_items`; so are ranks and Interrupted.
 
     Raises:
         ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or a loss is NaN.
@@ -57,7 +57,6 @@ def evaluate_loss(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     num_targets = count_targets(dataset, split, tokens)
-    device = options["device"] = device_of(model, options.get("device"))
     start = time.perf_counter()
     num_windows = -(-num_targets // seq_len)
     firsts = range(0, num_windows, batch_size)
@@ -66,7 +65,7 @@ def evaluate_loss(
     def score(number: int) -> dict[int, tuple[float, int]]:
         windows = batches[number]
         ids = dataset.read(split, windows.start * seq_len, min(windows.stop * seq_len, num_targets) + 1)
-        nats, text_bytes = _score_windows(model, ids, seq_len, device, batch_size if compile else None)
+        nats, text_bytes = _score_windows(model, ids, seq_len, batch_size if compile else None)
         return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
     scored = (dataset.manifest.hash, split, num_targets, seq_len)
@@ -108,7 +107,7 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 
 
 def _score_windows(
-    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device, fill_to: int | None
+    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, fill_to: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return nats and bytes of the targets in each window of consecutive ids (targets + 1,), the last maybe short.
 
@@ -117,7 +116,7 @@ def _score_windows(
     limit = min(model.config.vocab_size, EOT + 1)
     if ids.max() >= limit:
         raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
-    num_targets = ids.size - 1
+    num_targets, device = ids.size - 1, device_of(model)
     window_of = np.arange(num_targets) // seq_len
     num_windows = int(window_of[-1]) + 1
     tokens = np.zeros((fill_to or num_windows) * seq_len, dtype=np.int64)

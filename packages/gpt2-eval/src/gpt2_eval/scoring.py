@@ -39,7 +39,6 @@ LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 class PassOptions(TypedDict, total=False):
     """Options of every evaluation, which `score_items` explains."""
 
-    device: torch.device | str | None
     autocast_dtype: torch.dtype | None
     resume: Path | None
     progress: bool
@@ -76,7 +75,6 @@ def score_items(
         share_prefixes: None does so for gpt2_model's GPT, whose attention can be told what a token sees.
         compile: run the model compiled, on sequences of one length (several items in each), so that nothing is
             compiled again from one batch or evaluation to the next.
-        device: where the inputs go; the model's own device if None.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         resume: the file that the caller will write. Scores are written beside it after each batch, and those that
             a killed call wrote there are not computed again; `remove_scores` deletes them.
@@ -97,13 +95,10 @@ def score_items(
             )
         if max(max(row.context, default=EOT), max(row.continuation)) >= vocab_size:
             raise ValueError(f"row {index} has a token id beyond the model's vocabulary of {vocab_size}")
-    device = options["device"] = device_of(model, options.get("device"))
-    batches = plan_batches(
-        model, items, batch_size=batch_size, device=device, share_prefixes=share_prefixes, compile=compile
-    )
+    batches = plan_batches(model, items, batch_size=batch_size, share_prefixes=share_prefixes, compile=compile)
 
     def score(number: int) -> dict[int, RowScore]:
-        return _score_batch(model, batches[number], rows, device, compile)
+        return _score_batch(model, batches[number], rows, compile)
 
     numbers = [batch.rows for batch in batches]
     records = score_batches(model, numbers, score, scored=rows, unit="rows", **options)
@@ -118,7 +113,6 @@ def score_batches(
     *,
     scored: Iterable[object],
     unit: str,
-    device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     resume: Path | None = None,
     progress: bool = False,
@@ -143,7 +137,7 @@ def score_batches(
             known, keep = stack.enter_context(resuming(resume, what, rank, world_size))
             if known and progress:
                 print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
-        stack.enter_context(evaluating(model, device_of(model, device), autocast_dtype))
+        stack.enter_context(evaluating(model, autocast_dtype))
         numbers = range(rank, len(batches), world_size)
         for number in _with_progress(numbers, f"scoring {unit}") if progress else numbers:
             if interrupted := stop is not None and stop():
@@ -186,8 +180,8 @@ def count_truncated(items: Iterable[Iterable[Row]], block_size: int) -> int:
 
 
 def plan_batches(
-    model: LanguageModel, items: Sequence[Sequence[Row]], *, batch_size: int | None = None,
-    device: torch.device | str | None = None, share_prefixes: bool | None = None, compile: bool = False,
+    model: LanguageModel, items: Sequence[Sequence[Row]], *,
+    batch_size: int | None = None, share_prefixes: bool | None = None, compile: bool = False,
 ) -> list[Batch]:  # fmt: skip
     """Plan the batches in which `score_items`, with the same options, computes these items: longest rows first.
 
@@ -206,7 +200,7 @@ def plan_batches(
     if not packs:
         return []
     # A model that gives logits gives them for all positions: 2 GB for 2,048 of them and a vocabulary of 256,000.
-    small = device_of(model, device).type == "cpu" or model.head_weight is None
+    small = device_of(model).type == "cpu" or model.head_weight is None
     max_tokens = CPU_BATCH_TOKENS if small else BATCH_TOKENS
     if compile:
         length = max(FIXED_LENGTH, -(-len(packs[0].tokens) // 128) * 128)
@@ -221,10 +215,9 @@ def plan_batches(
     return batches
 
 
-def _score_batch(
-    model: LanguageModel, batch: Batch, rows: Sequence[Row], device: torch.device, compile: bool
-) -> dict[int, RowScore]:
+def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compile: bool) -> dict[int, RowScore]:
     """Return the scores by the number of the row."""
+    device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
     if compile:
         layout = batch.layout(device)
@@ -284,12 +277,13 @@ def token_scores(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> tupl
 
 
 @contextmanager
-def evaluating(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+def evaluating(model: LanguageModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """Run the block in eval mode, without gradients, in this precision whatever autocast is around the caller."""
     was_training = model.training
     model.train(False)
     # A training step that found inference tensors in the cache of cast weights could not go backward through them.
-    precision = torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
+    kind = device_of(model).type
+    precision = torch.autocast(kind, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
     try:
         with torch.inference_mode(), precision:
             yield
@@ -297,6 +291,6 @@ def evaluating(model: LanguageModel, device: torch.device, autocast_dtype: torch
         model.train(was_training)
 
 
-def device_of(model: LanguageModel, device: torch.device | str | None) -> torch.device:
-    """Return `device`, or where the model's weights are, or the CPU for a model without any."""
-    return torch.device(device or next(model.parameters(), torch.empty(0)).device)
+def device_of(model: LanguageModel) -> torch.device:
+    """Return where the model's weights are, or the CPU for a model without any."""
+    return next(model.parameters(), torch.empty(0)).device

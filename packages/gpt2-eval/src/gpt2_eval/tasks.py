@@ -112,7 +112,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file; `total` counts its records, which may be more, and `sha256` is the whole file's."""
+    """The questions of a file; `total` and `sha256` are of the whole file."""
 
     task: str
     questions: list[Question]
@@ -202,8 +202,8 @@ def _choice_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
         return np.array([record[name] + [filler] * (most - len(record[name])) for record in records])
 
     sums = padded("sum", -math.inf)
-    metrics: dict[str, Estimate] = {"acc": accuracy(sums, labels)}
-    if all("chars" in record for record in records):
+    metrics = {"acc": accuracy(sums, labels)}
+    if "chars" in records[0]:
         metrics["acc_norm"] = accuracy(sums / padded("chars", 1), labels)
         metrics["acc_bytes"] = accuracy(sums / padded("bytes", 1), labels)
     return metrics
