@@ -65,6 +65,8 @@ def test_loss(model_folder, dataset_folder):
 def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_path, monkeypatch):
     # To list the harness' thousands of tasks takes it ten seconds.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    debugged = run("--debug", "hellaswag", "-m", "x", "--data", tmp_path / "none.jsonl")
+    assert isinstance(debugged.exception, FileNotFoundError)
     hellaswag, loss = ((name, "-m", model_folder, "--data") for name in ("hellaswag", "loss"))
     (tmp_path / "bad.jsonl").write_text("{\n")
     for arguments, message in [
@@ -126,28 +128,18 @@ def test_ctrl_c_says_how_to_resume(model_folder, items_file, tmp_path, monkeypat
     assert (run(*common).exit_code, run(*common).stderr.strip()) == (130, "")
 
 
-def test_debug_shows_the_traceback(items_file, tmp_path):
-    result = run("--debug", "hellaswag", "-m", "x", "--data", tmp_path / "none.jsonl")
-    assert isinstance(result.exception, FileNotFoundError)
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "extra"),
-    [
-        ("lm_eval", ["lm-eval", "-m", "x", "--tasks", "sciq"], "lm-eval"),
-        ("transformers", ["hellaswag", "--hf", "x"], "transformers"),
-    ],
-)
-def test_a_missing_extra_is_named(items_file, monkeypatch, module, arguments, extra):
-    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
-    result = run(*arguments, *(["--data", items_file] if "--hf" in arguments else []))
-    assert result.exit_code == 1
-    assert f"pip install 'gpt2-eval[{extra}]'" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_memory_that_is_used_up_is_one_line(model_folder, items_file, monkeypatch):
+def test_what_is_missing_is_one_line(model_folder, items_file, monkeypatch):
+    """Memory, and packages that are not installed."""
     monkeypatch.setattr("gpt2_eval.hellaswag.score_items", lambda *_, **__: torch.empty(2**60))
-    result = run("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
-    assert result.exit_code == 1
-    assert result.stderr.endswith("Error: out of memory: use a smaller --batch-size, or --dtype bf16\n")
+    for module in ("lm_eval", "transformers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for arguments, message in (
+        (("lm-eval", "-m", "x", "--tasks", "sciq"), "pip install 'gpt2-eval[lm-eval]'"),
+        (("hellaswag", "--hf", "x", "--data", items_file), "pip install 'gpt2-eval[transformers]'"),
+        (("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu"),
+         "Error: out of memory: use a smaller --batch-size, or --dtype bf16"),
+    ):  # fmt: skip
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr.endswith(f"{message}\n")
+        assert len(result.stderr.splitlines()) == 1

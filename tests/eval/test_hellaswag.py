@@ -94,9 +94,9 @@ def test_uniform_model_ties_go_to_the_lowest_index(uniform, items_file, items):
 
 def test_standard_errors():
     scores = np.array([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]])
-    found = accuracy(scores, np.array([0, 0, 1, 2]))
-    assert (found.value, found.ties) == (0.5, 1)
-    assert found.stderr == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))
+    estimate = accuracy(scores, np.array([0, 0, 1, 2]))
+    assert (estimate.value, estimate.ties) == (0.5, 1)
+    assert estimate.stderr == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))
     assert math.isnan(accuracy(scores[:1], np.array([0])).stderr)
     totals, lengths = np.array([3.0, 5.0, 7.0]), np.array([2, 2, 2])
     assert ratio_standard_error(totals, lengths) == pytest.approx(np.std([1.5, 2.5, 3.5], ddof=1) / math.sqrt(3))

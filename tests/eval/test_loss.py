@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gpt2_eval import evaluate_loss
-from gpt2_eval.loss import bytes_per_token
 from gpt2_model import EOT, get_tokenizer
 
 
@@ -27,11 +26,13 @@ class Tokens:
         return self.ids[start:stop]
 
 
-@pytest.mark.parametrize(("tokens", "seq_len"), [(640, 64), (700, 64), (300, 128), (50, 128)])
-def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len):
+@pytest.mark.parametrize(
+    ("tokens", "seq_len", "batch_size"), [(640, 64, 3), (700, 64, 1), (700, 64, 64), (300, 128, 2), (50, 128, 3)]
+)
+def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len, batch_size):
     ids = dataset.read("val", 0, tokens + 1)
     windows = [-reference(ids[start : start + seq_len + 1].tolist()) for start in range(0, len(ids) - 1, seq_len)]
-    result = evaluate_loss(model, dataset, tokens=tokens, seq_len=seq_len, batch_size=3)
+    result = evaluate_loss(model, dataset, tokens=tokens, seq_len=seq_len, batch_size=batch_size)
     nats = np.concatenate(windows)
     assert (result.tokens, result.tokens_requested) == (tokens, tokens)
     assert (result.sequences, result.seq_len) == (len(windows), seq_len)
@@ -46,20 +47,11 @@ def test_equals_a_plain_loop(model, reference, dataset, tokens, seq_len):
         assert math.isnan(result.stderr)
 
 
-def test_batch_size_changes_nothing(model, dataset):
-    expected = evaluate_loss(model, dataset, tokens=900, seq_len=64, batch_size=7)
-    for batch_size in (1, 4, 64):
-        result = evaluate_loss(model, dataset, tokens=900, seq_len=64, batch_size=batch_size)
-        for name in ("loss", "stderr", "bits_per_byte"):
-            assert getattr(result, name) == pytest.approx(getattr(expected, name), abs=1e-6)
-
-
 def test_small_split_is_scored_whole(model, dataset):
     result = evaluate_loss(model, dataset)
     assert result.tokens == dataset.tokens("val") - 1
     assert result.tokens_requested == 10_485_760
     assert result.seq_len == 128
-    assert set(result.as_dict()) >= {"loss", "stderr", "perplexity", "bits_per_byte", "tokens", "seconds"}
 
 
 def test_uniform_model(uniform, dataset):
@@ -75,14 +67,6 @@ def test_autocast_is_close(model, dataset):
     rounded = evaluate_loss(model, dataset, tokens=256, autocast_dtype=torch.bfloat16)
     assert rounded.loss != exact.loss
     assert rounded.loss == pytest.approx(exact.loss, abs=0.05)
-
-
-def test_bytes_per_token():
-    table = bytes_per_token()
-    assert table.shape == (50257,)
-    assert table[EOT] == 0
-    text = "café 豆腐 🎵 and plain words"
-    assert table[get_tokenizer().encode_ordinary(text)].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize(

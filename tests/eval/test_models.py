@@ -47,8 +47,8 @@ def test_scores_are_the_model_s_own(name):
     ]
     ours = HFModel(model)
     assert (ours.head_weight is None) == (name == "gemma2")  # its logits are capped after the projection
-    found = score_items(ours, items, batch_size=5)
-    for item, scores in zip(items, found, strict=True):
+    scored = score_items(ours, items, batch_size=5)
+    for item, scores in zip(items, scored, strict=True):
         for row, score in zip(item, scores, strict=True):
             ids = torch.tensor([[*row.context, *row.continuation]])
             with torch.no_grad():

@@ -64,19 +64,19 @@ def test_perplexity_of_a_text(model, reference, tmp_path):
     text = " ".join(PASSAGES * 9)
     (tmp_path / "ptb.test.txt").write_text(text)
     corpus = load_corpus("ptb", tmp_path / "ptb.test.txt")
-    found = evaluate_corpus(model, corpus).perplexities["raw"]
+    whole = evaluate_corpus(model, corpus).perplexities["raw"]
     ids = [EOT, *get_tokenizer().encode_ordinary(text)]
     nats = 0.0
     for start in range(0, len(ids) - 1, 128):  # what is short of a window at the end has the more before it
         end = min(start + 128, len(ids) - 1)
         nats -= reference(ids[max(0, end - 128) : end + 1])[start - end :].sum()
-    assert found.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
-    assert found.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
-    assert found.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
-    assert (found.tokens, found.words, found.bytes) == (len(ids) - 1, len(text.split()), len(text.encode()))
+    assert whole.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    assert whole.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
+    assert whole.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
+    assert (whole.tokens, whole.words, whole.bytes) == (len(ids) - 1, len(text.split()), len(text.encode()))
     overlapping = evaluate_corpus(model, corpus, stride=16).perplexities["raw"]
-    assert overlapping.tokens == found.tokens
-    assert overlapping.token != found.token
+    assert overlapping.tokens == whole.tokens
+    assert overlapping.token != whole.token
     with pytest.raises(ValueError, match="stride must be 1 to 128"):
         evaluate_corpus(model, corpus, stride=129)
 

@@ -19,16 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the harness' own, and those of what it imports
 ]
 
-CHOICES = {
-    "arc_easy": ("question", [
-        ("Which is a gas?", ["iron", "air", "wood"], list("ABC"), "B"),
-        ("2 + 2?", ["1", "two", "3", "4", "five"], list("12345"), "4"),
-    ]),
-    "openbookqa": ("question_stem", [
-        ("The sun is", ["a star", "wet", "a dog", "old"], list("ABCD"), " A"),
-        ("Frogs", ["fly", "jump", "sing well", "read"], list("ABCD"), "B"),
-    ]),
-}  # fmt: skip
 RECORDS = {
     "lambada": [
         {"text": "He said that it was cold and that he would rather stay at home by the fire with his dog"},
@@ -51,12 +41,18 @@ RECORDS = {
         {"sentence": "Ann asked Mia, but _ did not answer.", "option1": "Ann", "option2": "Mia", "answer": "2"},
         {"sentence": "It does not fit since the _ is big", "option1": "cup", "option2": "box", "answer": "1"},
     ],
-} | {
-    name: [
-        {field: text, "choices": {"text": texts, "label": labels}, "answerKey": key}
-        for text, texts, labels, key in records
-    ]
-    for name, (field, records) in CHOICES.items()
+    "arc_easy": [
+        {"question": "Which is a gas?", "answerKey": "B",
+         "choices": {"text": ["iron", "air", "wood"], "label": ["A", "B", "C"]}},
+        {"question": "2 + 2?", "answerKey": "4",
+         "choices": {"text": ["1", "two", "3", "4", "five"], "label": list("12345")}},
+    ],
+    "openbookqa": [
+        {"question_stem": "The sun is", "answerKey": " A",
+         "choices": {"text": ["a star", "wet", "a dog", "old"], "label": list("ABCD")}},
+        {"question_stem": "Frogs", "answerKey": "B",
+         "choices": {"text": ["fly", "jump", "sing well", "read"], "label": list("ABCD")}},
+    ],
 }  # fmt: skip
 FILES = {
     "hellaswag": "hellaswag/hellaswag", "lambada": "lambada/lambada_openai", "piqa": "piqa/piqa",
@@ -107,30 +103,25 @@ def harness(files, tmp_path_factory):
             }
             for name in names
         ]  # fmt: skip
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=tasks, task_manager=nothing_listed, bootstrap_iters=2, log_samples=True
-        )  # fmt: skip
-        return {
-            name: (found["results"][task["task"]], found["samples"][task["task"]])
-            for name, task in zip(names, tasks, strict=True)
-        }
+        ran = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=nothing_listed, bootstrap_iters=2)
+        keys = {name: task["task"] for name, task in zip(names, tasks, strict=True)}
+        return {name: (ran["results"][key], ran["samples"][key]) for name, key in keys.items()}
 
     return run
 
 
 @pytest.fixture(scope="module")
-def theirs(harness, tiny_hf_folder, tmp_path_factory):
-    from lm_eval.models.huggingface import HFLM
-
-    # Ours writes GPT-2's tokenizer as transformers reads it.
-    folder = tmp_path_factory.mktemp("model")
-    GPT.from_pretrained(tiny_hf_folder).save_pretrained(folder)
-    return harness(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3))
+def model(tiny_hf_folder):
+    return GPT.from_pretrained(tiny_hf_folder)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_hf_folder):
-    return GPT.from_pretrained(tiny_hf_folder)
+def theirs(harness, model, tmp_path_factory):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)  # with GPT-2's tokenizer as transformers reads it
+    return harness(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3))
 
 
 def ordered(samples):
