@@ -17,13 +17,11 @@ class KVCache:
     Args:
         model: the cache is for its layers and heads, on its device.
         batch: number of rows.
-        capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
+        capacity: longest row, in tokens, at most the model's context. Memory: 2 * n_layer * n_embd values for each
+            token of each row.
         dtype: of keys and values; by default the model's.
         zeroed: False saves a pass over the memory where `extend` is never called: it multiplies what is masked by
             0, and 0 * NaN is NaN.
-
-    Raises:
-        ValueError: a capacity beyond the model's context.
     """
 
     def __init__(
@@ -65,10 +63,6 @@ class KVCache:
         """Count `time` more tokens in every row."""
         self.lengths += time
         self.empty = False
-
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Set how many tokens of each row are real, after right-padded prompts: the rest is overwritten."""
-        self.lengths.copy_(torch.tensor(lengths))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may be taken several times."""

@@ -11,6 +11,9 @@ ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 class GPTConfig:
     """The shape and the maths of a GPT-2. The defaults are OpenAI's 124M.
 
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the
+    fields of transformers' GPT2Config that change the function computed.
+
     Attributes:
         block_size: longest sequence, in tokens (`n_positions` in a Hugging Face config).
         vocab_size: number of token ids; 50,257 for GPT-2's own BPE.
@@ -24,12 +27,6 @@ class GPTConfig:
         scale_attn_by_inverse_layer_idx: also divide them by the block's number, from 1 (Mistral's GPT-2s).
         reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
         tie_word_embeddings: the output projection is the token embedding.
-
-    Raises:
-        ValueError: a size that is not positive, `n_embd` not divisible by `n_head`, or an unknown activation.
-
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the
-    fields of transformers' GPT2Config that change the function computed.
     """
 
     block_size: int = 1024
@@ -48,9 +45,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
             value = getattr(self, name)
-            if name == "n_inner" and value is None:
-                continue
-            if type(value) is not int or value < 1:
+            if (type(value) is not int or value < 1) and (name, value) != ("n_inner", None):
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
@@ -80,22 +75,16 @@ class GPTConfig:
     def num_parameters(self) -> int:
         """Parameters in all, embeddings counted once when tied: 124,439,808 for the default."""
         width = self.n_embd
-        embeddings = (self.vocab_size + self.block_size) * width
         head = 0 if self.tie_word_embeddings else self.vocab_size * width
-        biases = 5 * width + self.mlp_dim
-        norms = 4 * width
+        embeddings = (self.vocab_size + self.block_size) * width
+        biases, norms = 5 * width + self.mlp_dim, 4 * width
         return embeddings + head + self.matrix_parameters + self.n_layer * (biases + norms) + 2 * width
 
     def with_fields(self, assignments: Mapping[str, str]) -> "GPTConfig":
-        """Return a copy with fields replaced from text, as in `--model n_layer=4`.
-
-        Raises:
-            ValueError: an unknown field, or text that is not of the field's type.
-        """
+        """Return a copy with fields replaced from text, as in `--model n_layer=4`; ValueError if one is wrong."""
         known = {field.name: field.type for field in fields(self)}
-        for name in assignments:
-            if name not in known:
-                raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
+        for name in assignments.keys() - known:
+            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
         return replace(self, **{name: _parse(name, text, known[name]) for name, text in assignments.items()})
 
 

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_model.decoding import Decoder, make_decoder
+from gpt2_model.cpu.engine import EngineDecoder
+from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
-from gpt2_model.tokenizer import EOT, TextDecoder, get_tokenizer
+from gpt2_model.tokenizer import EOT, PADDED, TextDecoder, get_tokenizer
 
 P = ParamSpec("P")
-
-GPT2_IDS = 50257
-PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are not tokens
 
 
 @dataclass
@@ -109,10 +107,8 @@ def stream(
     """Continue each prompt `num_samples` times; yield text as it comes: whole characters, no part of a stop text.
 
     The pieces of a row, put together, are its completion's text. Errors come at once, not with the first piece.
-
     A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
     beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
-    Prompts of different lengths go in one batch; a finished row leaves it.
 
     Args:
         model: its vocabulary must be GPT-2's where prompts are text.
@@ -152,9 +148,10 @@ def stream(
     if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
         raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
     rows: list[_Row] = []
+    tokenizer = get_tokenizer()
     for prompt in prompts:
         ids = _encode(prompt, model, slide)
-        text = _decode(ids)
+        text = tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
         if len(ids) >= context:
             ids = ids[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
@@ -208,10 +205,9 @@ def _run(
         adjusted = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
         noise = torch.from_numpy(np.array([row.numbers[step] for row in rows])).to(device)
         drawn = sample(adjusted, noise, sampling)
+        chosen = [0.0] * len(rows)
         if rows[0].completion.logprobs is not None:
             chosen = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
-        else:
-            chosen = [0.0] * len(rows)
         now = time.perf_counter() - started
         growing = []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn.tolist(), chosen, strict=True)):
@@ -226,13 +222,10 @@ def _run(
             rows = [rows[place] for place in growing]
             decoder.select(growing)
             seen = None if seen is None else seen[growing]
-        tokens = [row.context[-1] for row in rows]
         if seen is not None:
-            seen[torch.arange(len(rows), device=device), torch.tensor(tokens, device=device)] = True
-        _make_room(decoder, rows, context)
-        logits = decoder.step(tokens)
-        for row in rows:
-            row.cached += 1
+            last = torch.tensor([row.context[-1] for row in rows], device=device)
+            seen.scatter_(1, last[:, None], True)
+        logits = _step(decoder, rows, context)
         step += 1
 
 
@@ -241,11 +234,10 @@ def _advance(
 ) -> tuple[str, bool]:
     """Give a row its next token; return the text that can be shown, and True if the row is finished."""
     done = row.completion
-    drawn_before = len(done.tokens)
-    if drawn_before == 0:
+    if not done.tokens:
         done.seconds_to_first_token = now
     elif now > done.seconds_to_first_token:
-        done.tokens_per_second = drawn_before / (now - done.seconds_to_first_token)
+        done.tokens_per_second = len(done.tokens) / (now - done.seconds_to_first_token)
     if token in stop_ids:
         done.finish_reason = "stop"
         return row.add_text(row.characters.end(), stop, last=True), True
@@ -259,26 +251,28 @@ def _advance(
     return shown, last or done.finish_reason == "stop"
 
 
-def _make_room(decoder: Decoder, rows: list[_Row], context: int) -> None:
-    """Let a row that fills the context begin again with its last half."""
+def _step(decoder: EngineDecoder | TorchDecoder, rows: list[_Row], context: int) -> Tensor:
+    """Give the decoder each row's last token. A row that fills the context begins again with its last half."""
     for place, row in enumerate(rows):
         if row.cached == context:
             half = row.context[-(context // 2) - 1 : -1]
             decoder.refill(place, half)
             row.cached = len(half)
+        row.cached += 1
+    return decoder.step([row.context[-1] for row in rows])
 
 
 def _seen(rows: list[_Row], model: GPT) -> Tensor:
     """Return (rows, tokens that can be drawn), True for those of the prompt."""
-    seen = _only_tokens(torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool))
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
     for place, row in enumerate(rows):
-        seen[place, [token for token in row.context if token < seen.shape[1]]] = True
-    return seen.to(model.device)
+        seen[place, row.context] = True
+    return _only_tokens(seen).to(model.device)
 
 
 def _only_tokens(logits: Tensor) -> Tensor:
     """Leave out the columns that only round GPT-2's vocabulary up: no text has such tokens."""
-    return logits[:, :GPT2_IDS] if GPT2_IDS < logits.shape[1] <= PADDED_IDS else logits
+    return logits[:, : EOT + 1] if EOT < logits.shape[1] <= PADDED else logits
 
 
 def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
@@ -286,18 +280,11 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
         raise ValueError("a prompt is empty: for text from nothing give the command no prompt, and Python [[EOT]]")
-    if not 0 <= min(ids) <= max(ids) < size:
-        wrong = next(token for token in ids if not 0 <= token < size)
-        raise ValueError(f"prompt holds token id {wrong}; the model's vocabulary ends at {size - 1}")
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
         raise ValueError(
             f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it, or "
             "slide on from its last half (--slide)"
         )
     return ids
-
-
-def _decode(ids: Sequence[int]) -> str:
-    """Return the text of ids; a model with its own vocabulary can draw ids that GPT-2's tokenizer lacks."""
-    tokenizer = get_tokenizer()
-    return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])

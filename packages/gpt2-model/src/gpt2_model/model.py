@@ -1,8 +1,8 @@
 """GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint.
 
 Read it from `GPT.forward` upwards: tokens -> embeddings -> blocks -> norm -> logits. `plain_attention` says in
-three lines what attention is. Two things lie elsewhere: faster ways on a CPU (cpu/training.py), and the keys and
-values of earlier tokens in generation (cache.py).
+three lines what attention is. Elsewhere are faster ways on a CPU (cpu/training.py), and the keys and values of
+earlier tokens in generation (cache.py).
 
 Tensors are named with their shapes, one letter for each dimension:
 
@@ -119,7 +119,6 @@ class MLP(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Return (B, T, C)."""
         h_BTI = self.activation(self.c_fc(x_BTC))
         return self.c_proj(h_BTI)  # type: ignore[no-any-return]
 
@@ -135,7 +134,6 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Return (B, T, C)."""
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
         return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]
 
@@ -208,20 +206,16 @@ class GPT(nn.Module):
         if targets is not None and loss_only:
             return None, head_loss(x_BTC, head_VC, targets)  # the same loss as below
         logits_BTV = F.linear(x_BTC, head_VC)
-        loss = None
-        if targets is not None:
-            # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
-            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
-        return (logits_BTV if return_logits else None), loss
+        if targets is None:
+            return logits_BTV, None
+        # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
+        return logits_BTV, F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
 
         With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
         they fit.
-
-        Raises:
-            ValueError: more tokens than `config.block_size`, and no cache.
         """
         return self._transform(self.wte(tokens), cache)
 
@@ -286,11 +280,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
-        """Return the config of what `from_pretrained` would load, checked likewise, but for the weights' values.
-
-        Raises:
-            FileNotFoundError, OSError, ValueError: see `from_pretrained`.
-        """
+        """Return the config of what `from_pretrained` would load, checked likewise, but for the weights' values."""
         return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2_model.checkpoints.files import read_json, shard_names, short
+from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, vocabulary_file
 
@@ -37,9 +38,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "quantization_config": (None,),
     "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
+    # The bodies of these are GPT-2 and nothing else; their further heads are left out.
+    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], ["GPT2DoubleHeadsModel"], [], None),
 }
-# The bodies of these are GPT-2 and nothing else; their further heads are left out.
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
 # Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
 # output formats, defaults of generate(), and what old versions of transformers wrote.
 _HARMLESS = """
@@ -63,7 +64,6 @@ scale_attn_by_layer_idx
 # - scale_attn_by_layer_idx stands in codeparrot's config.json. scale_attn_by_inverse_layer_idx was meant, but
 #   nothing ever read it: codeparrot was trained without.
 
-
 # Sizes are checked by GPTConfig itself.
 _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -77,7 +77,7 @@ def read_config(path: Path) -> GPTConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or a field that asks for a function that GPT does not compute, or that is not known.
+        ValueError: a field that is not known, or that asks for a function that GPT does not compute.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
@@ -96,26 +96,16 @@ def read_config(path: Path) -> GPTConfig:
         if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
             raise ValueError(f"{path}: {names[0]} must be {in_words}, not {short(value)}")
         values[field.name] = value
-    try:
-        return GPTConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:200]}") from None
+    return checked_config(path, **values)
 
 
 def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
     for name, neutral in _NEUTRAL.items():
         if name in raw and raw[name] not in neutral:
-            raise ValueError(
-                f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
-            )
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
-        raise ValueError(
-            f"{path}: architectures = {short(architectures)} is not GPT-2 as built here "
-            f"(needs one of {', '.join(_ARCHITECTURES)})"
-        )
+            needed = " or ".join(map(repr, neutral)).removesuffix(" or None")
+            raise ValueError(f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {needed})")
     ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
-    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - {*_HARMLESS, "architectures"})
+    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - set(_HARMLESS))
     if unknown:
         raise ValueError(
             f"{path}: unknown field {short(unknown[0])} = {short(raw[unknown[0]])} may change what the model "
@@ -132,9 +122,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "model_type": "gpt2",
         **ours,
         "n_ctx": config.block_size,
-        "attn_pdrop": 0.0,  # dropout as in our training: none
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # as in our training: none
         "initializer_range": 0.02,
         "bos_token_id": special,
         "eos_token_id": special,
@@ -149,13 +137,13 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     OpenAI's two files, and the same as one tokenizer.json, in which `<|endoftext|>` is a special token: else
     llama.cpp takes it for text.
     """
-    merges = vocabulary_file("vocab.bpe").decode("utf-8")
-    vocab = json.loads(vocabulary_file("encoder.json"))
+    merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     return {
-        "vocab.json": vocabulary_file("encoder.json"),
-        "merges.txt": merges.encode("utf-8"),
+        "vocab.json": vocab,
+        "merges.txt": merges,
         "tokenizer.json": {
             "version": "1.0",
             "truncation": None,
@@ -172,26 +160,24 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
                 "continuing_subword_prefix": "",
                 "end_of_word_suffix": "",
                 "fuse_unk": False,
-                "vocab": vocab,
-                "merges": [line for line in merges.splitlines()[1:] if line],
+                "vocab": json.loads(vocab),
+                "merges": [line for line in merges.decode().splitlines()[1:] if line],
             },
         },
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
             "model_max_length": config.block_size,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+            **special,
         },
-        "special_tokens_map.json": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "special_tokens_map.json": special,
     }
 
 
 def download(name: str) -> Path:
     """Download "owner/model" or "owner/model@revision" into Hugging Face's cache; return the folder there.
 
-    huggingface_hub caches, resumes (until five tries in a row bring nothing), obeys HF_HOME and HF_HUB_OFFLINE,
-    and draws a bar on a terminal. Short names ("gpt2") stay as they are: the hub knows where they moved, and other
-    programs have them in the cache under these names too.
+    Short names ("gpt2") stay as they are: the hub knows where they moved, and caches hold them under these names.
 
     Raises:
         FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
@@ -206,19 +192,17 @@ def download(name: str) -> Path:
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
         commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
 
-        def get(file: str) -> Path:
-            return Path(hf_hub_download(repository, file, revision=commit))
-
+        get = partial(hf_hub_download, repository, revision=commit)
         # Cached ones first: they need no network. Else the best one that the hub has.
         cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
-        weights = next((Path(path) for path in cached if isinstance(path, str)), None) or _first(get)
-        if weights.suffix == ".json":
-            for shard in sorted(set(shard_names(weights).values())):
+        weights = next((path for path in cached if isinstance(path, str)), None) or _first(get)
+        if weights.endswith(".json"):
+            for shard in sorted(set(shard_names(Path(weights)).values())):
                 get(shard)
     return config.parent
 
 
-def _first(get: Callable[[str], Path]) -> Path:
+def _first(get: Callable[[str], str]) -> str:
     """Download the best weights file that the model has."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

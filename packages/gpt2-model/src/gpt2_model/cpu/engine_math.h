@@ -120,15 +120,6 @@ static inline floats activate(floats x, int64_t kind) {
     }
 }
 
-static inline float dot(const float *a, const float *b, int64_t n) {
-    floats sums = {0};
-    float rest = 0;
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) sums += *(const floats_at *)(a + k) * *(const floats_at *)(b + k);
-    for (; k < n; k++) rest += a[k] * b[k];
-    return add_up(sums) + rest;
-}
-
 // y[i] = x . rows[i] for up to 4 rows of n, one after another in memory.
 static inline void dots(const float *x, const float *rows, int64_t n, int count, float *y) {
     floats sums[4] = {{0}};
@@ -153,7 +144,8 @@ static inline void layer_norm(const float *x, const float *weight, const float *
     for (; k < n; k++) rest += x[k];
     const float mean = (add_up(sums) + rest) / (float)n;
     for (k = 0; k < n; k++) y[k] = x[k] - mean;
-    const float scale = (float)(1.0 / sqrt(dot(y, y, n) / (double)n + epsilon));
+    dots(y, y, n, 1, &rest);
+    const float scale = (float)(1.0 / sqrt(rest / (double)n + epsilon));
     for (k = 0; k < n; k++) y[k] = y[k] * scale * weight[k] + bias[k];
 }
 
