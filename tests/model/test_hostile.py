@@ -134,7 +134,7 @@ CONFIGS = {
     "text": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
     "negative": ({"n_embd": -32}, "n_embd must be a positive whole number"),
     "true": ({"n_head": True}, "n_head must be a positive whole number"),
-    "list": ({"activation_function": ["gelu"]}, "activation_function must be text"),
+    "list": ({"activation_function": ["gelu"]}, "activation_function must be one of gelu_new"),
     "one": ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
     "contradiction": ({"hidden_size": 64}, "contradicts itself: n_embd = 32 but hidden_size = 64"),
 }

@@ -11,8 +11,7 @@ from gpt2_model.model import GPT
 class KVCache:
     """Keys and values of the tokens so far, for rows of different lengths that all start at position 0.
 
-    Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it:
-    there is no left padding, no shifted position, no fully masked query (whose softmax would be NaN).
+    Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it.
 
     Args:
         model: the cache is for its layers and heads, on its device.
@@ -44,8 +43,8 @@ class KVCache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store (batch, n_head, time, head_dim) behind each row; return what a query may look at, and the mask.
 
-        The mask is None where plain causal attention is right: when the rows were empty. Otherwise all of the
-        cache is returned, masked: its shape is the same at every step, as a compiled step needs it.
+        The mask is None, for causal attention, when the rows were empty. Otherwise all of the cache is returned,
+        masked: its shape is the same at every step, as a compiled step needs it.
         """
         time = key.shape[2]
         if self.empty:

@@ -191,7 +191,6 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
-
     click.secho("What you type is added to the text as it is, spaces too.\n"
                 "An empty line lets the model continue.\n"
                 "/again: another continuation instead of the last. /reset: a new text.\n"
@@ -240,13 +239,10 @@ def info(model: str, as_json: bool) -> None:
 
         model = find_model(model)
         config, progress = inspect(model), read_progress(model)
-    facts: dict[str, Any] = {
-        **progress,
-        **vars(config),
-        "parameters": config.num_parameters,
-        "bytes_fp32": 4 * config.num_parameters,
-        "training_flops_per_token": flops_per_token(config, config.block_size),
-    }
+    facts = progress | vars(config)
+    facts["parameters"] = config.num_parameters
+    facts["bytes_fp32"] = 4 * config.num_parameters
+    facts["training_flops_per_token"] = flops_per_token(config, config.block_size)
     if as_json:
         print_json(facts)
         return

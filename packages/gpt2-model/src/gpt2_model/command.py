@@ -100,28 +100,21 @@ def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command as a program. One process of several leaves without tidying up.
-
-    One rank of a hundred died at exit, its work done: "terminate called without an active exception", by a thread
-    of torch.distributed that outlived its owner. Another hung for ever while it freed its process group, when the
-    other rank had been killed.
-    """
+    """Run a command as a program. One process of several leaves without tidying up."""
     try:
         command(prog_name=name)
     except SystemExit as done:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(done.code, int | None):
             raise
+        # One rank of a hundred died at exit, its work done, by a thread of torch.distributed that outlived its owner.
+        # Another hung for ever while it freed its process group, when the other rank had been killed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(done.code or 0)
 
 
 def find_device(name: str) -> "torch.device":
-    """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
+    """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU."""
     import torch
 
     wanted = name
@@ -217,11 +210,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if need be; the kernel drops the lock with the process, however that ends.
-
-    Raises:
-        ValueError: another process holds it; the message names that process.
-    """
+    """Hold a folder, made if need be, as long as this process lives; if another has it, a ValueError names that."""
     import fcntl
     import socket
 

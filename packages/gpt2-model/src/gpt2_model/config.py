@@ -1,5 +1,6 @@
 """What a GPT-2 is made of: its sizes, the four published ones, and what they cost. No torch here."""
 
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -43,18 +44,21 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
-            value = getattr(self, name)
-            if (type(value) is not int or value < 1) and (name, value) != ("n_inner", None):
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                fits, needed = type(value) is bool, "true or false"
+            elif field.type is float:
+                fits, needed = type(value) in (float, int) and 0 < value < 1e9, "a number above 0"
+            elif field.type is str:
+                fits, needed = value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
+            else:
+                absent = value is None and field.name == "n_inner"
+                fits, needed = absent or (type(value) is int and value > 0), "a positive whole number"
+            if not fits:
+                raise ValueError(f"{field.name} must be {needed}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
-        if not self.layer_norm_epsilon > 0:
-            raise ValueError(f"layer_norm_epsilon must be above 0, not {self.layer_norm_epsilon!r}")
 
     @property
     def head_dim(self) -> int:
@@ -82,27 +86,18 @@ class GPTConfig:
 
     def with_fields(self, assignments: Mapping[str, str]) -> "GPTConfig":
         """Return a copy with fields replaced from text, as in `--model n_layer=4`; ValueError if one is wrong."""
-        known = {field.name: field.type for field in fields(self)}
+        known = [field.name for field in fields(self)]
         for name in assignments.keys() - known:
             raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
-        return replace(self, **{name: _parse(name, text, known[name]) for name, text in assignments.items()})
+        return replace(self, **{name: _value(text) for name, text in assignments.items()})
 
 
-def _parse(name: str, text: str, kind: object) -> Any:
-    """Return the value of a field from text; `kind` is the field's annotation."""
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    if kind == int | None and text.lower() == "none":
-        return None
-    number = float if kind is float else int
+def _value(text: str) -> Any:
+    """Return the value that a word stands for: true, false, none, a number, or the word itself."""
     try:
-        return number(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number ({number.__name__}), not {text!r}") from None
+        return literal_eval(text.capitalize())
+    except (ValueError, SyntaxError):
+        return text
 
 
 PRESETS: Mapping[str, GPTConfig] = {

@@ -171,9 +171,7 @@ def _at_once(stream: Callable[P, Iterator[Piece]]) -> Callable[P, list[Completio
         return sorted(rows, key=lambda row: row.row)
 
     generate.__name__ = generate.__qualname__ = "generate"
-    generate.__doc__ = (
-        "Return the completions of `stream`, all at once, by row; for arguments and errors see there."
-    )
+    generate.__doc__ = "Return the completions of `stream`, all at once, by row; its arguments and errors."
     return generate
 
 
@@ -283,8 +281,6 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it, or "
-            "slide on from its last half (--slide)"
-        )
+        full = f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}"
+        raise ValueError(f"{full}: shorten it, or slide on from its last half (--slide)")
     return ids

@@ -177,8 +177,7 @@ class GPT(nn.Module):
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                is_norm_weight = name.endswith("weight")
-                nn.init.constant_(parameter, 1.0 if is_norm_weight else 0.0)
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
             else:
                 std = 0.01 if name == "wpe.weight" else residual_std if "c_proj" in name else 0.02
                 nn.init.normal_(parameter, std=std)
@@ -237,7 +236,7 @@ class GPT(nn.Module):
         return self.ln_f(x_BTC)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return logits over the vocabulary: (..., C) -> (..., V)."""
+        """Return the logits of hidden states: (..., C) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
     @property
@@ -254,12 +253,12 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
         """Load a Hugging Face folder, a weights file, another project's checkpoint, or a model of the hub.
 
-        A folder holds config.json and safetensors or .bin weights, whole or in shards; a .safetensors or .bin file
-        has its config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's
-        ckpt.pt and llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
-        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache.
-        Weights are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model
-        comes in eval mode, on the CPU.
+        A folder holds config.json and safetensors or .bin weights, whole or in shards; a weights file has its
+        config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's ckpt.pt and
+        llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
+        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache. Weights
+        are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model comes in
+        eval mode, on the CPU.
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it.
@@ -280,15 +279,11 @@ class GPT(nn.Module):
 
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
-        """Return the config of what `from_pretrained` would load, checked likewise, but for the weights' values."""
+        """Return the config of what `from_pretrained` would load, checked likewise but for the values."""
         return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load.
-
-        Raises:
-            ValueError: the model is quantised: its exact weights are those of the folder it came from.
-        """
+        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
         load_save.save(self.config, self.state_dict(), Path(folder))

@@ -26,6 +26,25 @@ _TOO_LONG = f"its list of tensors is longer than {_MAX_PICKLE:,} bytes"
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
+PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def tensor_shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint. Without a module: that of a hostile config is too large even empty."""
+    width, inner = config.n_embd, config.mlp_dim
+    sizes = ((3 * width, width), (width, width), (inner, width), (width, inner))
+    norms = ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
+    block: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (width,))
+    for name, (rows, columns) in zip(PROJECTIONS, sizes, strict=True):
+        block[name] = (columns, rows) if in_out else (rows, columns)
+        block[name.replace("weight", "bias")] = (rows,)
+    shapes = {"wte.weight": (config.vocab_size, width), "wpe.weight": (config.block_size, width)}
+    layers = {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    last = {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, width)}
+    return {**shapes, **layers, **last, **head}
+
+
 def short(value: Any) -> str:
     """Return a value for a message: one line, no control characters, not a page, whatever a stranger wrote."""
     text = repr(value)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,11 @@ from gpt2_model.checkpoints.files import checked_config, read_json, shard_names,
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, vocabulary_file
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
 
-# GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
-_HF_NAMES = {
+# The names in config.json of GPTConfig's fields; first the one that we write.
+_NAMES: dict[str, tuple[str, ...]] = {field.name: (field.name,) for field in fields(GPTConfig)} | {
     "block_size": ("n_positions", "max_position_embeddings"),
     "n_embd": ("n_embd", "hidden_size"),
     "n_layer": ("n_layer", "num_hidden_layers"),
@@ -64,13 +60,6 @@ scale_attn_by_layer_idx
 # - scale_attn_by_layer_idx stands in codeparrot's config.json. scale_attn_by_inverse_layer_idx was meant, but
 #   nothing ever read it: codeparrot was trained without.
 
-# Sizes are checked by GPTConfig itself.
-_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    float: ((float, int), "a number"),
-    str: ((str,), "text"),
-}
-
 
 def read_config(path: Path) -> GPTConfig:
     """Return the GPTConfig in a Hugging Face config.json.
@@ -82,45 +71,31 @@ def read_config(path: Path) -> GPTConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
     raw = read_json(path)
-    _refuse_other_functions(raw, path)
-    values = {}
-    for field in fields(GPTConfig):
-        names = [name for name in _HF_NAMES.get(field.name, (field.name,)) if name in raw]
-        if not names:
-            continue
-        value = raw[names[0]]
-        if any(raw[name] != value for name in names[1:]):
-            given = " but ".join(f"{name} = {short(raw[name])}" for name in names)
-            raise ValueError(f"{path} contradicts itself: {given}")
-        types, in_words = _TYPES.get(field.type, ((type(value),), ""))
-        if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
-            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {short(value)}")
-        values[field.name] = value
-    return checked_config(path, **values)
-
-
-def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
-    for name, neutral in _NEUTRAL.items():
-        if name in raw and raw[name] not in neutral:
-            needed = " or ".join(map(repr, neutral)).removesuffix(" or None")
+    for name in sorted(raw.keys() & _NEUTRAL):
+        if raw[name] not in _NEUTRAL[name]:
+            needed = " or ".join(map(repr, _NEUTRAL[name])).removesuffix(" or None")
             raise ValueError(f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {needed})")
-    ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
-    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - set(_HARMLESS))
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown field {short(unknown[0])} = {short(raw[unknown[0]])} may change what the model "
-            "computes; remove it if it does not"
-        )
+    for name in sorted(raw.keys() - set(chain(*_NAMES.values(), _NEUTRAL, _HARMLESS))):
+        given = f"unknown field {short(name)} = {short(raw[name])}"
+        raise ValueError(f"{path}: {given} may change what the model computes; remove it if it does not")
+    values = {}
+    for field, names in _NAMES.items():
+        present = [name for name in names if name in raw]
+        if any(raw[name] != raw[present[0]] for name in present[1:]):
+            given = " but ".join(f"{name} = {short(raw[name])}" for name in present)
+            raise ValueError(f"{path} contradicts itself: {given}")
+        if present:
+            values[field] = raw[present[0]]
+    return checked_config(path, **values)
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
     """Return a config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM architectures."""
-    ours = {_HF_NAMES.get(f.name, (f.name,))[0]: getattr(config, f.name) for f in fields(GPTConfig)}
     special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **ours,
+        **{names[0]: getattr(config, field) for field, names in _NAMES.items()},
         "n_ctx": config.block_size,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # as in our training: none
         "initializer_range": 0.02,
@@ -191,7 +166,6 @@ def download(name: str) -> Path:
     with _errors_of_one_line(name):
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
         commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
-
         get = partial(hf_hub_download, repository, revision=commit)
         # Cached ones first: they need no network. Else the best one that the hub has.
         cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
@@ -209,10 +183,9 @@ def _first(get: Callable[[str], str]) -> str:
     for file in WEIGHTS_FILES[:-1]:
         try:
             return get(file)
-        except LocalEntryNotFoundError:  # cannot be reached, which took it 23 seconds to find out
-            raise
-        except EntryNotFoundError:
-            continue
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, which took it 23 s to see
+                raise
     return get(WEIGHTS_FILES[-1])
 
 
@@ -222,7 +195,7 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     login = "`hf auth login` or set HF_TOKEN"
-    absent = f"is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)})"
+    absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
     unreachable = "is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
     messages = {  # the first that fits
         errors.LocalEntryNotFoundError: unreachable,

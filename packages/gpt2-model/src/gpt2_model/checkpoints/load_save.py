@@ -14,14 +14,22 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import read_json, read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.checkpoints.files import (
+    PROJECTIONS,
+    read_json,
+    read_safetensors,
+    read_shards,
+    read_torch,
+    short,
+    state_dict,
+    tensor_shapes,
+)
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.command import newest_checkpoint, write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
 from gpt2_model.tokenizer import EOT, PADDED
 
-_PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
@@ -45,7 +53,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[
 
     def own(name: str) -> Tensor:
         # A copy: the map would change with the file. One pass does the transposing and the conversion as well.
-        stored = tensors[name].t() if name.endswith(_PROJECTIONS) and checkpoint.in_out else tensors[name]
+        stored = tensors[name].t() if name.endswith(PROJECTIONS) and checkpoint.in_out else tensors[name]
         return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
     with ThreadPoolExecutor(2) as pool:  # transposing takes twice the time of copying; a second thread makes it up
@@ -118,15 +126,13 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
         raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
-    expected = _shapes(config, in_out)
+    expected = tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(
-            f"{source} does not hold this model's weights: {len(missing)} missing"
-            f"{f' ({missing[0]}, ...)' if missing else ''}, {len(unknown)} unknown"
-            f"{f' ({short(unknown[0])}, ...)' if unknown else ''}"
-        )
+        lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
+        adds = f"{len(unknown)} unknown" + (f" ({short(unknown[0])}, ...)" if unknown else "")
+        raise ValueError(f"{source} does not hold this model's weights: {lacks}, {adds}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
@@ -137,24 +143,6 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
         raise ValueError(f"{source}: lm_head.weight differs from wte.weight, but the config ties them")
     return tensors
-
-
-def _shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint. Without a module: that of a hostile config is too large even empty."""
-    width, inner = config.n_embd, config.mlp_dim
-    block: dict[str, tuple[int, ...]] = {}
-    sizes = ((3 * width, width), (width, width), (inner, width), (width, inner))
-    for name, (rows, columns) in zip(_PROJECTIONS, sizes, strict=True):
-        block[name] = (columns, rows) if in_out else (rows, columns)
-        block[name.replace("weight", "bias")] = (rows,)
-    block |= dict.fromkeys(("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"), (width,))
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {"wte.weight": (config.vocab_size, width), "wpe.weight": (config.block_size, width)}
-    shapes |= {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
-    shapes |= {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, width)
-    return shapes
 
 
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -178,7 +166,7 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
-        shape = list(weight.shape)[:: -1 if name.endswith(_PROJECTIONS) else 1]
+        shape = list(weight.shape)[:: -1 if name.endswith(PROJECTIONS) else 1]
         stored_name = name if name == "lm_head.weight" else f"transformer.{name}"
         header[stored_name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
         end += 4 * weight.numel()
@@ -187,4 +175,4 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for name, weight in weights.items():
         tensor = weight.detach().to("cpu", torch.float32)
-        file.write((tensor.t() if name.endswith(_PROJECTIONS) else tensor).contiguous().numpy().data)
+        file.write((tensor.t() if name.endswith(PROJECTIONS) else tensor).contiguous().numpy().data)

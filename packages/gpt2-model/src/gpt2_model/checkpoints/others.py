@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import checked_config, short, state_dict
+from gpt2_model.checkpoints.files import checked_config, short, state_dict, tensor_shapes
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, PADDED
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
 _LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version; both pad the vocabulary
 _LLMC_HEADER = 1024  # bytes: 256 int32
+_LLMC_PARTS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 _NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
@@ -64,35 +65,15 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise ValueError(f"{path} is of version {version}: write it again with a present llm.c (3: fp32, 5: bf16)")
     config = checked_config(path, block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
     dtype = _LLMC_DTYPES[version]
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (padded, width),
-        "wpe.weight": (time, width),
-        "ln_1.weight": (depth, width),
-        "ln_1.bias": (depth, width),
-        "attn.c_attn.weight": (depth, 3 * width, width),
-        "attn.c_attn.bias": (depth, 3 * width),
-        "attn.c_proj.weight": (depth, width, width),
-        "attn.c_proj.bias": (depth, width),
-        "ln_2.weight": (depth, width),
-        "ln_2.bias": (depth, width),
-        "mlp.c_fc.weight": (depth, 4 * width, width),
-        "mlp.c_fc.bias": (depth, 4 * width),
-        "mlp.c_proj.weight": (depth, width, 4 * width),
-        "mlp.c_proj.bias": (depth, width),
-        "ln_f.weight": (width,),
-        "ln_f.bias": (width,),
-    }
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    size, actual = _LLMC_HEADER + dtype.itemsize * sum(sizes), path.stat().st_size
+    parameters = config.num_parameters + (padded - vocab) * width
+    size, actual = _LLMC_HEADER + dtype.itemsize * parameters, path.stat().st_size
     if padded < vocab or size != actual:
         raise ValueError(f"{path} has {actual:,} bytes, {size:,} by its header")
+    shapes = tensor_shapes(config, in_out=False) | {"wte.weight": (padded, width)}
+    kinds = [f"{part}.{kind}" for part in _LLMC_PARTS for kind in ("weight", "bias")]
+    layered = [f"h.{layer}.{kind}" for kind in kinds for layer in range(depth)]
+    names = ["wte.weight", "wpe.weight", *layered, "ln_f.weight", "ln_f.bias"]
     values = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
-    pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], sizes)
-    tensors = {}
-    for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
-        tensor = piece.view(shape)
-        if name.startswith(("ln_1", "attn", "ln_2", "mlp")):
-            tensors.update({f"h.{layer}.{name}": part for layer, part in enumerate(tensor)})
-        else:
-            tensors[name] = tensor[:vocab] if name == "wte.weight" else tensor
-    return config, tensors
+    pieces = values[_LLMC_HEADER // dtype.itemsize :].split([math.prod(shapes[name]) for name in names])
+    tensors = {name: piece.view(shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+    return config, tensors | {"wte.weight": tensors["wte.weight"][:vocab]}

@@ -56,11 +56,11 @@ typedef struct {  // where activations lie during a call
     Prepared prepared;
 } Scratch;
 
-// The threads that work on a call. A thread that waits spins for some 100 us, then sleeps: with OpenMP, which goes on
-// spinning, one neighbour on two cores made a step 30 times as long.
+// The threads of a call. One that waits spins for some 100 us, then sleeps: with OpenMP, which goes on spinning, one
+// neighbour on two cores made a step 30 times as long.
 typedef struct {
     int threads;
-    _Atomic int64_t next;  // of the present loop: what nobody has taken yet
+    _Atomic int64_t next;  // of the loop that all share: what nobody has taken yet
     _Atomic int arrived, round, stopped;
     pthread_mutex_t mutex;
     pthread_cond_t released;
@@ -96,9 +96,6 @@ static void meet(Team *team, Alone *alone, const Norm *norm) {
     pthread_mutex_unlock(&team->mutex);
 }
 
-// Take the next `size` of a loop that all threads share; past its end, `meet`.
-static inline int64_t take(Team *team, int64_t size) { return atomic_fetch_add(&team->next, size); }
-
 enum { STORE, ADD, ACTIVATE };
 
 static inline void put(const Matrix *m, const float *sums, int64_t apart, int64_t first, int rows, int outs, float *y,
@@ -111,8 +108,7 @@ static inline void put(const Matrix *m, const float *sums, int64_t apart, int64_
         }
 }
 
-// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these outputs' weights
-// pass by, which from the second eight rows on come from the second cache.
+// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these weights pass by.
 static inline __attribute__((always_inline)) void outputs(const Matrix *m, const float *x, Prepared p,
                                                           int64_t begin, int64_t end, float *y, int64_t rows,
                                                           int then) {
@@ -144,15 +140,14 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
     }
 }
 
-// y = x W^T + bias, added to y, or through the activation. Each output's weights are read by one thread, and once
-// for eight rows. The threads must meet after it.
+// y = x W^T + bias, added to y, or through the activation. The threads must meet after it.
 static void linear(Team *team, const Matrix *m, const float *x, float *y, int then) {
     // Large shares for few rows, since the first bytes of each come without a prefetch: a tenth more tokens/s in int8.
     // Small ones for many, so that the second eight rows find the weights in the second cache.
     const int64_t rows = team->rows, unit = OUTS * LANES, large = m->outs / (4 * team->threads * unit) * unit;
     const int64_t share = rows <= ROWS && large > unit ? large : unit;
     const Prepared p = team->scratch.prepared;
-    for (int64_t begin, end; (begin = take(team, share)) < m->outs;) {
+    for (int64_t begin, end; (begin = atomic_fetch_add(&team->next, share)) < m->outs;) {
         end = begin + share < m->outs ? begin + share : m->outs;
         outputs(m, x, p, begin, end, y, rows, then);
         for (int64_t r = 0; then == ACTIVATE && r < rows; r++)
@@ -236,13 +231,13 @@ static void embed(Team *team, const Norm *norm) {
     normalise(team, norm);
 }
 
-// Rows that follow each other in one sequence are one share of a head, in order: each row's keys and values go into
-// the cache before it and the rows after it look there.
+// Rows of one sequence are one share of a head, in order: each row's keys and values go into the cache before it and
+// the rows after it look there.
 static void attention(Team *team, int64_t layer, float *scores) {
     const Model *model = team->model;
     const Call *call = team->call;
     const int64_t n = model->n_embd, heads = model->n_head, width = n / heads, cached = call->capacity * width;
-    for (int64_t share; (share = take(team, 1)) < call->groups * heads;) {
+    for (int64_t share; (share = atomic_fetch_add(&team->next, 1)) < call->groups * heads;) {
         const int64_t group = share / heads, head = share % heads;
         for (int64_t r = call->starts[group]; r < call->starts[group + 1]; r++) {
             const float *query = team->scratch.qkv + r * 3 * n + head * width;

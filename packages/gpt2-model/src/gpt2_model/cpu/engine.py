@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -38,17 +39,13 @@ class Unavailable(RuntimeError):
 
 
 def weight_type(model: GPT) -> torch.dtype:
-    """Return the type in which the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
+    """Return the type in which the model's matrices are stored, int8 after `quantize`."""
     return torch.int8 if isinstance(model.wte, Int8Matrix) else model.wte.weight.dtype
 
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s.
-
-    Raises:
-        Unavailable: no compiler, or one that fails.
-    """
+    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine has no {dtype}")
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
@@ -153,7 +150,6 @@ class EngineDecoder:
         self._library = library(weight_type(model))
         self._model, self._capacity = model, capacity
         self._rows: list[int] = []  # row of the cache for each of ours
-        self._lengths: list[int] = []
         self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
         layers = (_Layer * config.n_layer)()
@@ -221,18 +217,13 @@ class EngineDecoder:
 
     def _call(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Append tokens to rows, (row, ids) each; return the logits that follow, (pieces, vocab_size) in fp32."""
-        tokens: list[int] = []
-        sequences: list[int] = []
-        positions: list[int] = []
-        starts = [0]
+        tokens = [token for _, ids in pieces for token in ids]
+        sequences = [self._rows[row] for row, ids in pieces for _ in ids]
+        positions = [self._lengths[row] + place for row, ids in pieces for place in range(len(ids))]
+        starts = [0, *accumulate(len(ids) for _, ids in pieces)]
+        assert max(positions) < self._capacity
         for row, ids in pieces:
-            start, end = self._lengths[row], self._lengths[row] + len(ids)
-            assert end <= self._capacity
-            tokens += ids
-            sequences += [self._rows[row]] * len(ids)
-            positions += range(start, end)
-            starts.append(len(tokens))
-            self._lengths[row] = end
+            self._lengths[row] += len(ids)
         arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
         logits = torch.empty(len(pieces), self._model.config.vocab_size)
         keys, values = self._cache.keys, self._cache.values
