@@ -83,7 +83,10 @@ BROKEN = {
     "no_config": (lambda f: (f / "config.json").unlink(), "is no model folder: it has no config.json"),
     "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not GPT-2"),
     "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
-    "activation": (lambda f: edit_config(f, activation_function="mish"), "activation_function must be one of .*, not 'mish'"),
+    "activation": (
+        lambda f: edit_config(f, activation_function="mish"),
+        "activation_function must be one of .*, not 'mish'",
+    ),
     "heads": (lambda f: edit_config(f, n_head=3), "n_embd 32 must be a multiple of n_head 3"),
     "deeper": (lambda f: edit_config(f, n_layer=3), r"12 missing \(h.2.attn.c_attn.bias, ...\), 0 unknown"),
     "wider": (lambda f: edit_config(f, n_embd=64), r"shape .*, the config says"),

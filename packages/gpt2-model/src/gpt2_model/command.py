@@ -106,8 +106,8 @@ def run_command(command: click.Command, name: str) -> None:
     except SystemExit as done:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(done.code, int | None):
             raise
-        # One rank of a hundred died at exit, its work done, by a thread of torch.distributed that outlived its owner.
-        # Another hung for ever while it freed its process group, when the other rank had been killed.
+        # One rank of a hundred died at exit, its work done, by a thread of torch.distributed that outlived its
+        # owner. Another hung for ever while it freed its process group, when the other rank had been killed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(done.code or 0)
@@ -210,7 +210,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, as long as this process lives; if another has it, a ValueError names that."""
+    """Hold a folder, made if need be, while this process lives; a ValueError names another that holds it."""
     import fcntl
     import socket
 

@@ -43,8 +43,8 @@ def _blocks(time: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-# An operator, so that the compiler calls it: traced block by block, 124M takes 109 s to compile instead of 49 at 256
-# tokens, more than 200 at 1,024.
+# An operator, so that the compiler calls it: traced block by block, 124M takes 109 s to compile instead of 49 at
+# 256 tokens, more than 200 at 1,024.
 @torch.library.custom_op("gpt2_model::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the attention, a block of queries at a time, and the probabilities in bf16, which the backward needs.
