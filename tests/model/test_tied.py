@@ -66,7 +66,7 @@ def test_a_frozen_embedding_gets_no_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])  # another 9 s
 def test_compiled_gradients_have_the_same_bits_each_time(tied) -> None:
     """The compiler's own embedding adds the rows of a token in the order in which threads come."""
     threads = torch.get_num_threads()
