@@ -60,8 +60,9 @@ def test_half_precision_weights_become_the_asked_type(folder) -> None:
 
 def test_aliases_of_config_fields_and_a_file_beside_its_config(folder) -> None:
     text = (folder / "config.json").read_text()
-    for name, alias in (("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"),
-                        ("n_head", "num_attention_heads"), ("n_positions", "max_position_embeddings")):  # fmt: skip
+    aliases = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+               "n_positions": "max_position_embeddings"}  # fmt: skip
+    for name, alias in aliases.items():
         assert name in text
         text = text.replace(f'"{name}"', f'"{alias}"')
     (folder / "config.json").write_text(text)

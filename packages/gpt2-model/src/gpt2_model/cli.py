@@ -89,7 +89,6 @@ def generate(
 
     \b
     gpt2-model generate -m gpt2 "Hello, I'm a language model,"
-    gpt2-model generate -m runs/a/checkpoints/step-00005000 -n 3 --seed 1 "The"
     gpt2-model generate -m gpt2-xl --dtype int8 --stop "." < beginning.txt
     """
     texts = _prompts(prompts, file, interactive)
@@ -191,8 +190,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
-    click.secho("What you type is added to the text as it is, spaces too.\n"
-                "An empty line lets the model continue.\n"
+    click.secho("What you type is added to the text as it is, spaces too. An empty line: the model continues.\n"
                 "/again: another continuation instead of the last. /reset: a new text.\n"
                 "Ctrl-C: enough of this answer. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
     before = text

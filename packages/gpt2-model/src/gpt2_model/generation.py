@@ -1,5 +1,6 @@
 """Text from a model: prompts in, completions out, all at once or as they come."""
 
+import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from gpt2_model.cpu.engine import EngineDecoder
 from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
-from gpt2_model.tokenizer import EOT, PADDED, TextDecoder, get_tokenizer
+from gpt2_model.tokenizer import EOT, PADDED, get_tokenizer
 
 P = ParamSpec("P")
+_CHARACTERS = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass
@@ -63,11 +65,15 @@ class _Row:
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
     cached: int  # number of its tokens that the decoder holds
     pending: str = ""  # text that may be the beginning of a stop string
-    characters: TextDecoder = field(default_factory=TextDecoder)
+    # A token is bytes: a character that ends in the next one waits; what is no UTF-8 becomes U+FFFD.
+    characters: codecs.IncrementalDecoder = field(default_factory=lambda: _CHARACTERS(errors="replace"))
 
-    def add_text(self, text: str, stop: Sequence[str], last: bool) -> str:
-        """Take new text; return what can be shown of it. A stop string ends the row."""
-        text = self.pending + text
+    def add_text(self, token: int | None, stop: Sequence[str], last: bool) -> str:
+        """Take a new token, if any; return what text can be shown. A stop string ends the row."""
+        tokenizer = get_tokenizer()
+        known = [token] if token is not None and token < tokenizer.n_vocab else []
+        data = tokenizer.decode_bytes(known)
+        text = self.pending + self.characters.decode(data, final=last)
         places = [place for string in stop if (place := text.find(string)) >= 0]
         overlap = 0
         if places:
@@ -114,21 +120,18 @@ def stream(
         model: its vocabulary must be GPT-2's where prompts are text.
         prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
         num_samples: rows per prompt; the prompt is computed once.
-        first_row: number of the first row. So processes can share the samples of a prompt: 4 of them are 2 from
-            row 0 and 2 from row 2, under the same seed.
+        first_row: number of the first row, so that processes can share the samples of a prompt.
         max_new_tokens: tokens to add; fewer where the model's context ends or it ends the text itself.
         temperature: 0 takes the most likely token.
         top_k: sample from this many most likely tokens; None for all.
         top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
         min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
-        repetition_penalty: above 1, tokens of the prompt and the text are less likely to come again (Keskar et al.
-            2019); applied before everything else, also to the greedy choice.
+        repetition_penalty: above 1, tokens that came before are less likely (Keskar et al. 2019), greedily too.
         seed: another seed gives another text.
         stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
         stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
         logprobs: also return the log-probability of each token.
-        slide: at the end of the model's context, or after a prompt that fills it, take its second half as the new
-            beginning, rather than stop. (Positions are absolute: the half is computed again.)
+        slide: where the context is full, go on from its last half, which is computed again, rather than stop.
         compile: see `make_decoder`: by default the fastest way that starts at once.
 
     Raises:
@@ -238,14 +241,13 @@ def _advance(
         done.tokens_per_second = len(done.tokens) / (now - done.seconds_to_first_token)
     if token in stop_ids:
         done.finish_reason = "stop"
-        return row.add_text(row.characters.end(), stop, last=True), True
+        return row.add_text(None, stop, last=True), True
     done.tokens.append(token)
     if done.logprobs is not None:
         done.logprobs.append(logprob)
     row.context.append(token)
     last = len(done.tokens) == len(row.numbers)
-    text = row.characters.add(token) + (row.characters.end() if last else "")
-    shown = row.add_text(text, stop, last)
+    shown = row.add_text(token, stop, last)
     return shown, last or done.finish_reason == "stop"
 
 

@@ -60,19 +60,16 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """Where tokens stand and what they see, if not themselves and what came before: a KVCache is one."""
+    """Where tokens stand and what they see, if not themselves and what came before: a KVCache is one.
 
-    def positions(self, time: int) -> Tensor:
-        """Return the positions of the next `time` tokens, (B, T)."""
+    `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these,
+    (B, H, T, D), and returns all that they may look at, (B, H, S, D), and the mask, (B, 1, T, S), or None for
+    causal attention. `advance` notes that all layers have computed `time` tokens.
+    """
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take the keys and values of these tokens; return all that they may look at, and the mask.
-
-        (B, H, T, D) twice -> (B, H, S, D) twice, and (B, 1, T, S) or None for causal attention.
-        """
-
-    def advance(self, time: int) -> None:
-        """Note that all layers have computed `time` tokens."""
+    def positions(self, time: int) -> Tensor: ...
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def advance(self, time: int) -> None: ...
 
 
 class CausalSelfAttention(nn.Module):

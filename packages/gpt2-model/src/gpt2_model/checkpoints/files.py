@@ -160,18 +160,15 @@ def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Return the tensors of all files that an index names (model.safetensors.index.json), mapped."""
-    shard_of, folder = shard_names(index), index.parent
-    shards = sorted(set(shard_of.values()))
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{index} names {shard}, which is not beside it")
+    shard_of = shard_names(index)
     tensors: dict[str, Tensor] = {}
-    for path in (folder / shard for shard in shards):
+    for path in (index.parent / shard for shard in sorted(set(shard_of.values()))):
+        if not path.is_file():
+            raise FileNotFoundError(f"{index} names {path.name}, which is not beside it")
         part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
-            raise ValueError(
-                f"{path} does not hold what {index.name} says: {short(odd[0])} is only in one of them"
-            )
+            reason = f"{short(odd[0])} is only in one of them"
+            raise ValueError(f"{path} does not hold what {index.name} says: {reason}")
         tensors.update(part)
     return tensors
 

@@ -14,16 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import (
-    PROJECTIONS,
-    read_json,
-    read_safetensors,
-    read_shards,
-    read_torch,
-    short,
-    state_dict,
-    tensor_shapes,
-)
+from gpt2_model.checkpoints import files
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.command import newest_checkpoint, write_whole
@@ -53,7 +44,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[
 
     def own(name: str) -> Tensor:
         # A copy: the map would change with the file. One pass does the transposing and the conversion as well.
-        stored = tensors[name].t() if name.endswith(PROJECTIONS) and checkpoint.in_out else tensors[name]
+        stored = tensors[name].t() if name.endswith(files.PROJECTIONS) and checkpoint.in_out else tensors[name]
         return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
     with ThreadPoolExecutor(2) as pool:  # transposing takes twice the time of copying; a second thread makes it up
@@ -70,7 +61,7 @@ def inspect(name_or_path: str | Path) -> GPTConfig:
 def read_progress(model: str) -> dict[str, int]:
     """Return the step and the tokens so far, as the trainer.json of a training checkpoint says; else {}."""
     path = Path(model) / "trainer.json"
-    state = read_json(path) if path.is_file() else {}
+    state = files.read_json(path) if path.is_file() else {}
     return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
 
 
@@ -101,16 +92,18 @@ def _open_file(path: Path) -> _Checkpoint:
     """Open a file by its content, since a .bin is torch's or llm.c's."""
     if path.suffix in (".safetensors", ".json"):
         config = read_config(path.parent / "config.json")
-        tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_shards(path)
+        tensors = files.read_safetensors(path) if path.suffix == ".safetensors" else files.read_shards(path)
         return _Checkpoint(config, tensors, path, in_out=True)
     with path.open("rb") as file:
         start = file.read(len(LLMC_MAGIC))
     if start == LLMC_MAGIC:
         return _Checkpoint(*read_llmc(path), path, in_out=False)
-    content = read_torch(path)
+    content = files.read_torch(path)
     if "model_args" in content:
         return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
-    return _Checkpoint(read_config(path.parent / "config.json"), state_dict(content, path), path, in_out=True)
+    return _Checkpoint(
+        read_config(path.parent / "config.json"), files.state_dict(content, path), path, in_out=True
+    )
 
 
 def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
@@ -122,16 +115,16 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         if _NO_WEIGHT.search(bare):
             continue
         if bare in tensors:
-            raise ValueError(f"{source} holds {short(bare)} twice, under different prefixes")
+            raise ValueError(f"{source} holds {files.short(bare)} twice, under different prefixes")
         tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
         raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
-    expected = tensor_shapes(config, in_out)
+    expected = files.tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
-        adds = f"{len(unknown)} unknown" + (f" ({short(unknown[0])}, ...)" if unknown else "")
+        adds = f"{len(unknown)} unknown" + (f" ({files.short(unknown[0])}, ...)" if unknown else "")
         raise ValueError(f"{source} does not hold this model's weights: {lacks}, {adds}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
@@ -146,15 +139,17 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
 
 
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a model, `weights` its state_dict(), as a Hugging Face folder, each file whole or not at all."""
+    """Write a model, `weights` its files.state_dict(), as a Hugging Face folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
     # Any other size is another vocabulary, whose files we do not have.
-    files = tokenizer_files(config) if EOT < config.vocab_size <= PADDED else {}
-    files["generation_config.json"] = {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
-    files["config.json"] = hf_config(config)
-    for name, content in files.items():
+    contents = tokenizer_files(config) if EOT < config.vocab_size <= PADDED else {}
+    contents["generation_config.json"] = (
+        {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
+    )
+    contents["config.json"] = hf_config(config)
+    for name, content in contents.items():
         if isinstance(content, dict):
             content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
         with write_whole(folder / name) as file:
@@ -166,7 +161,7 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
-        shape = list(weight.shape)[:: -1 if name.endswith(PROJECTIONS) else 1]
+        shape = list(weight.shape)[:: -1 if name.endswith(files.PROJECTIONS) else 1]
         stored_name = name if name == "lm_head.weight" else f"transformer.{name}"
         header[stored_name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
         end += 4 * weight.numel()
@@ -175,4 +170,4 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for name, weight in weights.items():
         tensor = weight.detach().to("cpu", torch.float32)
-        file.write((tensor.t() if name.endswith(PROJECTIONS) else tensor).contiguous().numpy().data)
+        file.write((tensor.t() if name.endswith(files.PROJECTIONS) else tensor).contiguous().numpy().data)

@@ -74,6 +74,6 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     layered = [f"h.{layer}.{kind}" for kind in kinds for layer in range(depth)]
     names = ["wte.weight", "wpe.weight", *layered, "ln_f.weight", "ln_f.bias"]
     values = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
-    pieces = values[_LLMC_HEADER // dtype.itemsize :].split([math.prod(shapes[name]) for name in names])
+    pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], [math.prod(shapes[name]) for name in names])
     tensors = {name: piece.view(shapes[name]) for name, piece in zip(names, pieces, strict=True)}
     return config, tensors | {"wte.weight": tensors["wte.weight"][:vocab]}

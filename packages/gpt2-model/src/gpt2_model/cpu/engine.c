@@ -61,7 +61,7 @@ typedef struct {  // where activations lie during a call
 typedef struct {
     int threads;
     _Atomic int64_t next;  // of the loop that all share: what nobody has taken yet
-    _Atomic int arrived, round, stopped;
+    _Atomic int started, arrived, round, stopped;
     pthread_mutex_t mutex;
     pthread_cond_t released;
     pthread_t workers[256];
@@ -286,12 +286,10 @@ static void forward(Team *team, int thread) {
     meet(team, NULL, NULL);
 }
 
-typedef struct { Team *team; int thread; } Seat;
-
 static void *work(void *argument) {
-    const Seat seat = *(Seat *)argument;
-    free(argument);
-    for (meet(seat.team, NULL, NULL); !seat.team->stopped; meet(seat.team, NULL, NULL)) forward(seat.team, seat.thread);
+    Team *team = argument;
+    const int thread = 1 + atomic_fetch_add(&team->started, 1);
+    for (meet(team, NULL, NULL); !team->stopped; meet(team, NULL, NULL)) forward(team, thread);
     return NULL;
 }
 
@@ -312,13 +310,8 @@ Team *gpt2_start(const Model *model, int threads) {
     pthread_mutex_init(&team->mutex, NULL);
     pthread_cond_init(&team->released, NULL);
     team->threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
-    for (int i = 1; i < team->threads; i++) {
-        Seat *seat = malloc(sizeof(Seat));
-        if (seat) *seat = (Seat){team, i};
-        if (seat && !pthread_create(&team->workers[i], NULL, work, seat)) continue;
-        free(seat);
-        team->threads = i;  // those already waiting read it again
-    }
+    for (int i = 1; i < team->threads; i++)
+        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // those that wait read it again
     return team;
 }
 

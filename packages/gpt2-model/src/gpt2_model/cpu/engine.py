@@ -1,7 +1,6 @@
 """engine.c from Python: compiled once by the machine's own C compiler, then one call per token.
 
-Where there is no compiler, generation runs on PyTorch's operations instead: fp32 at about two thirds of the speed,
-int8 as the fp32 that it is turned back into.
+Without a compiler generation runs on PyTorch's operations, at about two thirds of the speed; int8 as fp32.
 """
 
 import ctypes

@@ -30,7 +30,7 @@ typedef struct {
 
 // Rows of activations as a product wants them beside the plain fp32.
 // int8 weights: in steps of 16 bits, x = step * (256 * high + low - 32768). The products are then sums of whole
-// numbers, exact and fast (AVX-512's vpdpbusd); 16 bits lose nothing that the weights' 8 have not lost before.
+// numbers, exact and fast (AVX-512's vpdpbusd).
 // bf16 weights: 32 at a time, the 16 of even number before the 16 of odd, as one shift and one mask yield the
 // weights; or as bf16 where the processor multiplies pairs of it.
 typedef struct {
@@ -106,18 +106,13 @@ static inline floats exponential(floats x) {
 }
 
 static inline floats activate(floats x, int64_t kind) {
-    switch (kind) {
-        case GELU_NEW:  // x/2 (1 + tanh z) = x / (1 + exp(-2z))
-            return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
-        case GELU:
-            for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
-            return x;
-        case RELU: return larger(x, (floats){0});
-        case SILU: return x / (1.0f + exponential(-x));
-        default:
-            for (int i = 0; i < LANES; i++) x[i] = tanhf(x[i]);
-            return x;
-    }
+    // x/2 (1 + tanh z) = x / (1 + exp(-2z))
+    if (kind == GELU_NEW) return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+    if (kind == SILU) return x / (1.0f + exponential(-x));
+    if (kind == RELU) return larger(x, (floats){0});
+    for (int i = 0; i < LANES; i++)
+        x[i] = kind == GELU ? 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f)) : tanhf(x[i]);
+    return x;
 }
 
 // y[i] = x . rows[i] for up to 4 rows of n, one after another in memory.

@@ -10,8 +10,8 @@ PANEL, GROUP = 16, 4  # outputs side by side, and inputs of each: what one vecto
 class Int8Matrix(nn.Module):
     """A linear layer, or an embedding, whose weights are whole numbers times one scale for each output.
 
-    The scale is the largest weight of the row over 127, so rounding moves a weight by at most half of it
-    (LLM.int8(), Dettmers et al. 2022, without its outlier columns: activations here stay at 16 bits or more).
+    The scale is the largest weight of the row over 127 (LLM.int8(), Dettmers et al. 2022, without its outlier
+    columns: activations here stay at 16 bits or more).
 
     Attributes:
         packed: (panels, groups, 16, 4) int8: 16 outputs by 4 inputs lie together, padded with zeros.

@@ -49,8 +49,7 @@ def _blocks(time: int) -> list[tuple[int, int]]:
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the attention, a block of queries at a time, and the probabilities in bf16, which the backward needs.
 
-    Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16, and so would be its
-    probability.
+    Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16.
     """
     shape, probabilities = query.shape, _room(query)
     query, key, value = (part.reshape(-1, *shape[2:]) for part in (query, key, value))
@@ -70,8 +69,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
-    The probabilities' gradient is rounded to bf16, which is no more than its factors already are: against fp64 the
-    results are 0.8 to 1.3 times as far off as those of torch's kernel, and it takes three quarters of the time.
+    The probabilities' gradient is rounded to bf16, as its factors already are: against fp64 the results are 0.8 to
+    1.3 times as far off as those of torch's kernel, and it takes three quarters of the time.
     """
     shape = query.shape
     grad, query, key, value = (part.reshape(-1, *shape[2:]) for part in (grad, query, key, value))
