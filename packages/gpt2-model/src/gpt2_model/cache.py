@@ -16,11 +16,9 @@ class KVCache:
     Args:
         model: the cache is for its layers and heads, on its device.
         batch: number of rows.
-        capacity: longest row, in tokens, at most the model's context. Memory: 2 * n_layer * n_embd values for each
-            token of each row.
+        capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
         dtype: of keys and values; by default the model's.
-        zeroed: False saves a pass over the memory where `extend` is never called: it multiplies what is masked by
-            0, and 0 * NaN is NaN.
+        zeroed: False where `extend` is never called, which multiplies what is masked by 0, and 0 * NaN is NaN.
     """
 
     def __init__(

@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# A path that may also be a hub name: a shell completes it, and the command checks it later.
 PATH = click.Path(readable=False)
-"""The type of a path that may also be a hub name: a shell completes it, and the command checks it later."""
-
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-"""click's context settings: help is up to 100 columns wide."""
-
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -146,10 +143,8 @@ def keep_buffers() -> None:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one.
-
-    A checkpoint's manifest.json is written last. Its hashes are not compared: that would read gigabytes.
-    """
+    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one."""
+    # manifest.json is written last. Its hashes are not compared: that would read gigabytes.
     files = ("manifest.json", "config.json", "model.safetensors")
     steps = (run / "checkpoints").glob("step-*")
     return max((step for step in steps if all((step / name).is_file() for name in files)), default=None)

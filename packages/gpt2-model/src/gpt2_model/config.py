@@ -108,16 +108,15 @@ PRESETS: Mapping[str, GPTConfig] = {
 }
 # The paper's names; counted, the models have 124, 355, 774 and 1,558 million parameters.
 PAPER_NAMES = {"117M": "124M", "345M": "350M", "762M": "774M", "1542M": "1558M"}
-
+# OpenAI's models of these sizes, as the hub calls them.
 OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
-"""OpenAI's models of these sizes, as the hub calls them."""
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     """Return floating-point operations of a training token, forward and backward: 803 million for 124M at 1,024.
 
-    6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal.
-    This is llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts
-    the masked half of attention too and comes out at 855 million: compare MFU only between equal counts.
+    6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal. This is
+    llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts the masked
+    half too and comes out at 855 million: compare MFU only between equal counts.
     """
     return 6 * config.num_parameters + 6 * config.n_layer * config.n_embd * seq_len

@@ -13,15 +13,10 @@ from gpt2_model.model import GPT
 
 
 def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDecoder | TorchDecoder":
-    """Return the fastest decoder for the model on its device.
+    """Return the fastest decoder for the model on its device, for rows of up to `capacity` tokens.
 
-    Args:
-        capacity: longest row, in tokens.
-        compile: on the CPU, engine.c: None where it can be compiled, True or else an error. On CUDA True has
-            torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
-
-    Raises:
-        ValueError: `compile` is True, and cannot be.
+    `compile` means on the CPU engine.c: None where it can be compiled, True or else a ValueError. On CUDA True has
+    torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
     """
     device = model.device.type
     if device == "cpu" and compile is not False:

@@ -112,9 +112,9 @@ def stream(
 ) -> Iterator[Piece]:
     """Continue each prompt `num_samples` times; yield text as it comes: whole characters, no part of a stop text.
 
-    The pieces of a row, put together, are its completion's text. Errors come at once, not with the first piece.
-    A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
-    beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
+    Errors come at once, not with the first piece. A row's random numbers depend on `seed` and the row's number
+    alone, so its text does not change with the rows beside it: on the CPU to the last bit of its logits, elsewhere
+    as far as rounding lets the same token win.
 
     Args:
         model: its vocabulary must be GPT-2's where prompts are text.

@@ -32,9 +32,8 @@ from gpt2_model.cpu.training import causal_attention, head_loss, look_up
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Return softmax(scale * q k^T) v, (B, H, T, D), as the kernels that CausalSelfAttention calls, but plainly.
 
-    Args:
-        scale: 1 / sqrt(D) in GPT-2.
-        mask: (B, 1, T, S), True where a query may look; None for causal attention, where S is T.
+    In GPT-2 the scale is 1 / sqrt(D). The mask, (B, 1, T, S), is True where a query may look; without one
+    attention is causal, and S is T.
     """
     if mask is None:  # each position sees itself and what came before
         mask = torch.ones(q_BHTD.shape[2], k_BHSD.shape[2], dtype=torch.bool, device=q_BHTD.device).tril()
@@ -210,8 +209,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
 
-        With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
-        they fit.
+        With a cache, `tokens` continue the rows that it holds, and are added to it; they must fit.
         """
         return self._transform(self.wte(tokens), cache)
 
@@ -258,8 +256,7 @@ class GPT(nn.Module):
         eval mode, on the CPU.
 
         Raises:
-            FileNotFoundError: no such folder, or no weights in it.
-            OSError: the hub cannot be reached, or a download broke off.
+            OSError: no such folder, no weights in it, or the hub cannot be reached.
             ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
         is_int8 = dtype == torch.int8
@@ -270,8 +267,6 @@ class GPT(nn.Module):
         del weights  # else quantize could not free one matrix after another
         if is_int8:
             quantize(model)
-        else:
-            model.requires_grad_(True)
         return model.eval()
 
     @staticmethod

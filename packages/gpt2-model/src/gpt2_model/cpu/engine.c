@@ -73,8 +73,8 @@ typedef struct {
 
 typedef void Alone(Team *team, const Norm *norm);
 
-// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a
-// wait costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
+// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a wait
+// costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
 static void meet(Team *team, Alone *alone, const Norm *norm) {
     const int round = team->round;
     if (atomic_fetch_add(&team->arrived, 1) == team->threads - 1) {

@@ -136,10 +136,6 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         () in fp32: mean nats per counted target, NaN if there is none. It can be differentiated once.
-
-    Raises:
-        ValueError: there are no rows.
-        RuntimeError: another target below 0, or one beyond the vocabulary.
     """
     targets, device = targets.flatten(), hidden.device.type
     if device != "cpu":
