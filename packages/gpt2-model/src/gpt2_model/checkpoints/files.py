@@ -161,10 +161,12 @@ def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Return the tensors of all files that an index names (model.safetensors.index.json), mapped."""
     shard_of = shard_names(index)
-    tensors: dict[str, Tensor] = {}
-    for path in (index.parent / shard for shard in sorted(set(shard_of.values()))):
+    paths = [index.parent / shard for shard in sorted(set(shard_of.values()))]
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{index} names {path.name}, which is not beside it")
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
         part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
             reason = f"{short(odd[0])} is only in one of them"
