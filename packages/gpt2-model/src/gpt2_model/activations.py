@@ -42,8 +42,8 @@ def activation_bytes(
         blocks = config.n_layer * 4 * config.n_embd + layer
     copies = 2 * config.matrix_parameters if bf16 else 0
     if device_type == "cpu":
-        # The gradient of the projection, to which the embedding's is added; and a block of logits.
-        # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices.
+        # The gradient of the projection, to which the embedding's is added; a block of logits; and in fp32 the
+        # padded copy of the projection, which in bf16 is one of those of all matrices.
         size = 2 if bf16 else 4
         head = embedding + rows * 4 * config.n_embd + min(rows, ROWS) * config.vocab_size * size
         head += 0 if bf16 else embedding

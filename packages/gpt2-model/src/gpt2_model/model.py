@@ -184,15 +184,12 @@ class GPT(nn.Module):
         """Return logits and, with targets, the mean cross-entropy in nats per token.
 
         Args:
-            tokens: (B, T) int64 ids.
+            tokens: (B, T) int64 ids, T at most config.block_size, else a ValueError.
             targets: (B, T) int64 ids that should follow each position; -100 counts for nothing.
             return_logits: False in training, where nobody reads them: they need not be kept then.
 
         Returns:
             (logits (B, T, V) or None, loss () in fp32 or None).
-
-        Raises:
-            ValueError: more positions than `config.block_size`.
         """
         loss_only = targets is not None and not return_logits
         x_BTC, wte_VC = look_up(self.wte, tokens, share_gradient=loss_only)

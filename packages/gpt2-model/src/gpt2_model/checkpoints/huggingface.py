@@ -62,12 +62,7 @@ scale_attn_by_layer_idx
 
 
 def read_config(path: Path) -> GPTConfig:
-    """Return the GPTConfig in a Hugging Face config.json.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a field that is not known, or that asks for a function that GPT does not compute.
-    """
+    """Return the GPTConfig in a config.json; a field that is unknown or asks for more than GPT is a ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
     raw = read_json(path)
@@ -153,10 +148,7 @@ def download(name: str) -> Path:
     """Download "owner/model" or "owner/model@revision" into Hugging Face's cache; return the folder there.
 
     Short names ("gpt2") stay as they are: the hub knows where they moved, and caches hold them under these names.
-
-    Raises:
-        FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
-        OSError: the download broke off.
+    What the hub says becomes one line: a FileNotFoundError, or an OSError if the download broke off.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # half a second, and only needed here
     from huggingface_hub.utils.logging import set_verbosity_error

@@ -134,15 +134,10 @@ class _Call(ctypes.Structure):
 
 
 class EngineDecoder:
-    """A TorchDecoder by engine.c. A row's logits are bit-equal whatever rows are beside it.
+    """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
 
-    Args:
-        model: on the CPU, in fp32, bf16 or int8; not to be changed while the decoder lives, since the engine gets
-            pointers to its weights.
-        capacity: longest row, in tokens.
-
-    Raises:
-        Unavailable: see `library`.
+    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
+    while the decoder lives. Raises `Unavailable`, see `library`.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:

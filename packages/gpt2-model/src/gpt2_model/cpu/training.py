@@ -139,7 +139,6 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     targets, device = targets.flatten(), hidden.device.type
     if device != "cpu":
-        # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
         return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, -2), targets)
     if not len(targets):
         raise ValueError("hidden has no rows: there is nothing to take a mean of")
