@@ -87,7 +87,7 @@ class GPTConfig:
     def with_fields(self, assignments: Mapping[str, str]) -> "GPTConfig":
         """Return a copy with fields replaced from text, as in `--model n_layer=4`; ValueError if one is wrong."""
         known = [field.name for field in fields(self)]
-        for name in assignments.keys() - known:
+        for name in sorted(assignments.keys() - known):
             raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
         return replace(self, **{name: _value(text) for name, text in assignments.items()})
 

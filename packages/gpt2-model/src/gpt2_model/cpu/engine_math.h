@@ -82,10 +82,7 @@ static inline void add_up_all(const floats *x, int count, float *y) {
 }
 
 static inline float bf16_to_float(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return (union { uint32_t bits; float value; }){(uint32_t)x << 16}.value;
 }
 
 // e to the x to within 2e-7 of itself: 2^n by the exponent's bits, the rest by its series on [-ln2/2, ln2/2].
