@@ -14,6 +14,7 @@ import cloup
 
 from gpt2_model import __version__
 from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
+from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_model.model import GPT
@@ -88,7 +89,6 @@ def generate(
 
     \b
     gpt2-model generate -m gpt2 "Hello, I'm a language model,"
-    gpt2-model generate -m runs/a/checkpoints/step-00005000 -n 3 --seed 1 "The"
     gpt2-model generate -m gpt2-xl --dtype int8 --stop "." < beginning.txt
     """
     texts = _prompts(prompts, file, interactive)
@@ -136,19 +136,17 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
     try:
         text = file.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt in {file.name} is not UTF-8 text: byte {error.start} cannot be read"
-        ) from None
+        where = f"byte {error.start} cannot be read"
+        raise ValueError(f"the prompt in {file.name} is not UTF-8 text: {where}") from None
     return [text] if text else []
 
 
 def _is_piped() -> bool:
     """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return False
 
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
@@ -158,33 +156,29 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
 
     samples = options["num_samples"]
     alone = max(1, len(texts)) * samples == 1
-    waiting: dict[int, Completion] = {}
-    done = tokens = 0
-    started, context_full = 0.0, False
+    rows: dict[int, Completion] = {}
+    shown, started = 0, 0.0
     for piece in stream(gpt, texts or [[EOT]], **options):
         if not started:  # the first token is there, and with it nothing can be wrong any more
             started = time.perf_counter()
-            if alone and texts:
-                click.echo(texts[0], nl=False)
+            click.echo(texts[0] if alone and texts else "", nl=False)
         if alone:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
-        if row := piece.completion:
-            waiting[piece.row] = row
-            tokens += max(0, len(row.tokens) - 1)
-            context_full |= row.finish_reason == "length" and len(row.tokens) < options["max_new_tokens"]
-        while not alone and done in waiting:
-            row = waiting.pop(done)
-            sample = f", sample {done % samples + 1} of prompt {done // samples + 1}" if len(texts) > 1 else ""
-            click.secho(f"--- row {done}{sample}", dim=True)
-            click.echo((row.prompt if texts else "") + row.text)
-            done += 1
+        if piece.completion:
+            rows[piece.row] = piece.completion
+        while not alone and shown in rows:
+            sample = f", sample {shown % samples + 1} of prompt {shown // samples + 1}" if len(texts) > 1 else ""
+            click.secho(f"--- row {shown}{sample}", dim=True)
+            click.echo((rows[shown].prompt if texts else "") + rows[shown].text)
+            shown += 1
     if alone:
         click.echo()
-    if context_full:
+    by_length = [len(row.tokens) for row in rows.values() if row.finish_reason == "length"]
+    if min(by_length, default=options["max_new_tokens"]) < options["max_new_tokens"]:
         size = gpt.config.block_size
         click.secho(f"(the model's context of {size} tokens is full; --slide continues)", dim=True, err=True)
-    if tokens:
+    if tokens := sum(max(0, len(row.tokens) - 1) for row in rows.values()):
         speed = tokens / (time.perf_counter() - started)
         click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
 
@@ -196,13 +190,10 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
-
-    click.secho("What you type is added to the text as it is, spaces too.\n"
-                "An empty line lets the model continue.\n"
+    click.secho("What you type is added to the text as it is, spaces too. An empty line: the model continues.\n"
                 "/again: another continuation instead of the last. /reset: a new text.\n"
                 "Ctrl-C: enough of this answer. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
     before = text
-    seed = options.pop("seed")
     options["slide"] = True  # the text may outgrow the context
     click.echo(text, nl=False)
     while True:
@@ -223,11 +214,11 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         before = text
         click.echo(text, nl=False)
         with suppress(KeyboardInterrupt):
-            for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
+            for piece in stream(gpt, [text] if text else [[EOT]], **options):
                 click.secho(piece.text, nl=False, bold=True)  # the model's words
                 sys.stdout.flush()
                 text += piece.text
-        seed += 1
+        options["seed"] += 1
 
 
 @main.command()
@@ -237,31 +228,19 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 def info(model: str, as_json: bool) -> None:
     """Show the shape and the cost of a model or a size.
 
-    \b
-    gpt2-model info runs/a
-    gpt2-model info 350M
     Sizes: 124M, 350M, 774M, 1558M, and the paper's names for them: 117M, 345M, 762M, 1542M.
     """
-    from dataclasses import asdict
-
-    from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
-
     progress: dict[str, Any] = {}
-    size = PAPER_NAMES.get(model, model)
-    if size in PRESETS:
-        config = PRESETS[size]
-    else:
+    config = PRESETS.get(PAPER_NAMES.get(model, model))
+    if config is None:
         from gpt2_model.checkpoints.load_save import inspect, read_progress
 
         model = find_model(model)
         config, progress = inspect(model), read_progress(model)
-    facts: dict[str, Any] = {
-        **progress,
-        **asdict(config),
-        "parameters": config.num_parameters,
-        "bytes_fp32": 4 * config.num_parameters,
-        "training_flops_per_token": flops_per_token(config, config.block_size),
-    }
+    facts = progress | vars(config)
+    facts["parameters"] = config.num_parameters
+    facts["bytes_fp32"] = 4 * config.num_parameters
+    facts["training_flops_per_token"] = flops_per_token(config, config.block_size)
     if as_json:
         print_json(facts)
         return
@@ -275,12 +254,7 @@ def info(model: str, as_json: bool) -> None:
 @cloup.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
 @one_line_errors
 def convert(model: str, out: str, overwrite: bool) -> None:
-    """Write a model as a Hugging Face folder, in fp32.
-
-    \b
-    gpt2-model convert gpt2-medium my-folder
-    gpt2-model convert out/ckpt.pt from-nanogpt
-    """
+    """Write a model as a Hugging Face folder, in fp32: gpt2-model convert out/ckpt.pt from-nanogpt"""
     if not out:
         raise click.UsageError("OUT is empty: name a folder")
     if (Path(out) / "config.json").exists() and not overwrite:
