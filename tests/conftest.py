@@ -1,5 +1,6 @@
-"""What tests of several packages share: small random models."""
+"""What tests of several packages share: small random models and runs."""
 
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -34,3 +35,13 @@ def tiny_hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words() -> random.Random:
     """A seeded generator for texts."""
     return random.Random(0)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of a small model, as forks of one process that has imported torch."""
+    import train_faults
+
+    yield train_faults.Runs(tmp_path_factory.mktemp("runs"))
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -2,7 +2,6 @@
 
 import fineweb_like
 import pytest
-import train_faults
 
 from gpt2_data import BuildConfig, build
 from gpt2_data import gigatoken as fast
@@ -37,14 +36,6 @@ def expected(corpus, tmp_path_factory):
     )
     assert result.documents >= 50_000
     return fineweb_like.hashes(out)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """Runs of a small model, as forks of one process that has imported torch."""
-    runs_of_model = train_faults.Runs(tmp_path_factory.mktemp("runs"))
-    yield runs_of_model
-    runs_of_model.server.close()
 
 
 @pytest.fixture(params=["tiktoken", "gigatoken"])

@@ -1,7 +1,7 @@
-"""Faults that a test plants in the process of a run, before gpt2-train begins; see ForkServer.start.
+"""Faults that a test plants in the process of a run, before gpt2-train begins; see fork_server.Child.
 
-Each runs on the rank asked for, or on all. What is patched are names of torch and os, and functions of the product
-that are to fail; where a run stands is read from its metrics.jsonl. Nothing in the product knows of it.
+What is patched are names of torch, os and shutil, and the forward pass of the public model; where a run stands is
+read from its metrics.jsonl. Nothing in the product knows of it.
 """
 
 import ctypes
@@ -9,21 +9,43 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-RANK = int(os.environ.get("RANK", 0))
+from gpt2_eval.loss import bytes_per_token
+from gpt2_model import GPT
+
+bytes_per_token()  # kept, as the tokenizer is: reading the vocabulary takes longer than thirty steps
+
+
+def plant(faults):
+    """Call each (name of a function here, its arguments).
+
+    `rank` among the arguments: on that rank alone; `life`: only in that run of torchrun's restarts, from 0.
+    """
+    for name, options in faults:
+        rank, life = options.pop("rank", None), options.pop("life", None)
+        if rank in (None, this_rank()) and life in (None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+            globals()[name](**options)
+
+
+def this_rank() -> int:
+    return int(os.environ.get("RANK", 0))
 
 
 def act(what):
     """Do what a fault does: a signal to this process, a hang, an error."""
     if what == "sleep":
         time.sleep(1000)
+    elif what == "pause":
+        time.sleep(1)
     elif what == "hold the GIL":
         ctypes.PyDLL(None).sleep(1000)
     elif what == "disk full":
@@ -32,6 +54,11 @@ def act(what):
         torch.empty(2**60)  # torch's own error
     elif what == "bug":
         raise RuntimeError("planted")
+    elif what == "exit":
+        os._exit(77)
+    elif what == "wait for step 9":
+        while now() <= 9:
+            time.sleep(0.001)
     else:
         os.kill(os.getpid(), getattr(signal, what))
 
@@ -50,20 +77,24 @@ def wrap(module, name, before=None, after=None):
 
 
 def out() -> Path:
-    """The run's folder, as the command line names it."""
+    """Return the run's folder, as the command line names it."""
     return Path(sys.argv[sys.argv.index("--out") + 1])
 
 
+def rows(field) -> list[dict]:
+    """Return the rows of metrics.jsonl that have a field, as far as this process's past needs them."""
+    path = out() / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines[-20:]) if field in row]
+
+
 def now() -> int:
-    """The update that is being computed, counted from 1: the one after the last row of metrics.jsonl.
+    """Return the update that is being computed, counted from 1: the one after the last row of metrics.jsonl.
 
     Rank 0 writes a row before it begins the next update, and no rank gets through a backward pass without it: so
     this holds from the backward pass on, and in the first forward of a process.
     """
-    rows = out() / "metrics.jsonl"
-    lines = rows.read_bytes().split(b"\n")[:-1] if rows.exists() else []
-    steps = [row["step"] for row in map(json.loads, lines[-20:]) if "loss" in row]
-    return 1 + max(steps, default=0)
+    return 1 + max((row["step"] for row in rows("loss")), default=0)
 
 
 def in_forward():
@@ -78,71 +109,58 @@ def follow_steps(reached):
     wrap(torch.nn.utils, "get_total_norm", before=lambda *_: reached(now()))
 
 
-def in_update(step, do, rank=None, life=None):
-    """In the middle of an update; `life`: only in that run of torchrun's restarts, counted from 0."""
-    if rank not in (None, RANK) or life not in (None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
-        return
-    follow_steps(lambda number: act(do) if number == step else None)
+def at(step, do):
+    """Call `do` in the middle of an update."""
+    follow_steps(lambda number: do() if number == step else None)
 
 
-def in_evaluation(number, do, rank=None, life=None):
-    """In the middle of the `number`th evaluation of this process."""
-    if rank not in (None, RANK) or life not in (None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
-        return
-    from gpt2_train import loop
-
-    calls = iter(range(1, 10**6))
-    wrap(loop, "evaluate_loss", before=lambda *_: act(do) if next(calls) == number else None)
+def once(number, condition, do):
+    """Return a function that calls `do` when `condition` of its arguments is true for the `number`th time."""
+    seen = iter(range(1, 10**9))
+    return lambda *arguments: do() if condition(*arguments) and next(seen) == number else None
 
 
-def in_save(number, do, file="trainer.json", rank=None, life=None):
+def in_update(step, do):
+    """In the middle of an update."""
+    at(step, lambda: act(do))
+
+
+def in_evaluation(number, do):
+    """In the middle of the run's `number`th evaluation, as the model leaves its training mode."""
+
+    def begins(module, mode=True):
+        return isinstance(module, GPT) and not mode and len(rows("val_loss")) == number - 1
+
+    wrap(torch.nn.Module, "train", before=once(1, begins, lambda: act(do)))
+
+
+def in_save(number, do, file="trainer.json"):
     """As the `number`th checkpoint of this process comes to a file; that is in the thread which writes it."""
-    if rank not in (None, RANK) or life not in (None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
-        return
-    seen = iter(range(1, 10**6))
-
-    def hook(event, arguments):
-        if event != "open" or "w" not in str(arguments[1]):
-            return
-        path = str(arguments[0])
-        if ".tmp-step" in path and path.endswith(f"/{file}") and next(seen) == number:
-            act(do)
-
-    sys.addaudithook(hook)
+    due = once(number, lambda path: ".tmp-step" in path and path.endswith(f"/{file}"), lambda: act(do))
+    sys.addaudithook(lambda event, words: due(str(words[0])) if event == "open" and "w" in str(words[1]) else None)
 
 
 def in_log(text, do, number=1):
     """Before the `number`th row with a certain field is written."""
-    seen = iter(range(1, 10**6))
-
-    def note(_descriptor, data):
-        if f'"{text}": '.encode() in bytes(data) and next(seen) == number:
-            act(do)
-
-    wrap(os, "write", before=note)
+    wrap(os, "write", before=once(number, lambda _, data: f'"{text}": '.encode() in bytes(data), lambda: act(do)))
 
 
-def before_joining(do, rank=None):
-    """Before the processes meet."""
-    if rank in (None, RANK):
-        from gpt2_train import distributed
-
-        wrap(distributed, "find_device", before=lambda *_: act(do))
+def before_joining(do):
+    """Before the processes meet, as soon as signals are listened to: SIGUSR1 is the last of them."""
+    wrap(signal, "signal", before=once(1, lambda number, _: number == signal.SIGUSR1, lambda: act(do)))
 
 
-def file_events(folder, do, first=1, last=10**9):
-    """Call `do(n)` before the n-th change of the run's folder: open for writing, fsync, rename, deletion."""
-    count = iter(range(1, 10**9))
-    busy = threading.local()
+def file_events(folder, do):
+    """Call `do(n)` before the n-th change below a folder: open for writing, fsync, rename, deletion."""
+    numbers = iter(range(1, 10**9))
+    busy, lock = threading.local(), threading.Lock()
 
     def event():
-        if getattr(busy, "now", False):
-            return
-        busy.now = True
-        number = next(count)
-        if first <= number <= last:
-            do(number)
-        busy.now = False
+        if not getattr(busy, "now", False):
+            busy.now = True
+            with lock:
+                do(next(numbers))
+            busy.now = False
 
     names = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -155,40 +173,30 @@ def file_events(folder, do, first=1, last=10**9):
 
     sys.addaudithook(hook)
     wrap(os, "fsync", before=lambda _: event())
-    import safetensors.torch
-
     wrap(safetensors.torch, "save_file", before=lambda *_: event(), after=lambda result: (event(), result)[1])
 
 
-def kill_at_change(folder, number):
-    """SIGKILL before the n-th change of the run's folder."""
-    file_events(folder, lambda _: os.kill(os.getpid(), signal.SIGKILL), number, number)
+def copy_at_changes(folder, to, last=10**9):
+    """Copy the folder before each of its changes: what a SIGKILL at that instant would leave."""
+    file_events(folder, lambda number: number > last or shutil.copytree(folder, f"{to}/{number:04d}"))
 
 
-def observe_changes(folder, report):
-    """Before every change of the run's folder, write a line: which checkpoints are good at that instant."""
-    from gpt2_train import checkpoint
-
-    lock = threading.Lock()
-
-    def look(number):
-        with lock, open(report, "a") as file:
-            good = [p.name for p in checkpoint.checkpoints(Path(folder)) if not checkpoint.verify_checkpoint(p)]
-            file.write(f"{number} {','.join(good)}\n")
-
-    file_events(folder, look)
+def change_nothing(folder):
+    """End at once, with a code of its own, if this process changes anything in a folder."""
+    file_events(folder, lambda _: act("exit"))
 
 
-def unsound(steps, kind, where="loss", rank=None):
+def unsound(steps, kind, where="loss"):
     """The loss of some updates times NaN, Inf or a number; or one element of one gradient."""
-    if rank not in (None, RANK):
-        return
-    from gpt2_train import loop
-
     factor = float(kind)
     if where == "loss":
         step = in_forward()
-        wrap(loop, "loss_of", after=lambda loss: loss * factor if step() in steps else loss)
+
+        def spoil_loss(result):
+            logits, loss = result
+            return (logits, loss * factor) if torch.is_grad_enabled() and step() in steps else result
+
+        wrap(GPT, "forward", after=spoil_loss)
     else:
 
         def spoil(gradients, *_):
@@ -198,70 +206,51 @@ def unsound(steps, kind, where="loss", rank=None):
         wrap(torch.nn.utils, "get_total_norm", before=spoil)
 
 
-def dump_state(folder, steps):
-    """SHA-256 of weights and AdamW's state before each of some updates, and after all, as FOLDER/RANK-STEP."""
-    import hashlib
+def unsound_weight(step):
+    """An update makes one weight NaN, though its loss and gradient are finite."""
 
-    from gpt2_train import loop
-    from gpt2_train.optimizer import own_state
+    def spoil(optimizer):
+        if now() == step:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[5] = float("nan")
 
-    runs = []
-    wrap(loop, "set_up", after=lambda run: (runs.append(run), run)[1])
-
-    def dump(step):
-        if step in steps:
-            run, digest = runs[0], hashlib.sha256()
-            for name, tensor in (*run.model.named_parameters(), *own_state(run.model, run.optimizers).items()):
-                digest.update(name.encode() + tensor.detach().numpy().tobytes())
-            with open(f"{folder}/{RANK}-{step}", "w") as file:
-                file.write(digest.hexdigest())
-
-    follow_steps(dump)
+    wrap(torch.optim.AdamW, "step", before=spoil)
 
 
 def record_tokens(path):
     """A line for each micro-batch that an update takes: step, and the tokens of each of its rows."""
-    from gpt2_train import loop
-
     step = in_forward()
 
-    def note(*arguments):
-        x, y = arguments[-2:]
-        if not x.any():  # the pass before the first step, over nothing in particular
-            return
-        with open(f"{path}.{RANK}", "a") as file:
-            for row in torch.cat([x, y[:, -1:]], 1).tolist():
-                file.write(f"{step()} {row}\n")
+    def note(_model, x, y=None):
+        # The pass before the first step is over nothing in particular.
+        if torch.is_grad_enabled() and x.any():
+            with open(f"{path}.{this_rank()}", "a") as file:
+                file.writelines(f"{step()} {row}\n" for row in torch.cat([x, y[:, -1:]], 1).tolist())
 
-    wrap(loop, "loss_of", before=note)
+    wrap(GPT, "forward", before=note)
 
 
 def clock_jumps(step):
     """From a step on the wall clock is a day back."""
-    real, real_ns = time.time, time.time_ns
-    back = {"s": 0}
+    real, real_ns, back = time.time, time.time_ns, {"s": 0}
     time.time = lambda: real() - back["s"]
     time.time_ns = lambda: real_ns() - back["s"] * 10**9
-    follow_steps(lambda number: back.update(s=86400) if number == step else None)
+    at(step, lambda: back.update(s=86400))
 
 
-def in_step(step, call, arguments, rank=None):
-    """Call a function of `os` or `shutil`, by name, as an update begins."""
-    import shutil
-
-    if rank in (None, RANK):
-        function = getattr(os, call, None) or getattr(shutil, call)
-        follow_steps(lambda number: function(*arguments) if number == step else None)
+def move_folder(step, to):
+    """In the middle of an update somebody renames the run's folder."""
+    at(step, lambda: os.rename(out(), to))
 
 
 def limit_at(step, size):
     """From a step on no file may grow beyond `size` bytes: a write fails in the middle, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    follow_steps(
-        lambda number: (
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) if number == step else 0
-        )
-    )
+    at(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
+
+
+def no_descriptors(step):
+    """From a step on no file can be opened."""
+    at(step, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)))
 
 
 def fill_disk(step, path, clear=0):
@@ -283,23 +272,31 @@ def fill_disk(step, path, clear=0):
     follow_steps(reached)
 
 
+def bad_disk(number):
+    """The disk flips a bit of the weights of the `number`th checkpoint, once it has been told to keep them."""
+    paths = []
+
+    def flip(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if path.name == "model.safetensors" and ".tmp-step" in str(path):
+            paths.append(path)
+            if len(paths) == number:
+                content = bytearray(path.read_bytes())
+                content[-5] ^= 4
+                path.write_bytes(content)
+
+    wrap(os, "fsync", before=flip)
+
+
 def little_room(free):
     """The disk says that so many bytes are free."""
-    import shutil
-
-    real = shutil.disk_usage
-    shutil.disk_usage = lambda path: real(path)._replace(free=free)
+    wrap(shutil, "disk_usage", after=lambda usage: usage._replace(free=free))
 
 
 def no_access(path):
     """The superuser may write anywhere: os.access says what it would to others."""
     real = os.access
     os.access = lambda where, mode, **more: os.fspath(where) != path and real(where, mode, **more)
-
-
-def no_descriptors(step):
-    """From a step on no file can be opened."""
-    follow_steps(lambda number: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)) if number == step else None)
 
 
 def closed_stderr():
@@ -309,14 +306,6 @@ def closed_stderr():
     os.dup2(writing, 2)
 
 
-def failing_writer(number, do):
-    """The `number`th checkpoint of this process fails in its thread."""
-    from gpt2_train import checkpoint
-
-    calls = iter(range(1, 10**6))
-    wrap(checkpoint, "write_checkpoint", before=lambda *_: act(do) if next(calls) == number else None)
-
-
 def slow_steps(seconds):
     """Each update takes so long, that a signal finds the run at work."""
     follow_steps(lambda _: time.sleep(seconds))
@@ -324,13 +313,72 @@ def slow_steps(seconds):
 
 def without_torch():
     """Importing torch anew is an error: what follows must be refused before that."""
-    for name in [name for name in sys.modules if name.startswith("gpt2_train.loop")]:
-        del sys.modules[name]
+    sys.modules.pop("gpt2_train.loop", None)
     sys.modules["gpt2_train.loop"] = None
 
 
 def unlike_versions():
     """Another torch and Python than the ones the checkpoint was written by."""
-    from gpt2_train import checkpoint
+    import platform
 
-    checkpoint.versions = lambda: {"python": "3.99.0", "torch": "9.9.9"}
+    torch.__version__ = "9.9.9"
+    platform.python_version = lambda: "3.99.0"
+
+
+def trace_exchange(folder):
+    """Rank r leaves gradients-r.pt of the first step in a folder, and trace-r.json of the second.
+
+    It is like any other: in the first, DDP tells all ranks in what order gradients come. A model is compiled
+    at once, and outside of DDP, as it is where micro-batches are tried on a GPU. By aot_eager: whatever the
+    backend, it gets graphs that are cut for DDP already; this one is done in seconds. Then the run is over.
+    """
+    compile_model, tracing = torch.compile, torch.profiler.profile(record_shapes=True)
+
+    def note_gradients(gradients):
+        if now() == 1:
+            torch.save([gradient.clone() for gradient in gradients], f"{folder}/gradients-{this_rank()}.pt")
+
+    def note_step(_):
+        if now() == 1:
+            tracing.start()
+        elif now() == 2:
+            tracing.stop()
+            tracing.export_chrome_trace(f"{folder}/trace-{this_rank()}.json")
+            act("exit")
+
+    def compile_early(model, **options):
+        compiled = compile_model(model, backend="aot_eager", **options)
+        tokens = torch.zeros(2, 8, dtype=torch.int64)
+        compiled(tokens, tokens.clone(), return_logits=False)[1].backward()
+        model.zero_grad(set_to_none=True)
+        return compiled
+
+    torch.compile = compile_early
+    wrap(torch.nn.utils, "get_total_norm", before=note_gradients)
+    wrap(torch.optim.AdamW, "step", before=note_step)
+
+
+def count_graphs(path):
+    """Write how many graphs have been compiled, at each step."""
+    follow_steps(lambda _: Path(path).write_text(str(torch._dynamo.utils.counters["stats"]["unique_graphs"])))
+
+
+def agree_on_micro_batches(path, limits):
+    """Choose a micro-batch on two ranks, for each pair of the numbers of rows that fit on them."""
+    from gpt2_train import TrainConfig, distributed
+    from gpt2_train.memory import choose_micro_batch
+
+    world = distributed.start("cpu")
+    config = TrainConfig(batch_tokens=48 * 32, seq_len=32, model={"n_layer": 1, "n_head": 1, "n_embd": 8})
+    chosen = []
+    for fits in limits:
+
+        def try_one(number, fits=fits):
+            if number > fits[world.rank]:
+                raise torch.OutOfMemoryError
+
+        chosen.append(
+            choose_micro_batch(config, config.model_config, world, try_one, compiled=False, precision="fp32")
+        )
+    Path(f"{path}.{world.rank}").write_text(json.dumps(chosen))
+    distributed.stop(world)

@@ -1,30 +1,27 @@
-"""T4, T11, T18: a disk that fills up, a folder that cannot be written, or is gone; a log nobody reads."""
+"""T4, T11, T17, T18: a disk that fills up, a folder that cannot be written, or is gone; a log nobody reads."""
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 from test_disk import own_mounts
-from train_faults import PLANTED, checkpoint, command_line, good_steps, planted_environment, rows, snapshot
+from train_faults import PLANTED, checkpoint, good_steps, planted, rows, snapshot
 
 # In a mount namespace of its own: a small disk that somebody fills in mid-run and, in the second run, clears.
 SCRIPT = """
-import json, pathlib, subprocess, sys, os
+import json, pathlib, subprocess, sys
 disk, saved, faults = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
-told = {}
+report = {}
 for name, faults in faults.items():
-    command = [sys.executable, "-c", PLANTED, json.dumps(faults), *sys.argv[4:]]
-    if name.startswith("continue"):
-        command += ["--on-save-error", "continue"]
+    command = [sys.executable, "-c", PLANTED, json.dumps(faults), *sys.argv[4:], "--on-save-error", name]
     done = subprocess.run(command, capture_output=True, text=True)
-    told[name] = [done.returncode, done.stderr, sorted(str(p.relative_to(disk)) for p in disk.rglob("*"))]
+    report[name] = [done.returncode, done.stderr, sorted(str(p.relative_to(disk)) for p in disk.rglob("*"))]
     (disk / "filler").unlink(missing_ok=True)
 subprocess.run(["cp", "-r", disk / "out", saved], check=True)
-print(json.dumps(told))
+print(json.dumps(report))
 """
 
 
@@ -38,15 +35,15 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
         "abort": [["fill_disk", {"step": 20, "path": filler}]],
         "continue": [["fill_disk", {"step": 30, "path": filler, "clear": 40}]],
     }
-    words = command_line(runs.data, disk / "out")
     script = f"PLANTED = {PLANTED!r}\n{SCRIPT}"
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", script, disk, saved, json.dumps(faults), *words],
-        capture_output=True, text=True, check=False, env=planted_environment(),
-    )  # fmt: skip
+    launcher = [
+        "-c",
+        f"import os, sys; os.execvp('unshare', ['unshare', '-rm', {sys.executable!r}, *sys.argv[1:]])",
+    ]
+    done = planted(faults, runs.data, disk / "out", *launcher, "-c", script, disk, saved)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    code, said, files = told["abort"]
+    report = json.loads(done.stdout)
+    code, said, files = report["abort"]
     assert code == 1, said
     last = said.splitlines()[-1]
     assert last.startswith(f"Error: cannot write {disk}/out/checkpoints/step-00000021: ")
@@ -55,35 +52,53 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
     assert "Traceback" not in said
     assert not [name for name in files if ".tmp" in name]
     assert {name.split("/")[2] for name in files if name.count("/") == 2} >= {"step-00000012", "step-00000015"}
-    code, said, files = told["continue"]
+    code, said, files = report["continue"]
     assert code == 0, said
     assert "warning: cannot write" in said
     assert "training continues, as on_save_error asks for" in said
-    runs.must_equal_whole(saved)
+    runs.must_finish_as_whole(saved)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says", "ranks"),
+    [
+        (
+            ("in_save", {"number": 3, "do": "disk full"}),
+            "cannot write STEP9: [Errno 28] No space left on device",
+            1,
+        ),
+        (
+            ("in_save", {"number": 3, "do": "disk full", "file": "manifest.json"}),
+            "cannot write STEP9: [Errno 28]",
+            1,
+        ),
+        (("bad_disk", {"number": 3}), "cannot write STEP9: the disk does not give back what was written: ", 1),
+        (("in_save", {"number": 3, "do": "bug"}), "saving failed: RuntimeError('planted')", 1),
+        (("in_save", {"number": 3, "do": "bug", "rank": 0}), "saving failed: RuntimeError('planted')", 2),
+    ],
+    ids=["trainer.json", "manifest.json", "not what was written", "a bug", "a bug, two ranks"],
+)
+def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, runs, fault, says, ranks) -> None:
+    out = tmp_path / "run"
+    runs.fail(out, fault, says=[says.replace("STEP9", str(checkpoint(out, 9)))], good=[3, 6], ranks=ranks)
+    assert rows(out)[-1]["step"] <= 12
+    runs.must_finish_as_whole(out, ranks=ranks)
+
+
+def test_weights_that_are_not_finite_push_out_no_checkpoint(tmp_path, runs) -> None:
+    says = ["is not finite at step 15: the checkpoints before it are the last good ones"]
+    fault = ("unsound_weight", {"step": 14})
+    runs.fail(tmp_path / "run", fault, says=says, good=[6, 9, 12], max_skips=99)
+    runs.must_finish_as_whole(tmp_path / "run")
 
 
 def test_a_write_that_fails_in_the_middle_of_a_file(tmp_path, runs) -> None:
-    """RLIMIT_FSIZE: every file of a checkpoint in turn cannot be written whole."""
+    """RLIMIT_FSIZE: a file of a checkpoint cannot be written whole."""
     out = runs.wind_back(tmp_path / "run", 57)
     before = snapshot(out / "checkpoints")
-    assert runs.run(out, ("limit_at", {"step": 59, "size": 30_000})) == 1
-    said = runs.said(out)
-    assert f"Error: cannot write {checkpoint(out, 60)}: " in said
-    assert "the checkpoints before it are untouched" in said
-    assert "Traceback" not in said
+    says = [f"Error: cannot write {checkpoint(out, 60)}: ", "the checkpoints before it are untouched"]
+    runs.fail(out, ("limit_at", {"step": 59, "size": 30_000}), says=says)
     assert snapshot(out / "checkpoints") == before
-    runs.must_finish_as_whole(out)
-
-
-@pytest.mark.parametrize("file", ["trainer.json", "manifest.json"])
-def test_an_error_in_each_file_of_a_save(tmp_path, runs, file) -> None:
-    out = tmp_path / "run"
-    assert runs.run(out, ("in_save", {"number": 3, "do": "disk full", "file": file})) == 1
-    said = runs.said(out)
-    assert f"Error: cannot write {checkpoint(out, 9)}: " in said
-    assert "No space left on device" in said
-    assert good_steps(out) == [3, 6]
-    assert not list((out / "checkpoints").glob(".tmp*"))
     runs.must_finish_as_whole(out)
 
 
@@ -91,36 +106,31 @@ def test_an_error_in_each_file_of_a_save(tmp_path, runs, file) -> None:
 def test_going_on_after_a_failed_save_by_choice(tmp_path, runs, ranks) -> None:
     out = tmp_path / "run"
     fault = ("in_save", {"number": 3, "do": "disk full", "rank": 0})
-    runs.must_finish_as_whole(out, fault, ranks=ranks, on_save_error="continue")
-    assert f"warning: cannot write {checkpoint(out, 9)}: " in runs.said(out)
+    said = runs.must_finish_as_whole(out, fault, ranks=ranks, on_save_error="continue")
+    assert f"warning: cannot write {checkpoint(out, 9)}: " in said
 
 
 def test_the_last_save_must_not_fail(tmp_path, runs) -> None:
+    fault = ("in_save", {"number": 20, "do": "disk full"})
+    runs.fail(tmp_path / "run", fault, on_save_error="continue", good=[51, 54, 57])
+    runs.must_finish_as_whole(tmp_path / "run")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, runs) -> None:
+    """The second one is written once three more steps are logged, and is of the state before them."""
     out = tmp_path / "run"
-    assert runs.run(out, ("in_save", {"number": 20, "do": "disk full"}), on_save_error="continue") == 1
-    assert good_steps(out) == [51, 54, 57]
+    faults = [
+        ("in_save", {"number": 2, "do": "wait for step 9"}),
+        ("in_save", {"number": 3, "do": "SIGKILL"}),
+    ]
+    assert runs.run(out, *faults) == -9, runs.said(out)
+    assert good_steps(out) == [3, 6]
     runs.must_finish_as_whole(out)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_bug_in_the_saver_s_thread_ends_the_run(tmp_path, runs, ranks) -> None:
-    """T17."""
-    out = tmp_path / "run"
-    children = runs.begin(out, ("failing_writer", {"number": 3, "do": "bug"}), ranks=ranks)
-    assert runs.codes(children, 20) == [1] * ranks
-    assert "saving failed: RuntimeError('planted')" in runs.said(out)
-    assert good_steps(out) == [3, 6]
-    assert rows(out)[-1]["step"] <= 12
-    runs.must_finish_as_whole(out, ranks=ranks)
-
-
 def test_too_little_room_is_told_before_training(tmp_path, runs) -> None:
-    """A run whose checkpoints cannot fit: 124M parameters on a disk that is said to have 1 GB."""
     out = tmp_path / "run"
-    assert runs.run(out, ("little_room", {"free": 100_000})) == 1
-    said = runs.said(out)
-    assert "free" in said
-    assert "Traceback" not in said
+    runs.fail(out, ("little_room", {"free": 100_000}), says=["will need", "0.1 MB are free"])
     assert rows(out) == []
 
 
@@ -134,81 +144,59 @@ BAD_PLACES = {
 @pytest.mark.parametrize("place", BAD_PLACES)
 def test_a_folder_that_cannot_be_is_told_before_torch_is_loaded(tmp_path, runs, place) -> None:
     out = tmp_path / "parent" / "run"
-    out.parent.parent.mkdir(exist_ok=True)
     if place != "below a file":
         out.parent.mkdir()
     BAD_PLACES[place](out)
-    faults = [("without_torch", {})]
-    if place == "read-only":
-        if os.geteuid() == 0:
-            faults.append(("no_access", {"path": str(out)}))
-        else:
-            out.chmod(0o555)
-    log = tmp_path / "log"
-    child = runs.server.start(command_line(runs.data, out), log, faults)
+    faults = [("without_torch", {}), ("no_access", {"path": str(out)})]
+    if place == "read-only" and os.geteuid():
+        out.chmod(0o555)
+    (child,) = runs.begin(out, *faults, log=tmp_path / "log")
     assert child.wait() == 1
-    said = log.read_text()
+    said = child.output()
     assert said.count("\n") == 1
     assert said.startswith(f"Error: --out {out}: ")
 
 
 def test_a_link_to_a_folder_and_a_parent_that_is_not_there(tmp_path, runs) -> None:
-    (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
     runs.must_finish_as_whole(tmp_path / "link")
     assert good_steps(tmp_path / "real") == [54, 57, 60]
-    deep = tmp_path / "not" / "there" / "run"
-    log = tmp_path / "log"
-    child = runs.server.start(command_line(runs.data, deep), log)
-    assert child.wait() == 0, log.read_text()
+    (child,) = runs.begin(tmp_path / "not" / "there" / "run", log=tmp_path / "log", steps=3)
+    assert child.wait() == 0, child.output()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_folder_that_is_gone_ends_the_run(tmp_path, runs, ranks) -> None:
-    out = tmp_path / "run"
-    fault = (
-        "in_step",
-        {"step": 8, "call": "rename", "arguments": [str(out), str(tmp_path / "elsewhere")], "rank": 0},
-    )
-    assert runs.codes(runs.begin(out, fault, ranks=ranks), 20) == [1] * ranks
-    said = runs.said(out)
-    assert str(out) in said.splitlines()[-1]
-    assert said.splitlines()[-1].startswith("Error: ")
-    assert "Traceback" not in said
-    assert not out.exists() or not (out / "checkpoints").exists()
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    fault = ("move_folder", {"step": 8, "to": str(elsewhere), "rank": 0})
+    last = runs.fail(out, fault, ranks=ranks).splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert str(out) in last
+    assert not (out / "checkpoints").exists()
     shutil.rmtree(out, ignore_errors=True)
-    (tmp_path / "elsewhere").rename(out)
+    elsewhere.rename(out)
     runs.must_finish_as_whole(out, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_metrics_file_that_cannot_grow(tmp_path, runs, ranks) -> None:
-    out = tmp_path / "run"
     fault = ("in_log", {"text": "grad_norm", "do": "disk full", "number": 10})
-    assert runs.codes(runs.begin(out, fault, ranks=ranks), 20) == [1] * ranks
-    said = runs.said(out)
+    said = runs.fail_and_resume(tmp_path / "run", fault, ranks=ranks, good=[3, 6, 9])
     assert "No space left on device" in said.splitlines()[-1]
     assert "metrics.jsonl" in said.splitlines()[-1]
-    assert "Traceback" not in said
-    assert good_steps(out) == [3, 6, 9]
-    runs.must_finish_as_whole(out, ranks=ranks)
 
 
-def test_a_metrics_line_cut_short_is_repaired(tmp_path, runs) -> None:
+def test_a_metrics_line_cut_short_is_repaired_though_nobody_reads_what_is_said(tmp_path, runs) -> None:
     out = runs.wind_back(tmp_path / "run", 57)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (out / name).open("a") as file:
             file.write('{"step": 61, "lo')
-    runs.must_finish_as_whole(out)
-
-
-def test_nobody_reads_what_it_says(tmp_path, runs) -> None:
-    out = tmp_path / "run"
     runs.must_finish_as_whole(out, ("closed_stderr", {}))
 
 
 def test_no_free_descriptors(tmp_path, runs) -> None:
-    """RLIMIT_NOFILE reached in mid-run: an error, and the same command goes on."""
+    """RLIMIT_NOFILE reached in mid-run: an error, and the same command resumes."""
     out = tmp_path / "run"
     assert runs.run(out, ("no_descriptors", {"step": 11})) == 1
     assert "Too many open files" in runs.said(out)

@@ -1,12 +1,13 @@
 """T8, S5: a rank that hangs ends the run, and prints all stacks; no secret is in what a run leaves."""
 
+import gzip
 import signal
 import time
 
 import pytest
-from train_faults import good_steps, kill, rows, wait_for_step
+from train_faults import good_steps, rows, wait_for_step
 
-LIMITS = {"hang_seconds": 3}
+LIMITS = {"hang_seconds": 2}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_a_rank_that_hangs(tmp_path, runs, do, ranks) -> None:
         assert "most recent call first" in said
         assert "in _update" in said
         if do == "sleep" or rank != ranks - 1:
-            assert f"rank {rank}: no progress for 3 s in step 20 (update)" in said
+            assert f"rank {rank}: no progress for 2 s in step 20 (update)" in said
     assert "in act" in runs.said(out, ranks - 1)  # what it hangs in
     assert good_steps(out)[-1] in (15, 18)  # held, the interpreter does not let the last one be finished
     runs.must_finish_as_whole(out, ranks=ranks)
@@ -41,14 +42,11 @@ def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
     """SIGSTOP: the stopped rank can print nothing, the other one does and ends."""
     out = tmp_path / "run"
     children = runs.begin(out, ("in_update", {"step": 20, "do": "SIGSTOP", "rank": 1}), ranks=2, **LIMITS)
-    try:
-        assert children[0].wait(30) == 1
-        assert "rank 0: no progress for 3 s in step 20 (update)" in runs.said(out)
-        assert children[1].poll() is None
-        children[1].send(signal.SIGCONT)
-        assert children[1].wait(20) != 0
-    finally:
-        kill(children)
+    assert children[0].wait(30) == 1
+    assert "rank 0: no progress for 2 s in step 20 (update)" in runs.said(out)
+    assert children[1].poll() is None
+    children[1].send(signal.SIGCONT)
+    assert children[1].wait(20) != 0
     assert good_steps(out)[-1] in (15, 18)
     runs.must_finish_as_whole(out, ranks=2)
 
@@ -56,8 +54,7 @@ def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
 def test_a_save_that_hangs(tmp_path, runs) -> None:
     """The disk does not answer: the next save waits for the one before it, and that is watched."""
     out = tmp_path / "run"
-    (child,) = runs.begin(out, ("in_save", {"number": 3, "do": "sleep"}), **LIMITS)
-    assert child.wait(40) == 1
+    assert runs.run(out, ("in_save", {"number": 3, "do": "sleep"}), **LIMITS) == 1
     assert "(checkpoint)" in runs.said(out)
     assert "in write_checkpoint" in runs.said(out)
     assert good_steps(out) == [3, 6]
@@ -65,11 +62,15 @@ def test_a_save_that_hangs(tmp_path, runs) -> None:
 
 
 def test_slow_is_not_hung(tmp_path, runs) -> None:
-    """Ten times the usual time is allowed, however short --hang-seconds is."""
+    """Ten times the usual time is allowed, however short --hang-seconds is; to the first time, half an hour."""
     out = tmp_path / "run"
-    faults = [("slow_steps", {"seconds": 0.15})]
-    only_steps = {"eval_every": 0, "checkpoint_every": 0}  # a checkpoint's usual 0.02 s is a busy disk's tenth
-    assert runs.run(out, *faults, steps=12, hang_seconds=0.1, **only_steps) == 0, runs.said(out)
+    faults = [("slow_steps", {"seconds": 0.15}), ("in_evaluation", {"number": 1, "do": "pause"})]
+    changes = {
+        "steps": 12,
+        "hang_seconds": 0.1,
+        "checkpoint_every": 0,
+    }  # a checkpoint's 0.02 s is a busy disk's tenth
+    assert runs.run(out, *faults, **changes) == 0, runs.said(out)
     assert len(rows(out)) == 12
 
 
@@ -84,7 +85,7 @@ CANARIES = {
 @pytest.mark.parametrize(
     ("faults", "changes", "code"),
     [
-        ([], {}, 0),
+        ([], {"tensorboard": True, "profile": 2}, 0),
         ([("in_save", {"number": 2, "do": "bug"})], {"debug": True}, 1),
         ([("in_update", {"step": 8, "do": "bug"})], {"debug": True}, 1),
         ([("in_update", {"step": 8, "do": "sleep"})], LIMITS, 1),
@@ -95,9 +96,7 @@ CANARIES = {
 def test_no_secret_is_in_anything_that_a_run_leaves(tmp_path, runs, faults, changes, code) -> None:
     out = tmp_path / "run"
     assert runs.run(out, *faults, env=CANARIES, **changes) == code, runs.said(out)
-    looked = 0
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            looked += 1
-            assert b"CANARY" not in path.read_bytes(), path
-    assert looked >= (1 if code == 2 else 5)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files |= {path: gzip.decompress(files[path]) for path in files if path.suffix == ".gz"}
+    assert [path for path, content in files.items() if b"CANARY" in content] == []
+    assert len(files) >= (1 if code == 2 else 5 if code else 8)

@@ -1,141 +1,131 @@
 """T1, T7, T15: runs that are killed end with the same weights, optimizer and loss log, by SHA-256."""
 
-import json
 import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
-from train_faults import (
-    PLANTED,
-    checkpoint,
-    command_line,
-    good_steps,
-    interrupted_problems,
-    loss_log,
-    outcome,
-    planted_environment,
-    soak,
-    steps_of,
-)
+from train_faults import PLANTED, Runs, checkpoint, good_steps, loss_log, newest_after_a_kill, outcome, planted
 
+from gpt2_train import verify_checkpoint
+
+PATIENCE = 30.0  # seconds in which the other ranks must notice that one is gone
 LONG = [pytest.param(1, 160, marks=pytest.mark.long), pytest.param(2, 60, marks=pytest.mark.long)]
 
 
+def end_by(children, until: float) -> bool:
+    return all(child.poll(max(0.0, until - time.monotonic())) is not None for child in children)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 40), (2, 20), *LONG])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 12), (2, 8), *LONG])
 def test_killed_at_random_instants(tmp_path, ranks, kills) -> None:
-    result = soak(tmp_path, kills, ranks, seed=ranks)
-    assert result["problems"] == []
-    assert result["kills"] == kills
-    assert result["finished"] >= 1
+    """Runs are killed, each at a random instant, and started again by the same command.
+
+    After every kill the loss log must be whole up to the newest checkpoint, and no checkpoint may be lost.
+    """
+    draw, runs = random.Random(ranks), Runs(tmp_path)
+    whole = runs.whole(ranks)  # its caches are cold
+    began = time.monotonic()
+    runs.must_finish_as_whole(tmp_path / "again", ranks=ranks)
+    needed = time.monotonic() - began
+    killed = number = newest = 0
+    while True:
+        out = tmp_path / f"run-{number}"
+        children = runs.begin(out, ranks=ranks)
+        # A third of the time that a run needs: every fourth start or so is the one that finishes.
+        until = time.monotonic() + draw.uniform(0, needed / 3)
+        if end_by(children, until if killed < kills else until + 600):  # the last run is left to finish
+            assert runs.codes(children) == [0] * ranks, runs.said(out)
+            assert outcome(out) == outcome(whole), f"after {killed} kills"
+            if killed == kills:
+                break
+            number, newest = number + 1, 0
+            continue
+        # The other ranks must end by themselves, once they had met. torchrun would kill them before.
+        victims = draw.choice([[child] for child in children] + ([children] if ranks > 1 else []))
+        for child in victims if "parameters," in children[0].output() else children:
+            child.send(signal.SIGKILL)
+        runs.codes(children, PATIENCE)
+        killed += 1
+        newest = newest_after_a_kill(out, loss_log(whole), newest)
 
 
-def test_soak_tells_a_run_that_is_not_the_same(tmp_path, runs) -> None:
-    out = runs.copy(tmp_path / "run")
-    whole = loss_log(out)
-    assert interrupted_problems(out, whole, 60) == (60, [])
+def test_what_is_not_the_same_is_told(tmp_path, runs) -> None:
+    out, whole = runs.wind_back(tmp_path / "run"), loss_log(runs.whole())
+    assert newest_after_a_kill(out, whole, 60) == 60
     shutil.rmtree(checkpoint(out, 60))
-    assert interrupted_problems(out, whole, 60)[1] == ["no good checkpoint from step 60 on, where there was one"]
+    with pytest.raises(AssertionError, match="no good checkpoint from step 60 on"):
+        newest_after_a_kill(out, whole, 60)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:20] + lines[19:]))
-    assert "train rows up to the checkpoint of step 57 are not" in interrupted_problems(out, whole, 0)[1][0]
-
-
-@pytest.mark.slow
-def test_killed_before_every_change_of_the_folder(tmp_path, runs) -> None:
-    """Process n dies before its n-th change: in every file, rename and deletion of a save and of a rotation."""
-    out, kills, newest = tmp_path / "run", 0, 0
-    changes = {"keep": 1, "eval_every": 30, "steps": 36}
-    whole = tmp_path / "whole"
-    assert runs.run(whole, **changes) == 0
-    log = loss_log(whole)
-    for number in range(1, 200):
-        code = runs.run(out, ("kill_at_change", {"folder": str(tmp_path), "number": number}), **changes)
-        if code == 0:
-            break
-        assert code == -9, runs.said(out)
-        kills += 1
-        newest, problems = interrupted_problems(out, log, newest)
-        assert problems == [], number
-    assert code == 0
-    assert kills > 30
-    assert loss_log(out) == log
-    assert outcome(out, 36) == outcome(whole, 36)
-    assert not list((out / "checkpoints").glob(".tmp*"))
+    with pytest.raises(AssertionError, match="train rows up to step 57 are not"):
+        newest_after_a_kill(out, whole, 0)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_a_good_checkpoint_at_every_instant(tmp_path, runs, keep) -> None:
-    """Looked at before every change of the folder, with half-made folders of higher steps lying about."""
-    out, report = tmp_path / "run", tmp_path / "report"
+@pytest.mark.parametrize("resumed", [3, pytest.param(1000, marks=pytest.mark.long)])
+def test_killed_before_any_change_of_the_folder(tmp_path, runs, keep, resumed) -> None:
+    """The folder is copied before every change: in every file, rename and deletion of a save and of a rotation.
+
+    That is what a kill leaves at that instant. There is a good checkpoint in each, with half-made folders of
+    higher steps lying about, and the runs of some, drawn at random, are resumed.
+    """
+    out, copies, whole = runs.wind_back(tmp_path / "run", 54), tmp_path / "copies", loss_log(runs.whole())
     for step in (90, 96):
-        folder = checkpoint(out, step)
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"half")
-    faults = ("observe_changes", {"folder": str(out), "report": str(report)})
-    # All of what is there is damaged, so the run must not begin before the newcomers are there beside a good one.
-    shutil.copytree(checkpoint(runs.wind_back(tmp_path / "start", 54), 54), checkpoint(out, 54))
-    shutil.copy(runs.whole() / "metrics.jsonl", out)
-    shutil.copy(runs.whole() / "samples.jsonl", out)
-    assert runs.run(out, faults, keep=keep) == 0, runs.said(out)
-    states = [line.split(" ")[1].strip() for line in report.read_text().splitlines()]
-    assert len(states) > 30
-    assert all(states), "an instant without a good checkpoint"
-    assert {len(state.split(",")) for state in states} <= {1, *range(keep, keep + 2)} | set(range(1, keep + 1))
+        checkpoint(out, step).mkdir()
+        (checkpoint(out, step) / "model.safetensors").write_bytes(b"half")
+    for path in (out / "checkpoints").glob("step-*"):
+        if path != checkpoint(out, 54) and verify_checkpoint(path) == []:
+            shutil.rmtree(path)  # the run must begin before the newcomers are there beside a good one
+    runs.must_finish_as_whole(out, ("copy_at_changes", {"folder": str(out), "to": str(copies)}), keep=keep)
     assert good_steps(out) == [54, 57, 60][-keep:]
-    assert outcome(out) == outcome(runs.whole())
-    assert loss_log(out) == loss_log(runs.whole())
+    newest, instants, numbers = 54, sorted(copies.iterdir()), set()
+    assert len(instants) > 30
+    for instant in instants:
+        newest = newest_after_a_kill(instant, whole, newest)
+        numbers.add(len(good_steps(instant)))
+    assert numbers == set(range(1, keep + 2)) & set(range(1, 4))
+    for instant in random.Random(keep).sample(instants, min(resumed, len(instants))):
+        runs.must_finish_as_whole(instant, keep=keep)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_folder_of_any_instant_is_gone_on_with(tmp_path, runs, seed) -> None:
-    """Kills at changes drawn at random from one process to the next, in rotation more often than not."""
-    draw, out = random.Random(seed), tmp_path / "run"
-    for _ in range(4):
-        number = draw.randint(20, 160)
-        code = runs.run(out, ("kill_at_change", {"folder": str(tmp_path), "number": number}), keep=2)
-        assert code in (0, -9), runs.said(out)
-        assert len(good_steps(out)) >= (len(steps_of(out)) > 0)
-    runs.must_finish_as_whole(out, keep=2)
-
-
-def torchrun(tmp_path, runs, out, faults, restarts):
-    script = tmp_path / "planted.py"
-    script.write_text(PLANTED)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    command = [sys.executable, *launcher, str(script), json.dumps(faults), *command_line(runs.data, out)]
-    return subprocess.run(
-        command, env=planted_environment(), capture_output=True, text=True, check=False, timeout=300
-    )
+def test_killed_before_any_change_of_a_new_folder(tmp_path, runs) -> None:
+    out, copies, newest = tmp_path / "run", tmp_path / "copies", 0
+    runs.must_finish_as_whole(out, ("copy_at_changes", {"folder": str(out), "to": str(copies), "last": 60}))
+    instants = sorted(copies.iterdir())
+    for instant in instants:
+        newest = newest_after_a_kill(instant, loss_log(runs.whole()), newest)
+    assert len(instants) == 60
+    assert newest > 0
+    for instant in random.Random(0).sample(instants, 3):
+        runs.must_finish_as_whole(instant)
 
 
 @pytest.mark.slow
 def test_torchrun_starts_it_again_after_a_worker_died(tmp_path, runs) -> None:
     """Rank 1 in an update, and then, for good, rank 0 in a save."""
-    out = tmp_path / "run"
+    out, script = tmp_path / "run", tmp_path / "planted.py"
+    script.write_text(PLANTED)
     faults = [
         ["in_update", {"step": 20, "do": "SIGKILL", "rank": 1, "life": 0}],
         ["in_save", {"number": 3, "do": "SIGKILL", "rank": 0, "life": 1}],
     ]
-    done = torchrun(tmp_path, runs, out, faults, 1)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    done = planted(faults, runs.data, out, *torchrun, script)
     assert done.returncode == 1
     assert "restart 1 of 1" in done.stderr
     assert done.stderr.count("resuming from") == 1
-    newest, problems = interrupted_problems(out, loss_log(runs.whole(2)), 15)
-    assert problems == []
+    newest = newest_after_a_kill(out, loss_log(runs.whole(2)), 15)
     assert newest == 24, "the second life died in its third save"
     runs.must_finish_as_whole(out, ranks=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_memory_that_is_used_up_on_one_rank_is_said(tmp_path, runs, rank) -> None:
-    out = tmp_path / "run"
-    children = runs.begin(out, ("in_update", {"step": 8, "do": "out of memory", "rank": rank}), ranks=2)
-    assert runs.codes(children, 30) == [1, 1]
+    out, fault = tmp_path / "run", ("in_update", {"step": 8, "do": "out of memory", "rank": rank})
+    runs.fail_and_resume(out, fault, ranks=2)
     said = runs.said(out, rank)
     assert f"Error: out of memory on rank {rank} (" in said, said
     assert "use a smaller --micro-batch" in said
-    assert "Traceback" not in said
-    runs.must_finish_as_whole(out, ranks=2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fork_server import start_ranks
 
 import gpt2_train.memory
 from gpt2_model import GPT, PRESETS, GPTConfig
@@ -72,27 +73,28 @@ def test_a_shared_out_state_is_not_less_than_its_largest_tensor() -> None:
 
 
 @pytest.mark.slow
-def test_estimate_is_within_a_tenth_of_a_real_run(dataset, tmp_path) -> None:
-    """124M on the CPU: peak resident memory of three steps and two checkpoints.
-
-    Without the checkpoints' hashes, which take half a minute and 256 kB.
-    """
+@pytest.mark.parametrize(
+    "model",
+    [{"n_layer": 6, "n_embd": 512, "n_head": 8}, pytest.param({}, marks=pytest.mark.long)],
+    ids=["45M", "124M"],
+)
+def test_estimate_is_within_a_tenth_of_a_real_run(dataset, tmp_path, model) -> None:
+    """On the CPU: peak resident memory of two steps, of which the second is beside the first one's checkpoint."""
     settings = {
-        "data": str(dataset), "out": str(tmp_path / "run"), "steps": 3, "batch_tokens": 256, "seq_len": 256,
-        "micro_batch": "1", "precision": "fp32", "device": "cpu", "eval_every": 0, "checkpoint_every": 2,
-        "hang_seconds": 0.0,  # a busy machine takes its time
+        "data": str(dataset), "out": str(tmp_path / "run"), "steps": 2, "batch_tokens": 256, "seq_len": 256,
+        "micro_batch": "1", "precision": "fp32", "device": "cpu", "eval_every": 0, "checkpoint_every": 1,
+        "model": model, "hang_seconds": 0.0,  # a busy machine takes its time
     }  # fmt: skip
     code = (
-        "import resource, sys; from gpt2_train import TrainConfig, checkpoint, train; "
-        "checkpoint.sha256 = lambda path: path.name; "
+        "import re, sys; from pathlib import Path; from gpt2_train import TrainConfig, train; "
         f"train(TrainConfig(**{settings!r})); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured = int(done.stdout)
-    memory = peak_memory(TrainConfig(**settings), PRESETS["124M"], 1, 1, "cpu", False, "fp32")
-    assert memory.host_bytes == pytest.approx(measured, rel=0.1)
+    config = TrainConfig(**settings)
+    memory = peak_memory(config, config.model_config, 1, 1, "cpu", False, "fp32")
+    assert memory.host_bytes == pytest.approx(1024 * int(done.stdout), rel=0.1)
 
 
 def memory_files(root, *, available_kb: int = 8_000_000, groups: str = "", **files: str):
@@ -147,22 +149,15 @@ def fails_above(limit: int, tried: list[int]):
 
 def test_micro_batch_is_the_largest_divisor_that_runs() -> None:
     tried: list[int] = []
-    assert choose_micro_batch(SETTINGS, SETTINGS.model_config, CPU, fails_above(7, tried), **PLAIN) == 6
+    shape = SETTINGS.model_config
+    assert choose_micro_batch(SETTINGS, shape, CPU, fails_above(7, tried), **PLAIN) == 6
     assert tried == [24, 12, 8, 6, 6]  # twice what fits: the second time beside gradients
-
-
-def test_micro_batch_that_is_given_is_not_tried() -> None:
-    tried: list[int] = []
-    given = replace(SETTINGS, micro_batch="8")
-    assert choose_micro_batch(given, given.model_config, CPU, fails_above(0, tried), **PLAIN) == 8
-    assert tried == []
-
-
-def test_nothing_that_fits_says_what_to_do() -> None:
-    with pytest.raises(
-        ValueError, match="not even one sequence of 32 tokens fits .* use --activation-checkpointing"
-    ):
-        choose_micro_batch(SETTINGS, SETTINGS.model_config, CPU, fails_above(0, []), **PLAIN)
+    # One that is given is not tried.
+    assert choose_micro_batch(replace(SETTINGS, micro_batch="8"), shape, CPU, fails_above(0, tried), **PLAIN) == 8
+    assert len(tried) == 5
+    message = "not even one sequence of 32 tokens fits .* use --activation-checkpointing"
+    with pytest.raises(ValueError, match=message):
+        choose_micro_batch(SETTINGS, shape, CPU, fails_above(0, []), **PLAIN)
 
 
 def test_without_trials_the_estimate_decides(monkeypatch) -> None:
@@ -185,31 +180,8 @@ def test_two_processes_on_a_machine_share_its_memory(monkeypatch) -> None:
     assert most_that_fit(config, config.model_config, 2, "cpu", False, "fp32", both - 1) == 2
 
 
-RANK = """
-import json, sys, torch, torch.distributed as dist
-from gpt2_train import TrainConfig, World
-from gpt2_train.memory import choose_micro_batch
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-config = TrainConfig(batch_tokens=48 * 32, seq_len=32, model={"n_layer": 1, "n_head": 1, "n_embd": 8})
-world = World(rank, 2, torch.device("cpu"))
-for limits in json.loads(sys.argv[3]):
-    def try_one(number):
-        if number > limits[rank]:
-            raise torch.OutOfMemoryError
-    print(choose_micro_batch(config, config.model_config, world, try_one, compiled=False, precision="fp32"))
-dist.destroy_process_group()
-"""
-
-
 def test_ranks_agree_on_what_fits_on_all(tmp_path) -> None:
-    limits = [(24, 5), (3, 24), (24, 24)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), f"file://{tmp_path / 'store'}", json.dumps(limits)],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    chosen = [list(map(int, process.communicate(timeout=120)[0].split())) for process in ranks]
-    assert chosen == [[4, 3, 24]] * 2
+    fault = ("agree_on_micro_batches", {"path": str(tmp_path / "chosen"), "limits": [(24, 5), (3, 24), (24, 24)]})
+    children = start_ranks(None, tmp_path / "log", 2, [fault])
+    assert [child.wait() for child in children] == [0, 0]
+    assert [json.loads((tmp_path / f"chosen.{rank}").read_text()) for rank in (0, 1)] == [[4, 3, 24]] * 2

@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -124,24 +123,6 @@ def test_samples_without_their_evaluation_are_dropped(tmp_path) -> None:
     log = open_log(tmp_path, first_step=6)
     assert log.last_evaluation == 5
     assert [row["step"] for row in rows_of(tmp_path, "samples.jsonl")] == [5, 5, 5]
-
-
-def test_a_kill_while_repairing_leaves_the_old_file(tmp_path, monkeypatch) -> None:
-    with open_log(tmp_path) as log:
-        write_run(log, 1, 12)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        open_log(tmp_path, first_step=5)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    monkeypatch.undo()
-    open_log(tmp_path, first_step=5)
-    assert rows_of(tmp_path)[-1]["step"] == 5
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}
 
 
 # A disk that does not take rows

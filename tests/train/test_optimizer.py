@@ -67,17 +67,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     }
 
 
-def test_muons_updates_are_of_the_size_of_adamws() -> None:
-    start = GPT(SHAPE).state_dict()
-    moved = {}
-    for optimizer in ("adamw", "muon"):
-        torch.manual_seed(0)
-        start = {name: tensor.clone() for name, tensor in GPT(SHAPE).state_dict().items()}
-        end = trained(optimizer, 4)[0].state_dict()
-        moved[optimizer] = (end["h.1.mlp.c_fc.weight"] - start["h.1.mlp.c_fc.weight"]).square().mean().sqrt()
-    assert 0.2 < moved["muon"] / moved["adamw"] < 5
-
-
 def test_schedules() -> None:
     common = {"lr": 1.0, "min_lr": 0.0, "warmup": 10, "steps": 110}
     assert [lr_at(step, **common, schedule="linear") for step in (0, 9, 10, 60, 109, 110)] == pytest.approx(

@@ -1,33 +1,20 @@
 """50 steps of gpt2-train are those of a plain loop: transformers' model, torch's optimizers, a recipe in full."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.utils
-import torch._inductor.config
 import transformers
-from tiny_run import TINY, losses
+from tiny_run import losses
+from train_faults import SHAPE
 
-from gpt2_data import TokenLoader, convert
-from gpt2_model import GPT
-from gpt2_train import TrainConfig, train
+from gpt2_data import TokenLoader
+from gpt2_model import GPT, GPTConfig
 
 STEPS, WARMUP, PEAK, END = 50, 5, 1e-2, 1e-3
 SEQ_LEN, MICRO_BATCH = 8, 2  # one shape in all runs, so that it is compiled once
-VOCABULARY = 256  # the real one, of 50,257, would take most of the time
-SETTINGS = {
-    **TINY, "model": {**TINY["model"], "vocab_size": VOCABULARY}, "checkpoint_every": 0,
-    "steps": STEPS, "warmup": WARMUP, "lr": PEAK, "min_lr": END,
-    "seq_len": SEQ_LEN, "micro_batch": str(MICRO_BATCH),
-}  # fmt: skip
 
 
 def learning_rate(step: int, schedule: str) -> float:
@@ -58,28 +45,16 @@ def make_torch_optimizers(model: torch.nn.Module, muon: bool) -> list[torch.opti
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    """4,000 tokens by chance, of fifteen that the vocabulary has: that much can be learned in 50 steps."""
-    folder = tmp_path_factory.mktemp("dataset")
-    tokens = 17 * np.random.default_rng(0).integers(15, size=4000)
-    tokens[:3600].astype("<u2").tofile(folder / "train.bin")
-    tokens[3600:].astype("<u2").tofile(folder / "val.bin")
-    convert(folder, folder / "data", "llmc")
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
 def plain_loop(dataset, tmp_path_factory):
     """(rows of a batch, schedule, whether with Muon) -> the losses."""
     start = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
-    GPT(TrainConfig(**SETTINGS).model_config).save_pretrained(start)
+    GPT(GPTConfig(**SHAPE)).save_pretrained(start)
 
     @cache
     def losses_of(rows: int, schedule: str = "cosine", muon: bool = False) -> list[float]:
         model = transformers.GPT2LMHeadModel.from_pretrained(start).eval()  # eval: without dropout
-        optimizers = make_torch_optimizers(model, muon)
-        found = []
+        optimizers, values = make_torch_optimizers(model, muon), []
         batches = TokenLoader(dataset, "train", batch_size=rows, seq_len=SEQ_LEN, seed=0)
         for step, (x, y) in zip(range(STEPS), batches, strict=False):
             logits = model(torch.from_numpy(x)).logits
@@ -91,68 +66,52 @@ def plain_loop(dataset, tmp_path_factory):
                     group["lr"] = learning_rate(step, schedule)
                 optimizer.step()
                 optimizer.zero_grad()
-            found.append(loss.item())
-        assert found[-1] < found[0] - 1.0  # it learned
-        return found
+            values.append(loss.item())
+        assert values[-1] < values[0] - 1.0  # it learned
+        return values
 
     return losses_of
 
 
-def settings_of(dataset: Path, out: Path, accumulation: int, ranks: int = 1, **changes) -> dict:
-    rows = MICRO_BATCH * accumulation * ranks
-    return {**SETTINGS, "batch_tokens": rows * SEQ_LEN, "data": str(dataset), "out": str(out), **changes}
+@pytest.fixture
+def assert_same(runs, tmp_path, plain_loop):
+    """Train 50 steps, and compare the losses with those of the plain loop."""
+
+    def check(*faults, accumulation=1, ranks=1, rtol=1e-5, **changes) -> None:
+        rows = MICRO_BATCH * accumulation * ranks
+        settings = {
+            "steps": STEPS, "warmup": WARMUP, "lr": PEAK, "min_lr": END, "seq_len": SEQ_LEN, "eval_every": 0,
+            "micro_batch": str(MICRO_BATCH), "batch_tokens": rows * SEQ_LEN, "checkpoint_every": 0, **changes,
+        }  # fmt: skip
+        out = tmp_path / "run"
+        assert runs.run(out, *faults, ranks=ranks, seconds=300, **settings) == 0, runs.said(out)
+        expected = plain_loop(rows, changes.get("schedule", "cosine"), changes.get("optimizer") == "muon")
+        assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+        np.testing.assert_allclose([loss for _, loss in losses(out)], expected, rtol=rtol)
+
+    return check
 
 
-def assert_same(run: Path, expected: list[float], rtol: float = 1e-5) -> None:
-    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
-    np.testing.assert_allclose([loss for _, loss in losses(run)], expected, rtol=rtol)
+@pytest.mark.parametrize(
+    "changes", [{}, {"accumulation": 4}, {"schedule": "linear"}, {"schedule": "wsd"}, {"ranks": 2}], ids=str
+)
+def test_one_rank_or_two(assert_same, changes) -> None:
+    assert_same(**changes)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_one_rank(dataset, tmp_path, plain_loop, accumulation) -> None:
-    train(TrainConfig(**settings_of(dataset, tmp_path / "run", accumulation)))
-    assert_same(tmp_path / "run", plain_loop(2 * accumulation))
-
-
-@pytest.mark.parametrize("schedule", ["linear", "wsd"])
-def test_schedules(dataset, tmp_path, plain_loop, schedule) -> None:
-    train(TrainConfig(**settings_of(dataset, tmp_path / "run", 1, schedule=schedule)))
-    assert_same(tmp_path / "run", plain_loop(2, schedule))
-
-
-def test_muon(dataset, tmp_path, plain_loop) -> None:
+def test_muon(assert_same, plain_loop) -> None:
     """torch's Muon iterates in bf16, where gradients that differ by rounding may differ by 1/256: 1.1e-5 seen."""
-    train(TrainConfig(**settings_of(dataset, tmp_path / "run", 4, optimizer="muon")))
-    assert_same(tmp_path / "run", plain_loop(8, muon=True), rtol=1e-4)
+    assert_same(accumulation=4, optimizer="muon", rtol=1e-4)
     assert max(abs(a - b) for a, b in zip(plain_loop(8, muon=True), plain_loop(8), strict=True)) > 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
-def test_compiled(dataset, tmp_path, plain_loop, monkeypatch) -> None:
-    # Two small graphs: a pool of compiling processes, each with its own torch, would take longer to start.
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for accumulation in (1, 4):
-        out = tmp_path / str(accumulation)
-        train(TrainConfig(**settings_of(dataset, out, accumulation, compile="on")))
-        assert_same(out, plain_loop(2 * accumulation))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # nothing is compiled that no step uses
-
-
-@pytest.mark.slow
-def test_two_ranks(dataset, tmp_path, plain_loop) -> None:
-    """All of them in one torchrun."""
-    cases = [(accumulation, compiled) for accumulation in (1, 4) for compiled in ("off", "on")]
-    runs = [settings_of(dataset, tmp_path / f"{n}-{c}", accumulation=n, ranks=2, compile=c) for n, c in cases]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(Path(__file__).with_name("several_runs.py"), tmp_path / "runs.json"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr
-    for accumulation, compiled in cases:
-        assert_same(tmp_path / f"{accumulation}-{compiled}", plain_loop(4 * accumulation))
+@pytest.mark.parametrize(
+    ("ranks", "accumulation"),
+    [(1, 4), (2, 4), pytest.param(1, 1, marks=pytest.mark.long), pytest.param(2, 1, marks=pytest.mark.long)],
+)
+def test_compiled(assert_same, tmp_path, ranks, accumulation) -> None:
+    count = ("count_graphs", {"path": str(tmp_path / "graphs")})
+    assert_same(count, ranks=ranks, accumulation=accumulation, compile="on")
+    if ranks == 1:
+        assert (tmp_path / "graphs").read_text() == "1"  # nothing is compiled that no step uses
