@@ -8,10 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from run_rows import CPU, FLOPS, open_log, rows_of, train_row, write_run
+from run_rows import open_log, rows_of, train_row, write_run
 
 from gpt2_train.config import TrainConfig
-from gpt2_train.metrics import RunLog
 from gpt2_train.trackers import check_trackers, profiling
 
 
@@ -120,14 +119,14 @@ def test_wandb_that_does_not_start_ends_a_fresh_run_alone(tmp_path, wandb, capsy
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_at_the_start(tmp_path, monkeypatch, name) -> None:
-    config = TrainConfig(**{name: True if name == "tensorboard" else "p"})
+    settings = {name: True if name == "tensorboard" else "p"}
     folder_of_that_name = ModuleType(name)
     for there in (None, folder_of_that_name):
         monkeypatch.setitem(sys.modules, name, there)
         with pytest.raises(ValueError, match=f"--{name} needs .* pip install {name}$"):
-            check_trackers(config)
+            check_trackers(TrainConfig(**settings))
         with pytest.raises(ValueError, match=f"--{name} needs .* pip install {name}$"):
-            RunLog(config, tmp_path, -1, 1, CPU, FLOPS, True)
+            open_log(tmp_path, **settings)
 
 
 def test_secrets_are_in_no_file(tmp_path, monkeypatch, wandb, capfd) -> None:

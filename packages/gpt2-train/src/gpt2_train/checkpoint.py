@@ -41,10 +41,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]
 ) -> Path:
-    """Write checkpoints/step-<step> of a run, verify it, and return its path.
-
-    Args:
-        model, optimizer: on the CPU; nothing may change them meanwhile.
+    """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
     Raises:
         OSError: the disk is full or not writable, or does not give back what was written; the checkpoints that
@@ -65,10 +62,8 @@ def write_checkpoint(
         document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
         _write_json(temporary / "trainer.json", document)
         names = sorted(path.name for path in temporary.iterdir())
-        files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-            for name in names
-        }
+        paths = {name: temporary / name for name in names}
+        files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
         _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
         for name in [*names, "manifest.json", "."]:
             _fsync(temporary / name)
@@ -128,9 +123,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
         elif path.stat().st_size != size:
             problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
         elif (actual := sha256(path)) != digest:
-            problems.append(
-                f"{path} is damaged: its SHA-256 is {actual[:12]}..., not the recorded {str(digest)[:12]}..."
-            )
+            problems.append(f"{path} is damaged: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
     return problems
 
 
@@ -181,38 +174,38 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         CannotResume: the one asked for is damaged or not the newest, all of them are, or "never" would write over
             a run.
     """
+    has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":
-        if checkpoints(run):
+        if has_checkpoints:
             raise CannotResume(f"{run} holds a run, and --resume never was given: choose another --out")
         return None
-    asked = Path(resume)
     inside = asked.absolute().parent == (run / "checkpoints").absolute()
-    if resume != "auto" and (inside or not checkpoints(run)):  # else resume our own
-        _refuse_newer(asked)
-        if not (asked / "manifest.json").exists():
+    if resume == "auto" or (has_checkpoints and not inside):
+        newest, problems = find_checkpoint(run)
+        if newest is None and problems:
             raise CannotResume(
-                f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
+                f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or "
+                f"delete {run / 'checkpoints'} to begin again at step 0"
             )
-        newest = find_checkpoint(run)[0] if inside else None
-        if newest is not None and newest.name == asked.name:
-            return asked  # verified just now: gigabytes that need no more hashing
-        if problems := verify_checkpoint(asked):
-            raise CannotResume(f"cannot resume {resume}: {problems[0]}")
-        if newest is not None and newest.name > asked.name:
-            raise CannotResume(
-                f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
-                f"{asked.name} away"
-            )
-        return asked
-    newest, problems = find_checkpoint(run)
-    if newest is None and problems:
+        for problem in problems:
+            print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
+        return newest
+    _refuse_newer(asked)
+    if not (asked / "manifest.json").exists():
         raise CannotResume(
-            f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or delete "
-            f"{run / 'checkpoints'} to begin again at step 0"
+            f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
         )
-    for problem in problems:
-        print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
-    return newest
+    newest = find_checkpoint(run)[0] if inside else None
+    if newest is not None and newest.name == asked.name:
+        return asked  # verified just now: gigabytes that need no more hashing
+    if problems := verify_checkpoint(asked):
+        raise CannotResume(f"cannot resume {resume}: {problems[0]}")
+    if newest is not None and newest.name > asked.name:
+        raise CannotResume(
+            f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
+            f"{asked.name} away"
+        )
+    return asked
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -222,22 +215,16 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-class OptimizerFile:
-    """The optimizer's tensors of a verified checkpoint, by name; each is read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "optimizer.safetensors"
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safetensors.safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Return a tensor of the optimizer's state in a verified checkpoint."""
+    with safetensors.safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
     """Delete all but the `keep` newest good checkpoints.
 
-    Damaged ones do not count, so that they never push out a good one. A folder is renamed before it is emptied:
-    a kill in between leaves nothing that looks like a checkpoint.
+    Damaged ones do not count, so that they never push out a good one.
 
     Args:
         verified: names of those that this process has read back already; gigabytes that need no more hashing.
@@ -255,6 +242,7 @@ def prune(run: Path, keep: int, verified: set[str]) -> None:
 
 
 def _remove(folder: Path) -> None:
+    """Rename, then empty: a kill in between leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(f".tmp-old-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -264,11 +252,7 @@ def _remove(folder: Path) -> None:
 def hold_folder(run: Path) -> Iterator[None]:
     """Hold a run's folder, made if need be: two trainers in one folder would mix their checkpoints.
 
-    A folder that is new is removed again if the run fails before it writes anything.
-
-    Raises:
-        ValueError: another process holds it.
-        OSError: the folder cannot be made or written to.
+    A folder that is new is removed again if the run fails before it writes anything. Raises what `locked` raises.
     """
     is_new = not run.exists()
     with locked(run):
@@ -285,10 +269,8 @@ class Saver:
     """Saves a run while it trains on: a copy in host memory, then a thread that writes and verifies it.
 
     Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes a
-    parameter of rank 0's host memory, from the first save on: page-locked, for a GPU.
-
-    Attributes:
-        error: what went wrong in the thread, until `take_error` takes it.
+    parameter of rank 0's host memory, from the first save on: page-locked, for a GPU. `error` is what went wrong
+    in the thread, until `take_error` takes it.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
@@ -340,9 +322,7 @@ class Saver:
         try:
             for name, tensor in (*model.named_parameters(), *self._optimizer.items()):
                 if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"{name} is not finite at step {step}: the checkpoints before it are the last good ones"
-                    )
+                    raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
             self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
             prune(self.run, self.keep, self._verified)
         except Exception as error:  # whatever it is, the loop must learn of it

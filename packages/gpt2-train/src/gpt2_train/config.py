@@ -243,8 +243,26 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
     return maths, harmless
 
 
+def sequences(config: TrainConfig, world_size: int) -> int:
+    """Return the sequences of each process in a batch. Raises ValueError if it does not divide into whole ones."""
+    rows, rest = divmod(config.batch_tokens, config.seq_len * world_size)
+    if rest:
+        unit = config.seq_len * world_size
+        nearest = max(1, round(config.batch_tokens / unit)) * unit
+        raise ValueError(
+            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} "
+            f"on {world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens {nearest}"
+        )
+    return rows
+
+
+def divisors(number: int, most: int) -> list[int]:
+    """Return the divisors of a number up to `most`, the largest first."""
+    return [n for n in range(min(number, most), 0, -1) if number % n == 0]
+
+
 def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
-    """(sequences a process computes at once, how many times it does so before an update).
+    """Return the sequences a process computes at once, and how many times it does so before an update.
 
     Args:
         largest: sequences that fit at once, for `micro_batch = "auto"`, which takes the largest divisor up to it.
@@ -252,24 +270,14 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
     Raises:
         ValueError: the batch cannot be shared out in whole sequences; says what would do.
     """
-    if config.batch_tokens % (config.seq_len * world_size):
-        unit = config.seq_len * world_size
-        nearest = max(1, round(config.batch_tokens / unit)) * unit
+    rows = sequences(config, world_size)
+    wanted = max(1, largest) if config.micro_batch == "auto" else int(config.micro_batch)
+    micro = divisors(rows, wanted)[0]
+    if config.micro_batch != "auto" and micro != wanted:
         raise ValueError(
-            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} "
-            f"on {world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens {nearest}"
+            f"the {rows} sequences of each process do not divide into micro-batches of {wanted}: "
+            f"use --micro-batch {micro}"
         )
-    rows = config.batch_tokens // (config.seq_len * world_size)
-    if config.micro_batch == "auto":
-        micro = max(n for n in range(1, min(rows, max(1, largest)) + 1) if rows % n == 0)
-    else:
-        micro = int(config.micro_batch)
-        if rows % micro:
-            fits = [n for n in range(1, rows + 1) if rows % n == 0]
-            raise ValueError(
-                f"the {rows} sequences of each process do not divide into micro-batches of {micro}: "
-                f"use --micro-batch {max((n for n in fits if n <= micro), default=1)}"
-            )
     return micro, rows // micro
 
 

@@ -3,14 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_train.config import TrainConfig, existing, micro_batches
+from gpt2_train.config import TrainConfig, divisors, existing, micro_batches, sequences
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import optimizer_bytes
 
@@ -60,8 +59,11 @@ class Memory:
 
     def needed_on_host(self) -> int:
         """Return the bytes of all processes on this machine, rank 0 among them."""
-        step = 0 if self.on_host else self.device_bytes  # MPS shares the host's memory
-        return processes_here() * (self.host_bytes - self.checkpoint_copy + step) + self.checkpoint_copy
+        # MPS shares the host's memory.
+        return (
+            processes_here() * (self.program + self.device_bytes + self._step * self.on_host)
+            + self.checkpoint_copy
+        )
 
     @property
     def _step(self) -> int:
@@ -74,10 +76,8 @@ def peak_memory(
 ) -> Memory:  # fmt: skip
     """Return the peak of training with `micro_batch` sequences at once on each of `world_size` processes.
 
-    Args:
-        device_type: "cpu", "cuda" or "mps". CPU figures are held to 10 % by a test; those of others are counted in
-            the same way, and measured by `choose_micro_batch` where it matters.
-        precision: "fp32" or "bf16".
+    CPU figures are held to 10 % by a test; those of other devices ("cuda", "mps") are counted in the same way, and
+    measured by `choose_micro_batch` where it matters. `precision` is "fp32" or "bf16".
     """
     blocks, head, heap = GPT.activation_bytes(
         shape, micro_batch, config.seq_len, device_type=device_type, bf16=precision == "bf16", compiled=compiled,
@@ -111,11 +111,8 @@ def available_memory(root: Path = Path("/")) -> int:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return free
-    for line in groups:
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
@@ -128,11 +125,11 @@ def available_memory(root: Path = Path("/")) -> int:
         inside = base / group.lstrip("/")
         for folder in (inside, *inside.parents):
             if folder.is_relative_to(base):
-                free = min(free, _left_in_group(folder, *names))
+                free = min(free, _free_in_group(folder, *names))
     return free
 
 
-def _left_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
+def _free_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
     try:
         most = int((folder / limit).read_text())  # "max" is none
         used = int((folder / usage).read_text())
@@ -151,9 +148,9 @@ def most_that_fit(
     Raises:
         ValueError: the batch does not divide over the processes.
     """
-    _, rows = micro_batches(replace(config, micro_batch="1"), world_size, 1)
-    most = rows if device_type == "cuda" else max(1, MOST_TOKENS // config.seq_len)
-    for micro_batch in (n for n in range(min(rows, most), 0, -1) if rows % n == 0):
+    rows = sequences(config, world_size)
+    most = rows if device_type == "cuda" else min(rows, max(1, MOST_TOKENS // config.seq_len))
+    for micro_batch in divisors(rows, most):
         memory = peak_memory(config, shape, micro_batch, world_size, device_type, compiled, precision)
         if (memory.device_bytes if device_type == "cuda" else memory.needed_on_host()) <= free:
             return micro_batch
@@ -186,11 +183,10 @@ def choose_micro_batch(
     optimism = 1.0 if try_one is None else 1.2
     largest = most_that_fit(config, shape, world.size, kind, compiled, precision, optimism * _free(world, shape))
     largest = _least(world, max(1, largest))
-    rows = config.batch_tokens // (config.seq_len * world.size)
     if try_one is None:
         return largest
     kept_free = torch.empty(reserve, dtype=torch.uint8, device=world.device)
-    for micro_batch in (n for n in range(largest, 0, -1) if rows % n == 0):
+    for micro_batch in divisors(sequences(config, world.size), largest):
         if _least(world, _runs(try_one, micro_batch)):
             return micro_batch
     del kept_free
@@ -213,10 +209,7 @@ def _runs(try_one: Callable[[int], None], micro_batch: int) -> bool:
 
 
 def _least(world: World, number: int) -> int:
-    least = torch.tensor([number], device=world.device)
-    if world.size > 1:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+    return min(world.gather(number))
 
 
 def _free(world: World, shape: GPTConfig) -> float:
@@ -238,18 +231,14 @@ def checkpoint_bytes(config: TrainConfig, shape: GPTConfig) -> int:
 
 def checkpoints_at_once(config: TrainConfig) -> int:
     """Return how many are on the disk at most: those to keep, and one that is written before the oldest goes."""
-    written = config.steps // config.checkpoint_every if config.checkpoint_every else 0
-    last = 1 if not config.checkpoint_every or config.steps % config.checkpoint_every else 0
-    return min(config.keep + 1, written + last)
+    written = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
+    return min(config.keep + 1, written)
 
 
 def check_space(run: Path, config: TrainConfig, shape: GPTConfig) -> None:
-    """Check that the checkpoints which will be there at once fit on the disk of the run's folder.
+    """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder.
 
     What the run has there counts as free: it makes room as new ones are written.
-
-    Raises:
-        OSError: they do not fit; says how much is needed and free.
     """
     each, number = checkpoint_bytes(config, shape), checkpoints_at_once(config)
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())

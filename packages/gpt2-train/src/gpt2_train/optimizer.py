@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,30 +40,23 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
         sharded: each process keeps the state of some of the parameters only, updates these, and sends them to the
             others (ZeRO stage 1, Rajbhandari et al. 2020). Every update is the same as unsharded, to the bit.
     """
-    parameters = list(model.named_parameters())
-    matrices = [p for name, p in parameters if name.startswith("h.") and p.ndim == 2]
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if name.startswith("h.") and p.ndim == 2 and config.optimizer == "muon"]
+    of_muon = set(matrices)
+    groups = _decay_groups([p for _, p in named if p not in of_muon], config.weight_decay)
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    if config.optimizer == "adamw":
-        wanted: list[tuple[Any, Any, dict[str, Any]]] = [(torch.optim.AdamW, [p for _, p in parameters], adamw)]
-    else:
+    wanted: list[tuple[Any, Any, dict[str, Any]]] = [(torch.optim.AdamW, groups, adamw)]
+    if config.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise ValueError("--optimizer muon needs torch 2.9 or newer, for torch.optim.Muon")
-        of_muon = set(matrices)
-        rest = [p for _, p in parameters if p not in of_muon]
-        wanted = [(torch.optim.Muon, matrices, muon), (torch.optim.AdamW, rest, adamw)]
-    optimizers: Optimizers = []
-    for kind, own, settings in wanted:
-        groups = own if kind is not torch.optim.AdamW else _decay_groups(own, config.weight_decay)
-        optimizers.append(_sharded(groups, kind, settings) if sharded else kind(groups, **settings))
-    return optimizers
-
-
-def _sharded(groups: Any, kind: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        wanted.insert(0, (torch.optim.Muon, matrices, muon))
+    if not sharded:
+        return [kind(parameters, **settings) for kind, parameters, settings in wanted]
     with warnings.catch_warnings():  # its package compiles, as it is imported, what we do not use
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(groups, kind, **settings)
+    return [ZeroRedundancyOptimizer(parameters, kind, **settings) for kind, parameters, settings in wanted]
 
 
 def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -87,16 +80,11 @@ def own_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return tensors
 
 
-def load_state(model: nn.Module, optimizers: Optimizers, updates: int, tensors: Any) -> None:
-    """Give each process's share of the state the values that were saved, bit for bit.
-
-    Args:
-        updates: number of updates that the state has seen.
-        tensors: looked up by name, by `[...]`; only the names of this process are.
-    """
+def load_state(model: nn.Module, optimizers: Optimizers, updates: int, saved: Callable[[str], Tensor]) -> None:
+    """Give this process's share of the state, after `updates` updates, the values saved by name, bit for bit."""
     for name, parameter, state in _states(model, [_local(optimizer) for optimizer in optimizers]):
         key = name.partition(".")[0]
-        state[parameter][key] = tensors[name].to(parameter.device)
+        state[parameter][key] = saved(name).to(parameter.device)
         if key != "momentum_buffer":  # fused AdamW keeps its count beside each parameter, in fp32
             state[parameter]["step"] = torch.tensor(float(updates), device=parameter.device)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpt2_model import GPT, GPTConfig, flops_per_token
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
-from gpt2_train.config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
+from gpt2_train.config import CannotResume, TrainConfig, changed_fields, sequences, to_toml
 from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import check_space, choose_micro_batch
@@ -25,7 +26,7 @@ from gpt2_train.optimizer import Optimizers, load_state, make_optimizers, optimi
 MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
 
 LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""loop.loss_of, which is given to `set_up`: a micro-batch is tried, and a run warmed up, by the very forward."""
+"""loop.loss_of: a micro-batch is tried, and a run warmed up, by the very forward."""
 
 
 @dataclass(kw_only=True)
@@ -72,15 +73,10 @@ class Run:
 
 
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
-    """Build a run, or read it from its newest good checkpoint.
-
-    Raises:
-        ValueError: a config, dataset, model and number of processes that do not go together.
-        CannotResume: a run is in the folder that cannot be resumed as asked.
-        OSError: files that cannot be read or written.
-    """
+    """Build a run, or read it from its newest good checkpoint. Raises what `loop.train` says."""
     folder, dataset = Path(config.out), open_dataset(config.data)
-    config = replace(config, precision=_precision(config, world))
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if distributed.has_bf16(world.device) else "fp32")
     world.on_main(lambda: checkpoint.remove_abandoned(folder))
     start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
@@ -102,10 +98,19 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
         # Two tensors: for one in both places torch.compile makes a graph that no step can use, and then another.
         loss_of(config, module, tokens, tokens.clone()).backward()  # type: ignore[no-untyped-call]
 
-    micro_batch = _micro_batch(config, state, model, world, lambda rows: one_pass(stepped, rows))
+    if config.micro_batch == "auto" and state.get("processes") == world.size:
+        micro_batch = int(state["micro_batch"])  # the same bits need the sums of the run before
+    else:
+        # On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+        micro_batch = choose_micro_batch(
+            config, model.config, world, partial(one_pass, stepped) if world.device.type == "cuda" else None,
+            compiled=compiled(config, world.device), precision=config.precision,
+            reserve=optimizer_bytes(config, model.config, world.size),
+        )  # fmt: skip
+        model.zero_grad(set_to_none=True)
     if start is not None:
-        load_state(model, optimizers, state["updates"], checkpoint.OptimizerFile(start))
-    _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
+        load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start))
+    accumulation = sequences(config, world.size) // micro_batch
     parallel = stepped
     if world.size > 1:
         if compiled(config, world.device):
@@ -116,7 +121,8 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     loader = make_loader(config, micro_batch, world.rank, world.size)
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
     step = state.get("step", 0)
-    log = _open_log(config, world, model.config, step if state else -1)
+    log = RunLog(config, folder, step if state else -1, world, flops_per_token(model.config, config.seq_len))
+    world.on_main(log.open)
     run = Run(
         config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=parallel,
         optimizers=optimizers, loader=loader, micro_batch=micro_batch, accumulation=accumulation, log=log,
@@ -160,11 +166,7 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
 
 
 def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: Path | None) -> None:
-    """Check that the model which a run begins with goes with its settings and its data.
-
-    Raises:
-        ValueError: another shape than asked for, too short a context, or too small a vocabulary.
-    """
+    """Raise ValueError if the model which a run begins with does not go with its settings or its data."""
     if config.model and shape != config.model_config:
         source = f"{start}" if start else f"--init {config.init}"
         raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for")
@@ -173,20 +175,16 @@ def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: 
             f"seq_len {config.seq_len} is longer than the context of {config.init or start}, {shape.block_size}: "
             f"use --seq-len {shape.block_size}"
         )
-    largest = max(shard.max_token for shard in dataset.manifest.shards)
-    if largest >= shape.vocab_size:
-        raise ValueError(
-            f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at "
-            f"{shape.vocab_size - 1:,}"
-        )
+    largest, last = max(shard.max_token for shard in dataset.manifest.shards), shape.vocab_size - 1
+    if largest > last:
+        raise ValueError(f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}")
 
 
 def make_loader(config: TrainConfig, micro_batch: int, rank: int, world_size: int) -> TokenLoader:
     """Return the training batches of a process. Raises ValueError if the data is too short for one sample."""
-    order: Any = config.order
     return TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=rank, world_size=world_size,
-        order=order,
+        order=config.order,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -219,47 +217,12 @@ def compiled(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
-def _open_log(config: TrainConfig, world: World, shape: GPTConfig, first_step: int) -> RunLog:
-    """Rank 0's log; if it cannot be opened, all ranks learn why. The logs of the others do nothing."""
-
-    def make(enabled: bool) -> RunLog:
-        flops = flops_per_token(shape, config.seq_len)
-        return RunLog(config, Path(config.out), first_step, world.size, world.device, flops, enabled)
-
-    log = make(enabled=False)
-
-    def open_it() -> None:
-        nonlocal log
-        log = make(enabled=True)
-
-    world.on_main(open_it)
-    return log
-
-
-def _micro_batch(
-    config: TrainConfig, state: dict[str, Any], model: GPT, world: World, try_one: Callable[[int], None]
-) -> int:
-    """Sequences at once: those of the run before, whose sums the same bits need, if it had as many processes.
-
-    On a GPU the largest is found by trying, since what a kernel needs besides is not known.
-    """
-    if config.micro_batch == "auto" and state.get("processes") == world.size:
-        return int(state["micro_batch"])
-    chosen = choose_micro_batch(
-        config, model.config, world, try_one if world.device.type == "cuda" else None,
-        compiled=compiled(config, world.device), precision=config.precision,
-        reserve=optimizer_bytes(config, model.config, world.size),
-    )  # fmt: skip
-    model.zero_grad(set_to_none=True)
-    return chosen
-
-
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
-    """A forward and backward pass that trains nothing, where the first is not like the others.
+    """Do a pass that trains nothing, where the first is not like the others.
 
     It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks: with this, the first step after a resume is
-    already like any other.
+    anew, which changes the order of sums over three or more ranks: so the first step after a resume is like any
+    other.
     """
     if run.world.size == 1 and not compiled(run.config, run.world.device):
         return
@@ -274,10 +237,8 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     """Say what the run is, in short lines, and what differs from the run that it resumes."""
     config, say = run.config, run.log.say
     epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
-    say(
-        f"{run.model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
-        f"{run.world.device.type}"
-    )
+    parameters, device = run.model.config.num_parameters, run.world.device.type
+    say(f"{parameters:,} parameters, {config.precision} on {run.world.size} x {device}")
     say(f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:,.2f} epochs")
     say(f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process")
     if config.eval_every:
@@ -293,25 +254,16 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
         say(f"{change}, which changes nothing in what is learnt but rounding, if that")
-    before = state["config"]["steps"]
-    if before != config.steps:
+    if (before := state["config"]["steps"]) != config.steps:
         say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     for name, value in checkpoint.versions().items():
         if (old := state["versions"].get(name)) != value:
             say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
 
 
-def _precision(config: TrainConfig, world: World) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if distributed.has_bf16(world.device) else "fp32"
-
-
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
     """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
-    array: np.ndarray = torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
-    assert array.dtype == dtype
-    return array
+    return torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:
