@@ -5,10 +5,9 @@
                     trainer.json                        step, loader state, resolved config, versions
                     manifest.json                       size and SHA-256 of every file, written last
 
-A checkpoint is written under another name, flushed, and renamed: a kill leaves all of it or nothing. No format in
-use notices a flipped bit by itself, so the hashes are checked before any tensor is used. Nothing is pickled.
-There is no generator state: after the first weights nothing draws from one. The order of the data and the samples
-depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
+A checkpoint is written under another name, flushed, and renamed: a kill leaves all of it or nothing. Hashes are
+checked before any tensor is used; nothing is pickled. There is no generator state: the order of the data and the
+samples depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
 """
 
 import json
@@ -110,10 +109,8 @@ def verify_checkpoint(folder: Path) -> list[str]:
         return [f"{folder / 'manifest.json'} cannot be read: {type(error).__name__} {error}"]
     if version != FORMAT_VERSION:
         return [f"{folder} has checkpoint format {version}; this program reads {FORMAT_VERSION}"]
-    problems = []
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json"):
-        if name not in expected:
-            problems.append(f"{folder / 'manifest.json'} does not list {name}")
+    needed = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json")
+    problems = [f"{folder / 'manifest.json'} does not list {name}" for name in needed if name not in expected]
     for name, (size, digest) in expected.items():
         path = folder / name
         if not _FILE_NAME.fullmatch(name):
@@ -134,9 +131,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint with the highest step that verifies, and what was wrong with those above it.
-
-    By step, not by time: clocks jump.
+    """Return the checkpoint with the highest step (clocks jump) that verifies, and what was wrong above it.
 
     Raises:
         CannotResume: one above it is of a newer program, which an older one must not undo.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import cloup
@@ -44,55 +44,52 @@ class Command(cloup.Command):
 
 def _option(item: "Field[Any]") -> Any:
     """The flag of a field of TrainConfig; --model takes FIELD=VALUE."""
-    text, default, flag = item.metadata["help"], item.default, item.name.replace("_", "-")
+    text, default, flag = item.metadata["help"], cast(Any, item.default), item.name.replace("_", "-")
     if item.name == "model":
         return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
     flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
-    flags = ["-d", *flags] if item.name == "device" else flags
-    kind: Any = Size() if type(default) is int else type(default)
-    kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
-    kind = PATH if item.name in PATHS else kind
-    shown: Any = format_size(default) if type(default) is int else default
-    if item.name == "min_lr":
+    if item.name == "device":
+        flags = ["-d", *flags]
+    kind: Any = type(default)
+    shown: Any = default
+    if kind is int:
+        kind, shown = Size(), format_size(default)
+    elif item.name in CHOICES:
+        kind = click.Choice(CHOICES[item.name])
+    elif item.name in PATHS:
+        kind = PATH
+    elif item.name == "min_lr":
         shown = "6e-05; a tenth of --lr if --lr is lower"
     if shown not in ("", False):
         text += f"  [default: {shown}]"
     return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
 
-def _config_options() -> Callable[[F], F]:
-    """Decorate a command with a group of flags for each group of fields; rare flags are shown by --help-all."""
-
-    def decorate(command: F) -> F:
-        for group in reversed(GROUPS):
-            options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
-            command = cloup.option_group(group, *options)(command)
-        return command
-
-    return decorate
+def _config_options(command: F) -> F:
+    """Give a command a group of flags for each group of fields; rare flags are shown by --help-all."""
+    for group in reversed(GROUPS):
+        options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
+        command = cloup.option_group(group, *options)(command)
+    return command
 
 
 def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    assert isinstance(ctx.command, Command)
-    for group in ctx.command.option_groups:
-        group.hidden = False
-        for option in group.options:
-            option.hidden = False
-    click.echo(ctx.get_help())
-    ctx.exit()
+    if wanted and not ctx.resilient_parsing:
+        for group in cast(Command, ctx.command).option_groups:
+            group.hidden = False
+            for option in group.options:
+                option.hidden = False
+        click.echo(ctx.get_help())
+        ctx.exit()
 
 
 @cloup.command(cls=Command, context_settings={**SETTINGS, "auto_envvar_prefix": "GPT2_TRAIN"})
 @cloup.option_group(
     "Start from",
     cloup.option("--recipe", type=click.Choice(RECIPES), help="Start from a published run's settings."),
-    cloup.option(
-        "--config", type=PATH, help="Read settings from a TOML file; a run's config.toml repeats the run."
-    ),
+    cloup.option("--config", type=PATH, help="Read settings from a TOML file, such as a run's config.toml."),
 )
-@_config_options()
+@_config_options
 @cloup.option_group(
     "What to do",
     cloup.option("--dry-run", is_flag=True, help="Print the plan, make the checks of a start, train nothing."),
@@ -133,13 +130,9 @@ def main(
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full = out_of_memory(error)
+        full, message, rank = out_of_memory(error), one_line(error), os.environ.get("RANK", "0")
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
-        code, rank = 2 if isinstance(error, CannotResume) else 1, os.environ.get("RANK", "0")
-        if rank != "0" and not full:
-            sys.exit(code)  # rank 0 says it
-        message = one_line(error)
         if full:
             message = (
                 f"out of memory on rank {rank} ({message[:200]}): use a smaller --micro-batch or "
@@ -147,8 +140,9 @@ def main(
             )
         elif isinstance(error, RuntimeError):
             message = f"another process of this run is gone ({message[:200]}); the same command resumes"
-        click.echo(f"Error: {message}", err=True)
-        sys.exit(code)
+        if rank == "0" or full:  # what all ranks meet, rank 0 says
+            click.echo(f"Error: {message}", err=True)
+        sys.exit(2 if isinstance(error, CannotResume) else 1)
 
 
 def _resolve(
@@ -199,7 +193,7 @@ def _check_environment(command: click.Command) -> None:
     for name in sorted(os.environ):
         if name.startswith("GPT2_TRAIN_") and name not in known:
             raise click.UsageError(
-                f"unknown environment variable {name}: it must be GPT2_TRAIN_ and a flag's name"
+                f"unknown environment variable {name}: GPT2_TRAIN_ needs a flag's name after it"
             )
 
 

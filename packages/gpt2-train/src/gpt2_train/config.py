@@ -1,5 +1,6 @@
 """What a run is: TrainConfig, the recipes it can start from, and the TOML it is written as. No torch here."""
 
+import json
 import math
 import os
 import tomllib
@@ -31,7 +32,6 @@ CHOICES = {
     "on_save_error": ("abort", "continue"),
 }
 
-
 # Groups of options in --help; and fields that few need, which --help-all shows.
 DATA, MODEL, BATCH, OPTIM = "Data and run folder", "Model", "Length and batch", "Optimisation"
 EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING = "Evaluation", "Checkpoints", "Hardware", "Faults", "Logging"
@@ -53,10 +53,9 @@ def _option(default: Any, group: str, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. Each field is a key of the TOML file and, with dashes, a flag of the command.
+    """A whole run. Each field is a key of config.toml, in this order, and, with dashes, a flag with this help.
 
     `model` holds GPTConfig fields that differ from the 124M defaults. A step is one update of the weights.
-    Each field is described by its help line. The order of the fields is that of config.toml.
 
     Raises:
         ValueError: values that are out of range or do not go together; the message says what would do.
@@ -148,7 +147,7 @@ class TrainConfig:
 
     @property
     def model_config(self) -> GPTConfig:
-        """The model's shape. Raises ValueError for an unknown field or a value that is not of its type."""
+        """The model's shape."""
         return model_shape(self.model)
 
 
@@ -162,62 +161,48 @@ def model_shape(values: Mapping[str, Any]) -> GPTConfig:
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
-    """The keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
+    """Return the keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no such recipe, no valid TOML, an unknown key or a value of another type.
+        OSError: no such recipe or file.
+        ValueError: no valid TOML, an unknown key or a value of another type.
     """
     merged: dict[str, Any] = {}
-    if recipe is not None:
-        if recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-        merged = tomllib.loads(files(__package__).joinpath(f"recipes/{recipe}.toml").read_text(encoding="utf-8"))
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {path}")
+    for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path and Path(path)):
+        if not source:
+            continue
         try:
-            own = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            own = tomllib.loads(source.read_text(encoding="utf-8"))
         except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+            raise ValueError(f"{source} is not valid TOML: {error}") from None
         merged = {**merged, **own, "model": {**merged.get("model", {}), **own.get("model", {})}}
+    defaults = asdict(TrainConfig())
     for name, value in merged.items():
-        merged[name] = _checked(name, value, str(path or recipe))
+        if name not in defaults:
+            raise ValueError(f"{path or recipe}: unknown key {name!r}; known are {', '.join(defaults)}")
+        kind = type(defaults[name])
+        if type(value) is int and (kind is float or name == "micro_batch"):
+            merged[name] = kind(value)
+        elif type(value) is not kind:
+            raise ValueError(f"{path or recipe}: {name} must be a {kind.__name__}, not {value!r}")
     return merged
 
 
-def _checked(name: str, value: Any, source: str) -> Any:
-    defaults = asdict(TrainConfig())
-    if name not in defaults:
-        raise ValueError(f"{source}: unknown key {name!r}; known are {', '.join(defaults)}")
-    wanted = type(defaults[name])
-    if name == "micro_batch" and type(value) is int:
-        return str(value)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise ValueError(f"{source}: {name} must be a {wanted.__name__}, not {value!r}")
-    return value
-
-
 def to_toml(config: TrainConfig) -> str:
-    """The config as TOML, as `--config` reads it. Every key is written: tomorrow's defaults do not matter."""
-    lines = [f"{name} = {_toml(value)}" for name, value in asdict(config).items() if name != "model"]
-    model = {name: value for name, value in asdict(config.model_config).items() if value is not None}
-    return "\n".join([*lines, "", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items()), ""])
+    """Return the config as TOML, as `--config` reads it. It has every key: tomorrow's defaults do not matter."""
+    settings, shape = asdict(config), asdict(config.model_config)
+    del settings["model"]
+    return "\n".join([*_toml(settings), "", "[model]", *_toml(shape), ""])
 
 
-def _toml(value: str | int | float | bool) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
-        return f'"{escaped}"'
-    return repr(value)
+def _toml(values: Mapping[str, Any]) -> list[str]:
+    """The lines of a table: JSON's numbers, booleans and strings are TOML's, but for DEL."""
+    known = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items() if value is not None}
+    return [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in known.items()]
 
 
 def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Fields of a resumed run that would change its maths, and those that do not, as "lr: 0.0006 -> 0.001".
+    """Return the fields of a resumed run that change its maths, and the others, as "lr: 0.0006 -> 0.001".
 
     `steps` is in neither: a run may go on for longer.
     """
@@ -226,19 +211,13 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
     maths: list[str] = []
     harmless: list[str] = []
     for name in sorted(after.keys() - {"data", "out", "resume", "steps"}):
-        old = before.get(name, defaults[name])  # a field that the run's version did not have yet
-        if old == after[name]:
-            continue
+        old, new = before.get(name, defaults[name]), after[name]  # a run of an older version had fewer fields
         # Weights that a run began from bring their shape, unless one is asked for.
-        if name == "model" and config.init and not config.model:
+        if old == new or (name == "model" and config.init and not config.model):
             continue
+        change = f"{name}: {old} -> {new}"
         if name == "model":
-            shape = after["model"]
-            change = ", ".join(
-                f"{key}: {old.get(key)} -> {shape[key]}" for key in shape if old.get(key) != shape[key]
-            )
-        else:
-            change = f"{name}: {old} -> {after[name]}"
+            change = ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
         (harmless if name in FREE_TO_CHANGE else maths).append(change)
     return maths, harmless
 
@@ -264,8 +243,7 @@ def divisors(number: int, most: int) -> list[int]:
 def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
     """Return the sequences a process computes at once, and how many times it does so before an update.
 
-    Args:
-        largest: sequences that fit at once, for `micro_batch = "auto"`, which takes the largest divisor up to it.
+    With `micro_batch = "auto"` it is the largest divisor of a process's sequences up to `largest`.
 
     Raises:
         ValueError: the batch cannot be shared out in whole sequences; says what would do.

@@ -30,10 +30,8 @@ class Console:
         self.first: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self.bar: tqdm[Any] | None = None
         self.on_terminal = False
-        self._quietly(self._look)
-
-    def _look(self) -> None:
-        self.on_terminal = self.stream is not None and self.stream.isatty()
+        with suppress(OSError, ValueError):  # a closed stream
+            self.on_terminal = self.stream is not None and self.stream.isatty()
 
     def _open_bar(self) -> None:
         form = "{percentage:3.0f}%|{bar}| {n}/{total}{postfix}"

@@ -26,8 +26,7 @@ class Memory:
     """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's.
 
     Attributes:
-        weights: the parameters in fp32.
-        gradients: as much again, or less where they come as the activations go.
+        weights, gradients: the parameters in fp32, and as much again, or less where they come as activations go.
         optimizer: this process's share of the optimizer's state.
         activations: what the backward pass of a micro-batch needs, and under autocast the weights in bf16.
         head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
@@ -58,12 +57,9 @@ class Memory:
         return self.checkpoint_copy + self.program + (self._step if self.on_host else 0)
 
     def needed_on_host(self) -> int:
-        """Return the bytes of all processes on this machine, rank 0 among them."""
-        # MPS shares the host's memory.
-        return (
-            processes_here() * (self.program + self.device_bytes + self._step * self.on_host)
-            + self.checkpoint_copy
-        )
+        """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
+        each = self.program + (self._step if self.on_host else self.device_bytes)
+        return processes_here() * each + self.checkpoint_copy
 
     @property
     def _step(self) -> int:
@@ -89,16 +85,10 @@ def peak_memory(
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
         gradients = 4 * shape.vocab_size * shape.n_embd
     return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer_bytes(config, shape, world_size),
-        activations=blocks,
-        head=head,
-        heap=heap,
-        checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
-        program=PROGRAM,
-        on_host=on_host,
-    )
+        weights=weights, gradients=gradients, optimizer=optimizer_bytes(config, shape, world_size),
+        activations=blocks, head=head, heap=heap, checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
+        program=PROGRAM, on_host=on_host,
+    )  # fmt: skip
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -143,11 +133,7 @@ def most_that_fit(
     config: TrainConfig, shape: GPTConfig, world_size: int, device_type: str, compiled: bool, precision: str,
     free: float,
 ) -> int:  # fmt: skip
-    """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does.
-
-    Raises:
-        ValueError: the batch does not divide over the processes.
-    """
+    """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does."""
     rows = sequences(config, world_size)
     most = rows if device_type == "cuda" else min(rows, max(1, MOST_TOKENS // config.seq_len))
     for micro_batch in divisors(rows, most):
@@ -168,26 +154,31 @@ def choose_micro_batch(
     Args:
         try_one: one forward and backward pass of n sequences, without any exchange between processes: one that
             runs out of memory would leave the others waiting. It is called twice for each number, the second time
-            beside the gradients of the first, which are the caller's to clear in the end. Numbers are tried from
-            somewhat more than the estimate has room for, downwards. None: the estimate is believed, as it must be
-            where the system kills what needs too much memory.
+            beside the gradients of the first, which the caller clears in the end; first with somewhat more than
+            the estimate has room for. None: the estimate is believed, as it must be where the system kills what
+            needs too much memory.
         reserve: bytes of the device to keep free in the trials for what is not there yet: the optimizer's state.
 
     Raises:
-        ValueError: the batch does not divide over the processes or into micro-batches, or not even one sequence
-            runs; says what would do.
+        ValueError: the batch cannot be shared out, or not even one sequence runs; says what would do.
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
     kind = world.device.type
+    # What is free, and what the run itself has taken.
+    if kind == "cuda":
+        reserved = torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT
+        free = torch.cuda.mem_get_info(world.device)[0] + reserved
+    else:
+        free = available_memory() + processes_here() * (PROGRAM + 4 * shape.num_parameters)
     optimism = 1.0 if try_one is None else 1.2
-    largest = most_that_fit(config, shape, world.size, kind, compiled, precision, optimism * _free(world, shape))
-    largest = _least(world, max(1, largest))
+    most = most_that_fit(config, shape, world.size, kind, compiled, precision, optimism * free)
+    most = min(world.gather(max(1, most)))
     if try_one is None:
-        return largest
+        return most
     kept_free = torch.empty(reserve, dtype=torch.uint8, device=world.device)
-    for micro_batch in divisors(sequences(config, world.size), largest):
-        if _least(world, _runs(try_one, micro_batch)):
+    for micro_batch in divisors(sequences(config, world.size), most):
+        if all(world.gather(_runs(try_one, micro_batch))):
             return micro_batch
     del kept_free
     raise ValueError(
@@ -206,17 +197,6 @@ def _runs(try_one: Callable[[int], None], micro_batch: int) -> bool:
         pass  # the error holds the tensors of the failed pass as long as it is handled
     torch.cuda.empty_cache()  # does nothing where there is no GPU
     return False
-
-
-def _least(world: World, number: int) -> int:
-    return min(world.gather(number))
-
-
-def _free(world: World, shape: GPTConfig) -> float:
-    """Bytes for a whole run on this process's device: what is free, and what the run itself has taken."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT
-    return available_memory() + processes_here() * (PROGRAM + 4 * shape.num_parameters)
 
 
 def processes_here() -> int:

@@ -10,9 +10,9 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -40,7 +40,7 @@ EVALUATION_WORDS = (
 _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it.
 
     Args:
@@ -91,11 +91,9 @@ class RunLog:
                 self.say(f"warning: {error}; the run continues without it")
 
     def train(self, row: dict[str, Any]) -> None:
-        """Record a step.
+        """Record a step: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory.
 
-        Args:
-            row: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory; where it applies
-                skipped (why the update was left out).
+        Where it applies, `skipped` says why the update was left out.
         """
         if not self.enabled:
             return
@@ -161,9 +159,6 @@ class RunLog:
             self.metrics.file.close()
             self.samples.file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_error: object) -> None:
         self.close()
 
@@ -201,9 +196,7 @@ def assumed_speed(
 ) -> tuple[float | None, str]:
     """Return the operations a second to expect of one process, None if nothing is known; and where this is from.
 
-    Args:
-        config: the run, its precision resolved.
-        here: True if this machine has the device. One whose peak is not known is measured for a second.
+    A device that is `here`, on this machine, and whose peak is not known, is measured for a second.
     """
     share = GPU_SHARE if device.type == "cuda" else PRODUCT_SHARE
     if config.peak_tflops:
@@ -211,25 +204,17 @@ def assumed_speed(
     if not here:
         return None, "not known, since this machine has no such device: give --peak-tflops"
     if known := peak_tflops(config, device):
-        name, peak = known
-        return peak * 1e12 * share, f"{share:.0%} (assumed) of the {peak:,.0f} TFLOP/s of {name}"
-    rate = _product_rate(device, config.precision, shape)
+        return known[1] * 1e12 * share, f"{share:.0%} (assumed) of the {known[1]:,.0f} TFLOP/s of {known[0]}"
+    # The product that a step has most of: activations by the MLP's first matrix. `item` waits for the device.
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
+    weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
+    names, threads = {"x": x, "weight": weight}, torch.get_num_threads()
+    timer = Timer("(x @ weight).sum().item()", globals=names, num_threads=threads)
+    rate = 2 * x.numel() * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
     return rate * PRODUCT_SHARE, (
         f"{PRODUCT_SHARE:.0%} (assumed) of the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
     )
-
-
-def _product_rate(device: torch.device, precision: str, shape: GPTConfig) -> float:
-    """Operations a second of the product that a step has most of: activations by the MLP's first matrix."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
-    weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
-    timer = Timer(
-        "(x @ weight).sum().item()",  # waits for the device
-        globals={"x": x, "weight": weight},
-        num_threads=torch.get_num_threads(),
-    )
-    return 2 * x.shape[0] * shape.n_embd * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
@@ -285,32 +270,22 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
     Returns:
         The steps whose evaluation is still there, and the number of lines that were broken.
     """
-    rows, broken = _read(folder / "metrics.jsonl")
-    remaining = [(line, row) for line, row in rows if row["step"] <= first_step]
-    evaluated = {row["step"] for _, row in remaining if "loss" not in row}
-    samples, broken_samples = _read(folder / "samples.jsonl")
-    texts = [line for line, row in samples if row["step"] in evaluated]
-    _replace(folder / "metrics.jsonl", [line for line, _ in remaining])
-    _replace(folder / "samples.jsonl", texts)
-    return evaluated, broken + broken_samples
-
-
-def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """The lines that are rows, and how many are not. By bytes: a text may hold what str.splitlines cuts at."""
-    rows, broken = [], 0
-    for line in filter(None, path.read_bytes().split(b"\n") if path.exists() else []):
-        row = None
-        with suppress(ValueError):
-            row = json.loads(line)
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append((line + b"\n", row))
-        else:
-            broken += 1
-    return rows, broken
-
-
-def _replace(path: Path, lines: list[bytes]) -> None:
-    content = b"".join(lines)
-    if path.exists() and path.read_bytes() != content:
-        with write_whole(path) as file:
-            file.write(content)
+    evaluated: set[int] = set()
+    broken = 0
+    for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        content, lines = path.read_bytes() if path.exists() else b"", []
+        for line in filter(None, content.split(b"\n")):  # by bytes: str.splitlines cuts inside a text
+            row = None
+            with suppress(ValueError):
+                row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                broken += 1
+                continue
+            if path.name == "metrics.jsonl" and "loss" not in row and row["step"] <= first_step:
+                evaluated.add(row["step"])
+            if row["step"] in evaluated or (path.name == "metrics.jsonl" and row["step"] <= first_step):
+                lines.append(line + b"\n")
+        if (remaining := b"".join(lines)) != content:
+            with write_whole(path) as file:
+                file.write(remaining)
+    return evaluated, broken

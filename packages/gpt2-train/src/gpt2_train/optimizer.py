@@ -15,16 +15,12 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def make_optimizer(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    model: nn.Module, *, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter 2019) with decay on matrices and embeddings, none on biases and norms.
+) -> torch.optim.AdamW:  # fmt: skip
+    """Return fused AdamW (Loshchilov and Hutter 2019), which decays matrices and embeddings, not biases and norms.
 
-    Fused: one kernel updates all tensors. Betas and eps are GPT-3's (Brown et al. 2020, appendix B).
+    Betas and eps are GPT-3's (Brown et al. 2020, appendix B).
     """
     groups = _decay_groups([p for p in model.parameters() if p.requires_grad], weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -47,8 +43,6 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     wanted: list[tuple[Any, Any, dict[str, Any]]] = [(torch.optim.AdamW, groups, adamw)]
     if config.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError("--optimizer muon needs torch 2.9 or newer, for torch.optim.Muon")
         muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         wanted.insert(0, (torch.optim.Muon, matrices, muon))
     if not sharded:

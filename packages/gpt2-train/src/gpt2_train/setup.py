@@ -36,14 +36,10 @@ class Run:
     Attributes:
         config: the settings, resolved: precision and the model's shape are known.
         parallel: the model as a step calls it: compiled, and wrapped by DDP.
-        loader: where the data stands; `batches` moves it.
-        micro_batch: sequences that this process computes at once.
-        accumulation: micro-batches of a step on each process.
-        stop: the signal that came to this process.
-        hellaswag: the items of config.hellaswag, None without them.
-        step: batches trained on: updates, and those left out.
-        updates: updates that were made.
-        stopped_by: a signal's number, once all processes know of it.
+        micro_batch, accumulation: sequences that this process computes at once, and how often it does in a step.
+        loader, batches: where the data stands, and the thread that moves it.
+        stop, stopped_by: the signal that came to this process, and its number once all processes know of it.
+        step, updates: batches trained on, and the updates that were made: some may have been left out.
         saved: the newest step that has a checkpoint, or whose checkpoint is being written.
         evaluated: the newest step that has been evaluated.
     """
@@ -143,10 +139,10 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
 
 
 def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """Return the verified checkpoint to resume from, if it is of this run: same data, same maths. Writes nothing.
+    """Return the verified checkpoint to resume from. Writes nothing.
 
     Raises:
-        CannotResume: it is not, or it is damaged, newer or beyond the last step; the message says what to do.
+        CannotResume: it is damaged, newer, beyond the last step, or of other data or maths; says what to do.
     """
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
@@ -189,7 +185,7 @@ def make_loader(config: TrainConfig, micro_batch: int, rank: int, world_size: in
 
 
 def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Return what is unwise in a run though it can start, a line each."""
+    """Return what is unwise in a run that can start, a line each."""
     lines = []
     if 0 < config.warmup >= config.steps:
         lines.append(
@@ -202,8 +198,7 @@ def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
     epochs = config.steps * config.batch_tokens / max(1, train_tokens)
     if epochs > MANY_EPOCHS:
         steps = max(1, 10 * train_tokens // config.batch_tokens)
-        advice = f"--steps {steps} is ten" if steps > 1 else "lower --batch-tokens, too"
-        lines.append(f"each text is seen {epochs:,.0f} times, and the model will learn it by heart: {advice}")
+        lines.append(f"each text is seen {epochs:,.0f} times, and learnt by heart: --steps {steps} is about ten")
     return lines
 
 
@@ -242,8 +237,8 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     say(f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:,.2f} epochs")
     say(f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process")
     if config.eval_every:
-        tokens = validation_tokens(config, run.dataset)
-        say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
+        val_tokens = validation_tokens(config, run.dataset)
+        say(f"validation every {config.eval_every} steps, on {val_tokens:,} tokens (--eval-tokens)")
     for warning in warnings_of(config, run.dataset):
         say(f"warning: {warning}")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
