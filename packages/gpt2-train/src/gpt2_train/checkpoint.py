@@ -75,11 +75,10 @@ def write_checkpoint(
     except (OSError, safetensors.SafetensorError) as error:
         # ignore_errors: the folder may be gone with all of the run
         shutil.rmtree(temporary, ignore_errors=True)
-        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(existing(folder)).free
-        raise OSError(
-            f"cannot write {folder}: {error} (about {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free); "
-            "the checkpoints before it are untouched"
-        ) from error
+        needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(existing(folder)).free
+        sizes = f"about {needed:.3g} GB needed, {free:.3g} GB free"
+        text = f"cannot write {folder}: {error} ({sizes}); the checkpoints before it are untouched"
+        raise OSError(text) from error
     return folder
 
 
@@ -152,10 +151,8 @@ def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CannotResume(
-            f"{folder} was written by a newer gpt2-train (checkpoint format {version}, this one reads "
-            f"{FORMAT_VERSION}): update gpt2-train, or choose another --out"
-        )
+        newer = f"a newer gpt2-train (checkpoint format {version}, this one reads {FORMAT_VERSION})"
+        raise CannotResume(f"{folder} was written by {newer}: update gpt2-train, or choose another --out")
 
 
 def choose_checkpoint(run: Path, resume: str) -> Path | None:
@@ -187,9 +184,8 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         return newest
     _refuse_newer(asked)
     if not (asked / "manifest.json").exists():
-        raise CannotResume(
-            f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
-        )
+        example = checkpoint_folder(run, 5000)
+        raise CannotResume(f"--resume {resume} is no checkpoint: name a folder like {example}")
     newest = find_checkpoint(run)[0] if inside else None
     if newest is not None and newest.name == asked.name:
         return asked  # verified just now: gigabytes that need no more hashing
@@ -217,13 +213,9 @@ def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints.
+    """Delete all but the `keep` newest good checkpoints; damaged ones do not count.
 
-    Damaged ones do not count, so that they never push out a good one.
-
-    Args:
-        verified: names of those that this process has read back already; gigabytes that need no more hashing.
-            Those that are checked here are added.
+    `verified` are names of those that this process has read back: gigabytes that need no more hashing.
     """
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
@@ -263,14 +255,13 @@ def hold_folder(run: Path) -> Iterator[None]:
 class Saver:
     """Saves a run while it trains on: a copy in host memory, then a thread that writes and verifies it.
 
-    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes a
-    parameter of rank 0's host memory, from the first save on: page-locked, for a GPU. `error` is what went wrong
-    in the thread, until `take_error` takes it.
+    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes of its
+    host's memory a parameter, from the first save on: page-locked, for a GPU.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
         self.run, self.keep, self.world = run, keep, world
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # of the thread, until `take_error`
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
         self._optimizer: dict[str, torch.Tensor] = {}

@@ -134,10 +134,8 @@ def main(
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
         if full:
-            message = (
-                f"out of memory on rank {rank} ({message[:200]}): use a smaller --micro-batch or "
-                "--activation-checkpointing; a run that has a checkpoint resumes with either"
-            )
+            advice = "use a smaller --micro-batch or --activation-checkpointing; a run with a checkpoint resumes"
+            message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
         elif isinstance(error, RuntimeError):
             message = f"another process of this run is gone ({message[:200]}); the same command resumes"
         if rank == "0" or full:  # what all ranks meet, rank 0 says
@@ -192,9 +190,7 @@ def _check_environment(command: click.Command) -> None:
     known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
     for name in sorted(os.environ):
         if name.startswith("GPT2_TRAIN_") and name not in known:
-            raise click.UsageError(
-                f"unknown environment variable {name}: GPT2_TRAIN_ needs a flag's name after it"
-            )
+            raise click.UsageError(f"unknown environment variable {name}: no flag has the name after GPT2_TRAIN_")
 
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:

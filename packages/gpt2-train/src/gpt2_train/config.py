@@ -96,16 +96,12 @@ class TrainConfig:
     checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
     keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
     resume: str = _option(
-        "auto", CHECKPOINTS, "auto (the newest good one in --out), never, or a checkpoint folder."
+        "auto", CHECKPOINTS, "auto: the newest good one in --out; never; or a checkpoint folder."
     )
     on_save_error: str = _option("abort", CHECKPOINTS, "continue trains on if a checkpoint cannot be written.")
     max_skips: int = _option(10, FAULTS, "Updates left out in a row, for numbers not finite, that end the run.")
-    spike_sigma: float = _option(
-        0.0, FAULTS, "Deviations above the last 128 steps (20 at least) that leave an update out; 0: none."
-    )
-    hang_seconds: float = _option(
-        300.0, FAULTS, "Seconds, and ten times the usual, after which a step hangs; 0: never."
-    )
+    spike_sigma: float = _option(0.0, FAULTS, "Deviations above 128 steps that leave an update out; 0: none.")
+    hang_seconds: float = _option(300.0, FAULTS, "Seconds (or ten usual times) until a step hangs; 0: never.")
     tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
     wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
     profile: int = _option(0, LOGGING, "Steps to write a profiler's trace of, after the first ten; 0 for none.")
@@ -127,9 +123,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative or infinite, and is {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, and is {getattr(self, name)}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 and beta2 must be from 0 to below 1, not {self.beta1} and {self.beta2}")
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
             raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
         self._check_choices()
@@ -224,13 +219,13 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
 
 def sequences(config: TrainConfig, world_size: int) -> int:
     """Return the sequences of each process in a batch. Raises ValueError if it does not divide into whole ones."""
-    rows, rest = divmod(config.batch_tokens, config.seq_len * world_size)
+    unit = config.seq_len * world_size
+    rows, rest = divmod(config.batch_tokens, unit)
     if rest:
-        unit = config.seq_len * world_size
-        nearest = max(1, round(config.batch_tokens / unit)) * unit
         raise ValueError(
-            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} "
-            f"on {world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens {nearest}"
+            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} on "
+            f"{world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens "
+            f"{max(1, round(config.batch_tokens / unit)) * unit}"
         )
     return rows
 
@@ -262,10 +257,9 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
 def check_out(out: Path) -> None:
     """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
     parent = existing(out)
-    if not parent.is_dir():
-        raise NotADirectoryError(f"--out {out}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out}: {parent} cannot be written to")
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        problem = "cannot be written to" if parent.is_dir() else "is not a folder"
+        raise OSError(f"--out {out}: {parent} {problem}")
 
 
 def existing(path: Path) -> Path:

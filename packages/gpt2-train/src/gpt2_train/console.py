@@ -108,10 +108,7 @@ def _takes_more(stream: TextIO) -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is written to a dead stream from here on, by whomever, nowhere.
-
-    What is left in its buffer would fail once more at exit and make a good run's exit status 120.
-    """
+    """Send nowhere what anyone writes to a dead stream: its buffer would fail at exit, and make its status 120."""
     with suppress(OSError, ValueError, AttributeError):
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)

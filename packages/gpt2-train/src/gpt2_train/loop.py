@@ -161,8 +161,8 @@ def _evaluation_is_due(run: Run) -> bool:
 def _evaluate(run: Run) -> None:
     """Measure validation loss and, with a file, HellaSwag, and write samples, shared out over the processes.
 
-    Where a step is compiled, so are these, on shapes of their own that do not vary; the samples are written by the
-    plain module, whose weights are the same. A signal ends it; the resumed run repeats it.
+    Where a step is compiled, so are the measures; the samples are written by the plain module, whose weights are
+    the same. A signal ends it; the resumed run repeats it.
     """
     config, started = run.config, time.perf_counter()
     options: dict[str, Any] = {

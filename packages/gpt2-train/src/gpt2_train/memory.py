@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ MOST_TOKENS = 4096
 # Python, torch, the libraries of this package, and a step's small tensors: measured on Linux.
 PROGRAM = 270_000_000
 FILES_BYTES = 4_000_000  # of a checkpoint beside its tensors: vocabulary, settings, hashes
+# A group's limit and usage, and in its memory.stat the cached files, which make room when asked.
+CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 
 
@@ -34,6 +38,8 @@ class Memory:
         checkpoint_copy: weights and optimizer state in the memory of rank 0's host, from the first checkpoint on.
         program: Python, torch and the libraries.
         on_host: True if the device is the host.
+        device_bytes: bytes on the accelerator; without one, 0.
+        host_bytes: bytes on the host of rank 0; other ranks have no `checkpoint_copy`.
     """
 
     weights: int
@@ -45,25 +51,13 @@ class Memory:
     checkpoint_copy: int
     program: int
     on_host: bool
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes on the accelerator; without one, 0."""
-        return 0 if self.on_host else self._step + CUDA_CONTEXT
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes on the host of rank 0; other ranks have no `checkpoint_copy`."""
-        return self.checkpoint_copy + self.program + (self._step if self.on_host else 0)
+    device_bytes: int
+    host_bytes: int
 
     def needed_on_host(self) -> int:
         """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
-        each = self.program + (self._step if self.on_host else self.device_bytes)
-        return processes_here() * each + self.checkpoint_copy
-
-    @property
-    def _step(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.heap
+        copy = self.checkpoint_copy
+        return processes_here() * (self.host_bytes - copy + self.device_bytes) + copy
 
 
 def peak_memory(
@@ -84,10 +78,12 @@ def peak_memory(
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
         gradients = 4 * shape.vocab_size * shape.n_embd
+    optimizer, copy = optimizer_bytes(config, shape, world_size), weights + optimizer_bytes(config, shape, 1)
+    step = weights + gradients + optimizer + blocks + head + heap
     return Memory(
-        weights=weights, gradients=gradients, optimizer=optimizer_bytes(config, shape, world_size),
-        activations=blocks, head=head, heap=heap, checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
-        program=PROGRAM, on_host=on_host,
+        weights=weights, gradients=gradients, optimizer=optimizer, activations=blocks, head=head, heap=heap,
+        checkpoint_copy=copy, program=PROGRAM, on_host=on_host, device_bytes=0 if on_host else step + CUDA_CONTEXT,
+        host_bytes=copy + PROGRAM + (step if on_host else 0),
     )  # fmt: skip
 
 
@@ -104,29 +100,19 @@ def available_memory(root: Path = Path("/")) -> int:
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
+        base, names = root / "sys/fs/cgroup", CGROUP_2
+        if "memory" in controllers.split(","):
+            base, names = base / "memory", CGROUP_1
+        elif controllers:
             continue
         # A limit of any group above counts. In a container the path is the host's, and only its end is there.
         inside = base / group.lstrip("/")
         for folder in (inside, *inside.parents):
-            if folder.is_relative_to(base):
-                free = min(free, _free_in_group(folder, *names))
+            with suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free = min(free, max(0, limit - used + int(stat.get(names[2], 0))))
     return free
-
-
-def _free_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
-    try:
-        most = int((folder / limit).read_text())  # "max" is none
-        used = int((folder / usage).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 2**63
-    return max(0, most - used + int(stat.get(reclaimable, 0)))  # cached files make room when asked
 
 
 def most_that_fit(
@@ -165,15 +151,16 @@ def choose_micro_batch(
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
     kind = world.device.type
-    # What is free, and what the run itself has taken.
     if kind == "cuda":
-        reserved = torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT
-        free = torch.cuda.mem_get_info(world.device)[0] + reserved
+        free, taken = (
+            torch.cuda.mem_get_info(world.device)[0],
+            torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT,
+        )
     else:
-        free = available_memory() + processes_here() * (PROGRAM + 4 * shape.num_parameters)
-    optimism = 1.0 if try_one is None else 1.2
-    most = most_that_fit(config, shape, world.size, kind, compiled, precision, optimism * free)
-    most = min(world.gather(max(1, most)))
+        free, taken = available_memory(), processes_here() * (PROGRAM + 4 * shape.num_parameters)
+    room = (free + taken) * (1.0 if try_one is None else 1.2)
+    most = max(1, most_that_fit(config, shape, world.size, kind, compiled, precision, room))
+    most = min(world.gather(most))
     if try_one is None:
         return most
     kept_free = torch.empty(reserve, dtype=torch.uint8, device=world.device)
@@ -224,12 +211,10 @@ def check_space(run: Path, config: TrainConfig, shape: GPTConfig) -> None:
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(run)).free
     if number * each > free + own:
-        fewer = " or a lower --keep" if config.keep > 1 else ""
-        raise OSError(
-            f"{run} will need {in_gb(number * each)} for {number} checkpoints of {in_gb(each)}, and "
-            f"{in_gb(free)} are free{f' beside the {in_gb(own)} it has' if own else ''}: free some, or choose "
-            f"another --out{fewer}"
-        )
+        needed = f"{in_gb(number * each)} for {number} checkpoints of {in_gb(each)}"
+        beside = f" beside the {in_gb(own)} it has" if own else ""
+        advice = "free some, or choose another --out" + " or a lower --keep" * (config.keep > 1)
+        raise OSError(f"{run} will need {needed}, and {in_gb(free)} are free{beside}: {advice}")
 
 
 def in_gb(size: float) -> str:

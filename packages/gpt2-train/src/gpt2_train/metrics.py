@@ -173,10 +173,8 @@ class RunLog(AbstractContextManager["RunLog"]):
                 tell(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                self.say(
-                    f"warning: {tracker.name} failed ({in_one_line(error)}): the run continues without it; "
-                    "metrics.jsonl has all rows"
-                )
+                failure = f"{tracker.name} failed ({in_one_line(error)}): the run continues without it"
+                self.say(f"warning: {failure}; metrics.jsonl has all rows")
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
@@ -212,16 +210,12 @@ def assumed_speed(
     names, threads = {"x": x, "weight": weight}, torch.get_num_threads()
     timer = Timer("(x @ weight).sum().item()", globals=names, num_threads=threads)
     rate = 2 * x.numel() * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
-    return rate * PRODUCT_SHARE, (
-        f"{PRODUCT_SHARE:.0%} (assumed) of the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
-    )
+    product = f"the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
+    return rate * PRODUCT_SHARE, f"{PRODUCT_SHARE:.0%} (assumed) of {product}"
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row as JSON can hold it: a number that is not finite is null, and `skipped` says what it was.
-
-    In a row that was not skipped, `not_finite` says it.
-    """
+    """Return the row with null for a number that is not finite; `skipped` or `not_finite` says what it was."""
     odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if not odd:
         return row
@@ -267,8 +261,7 @@ class _Lines:
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
     """Drop rows after first_step, samples without an evaluation, and lines that a kill cut short.
 
-    Returns:
-        The steps whose evaluation is still there, and the number of lines that were broken.
+    Returns the steps whose evaluation is still there, and the number of lines that were broken.
     """
     evaluated: set[int] = set()
     broken = 0

@@ -30,11 +30,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
     """Return what updates a run's weights: AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) is torch's own, scaled to the size of AdamW's updates (Liu et al. 2025), so that one
-    learning rate and decay serve both.
-
-    Args:
-        sharded: each process keeps the state of some of the parameters only, updates these, and sends them to the
-            others (ZeRO stage 1, Rajbhandari et al. 2020). Every update is the same as unsharded, to the bit.
+    learning rate and decay serve both. Sharded, each process keeps the state of some of the parameters, updates
+    these, and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2020): the same updates, to the bit.
     """
     named = list(model.named_parameters())
     matrices = [p for name, p in named if name.startswith("h.") and p.ndim == 2 and config.optimizer == "muon"]

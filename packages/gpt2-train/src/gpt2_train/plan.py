@@ -108,7 +108,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
         "micro_batch": micro_batch,
         "accumulation": accumulation,
         "gradient_bytes_sent": gradient_bytes_sent(shape.num_parameters, world_size, config.grad_compression),
-        "memory": peak and {**asdict(peak), "device_bytes": peak.device_bytes, "host_bytes": peak.host_bytes},
+        "memory": peak and asdict(peak),
         "activation_bytes": peak and plain.activations,
         "activation_bytes_checkpointed": again and again.activations,
         "free_device_bytes": free_device,
@@ -187,15 +187,17 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
 
 def _memory_facts(plan: dict[str, Any]) -> dict[str, str]:
     peak, facts = plan["memory"], {}
-    parts = ("weights", "gradients", "optimizer", "activations", "head")
-    split = ", ".join(f"{name} {in_gb(peak[name])}" for name in parts).replace("head", "logits and loss")
-    program = f"torch {in_gb(peak['program'])}, copy for checkpoints {in_gb(peak['checkpoint_copy'])}"
+    names = {
+        "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activations",
+        "head": "logits and loss", "program": "torch", "checkpoint_copy": "copy for checkpoints",
+    }  # fmt: skip
+    parts = [f"{name} {in_gb(peak[part])}" for part, name in names.items()]
     if not peak["on_host"]:
         free = in_gb(plan["free_device_bytes"] or 0)
-        facts["device memory"] = f"{in_gb(peak['device_bytes'])} of {free}: {split}"
-    split = f"{split}, {program}" if peak["on_host"] else program
+        facts["device memory"] = f"{in_gb(peak['device_bytes'])} of {free}: {', '.join(parts[:-2])}"
+        parts = parts[-2:]
     free = in_gb(plan["free_host_bytes"])
-    facts["host memory"] = f"{in_gb(peak['host_bytes'])} of {free} free, on rank 0: {split}"
+    facts["host memory"] = f"{in_gb(peak['host_bytes'])} of {free} free, on rank 0: {', '.join(parts)}"
     plain, again = in_gb(plan["activation_bytes"]), in_gb(plan["activation_bytes_checkpointed"])
     facts["activations"] = f"{plain}; with --activation-checkpointing {again}"
     return facts

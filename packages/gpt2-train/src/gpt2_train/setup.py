@@ -150,12 +150,9 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     trainer = checkpoint.read_trainer_state(start)
     if trainer["dataset"] != dataset.manifest.hash:
         raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
-    changed, _ = changed_fields(trainer["config"], config)
-    if changed:
-        raise CannotResume(
-            f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out, where --init "
-            "with this checkpoint begins from its weights"
-        )
+    if changed := changed_fields(trainer["config"], config)[0]:
+        advice = "choose another --out, where --init with this checkpoint begins from its weights"
+        raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): {advice}")
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
     return start
@@ -166,11 +163,9 @@ def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: 
     if config.model and shape != config.model_config:
         source = f"{start}" if start else f"--init {config.init}"
         raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for")
-    if config.seq_len > shape.block_size:
-        raise ValueError(
-            f"seq_len {config.seq_len} is longer than the context of {config.init or start}, {shape.block_size}: "
-            f"use --seq-len {shape.block_size}"
-        )
+    if config.seq_len > (longest := shape.block_size):
+        context = f"the context of {config.init or start}, {longest}"
+        raise ValueError(f"seq_len {config.seq_len} is longer than {context}: use --seq-len {longest}")
     largest, last = max(shard.max_token for shard in dataset.manifest.shards), shape.vocab_size - 1
     if largest > last:
         raise ValueError(f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}")
@@ -188,10 +183,8 @@ def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
     """Return what is unwise in a run that can start, a line each."""
     lines = []
     if 0 < config.warmup >= config.steps:
-        lines.append(
-            f"the learning rate never reaches its peak: --warmup {config.warmup} is as long as the run; "
-            f"try --warmup {config.steps // 10}"
-        )
+        advice = f"--warmup {config.warmup} is as long as the run; try --warmup {config.steps // 10}"
+        lines.append(f"the learning rate never reaches its peak: {advice}")
     if config.eval_every and not validation_tokens(config, dataset):
         lines.append("the dataset has no tokens for validation: gpt2-data build --val-tokens sets some apart")
     train_tokens = dataset.tokens("train")
@@ -219,13 +212,13 @@ def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None
     anew, which changes the order of sums over three or more ranks: so the first step after a resume is like any
     other.
     """
-    if run.world.size == 1 and not compiled(run.config, run.world.device):
-        return
-    if compiled(run.config, run.world.device):
+    compiles = compiled(run.config, run.world.device)
+    if compiles:
         run.log.say("compiling")
-    with run.watchdog.watching("warm-up", run.step):
-        one_pass(run.parallel, run.micro_batch)
-        run.model.zero_grad(set_to_none=True)
+    if compiles or run.world.size > 1:
+        with run.watchdog.watching("warm-up", run.step):
+            one_pass(run.parallel, run.micro_batch)
+            run.model.zero_grad(set_to_none=True)
 
 
 def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
@@ -241,8 +234,7 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         say(f"validation every {config.eval_every} steps, on {val_tokens:,} tokens (--eval-tokens)")
     for warning in warnings_of(config, run.dataset):
         say(f"warning: {warning}")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0":
+    if (restarts := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
         say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
     if start is None:
         return
