@@ -59,11 +59,12 @@ def write_checkpoint(
         # safetensors makes files that only their owner may read.
         shutil.copymode(temporary / "config.json", temporary / "optimizer.safetensors")
         document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
-        _write_json(temporary / "trainer.json", document)
+        (temporary / "trainer.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         names = sorted(path.name for path in temporary.iterdir())
         paths = {name: temporary / name for name in names}
         files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
-        _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+        manifest = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=2)
+        (temporary / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
         for name in [*names, "manifest.json", "."]:
             _fsync(temporary / name)
         if problems := verify_checkpoint(temporary):
@@ -125,8 +126,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, whatever their state, lowest step first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in folders if _STEP_FOLDER.fullmatch(path.name))
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if _STEP_FOLDER.fullmatch(path.name))
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -313,10 +313,6 @@ class Saver:
             prune(self.run, self.keep, self._verified)
         except Exception as error:  # whatever it is, the loop must learn of it
             self.error = error
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _fsync(path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 import cloup
@@ -29,8 +29,6 @@ from gpt2_train.config import (
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 class Command(cloup.Command):
     """A command that refuses a second --data. Other options may be given again: the last one counts."""
@@ -48,8 +46,7 @@ def _option(item: "Field[Any]") -> Any:
     if item.name == "model":
         return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
     flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
-    if item.name == "device":
-        flags = ["-d", *flags]
+    flags += ["-d"] * (item.name == "device")
     kind: Any = type(default)
     shown: Any = default
     if kind is int:
@@ -65,7 +62,7 @@ def _option(item: "Field[Any]") -> Any:
     return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
 
-def _config_options(command: F) -> F:
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command a group of flags for each group of fields; rare flags are shown by --help-all."""
     for group in reversed(GROUPS):
         options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
@@ -154,9 +151,8 @@ def _resolve(
         for name, value in keys.items():
             if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
                 settings[name] = value
-        for name in ("data", "out"):
-            if not settings[name]:
-                raise click.UsageError(f"--{name} is missing")
+        if missing := [name for name in ("data", "out") if not settings[name]]:
+            raise click.UsageError(f"--{missing[0]} is missing")
         texts = {}
         for assignment in assignments:
             name, equals, text = assignment.partition("=")

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from gpt2_train.metrics import assumed_speed
 from gpt2_train.setup import check_shape, compiled, make_loader, starting_point, validation_tokens, warnings_of
 from gpt2_train.trackers import check_trackers
 
-T = TypeVar("T")
-
 FORMULA = "6 N + 6 L C T a token (llm.c)"
 ASSUMED_GPU_BYTES = 80_000_000_000  # for a plan made where there is no GPU
 LONG_HOURS = 72.0
@@ -38,7 +36,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """
     problems: list[str] = []
 
-    def check(work: Callable[[], T]) -> T | None:
+    def check(work: Callable[[], Any]) -> Any:
         try:
             return work()
         except (ValueError, OSError) as error:
