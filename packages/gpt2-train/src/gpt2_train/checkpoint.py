@@ -42,9 +42,7 @@ def write_checkpoint(
 ) -> Path:
     """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
-    Raises:
-        OSError: the disk is full or not writable, or does not give back what was written; the checkpoints that
-            were there are untouched.
+    Raises OSError, the older checkpoints untouched, if the disk is full or does not give back what was written.
     """
     folder = checkpoint_folder(run, step)
     if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
@@ -130,10 +128,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint with the highest step (clocks jump) that verifies, and what was wrong above it.
+    """Return the checkpoint of the highest step (clocks jump) that verifies, and what was wrong above it.
 
-    Raises:
-        CannotResume: one above it is of a newer program, which an older one must not undo.
+    Raises CannotResume if one above it is of a newer program, which an older one must not undo.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
@@ -163,8 +160,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             `run`, or another run's, from which `run` begins until it has checkpoints of its own.
 
     Raises:
-        CannotResume: the one asked for is damaged or not the newest, all of them are, or "never" would write over
-            a run.
+        CannotResume: the one asked for is damaged or not the newest, all are, or "never" would write over a run.
     """
     has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":

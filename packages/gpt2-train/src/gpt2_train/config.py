@@ -142,25 +142,22 @@ class TrainConfig:
 
     @property
     def model_config(self) -> GPTConfig:
-        """The model's shape."""
+        """The model's shape. Raises ValueError for an unknown field or a value that is not of its type."""
         return model_shape(self.model)
 
 
 def model_shape(values: Mapping[str, Any]) -> GPTConfig:
     """Return the 124M shape with some fields replaced. Raises ValueError for an unknown field or a wrong value."""
-    known = {field.name for field in fields(GPTConfig)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(sorted(known))}")
+    known = sorted(field.name for field in fields(GPTConfig))
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"unknown model field {unknown[0]!r}: choose from {', '.join(known)}")
     return GPTConfig(**values)
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
     """Return the keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
 
-    Raises:
-        OSError: no such recipe or file.
-        ValueError: no valid TOML, an unknown key or a value of another type.
+    Raises OSError for a file that is not there, ValueError for no TOML, unknown keys and values of other types.
     """
     merged: dict[str, Any] = {}
     for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path and Path(path)):
@@ -197,10 +194,7 @@ def _toml(values: Mapping[str, Any]) -> list[str]:
 
 
 def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Return the fields of a resumed run that change its maths, and the others, as "lr: 0.0006 -> 0.001".
-
-    `steps` is in neither: a run may go on for longer.
-    """
+    """Return the fields (but steps) that change a resumed run's maths, and the others: "lr: 0.0006 -> 0.001"."""
     after = asdict(replace(config, model=asdict(config.model_config)))
     defaults = asdict(TrainConfig())
     maths: list[str] = []
@@ -238,10 +232,7 @@ def divisors(number: int, most: int) -> list[int]:
 def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
     """Return the sequences a process computes at once, and how many times it does so before an update.
 
-    With `micro_batch = "auto"` it is the largest divisor of a process's sequences up to `largest`.
-
-    Raises:
-        ValueError: the batch cannot be shared out in whole sequences; says what would do.
+    "auto" is the largest divisor of its sequences up to `largest`. Raises ValueError if they do not divide.
     """
     rows = sequences(config, world_size)
     wanted = max(1, largest) if config.micro_batch == "auto" else int(config.micro_batch)

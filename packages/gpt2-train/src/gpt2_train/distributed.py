@@ -64,10 +64,7 @@ class World:
         return values
 
     def collect(self, own: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors, each of which one rank or every rank has, into rank 0's of the same names.
-
-        Every rank must call it, with all names in `into`, in one order.
-        """
+        """Copy tensors, each of which one rank or all have, into rank 0's; all ranks call it, with all names."""
         owners: dict[str, int] = {}
         for rank, names in enumerate(self.gather(sorted(own))):
             for name in names:
@@ -84,13 +81,10 @@ class World:
 
 
 def start(device: str = "auto", *, deterministic: bool = False) -> World:
-    """Join the run that torchrun's environment describes, or be its only process.
+    """Join the run of torchrun's environment, or be its only process. Raises ValueError for a device it lacks.
 
     NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error. With
     `deterministic` CUDA uses only kernels whose sums have one order: a resumed run ends with the same bits.
-
-    Raises:
-        ValueError: this machine has no such device.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if deterministic:
@@ -99,7 +93,7 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
     where = find_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if where.type == "cpu":
+    elif where.type == "cpu":
         keep_buffers()
     if size > 1:
         backend = "nccl" if where.type == "cuda" else "gloo"
@@ -123,10 +117,7 @@ def _store_of_this_life() -> Any:
 
 
 def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataParallel:
-    """Return the model as each of several processes calls it: its backward leaves the mean gradients of all.
-
-    With compression "bf16" gradients, and their sums on the way, are rounded to bf16: half the bytes.
-    """
+    """Return a model whose backward leaves the mean gradients of all processes, which "bf16" sends rounded."""
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compression == "bf16":
         parallel.register_comm_hook(None, _in_bf16)
@@ -156,7 +147,5 @@ def has_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
-        return any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
+    return device.type == "cpu" and any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))

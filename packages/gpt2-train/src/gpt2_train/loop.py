@@ -32,8 +32,7 @@ def train(config: TrainConfig) -> int:
         the step just finished has a checkpoint.
 
     Raises:
-        ValueError: a config, dataset, model and number of processes that do not go together; too many steps in a
-            row whose loss or gradient is not finite.
+        ValueError: settings that do not go together; too many steps in a row that are not finite.
         OSError: files that cannot be read or written.
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
@@ -118,10 +117,8 @@ def _update(run: Run) -> None:
     if failures:
         _check_saving(run, may_go_on=config.on_save_error == "continue")
     if run.guard.skips >= config.max_skips:
-        raise ValueError(
-            f"step {run.step}: {run.guard.skips} updates in a row were left out ({reason}). The last checkpoint "
-            "is good: try a lower --lr or a longer --warmup with another --out"
-        )
+        advice = "The last checkpoint is good: try a lower --lr or a longer --warmup with another --out"
+        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were left out ({reason}). {advice}")
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:

@@ -140,9 +140,8 @@ def choose_micro_batch(
     Args:
         try_one: one forward and backward pass of n sequences, without any exchange between processes: one that
             runs out of memory would leave the others waiting. It is called twice for each number, the second time
-            beside the gradients of the first, which the caller clears in the end; first with somewhat more than
-            the estimate has room for. None: the estimate is believed, as it must be where the system kills what
-            needs too much memory.
+            beside the gradients of the first, which the caller clears in the end. None: the estimate is believed,
+            as it must be where the system kills what needs too much memory.
         reserve: bytes of the device to keep free in the trials for what is not there yet: the optimizer's state.
 
     Raises:
@@ -150,12 +149,9 @@ def choose_micro_batch(
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
-    kind = world.device.type
+    device, kind = world.device, world.device.type
     if kind == "cuda":
-        free, taken = (
-            torch.cuda.mem_get_info(world.device)[0],
-            torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT,
-        )
+        free, taken = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device) + CUDA_CONTEXT
     else:
         free, taken = available_memory(), processes_here() * (PROGRAM + 4 * shape.num_parameters)
     room = (free + taken) * (1.0 if try_one is None else 1.2)
@@ -163,13 +159,13 @@ def choose_micro_batch(
     most = min(world.gather(most))
     if try_one is None:
         return most
-    kept_free = torch.empty(reserve, dtype=torch.uint8, device=world.device)
+    kept_free = torch.empty(reserve, dtype=torch.uint8, device=device)
     for micro_batch in divisors(sequences(config, world.size), most):
         if all(world.gather(_runs(try_one, micro_batch))):
             return micro_batch
     del kept_free
     raise ValueError(
-        f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {world.device}: use "
+        f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {device}: use "
         "--activation-checkpointing, a shorter --seq-len or a smaller model, or share the optimizer's state out "
         "over more processes with --shard-optimizer"
     )

@@ -45,8 +45,7 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     Args:
         config: the run, its precision resolved.
-        first_step: the step that training resumes from; rows of later steps are dropped. -1: a fresh start, no
-            row is kept.
+        first_step: the step that training resumes from; later rows are dropped. -1: a fresh start, without rows.
         flops_per_token: llm.c's count, forward and backward.
 
     Attributes:
@@ -64,9 +63,8 @@ class RunLog(AbstractContextManager["RunLog"]):
     def open(self) -> None:
         """Repair the files of a run that was killed, open them, and start the trackers.
 
-        Raises:
-            ValueError: a tracker was asked for that is not installed, or, in a fresh run, does not start.
-            OSError: the files cannot be read or written; also from the methods that write them.
+        Raises OSError for files that cannot be read or written, as do the methods that write; ValueError for a
+        tracker that is not installed, or, in a fresh run, does not start.
         """
         config, folder = self.config, self.folder
         check_trackers(config)
@@ -184,9 +182,7 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] 
         return name, config.peak_tflops
     if device.type != "cuda" or config.precision != "bf16" or _OTHER_THAN_NAMED.search(name):
         return None
-    return next(
-        ((part, peak) for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name)), None
-    )
+    return next((item for item in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(item[0])}\b", name)), None)
 
 
 def assumed_speed(

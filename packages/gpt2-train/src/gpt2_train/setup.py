@@ -25,8 +25,8 @@ from gpt2_train.optimizer import Optimizers, load_state, make_optimizers, optimi
 
 MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
 
+# loop.loss_of: a micro-batch is tried, and a run warmed up, by the very forward.
 LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""loop.loss_of: a micro-batch is tried, and a run warmed up, by the very forward."""
 
 
 @dataclass(kw_only=True)
@@ -139,11 +139,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
 
 
 def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """Return the verified checkpoint to resume from. Writes nothing.
-
-    Raises:
-        CannotResume: it is damaged, newer, beyond the last step, or of other data or maths; says what to do.
-    """
+    """Return the verified checkpoint to resume from; raise CannotResume if one is there that does not fit."""
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
         return None

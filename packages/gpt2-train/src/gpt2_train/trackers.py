@@ -47,11 +47,7 @@ def start_tensorboard(folder: Path, first_step: int) -> Tracker:
 
 
 def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
-    """Report to project `config.wandb`, with files in `folder`/wandb; a resumed run resumes there too.
-
-    Raises:
-        RuntimeError: it does not start.
-    """
+    """Report to project `config.wandb`; a resumed run resumes there. Raises RuntimeError if it does not start."""
     wandb: Any = import_module("wandb")
     id_file = folder / "wandb-run-id"
     if first_step < 0 or not id_file.exists():
