@@ -171,10 +171,8 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
     if resume == "auto" or (has_checkpoints and not inside):
         newest, problems = find_checkpoint(run)
         if newest is None and problems:
-            raise CannotResume(
-                f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or "
-                f"delete {run / 'checkpoints'} to begin again at step 0"
-            )
+            advice = f"repair one, choose another --out, or delete {run / 'checkpoints'} to begin again at step 0"
+            raise CannotResume(f"every checkpoint in {run} is damaged ({problems[0]}): {advice}")
         for problem in problems:
             print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
         return newest
@@ -188,10 +186,8 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
     if problems := verify_checkpoint(asked):
         raise CannotResume(f"cannot resume {resume}: {problems[0]}")
     if newest is not None and newest.name > asked.name:
-        raise CannotResume(
-            f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
-            f"{asked.name} away"
-        )
+        advice = f"choose another --out, or move the checkpoints after {asked.name} away"
+        raise CannotResume(f"{run} has gone on to {newest.name}: {advice}")
     return asked
 
 

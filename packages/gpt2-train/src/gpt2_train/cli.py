@@ -13,18 +13,8 @@ import cloup
 from click.core import ParameterSource
 
 from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
-from gpt2_train import __version__
-from gpt2_train.config import (
-    CHOICES,
-    GROUPS,
-    RARE,
-    RECIPES,
-    CannotResume,
-    TrainConfig,
-    check_out,
-    load_config,
-    model_shape,
-)
+from gpt2_train import RECIPES, TrainConfig, __version__, load_config
+from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out, model_shape
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
@@ -131,8 +121,9 @@ def main(
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
         if full:
-            advice = "use a smaller --micro-batch or --activation-checkpointing; a run with a checkpoint resumes"
+            advice = "use a smaller --micro-batch or --activation-checkpointing"
             message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
+            message += "; a run that has a checkpoint resumes with either"
         elif isinstance(error, RuntimeError):
             message = f"another process of this run is gone ({message[:200]}); the same command resumes"
         if rank == "0" or full:  # what all ranks meet, rank 0 says

@@ -216,11 +216,9 @@ def sequences(config: TrainConfig, world_size: int) -> int:
     unit = config.seq_len * world_size
     rows, rest = divmod(config.batch_tokens, unit)
     if rest:
-        raise ValueError(
-            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} on "
-            f"{world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens "
-            f"{max(1, round(config.batch_tokens / unit)) * unit}"
-        )
+        parts = f"sequences of {config.seq_len:,} on {world_size} process{'es' * (world_size > 1)}"
+        advice = f"use --batch-tokens {max(1, round(config.batch_tokens / unit)) * unit}"
+        raise ValueError(f"a batch of {config.batch_tokens:,} tokens does not divide into {parts}: {advice}")
     return rows
 
 
@@ -238,10 +236,8 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
     wanted = max(1, largest) if config.micro_batch == "auto" else int(config.micro_batch)
     micro = divisors(rows, wanted)[0]
     if config.micro_batch != "auto" and micro != wanted:
-        raise ValueError(
-            f"the {rows} sequences of each process do not divide into micro-batches of {wanted}: "
-            f"use --micro-batch {micro}"
-        )
+        parts, advice = f"micro-batches of {wanted}", f"use --micro-batch {micro}"
+        raise ValueError(f"the {rows} sequences of each process do not divide into {parts}: {advice}")
     return micro, rows // micro
 
 

@@ -133,10 +133,8 @@ def _check_memory(peak: Memory, free_device: int | None, free_host: int) -> None
         (peak.needed_on_host(), free_host, "the run needs about {} of this machine's memory"),
     ):
         if free is not None and needed > free:
-            raise ValueError(
-                f"{whose.format(in_gb(needed))}, and {in_gb(free)} are free: use --activation-checkpointing, a "
-                "smaller --micro-batch or --seq-len, or a smaller model"
-            )
+            advice = "use --activation-checkpointing, a smaller --micro-batch or --seq-len, or a smaller model"
+            raise ValueError(f"{whose.format(in_gb(needed))}, and {in_gb(free)} are free: {advice}")
 
 
 def to_lines(plan: dict[str, Any]) -> list[str]:
@@ -147,21 +145,18 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
     }
     if plan["epochs"] is not None:
         facts["data"] = f"{short(plan['train_tokens'])} training tokens: {plan['epochs']:,.2f} epochs"
-    suffix = ", compiled" if plan["compiled"] else ""
-    facts["processes"] = f"{plan['processes']} on {plan['device']}, {plan['precision']}{suffix}"
+    facts["processes"] = f"{plan['processes']} on {plan['device']}, {plan['precision']}"
+    facts["processes"] += ", compiled" if plan["compiled"] else ""
     if plan["micro_batch"] is not None:
-        facts["a step"] = (
-            f"{plan['accumulation']} x {plan['micro_batch']} x {plan['seq_len']:,} tokens on each process "
-            "(accumulation x micro-batch x sequence)"
-        )
+        sizes = f"{plan['accumulation']} x {plan['micro_batch']} x {plan['seq_len']:,}"
+        facts["a step"] = f"{sizes} tokens on each process (accumulation x micro-batch x sequence)"
     if plan["processes"] > 1:
         sent = in_gb(plan["gradient_bytes_sent"])
         facts["exchange"] = f"{sent} of gradients that each process sends a step, in a ring"
     if plan["memory"] is not None:
         facts |= _memory_facts(plan)
-    facts["operations"] = (
-        f"{plan['flops_per_token']:,} a token, {plan['flops']:.3g} in all: {plan['flops_formula']}"
-    )
+    each, total = f"{plan['flops_per_token']:,}", f"{plan['flops']:.3g}"
+    facts["operations"] = f"{each} a token, {total} in all: {plan['flops_formula']}"
     facts["time"] = plan["speed_source"]
     if plan["hours"] is not None:
         speed = plan["processes"] * plan["flops_per_second"] / plan["flops_per_token"]
