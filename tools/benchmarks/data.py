@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Bench, Ready, largest
 
-SPLIT = ("--shard-size", "10M", "--val-tokens", "1M")
+SPLIT = ("--shard-size", "10M", "--val-tokens", "1M", "--order", "source")
 SHARD_TOKENS, EOT = 10_000_000, 50256
 
 
