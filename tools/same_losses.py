@@ -109,7 +109,7 @@ def _tensors_that_differ(base: Path, head: Path) -> dict[str, dict[str, Any]]:
     kinds = {}
     for name in ("model", "optimizer"):
         files = [max((run / "checkpoints").glob("step-*")) / f"{name}.safetensors" for run in (base, head)]
-        a, b = (dict(deserialize(file.read_bytes())) for file in files)
+        a, b = (dict(deserialize(file.read_bytes())) for file in files)  # type: ignore[no-untyped-call]
         different = sorted(key for key in {**a, **b} if a.get(key) != b.get(key))
         kinds[name] = {"tensors": len(a), "differ": len(different), "names": different}
     return kinds
