@@ -7,16 +7,18 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from benchmarks import cases, data, harness, peers
+from benchmarks.cases import CASES, FIRST_TOKEN, starting
 from benchmarks.harness import Bench, Case, Ready
 from benchmarks.report import Check, bars_of, brief, draw, provenance, table
-from benchmarks.suite import CASES, FIRST_TOKEN, starting
 from gpt2_model.command import SETTINGS, one_line, write_whole
 
 Document = dict[str, Any]
@@ -33,30 +35,24 @@ def _writable(_context: click.Context, _option: click.Parameter, path: Path | No
     return path
 
 
-def _device(_context: click.Context, _option: click.Parameter, device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.BadParameter("this torch sees no GPU")
-    return device
-
-
 def _fields(_context: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, int]:
-    sizes = {}
-    for word in words:
-        name, _, number = word.partition("=")
-        if name not in ("n_layer", "n_head", "n_embd", "block_size") or not number.isdecimal():
-            raise click.BadParameter(f"{word!r} is not n_layer, n_head, n_embd or block_size = a number")
-        sizes[name] = int(number)
-    return sizes
+    try:
+        return {name: int(number) for name, number in (word.split("=") for word in words)}
+    except ValueError:
+        raise click.BadParameter("give a field of the model and its number: n_layer=2") from None
 
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 CLONE = click.Path(exists=True, file_okay=False, resolve_path=True)
 COUNT = click.IntRange(min=1)
-DEVICE = click.option("-d", "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-                      callback=_device, help="Device to measure.")  # fmt: skip
+DEVICE = click.option(
+    "-d",
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device to measure.",
+)
 FIELDS = click.option("--model", "fields", multiple=True, metavar="FIELD=N", callback=_fields,
                       help="Another size than the usual one: n_layer=2, n_embd=64, ...")  # fmt: skip
 CHECK = click.option("--check", is_flag=True, help="Exit 1, with a line each, if a bar does not hold.")
@@ -64,23 +60,23 @@ CHECK = click.option("--check", is_flag=True, help="Exit 1, with a line each, if
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options of every command that measures."""
-    threads = os.cpu_count()
     options = [
         click.option("--only", multiple=True, metavar="NAME", help="Only cases of this name; may be given often."),
         DEVICE,
         click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case."),
-        click.option("--threads", type=COUNT, default=threads, help="Threads of each.  [default: one a core]"),
+        click.option(
+            "--threads", type=COUNT, default=os.cpu_count(), help="Threads of each.  [default: all cores]"
+        ),
         click.option("--out", type=FILE, callback=_writable, help="Write the JSON to a file, too."),
         click.option("--png", type=FILE, callback=_writable, help="Draw it, too."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table."),
     ]
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return decorate
+def contender(name: str, unit: str, prepare: Callable[..., Ready], **options: Any) -> Case:
+    """A case that takes turns with others."""
+    return Case(name, prepare.__name__.replace("_", " "), unit, prepare, options)
 
 
 @click.group(context_settings=SETTINGS)
@@ -97,11 +93,16 @@ def list_(device: str) -> None:
             click.echo(f"{case.name:22} {case.text}")
 
 
+def measure_suite(name: str = "run", title: str = "the suite, each case alone", **options: Any) -> Document:
+    """Measure the suite's cases, each a group of its own."""
+    return measure(name, title, [[case] for case in CASES], **options)
+
+
 @main.command("run")
 @measuring(5)
 def run_(**options: Any) -> None:
     """Time the suite's cases, each alone, beside the machine's rate that bounds it, in the same run."""
-    measure("run", "the suite, each case alone", [[case] for case in CASES], **options)
+    measure_suite(**options)
 
 
 @main.command()
@@ -109,10 +110,10 @@ def run_(**options: Any) -> None:
 @click.option("--to", type=FILE, default=RESULTS, show_default=True, callback=_writable, help="File to append to.")
 def record(to: Path, **options: Any) -> None:
     """Time the suite's cases as `run` does, and append a line to benchmarks/results.jsonl."""
-    document = measure("run", "the suite, each case alone", [[case] for case in CASES], **options)
+    line = json.dumps(brief(measure_suite(**options)))
     before = to.read_bytes() if to.exists() else b""
     with write_whole(to) as file:
-        file.write(before + json.dumps(brief(document)).encode() + b"\n")
+        file.write(before + line.encode() + b"\n")
     click.echo(f"appended to {to}", err=True)
 
 
@@ -127,8 +128,7 @@ def compare(base: str, least: float, **options: Any) -> None:
     Each case is two processes, and a ratio is that of neighbours in time. The commit is checked out into a
     temporary worktree, which is removed again.
     """
-    groups = [[case] for case in CASES]
-    measure("compare", f"this tree beside {base}", groups, base=base, least=least, check=True, **options)
+    measure_suite("compare", f"this tree beside {base}", base=base, least=least, check=True, **options)
 
 
 @main.command()
@@ -150,22 +150,20 @@ def train(
     On a CPU all take turns; on a GPU, which does not drift, one is timed after the other.
     """
     on_gpu = device == "cuda"
-    batch = batch or ({"124M": 64, "350M": 32, "774M": 16, "1558M": 8}[size] if on_gpu else 4)  # what 80 GB hold
-    seq_len, precision = seq_len or (1024 if on_gpu else 256), precision or ("bf16" if on_gpu else "fp32")
+    usual = ({"124M": 64, "350M": 32, "774M": 16, "1558M": 8}[size], 1024, "bf16")  # what 80 GB hold
+    usual = usual if on_gpu else (4, 256, "fp32")
+    batch, seq_len, precision = batch or usual[0], seq_len or usual[1], precision or usual[2]
     work = {"size": size, "batch": batch, "seq_len": seq_len, "precision": precision, "fields": fields}
-
-    def case(name: str, prepare: Callable[..., Ready], **more: Any) -> Case:
-        return Case(name, f"a step of {batch} x {seq_len}", "tokens", prepare, {"work": work, **more})
-
     clones = {"nanoGPT": nanogpt, "build-nanogpt": build_nanogpt}
+    case = partial(contender, unit="tokens", work=work)
     contenders = [
-        case("ours", cases.training),
-        case("ours, compiled", cases.training, compiled=True),
-        case("gpt2-train", cases.gpt2_train, steps=16 if on_gpu else 8),
-        case("matrix products alone", peers.products),
-        case("transformers", peers.transformers_training),
-        case("transformers, compiled", peers.transformers_training, compiled=True),
-        *(case(name, peers.karpathy, clone=name, folder=folder) for name, folder in clones.items() if folder),
+        case("ours", prepare=cases.training),
+        case("ours, compiled", prepare=cases.training, compiled=True),
+        case("gpt2-train", prepare=cases.gpt2_train, steps=16 if on_gpu else 8),
+        case("matrix products alone", prepare=peers.products),
+        case("transformers", prepare=peers.transformers_training),
+        case("transformers, compiled", prepare=peers.transformers_training, compiled=True),
+        *(case(name, prepare=peers.karpathy, clone=name, folder=clones[name]) for name in clones if clones[name]),
     ]
     ours, theirs, checks = ("ours", "ours, compiled"), ("transformers", "transformers, compiled"), []
     if on_gpu and (seq_len, precision, fields) == (1024, "bf16", {}):
@@ -190,18 +188,17 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
     from its start to its first token. --only "* bf16 x1*" takes a precision and a number of rows.
     """
     on_gpu, new_tokens = device == "cuda", min(128, fields.get("block_size", 1024) - 16)
-    peer = ("ours, compiled", cases.generating) if on_gpu else ("ctranslate2", peers.ctranslate2)
-    contenders = [("ours", cases.generating), ("transformers", peers.transformers_generating), peer]
     groups, checks = [], []
     for precision, rows, count in product(
         ("bf16",) if on_gpu else tuple(cases.BYTES), (1, 8, 32, 128, 256) if on_gpu else (1, 8), (new_tokens, 1)
     ):
         where = f" {precision} x{rows}" + (", first" if count == 1 else "")
-        work = {"precision": precision, "rows": rows, "new_tokens": count, "fields": fields}
+        case = partial(contender, unit="tokens", precision=precision, rows=rows, new_tokens=count, fields=fields)
         groups.append([
-            Case(name + where, f"{count} tokens a row", "tokens", prepare,
-                 work | ({"compiled": True} if name == "ours, compiled" else {}))
-            for name, prepare in contenders
+            case("ours" + where, prepare=cases.generating),
+            case("transformers" + where, prepare=peers.transformers_generating),
+            case("ours, compiled" + where, prepare=cases.generating, compiled=True) if on_gpu
+            else case("ctranslate2" + where, prepare=peers.ctranslate2),
         ])  # fmt: skip
         least = 1 / 1.1 if count == 1 else 2.5 if (precision, rows) == ("bf16", 1) else 1.0
         checks.append(Check((f"ours{where}",), (f"transformers{where}",), least))
@@ -223,14 +220,10 @@ def eval_(data: str, items: int, fields: dict[str, int], device: str, **options:
 
     The same random 124M weights and items, in fp32 (on a GPU bf16); the scores must be the same.
     """
-
-    def case(name: str, method: str) -> Case:
-        work = {"data": data, "count": items, "fields": fields, "method": method}
-        return Case(name, f"{items} items", "items", peers.hellaswag, work)
-
+    case = partial(contender, unit="items", prepare=peers.hellaswag, data=data, count=items, fields=fields)
     groups = [
-        [case("ours, karpathy", "karpathy"), case("build-nanogpt's method", "build-nanogpt")],
-        [case("ours, lm-eval", "lm-eval"), case("lm-evaluation-harness", "harness")],
+        [case("ours, karpathy", method="karpathy"), case("build-nanogpt's method", method="build-nanogpt")],
+        [case("ours, lm-eval", method="lm-eval"), case("lm-evaluation-harness", method="harness")],
     ]
     checks = [Check((ours.name,), (peer.name,), least) for (ours, peer), least in zip(groups, (3, 2), strict=True)]
     title, tolerance = f"HellaSwag, GPT-2 {fields or '124M'}, random weights", 0.02 if device == "cpu" else 20.0
@@ -250,10 +243,7 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
 
     Beside build-nanogpt's method and sha256sum. All must write the same tokens.
     """
-
-    def case(name: str, unit: str, prepare: Callable[..., Ready], **more: Any) -> Case:
-        return Case(name, prepare.__name__, unit, prepare, {"source": source, "megabytes": megabytes, **more})
-
+    case, half = partial(contender, source=source, megabytes=megabytes), max(1, threads // 2)
     groups = [
         [
             case("ours, gigatoken", "MB", data.building, library="gigatoken"),
@@ -261,7 +251,7 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
             case("ours, tiktoken", "MB", data.building, library="tiktoken"),
             # A process a core, and as many as it takes itself.
             case("build-nanogpt's method", "MB", data.building_as_nanogpt, workers=threads),
-            case("build-nanogpt's, half", "MB", data.building_as_nanogpt, workers=max(1, threads // 2)),
+            case("build-nanogpt's, half", "MB", data.building_as_nanogpt, workers=half),
         ],
         [case("loader", "tokens", data.loading), case("loader, prefetch", "tokens", data.loading, prefetch=True)],
         [case(program[0], "bytes", data.verifying, program=program)
@@ -279,26 +269,25 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--grad-compression", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
 @FIELDS
 @measuring(3)
-def scaling(grad_compression: str, fields: dict[str, int], **options: Any) -> None:
+def scaling(fields: dict[str, int], **options: Any) -> None:
     """Time two ranks of gpt2-train beside two runs that train alone at the same time, the most they could reach.
 
     A thread each, gloo, 30M parameters; with one micro-batch of 2 x 256 tokens a step, and with four.
     """
     sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, **fields}
     work = {"size": "124M", "batch": 2, "seq_len": 256, "precision": "fp32", "fields": sizes}
-
-    def case(name: str, batches: int, **more: int) -> Case:
-        how = {"work": work, "steps": 7, "accumulation": batches, "threads": 1, "compression": grad_compression}
-        return Case(f"{name}, x{batches}", "micro-batches of 2 x 256", "tokens", cases.gpt2_train, {**how, **more})
-
+    case = partial(contender, unit="tokens", prepare=cases.gpt2_train, work=work, steps=7)
     groups = [
-        [case("two alone", n, copies=2), case("two ranks", n, ranks=2), case("one", n),
-         case("two threads", n, threads=2)]
+        [
+            case(f"two alone, x{n}", accumulation=n, threads=1, copies=2),
+            case(f"two ranks, x{n}", accumulation=n, threads=1, ranks=2),
+            case(f"one, x{n}", accumulation=n, threads=1),
+            case(f"two threads, x{n}", accumulation=n, threads=2),
+        ]
         for n in (1, 4)
-    ]  # fmt: skip
+    ]
     measure("scaling", f"GPT-2 {sizes}", groups, **options)
 
 
@@ -308,7 +297,9 @@ def measure(
     as_json: bool, check: bool = False, tolerance: float = 0.0, base: str = "", least: float = 0.0,
 ) -> Document:  # fmt: skip
     """Measure groups of cases, show and keep what it gives; exit 1 if a bar is to hold and does not."""
-    chosen = choose(groups, only, device, beginnings=name in ("run", "compare"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this torch sees no GPU", param_hint="--device")
+    chosen = choose(groups, only, device, of_suite=name in ("run", "compare"))
     with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
         bench = Bench(folder, threads, device, rounds)
         try:
@@ -323,11 +314,11 @@ def measure(
         except (ValueError, OSError) as error:
             raise click.ClickException(one_line(error)) from None
     document["bars"] += bars_of(checks, document["results"])
-    text = json.dumps(document, indent=2) + "\n"
-    click.echo(text if as_json else table(document), nl=not as_json)
+    text = json.dumps(document, indent=2)
+    click.echo(text if as_json else table(document))
     if out:
         with write_whole(out) as file:
-            file.write(text.encode())
+            file.write(text.encode() + b"\n")
     if png:
         draw(document, png)
     failed = [bar for bar in document["bars"] if check and not bar["holds"]]
@@ -339,20 +330,19 @@ def measure(
 
 
 def choose(
-    groups: Sequence[Sequence[Case]], patterns: Sequence[str], device: str, beginnings: bool
+    groups: Sequence[Sequence[Case]], patterns: Sequence[str], device: str, of_suite: bool
 ) -> list[list[Case]]:
     """The device's cases by name or glob, and of the suite by the name's beginning; all without a pattern."""
     names = [case.name for group in groups for case in group if device in case.devices]
-    globs = [f"{pattern}*" if beginnings else pattern for pattern in patterns]
-    for pattern, glob in zip(patterns, globs, strict=True):
-        if not fnmatch.filter(names, glob):
-            advice = "`bench.py list` names all" if beginnings else f"there are {'; '.join(names)}"
+    chosen = set[str]() if patterns else {*names}
+    for pattern in patterns:
+        matching = fnmatch.filter(names, f"{pattern}*" if of_suite else pattern)
+        if not matching:
+            advice = "`bench.py list` names all" if of_suite else f"there are {'; '.join(names)}"
             raise click.BadParameter(f"no case is called {pattern!r} on {device}: {advice}", param_hint="--only")
-    chosen = [
-        [case for case in group if case.name in names and any(fnmatch.fnmatch(case.name, g) for g in globs or "*")]
-        for group in groups
-    ]
-    return [group for group in chosen if group]
+        chosen |= {*matching}
+    of_groups = [[case for case in group if case.name in chosen] for group in groups]
+    return [group for group in of_groups if group]
 
 
 if __name__ == "__main__":

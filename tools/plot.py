@@ -5,7 +5,6 @@ runs of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import click
 import matplotlib
 import numpy as np
 
-from gpt2_model.command import SETTINGS
+from gpt2_model.command import SETTINGS, write_whole
 
 matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot as plt
@@ -71,8 +70,9 @@ class Run:
     test: str = ""
 
     @property
-    def curves(self) -> list[Curve]:
-        return [curve for curve in (self.train, self.validation, self.accuracy) if curve]
+    def last(self) -> float:
+        """The last x of all curves, -1 without any."""
+        return max((curve[-1][0] for curve in (self.train, self.validation, self.accuracy) if curve), default=-1)
 
 
 @click.command(context_settings=SETTINGS)
@@ -90,21 +90,19 @@ def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     inner = [[path.parent for path in sorted(folder.glob("*/metrics.jsonl"))] for folder in runs]
     folders = [run for folder, inside in zip(runs, inner, strict=True) for run in inside or [folder]]
     loaded = [load_run(*pair, unit) for pair in zip(folders, names(folders), strict=True)]
-    shown = [run for run in loaded if run.curves]
+    shown = [run for run in loaded if run.last >= 0]
     if not shown:
         raise click.ClickException(f"{', '.join(map(str, runs))}: no run with a row in its metrics.jsonl")
     for number, run in enumerate(shown):
         run.color = COLORS[number % len(COLORS)]
     for run in loaded:
-        if not run.curves:
+        if run.last < 0:
             click.echo(f"{run.name}: no rows of a run to draw", err=True)
     figure = draw(shown, unit)
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
     try:
-        figure.savefig(temporary, dpi=160)
-        os.replace(temporary, out)
+        with write_whole(out) as file:
+            figure.savefig(file, dpi=160, format=out.suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
         raise click.ClickException(f"{out} cannot be written: {error}") from None
     click.echo(str(out))
 
@@ -164,7 +162,7 @@ def draw(runs: list[Run], unit: str) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
         axis.tick_params(colors=INK, length=3)
-        axis.set_xlim(0, 1.015 * max(1, *(curve[-1][0] for run in runs for curve in run.curves)))
+        axis.set_xlim(0, 1.015 * max(1, *(run.last for run in runs)))
     columns = 5 if with_accuracy else 3
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
     if references:
@@ -193,8 +191,7 @@ def draw_loss(axis: Axes, runs: list[Run], references: list[Reference], unit: st
             values += [*np.quantile(losses[len(losses) // 2 :], [0.01]), *smooth]
             settled += [smooth[len(smooth) // 20]] if len(smooth) > 100 else []
         if run.validation:
-            axis.plot(*zip(*run.validation, strict=True), "o-", color=run.color, markersize=4, linewidth=1,
-                      markerfacecolor="white", markevery=marked(run.validation), zorder=4)  # fmt: skip
+            plot_marked(axis, run.validation, run.color, linewidth=1, markerfacecolor="white", zorder=4)
             values += [loss for _, loss in run.validation]
         if run.validation or run.train:
             last = run.validation[-1][1] if run.validation else float(smooth[-1])
@@ -206,8 +203,8 @@ def draw_loss(axis: Axes, runs: list[Run], references: list[Reference], unit: st
     axis.set_ylabel("loss, nats per token")
     # The first steps of a long run fall from 11 within no time, and would take most of the picture.
     low, high, high_enough = min(values), max(values), max([*settled, *(y for y, _, _ in labels)])
-    limits(axis, low, high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high)
-    label_right(axis, labels)
+    high = high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high
+    label_right(axis, labels, low, high)
 
     color = runs[0].color if len(runs) == 1 else GREY
     handles = [Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
@@ -227,11 +224,10 @@ def draw_accuracy(axis: Axes, runs: list[Run], references: list[Reference]) -> N
     axis.axhline(25, color=GREY, linestyle=":", linewidth=1, zorder=1)
     for run in runs:
         if run.accuracy:
-            x, accuracy = np.array(run.accuracy).T * [[1], [100]]
-            axis.plot(x, accuracy, "o-", color=run.color, markersize=4, linewidth=1.8,
-                      markevery=marked(run.accuracy), zorder=3)  # fmt: skip
-            labels.append((float(accuracy[-1]), f"{accuracy[-1]:.1f}", run.color))
-            values += list(accuracy)
+            percent = [(x, 100 * accuracy) for x, accuracy in run.accuracy]
+            plot_marked(axis, percent, run.color, linewidth=1.8, zorder=3)
+            labels.append((percent[-1][1], f"{percent[-1][1]:.1f}", run.color))
+            values += [value for _, value in percent]
     for one in references:
         gpt2 = (f"GPT-2 {one.title}", one.hellaswag, (5, 3))
         for name, value, dashes in (gpt2, (f"GPT-3 {one.gpt3_title}", one.gpt3_hellaswag, (5, 2, 1, 2))):
@@ -241,30 +237,32 @@ def draw_accuracy(axis: Axes, runs: list[Run], references: list[Reference]) -> N
     tests = {run.test for run in runs if run.accuracy}
     axis.set_ylabel(f"accuracy on {', '.join(sorted(test or 'HellaSwag' for test in tests))}, %")
     axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    limits(axis, min(values), max(values))
-    label_right(axis, labels)
+    label_right(axis, labels, min(values), max(values))
 
 
-def marked(points: Sequence[object]) -> list[int]:
-    """Which points of a curve get a mark, the last one among them: forty marks are a line, more are a smear."""
-    return list(range(len(points) - 1, -1, -1 - len(points) // 40))
+def plot_marked(axis: Axes, curve: Curve, color: str, **style: Any) -> None:
+    """Draw a curve with marks, on its last point too: forty of them are a line, more are a smear."""
+    marks = list(range(len(curve) - 1, -1, -1 - len(curve) // 40))
+    axis.plot(*zip(*curve, strict=True), "o-", color=color, markersize=4, markevery=marks, **style)
 
 
-def limits(axis: Axes, low: float, high: float) -> None:
-    """Set the range of y, with some room around."""
+def label_right(axis: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
+    """Set the range of y, with some room, and write (y, text, color) each beside its right end, moved apart."""
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1
-    axis.set_ylim(low - room, high + room)
-
-
-def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write (y, text, color) each beside the right end of the axis, moved apart where they would overlap."""
-    low, high = axis.get_ylim()
+    low, high = low - room, high + room
+    axis.set_ylim(low, high)
     labels = sorted(labels)
-    places = spread([(y - low) / (high - low) for y, _, _ in labels], LINE)
-    for middle, (y, text, color) in zip(places, labels, strict=True):
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0}
-        own = (1, (y - low) / (high - low))
-        axis.annotate(text, own, (1.04, middle), "axes fraction", "axes fraction", arrow | {"relpos": (0, 0.5)},
+    places = [(y - low) / (high - low) for y, _, _ in labels]
+    for place, middle, (_, text, color) in zip(places, spread(places, LINE), labels, strict=True):
+        arrow = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.7,
+            "shrinkA": 1,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
+        axis.annotate(text, (1, place), (1.04, middle), "axes fraction", "axes fraction", arrow,
                       color=color, fontsize=8.5, va="center")  # fmt: skip
 
 
@@ -286,10 +284,8 @@ def spread(places: Sequence[float], height: float) -> list[float]:
 
 def centred_mean(values: np.ndarray, window: int) -> Any:
     """The mean of the `window` values around each place, of fewer at the ends."""
-    sums, places = np.concatenate(([0.0], np.cumsum(values))), np.arange(len(values))
-    starts = np.maximum(0, places - (window - 1) // 2)
-    ends = np.minimum(len(values), places + window // 2 + 1)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 if __name__ == "__main__":

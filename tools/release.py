@@ -103,13 +103,13 @@ def span(requirement: Requirement) -> str:
 
 def status_of(package: Package) -> dict[str, Any]:
     """Version, last tag, commits since then, entries under Unreleased, and ranges."""
-    tags = git("tag", "--list", "--merged", "HEAD", "--sort=-v:refname", f"{package.name}-v*").splitlines()
+    tags = run("git", "tag", "--list", "--merged", "HEAD", "--sort=-v:refname", f"{package.name}-v*").splitlines()
     since = f"{tags[0]}..HEAD" if tags else "HEAD"
     return {
         "package": package.name,
         "version": str(package.version),
         "last_tag": tags[0] if tags else "none",
-        "commits": int(git("rev-list", "--count", since, "--", package.folder)),
+        "commits": int(run("git", "rev-list", "--count", since, "--", package.folder)),
         "unreleased": len(re.findall(r"^- ", package.unreleased, re.MULTILINE)),
         "depends": {requirement.name: span(requirement) for requirement in package.ours},
     }
@@ -128,10 +128,6 @@ def run(*words: str | Path) -> str:
         lines = (done.stdout + done.stderr).strip().splitlines()
         raise click.ClickException(f"{' '.join(map(str, words[:4]))} failed: {' | '.join(lines[-3:])}")
     return done.stdout.strip()
-
-
-def git(*words: str | Path) -> str:
-    return run("git", *words)
 
 
 @click.group(context_settings=SETTINGS)
@@ -190,9 +186,9 @@ def cut(name: str, level: str, dry_run: bool) -> None:
     version = Version(".".join(map(str, numbers)))
     tag, notes = f"{name}-v{version}", package.unreleased
     problems = problems_of(package)
-    if git("status", "--porcelain"):
+    if run("git", "status", "--porcelain"):
         problems.append("there are changes that are not committed (git status): commit or stash them")
-    if git("tag", "--list", tag):
+    if run("git", "tag", "--list", tag):
         problems.append(f"the tag {tag} exists")
     if not notes:
         problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
@@ -210,9 +206,9 @@ def cut(name: str, level: str, dry_run: bool) -> None:
     for file, (old, new) in edits.items():
         path = ROOT / package.folder / file
         path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
-    git("commit", "--quiet", "--all", "-m", f"{name} {version}")
+    run("git", "commit", "--quiet", "--all", "-m", f"{name} {version}")
     # Headings begin with '#', and git takes such lines out of a message unless told otherwise.
-    git("tag", "-a", tag, "--cleanup=whitespace", "-m", f"{name} {version}", "-m", notes)
+    run("git", "tag", "-a", tag, "--cleanup=whitespace", "-m", f"{name} {version}", "-m", notes)
     click.echo(
         f"{tag} is committed and tagged here. Next:\n"
         f"  python tools/release.py check --dist dist\n"

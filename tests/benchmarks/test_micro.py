@@ -6,9 +6,8 @@ cores, so that a loaded machine does not fail them, and a tenfold regression doe
 
 import pytest
 
-from benchmarks.harness import Bench
-from benchmarks.machine import rate
-from benchmarks.suite import CASES
+from benchmarks.cases import CASES
+from benchmarks.harness import Bench, rate
 
 # Of what bounds it, in the same process; where nothing does, units a second.
 FLOORS = {

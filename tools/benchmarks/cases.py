@@ -1,18 +1,18 @@
-"""What is timed of ours. Each function makes ready, and says what a call does and what bounds it.
+"""What is timed of ours: each function makes ready; and the suite, the cases of `bench.py run` and `compare`.
 
-`bench.py compare` calls these with the packages of an older revision, too: they use public names and commands; for
-what is neither, `inner` knows the names that its module had.
+`compare` calls these with the packages of an older revision, too: they use public names and commands; for what is
+neither, `inner` knows the names that its module had.
 """
 
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.data import dataset, memory_of_children, model_folder
-from benchmarks.harness import Bench, Ready
-from benchmarks.machine import processor
+from benchmarks import data
+from benchmarks.data import dataset, model_folder, run_command
+from benchmarks.harness import Bench, Case, Ready
+from benchmarks.report import processor
 from gpt2_data import open_dataset
 from gpt2_eval import Row, evaluate_loss, score_items
 from gpt2_model import GPT, PRESETS, GPTConfig, flops_per_token, generate
@@ -35,11 +36,14 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 def inner(*names: str) -> Any:
     """Return the first of these modules that there is: today's name, then earlier ones."""
     for name in names[:-1]:
-        try:
+        with suppress(ModuleNotFoundError):
             return import_module(name)
-        except ModuleNotFoundError:
-            continue
     return import_module(names[-1])
+
+
+def random_model(bench: Bench, fields: Mapping[str, int] | None = None, **options: Any) -> GPT:
+    """Load a model with random weights, 124M by default, which the first to ask for it makes."""
+    return GPT.from_pretrained(model_folder(bench, fields or {}), **options).to(bench.device).eval()
 
 
 def keep_buffers() -> None:
@@ -117,7 +121,7 @@ def stepping(work: Work, model: Any, optimizer: Any, loss_of: Callable[..., Any]
 
 def gpt2_train(
     bench: Bench, work: Mapping[str, Any], steps: int, accumulation: int = 0, ranks: int = 1, copies: int = 1,
-    threads: int = 0, compression: str = "none",
+    threads: int = 0,
 ) -> Ready:  # fmt: skip
     """gpt2-train itself, with its loader, logging and clipping: a step's time as metrics.jsonl has it.
 
@@ -126,43 +130,31 @@ def gpt2_train(
         ranks: processes of a run, by torchrun.
         copies: runs at the same time, whose speeds are added.
         threads: threads of each process; 0 for the bench's.
-        compression: what gradients are sent as.
     """
     step = Work(device=bench.device, **work)
     tokens = ranks * (accumulation or step.accumulation) * step.batch * step.seq_len
     values = {
         "data": dataset(bench), "steps": steps, "warmup": 1, "micro-batch": step.batch, "seq-len": step.seq_len,
         "batch-tokens": tokens, "device": step.device, "precision": step.precision, "eval-every": 0,
-        "checkpoint-every": 0, "grad-compression": compression,
+        "checkpoint-every": 0,
     }  # fmt: skip
-    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    words += [word for name, value in step.sizes.items() for word in ("--model", f"{name}={value}")]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or bench.threads)}
+    words = [sys.executable, *launcher, "-m", "gpt2_train"]
+    words += [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    words += [word for name, value in step.sizes.items() for word in ("--model", f"{name}={value}")]
 
-    def speed_of(out: Path) -> Any:
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return tokens / statistics.median(row["seconds"] for row in rows[2:])  # the first two get their memory
+    def run(out: str) -> dict[str, Any]:
+        done = run_command([*words, "--out", out], OMP_NUM_THREADS=str(threads or bench.threads))
+        lines = Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        seconds = [json.loads(line)["seconds"] for line in lines]
+        return done | {"seconds": statistics.median(seconds[2:])}  # the first two get their memory
 
-    def call() -> Any:
-        with tempfile.TemporaryDirectory() as folder:
-            outs = [Path(folder) / f"run-{copy}" for copy in range(copies)]
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, *launcher, "-m", "gpt2_train", *words, "--out", str(out)],
-                    env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                )
-                for out in outs
-            ]  # fmt: skip
-            errors = [process.communicate()[1] for process in processes]
-            for process, text in zip(processes, errors, strict=True):
-                if process.returncode:
-                    raise ValueError(
-                        f"gpt2-train ended with {process.returncode}: {' '.join(text.split())[-300:]}"
-                    )
-            return copies * tokens / sum(map(speed_of, outs))
+    def call() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(copies) as pool:
+            runs = list(pool.map(run, [f"{folder}/run-{copy}" for copy in range(copies)]))
+        return runs[0] | {"seconds": statistics.harmonic_mean([one["seconds"] for one in runs])}
 
-    return Ready(call, copies * tokens, warm_up=0, memory=memory_of_children)
+    return Ready(call, copies * tokens, warm_up=0)
 
 
 def generating(
@@ -195,11 +187,11 @@ def writing(
         assert [len(row) for row in written] == [count] * rows, "another number of tokens was drawn"
         return taken
 
-    def call() -> float:
+    def call() -> dict[str, float]:
         rest = seconds(new_tokens) - (statistics.median(seconds(1) for _ in range(3)) if after_first else 0)
         if rest <= 0:
             raise ValueError(f"{new_tokens} tokens take no longer than 1 here: measure a larger model")
-        return rest
+        return {"seconds": rest}
 
     count = new_tokens - after_first
     # A step of the whole batch reads all weights once, but for the positions.
@@ -245,6 +237,53 @@ def opening(bench: Bench) -> Ready:
     return Ready(lambda: random_model(bench), size, "copy", size)
 
 
-def random_model(bench: Bench, fields: Mapping[str, int] | None = None, **options: Any) -> GPT:
-    """Load a model with random weights, 124M by default, which the first to ask for it makes."""
-    return GPT.from_pretrained(model_folder(bench, fields or {}), **options).to(bench.device).eval()
+QUICKSTART = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}  # the quickstart's model
+FIRST_TOKEN = ("gpt2-model", "generate", "-m", "{model}", "-d", "{device}", "--max-new-tokens", "1", "Hello")
+
+
+def starting(name: str, words: Sequence[str], fields: Mapping[str, int] | None = None) -> Case:
+    """A command from its start as a process to its end."""
+    return Case(name, " ".join(words[:2]), "starts", data.starting, {"words": words, "fields": fields or {}})
+
+
+def _training(name: str, batch: int, seq_len: int, precision: str, device: str) -> Case:
+    size = name.split("-")[1]
+    work = {"batch": batch, "seq_len": seq_len, "precision": precision}
+    work |= {"size": "124M", "fields": QUICKSTART} if size == "7M" else {"size": size}
+    options = {"work": work, "compiled": device == "cuda"}
+    return Case(name, f"a step of {batch} x {seq_len}", "tokens", training, options, (device,))
+
+
+def _generating(name: str, precision: str, rows: int, *devices: str) -> Case:
+    options = {"precision": precision, "rows": rows, "after_first": False}
+    return Case(name, f"124M, rows: {rows}, 64 new tokens", "tokens", generating, options, devices)
+
+
+CASES = [
+    _training("train-7M-fp32", 4, 256, "fp32", "cpu"),
+    _training("train-124M-fp32", 4, 256, "fp32", "cpu"),
+    _training("train-124M-fp32-1024", 1, 1024, "fp32", "cpu"),
+    _training("train-124M-bf16", 4, 256, "bf16", "cpu"),
+    _training("train-124M-bf16-1024", 1, 1024, "bf16", "cpu"),
+    _training("train-350M-fp32", 2, 256, "fp32", "cpu"),
+    _training("train-774M-fp32", 1, 256, "fp32", "cpu"),
+    _training("train-124M", 64, 1024, "bf16", "cuda"),
+    _training("train-350M", 32, 1024, "bf16", "cuda"),
+    _training("train-774M", 16, 1024, "bf16", "cuda"),
+    _training("train-1558M", 8, 1024, "bf16", "cuda"),
+    _generating("generate-fp32", "fp32", 1, "cpu", "cuda"),
+    _generating("generate-bf16", "bf16", 1, "cpu", "cuda"),
+    _generating("generate-int8", "int8", 1, "cpu"),
+    _generating("generate-fp32-8", "fp32", 8, "cpu", "cuda"),
+    Case("tokenize-gigatoken", "8 MB in a process", "bytes", data.tokenizing, {"library": "gigatoken"}),
+    Case("tokenize-tiktoken", "8 MB in a process", "bytes", data.tokenizing, {"library": "tiktoken"}),
+    Case("data-build", "gpt2-data build of Python's own text", "tokens", data.building),
+    Case("data-load", "batches of 64 x 1024, shuffled", "tokens", data.loading),
+    Case("data-verify", "every hash of a dataset", "bytes", data.verifying),
+    Case("eval-hellaswag", "124M, items of HellaSwag's shape", "items", scoring),
+    Case("eval-loss", "124M, windows of 1,024", "tokens", losing),
+    Case("checkpoint-save", "124M with its moments, verified", "bytes", saving, {}, ("cpu",)),
+    Case("checkpoint-load", "124M, from_pretrained", "bytes", opening),
+    *(starting(f"start-{name}", (f"gpt2-{name}", "--help")) for name in ("model", "data", "eval", "train")),
+    starting("start-generate", FIRST_TOKEN),
+]

@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import random
-import resource
 import subprocess
 import sys
 import sysconfig
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Bench, Ready, largest
 
-SPLIT = ("--shard-size", "10M", "--val-tokens", "1M")
-SHARD_TOKENS, HEADER, EOT = 10_000_000, 1024, 50256  # HEADER: bytes before the tokens of a shard of ours
+SPLIT = ("--shard-size", "10M", "--val-tokens", "1M", "--order", "source")
+SHARD_TOKENS, EOT = 10_000_000, 50256
 
 
 def python_texts(size: int) -> list[str]:
@@ -52,17 +51,18 @@ def corpus(bench: Bench, source: str, megabytes: int) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    made = bench.place("corpus.parquet")
-    if not source and not made.exists():
+    if source:
+        if files := sorted(glob.glob(source, recursive=True)):
+            return files
+        raise ValueError(f"no file matches {source!r}")
+    file = bench.place("corpus.parquet")
+    if not file.exists():
         texts = python_texts(min(20, megabytes) * 1_000_000)
-        with pq.ParquetWriter(made, pa.schema([("text", pa.large_string())]), compression="zstd") as writer:
+        with pq.ParquetWriter(file, pa.schema([("text", pa.large_string())]), compression="zstd") as writer:
             for copy in range(-(-megabytes // 20)):
                 random.Random(copy).shuffle(texts)
                 writer.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), row_group_size=1000)
-    files = sorted(glob.glob(source, recursive=True)) if source else [str(made)]
-    if not files:
-        raise ValueError(f"no file matches {source!r}")
-    return files
+    return [str(file)]
 
 
 def read_texts(files: Sequence[str]) -> Iterator[Any]:
@@ -78,8 +78,7 @@ def dataset(bench: Bench, source: str = "", megabytes: int = 0) -> Path:
     """Three million tokens of Python's own text, or those of a corpus, built once in the folder."""
     out = bench.place("corpus" if megabytes else "pydocs")
     if not out.exists():
-        sources = corpus(bench, source, megabytes) if megabytes else ["pydocs"]
-        run_command(build(bench, sources, out, "auto"))
+        run_command(build(bench, corpus(bench, source, megabytes) if megabytes else ["pydocs"], out, "auto"))
     return out
 
 
@@ -90,27 +89,27 @@ def build(bench: Bench, sources: Sequence[str], out: Path, library: str) -> list
     return [str(word) for word in [*words, *more]]
 
 
-def run_command(words: Sequence[str]) -> tuple[float, int]:
-    """Run a process; return its seconds and its peak memory in bytes. Raises ValueError with its last line."""
+def verify(folder: Path) -> list[str]:
+    """The command that checks every hash of a dataset."""
+    return ["gpt2-data", "verify", str(folder), "--level", "full"]
+
+
+def run_command(words: Sequence[str], **environment: str) -> dict[str, float]:
+    """Run a process; return its seconds and peak memory. Raises ValueError with the end of what it said."""
     program = Path(sysconfig.get_path("scripts")) / words[0]  # of this environment, activated or not
-    started = time.perf_counter()
+    command, started = [program if program.exists() else words[0], *words[1:]], time.perf_counter()
     process = subprocess.Popen(
-        [program if program.exists() else words[0], *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | environment
     )
     assert process.stderr
     with process.stderr as stream:
-        lines = stream.read().decode(errors="replace").strip().splitlines()
+        said = " ".join(stream.read().decode(errors="replace").split())
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise ValueError(lines[-1] if lines else f"{words[0]} ended with {process.returncode}")
-    return seconds, largest(usage)
-
-
-def memory_of_children() -> int:
-    """The most bytes that a process started here took."""
-    return largest(resource.getrusage(resource.RUSAGE_CHILDREN))
+        raise ValueError(f"{words[0]} ended with {process.returncode}: {said[-300:]}")
+    return {"seconds": seconds, "peak_memory": largest(usage)}
 
 
 def building(
@@ -122,30 +121,28 @@ def building(
     files = corpus(bench, source, megabytes) if megabytes else ["pydocs"]
     amount = _megabytes(files) if megabytes else open_dataset(dataset(bench)).tokens("train")
 
-    def command(out: Path) -> float:
-        seconds = run_command(build(bench, files, out, library))[0]
-        return seconds + (run_command(verify(out))[0] if verified else 0)
+    def commands(out: Path) -> list[list[str]]:
+        return [build(bench, files, out, library), *([verify(out)] if verified else [])]
 
-    def read(out: Path) -> NDArray[np.uint16]:
-        shards = [*sorted(out.glob("val_*.bin")), *sorted(out.glob("train_*.bin"))]
-        return np.concatenate([np.fromfile(file, "<u2", offset=HEADER) for file in shards])
+    def read(out: Path) -> list[NDArray[np.uint16]]:
+        shards = open_dataset(out)
+        return [shards.read(split, 0, shards.tokens(split)) for split in ("val", "train")]
 
-    return _into_fresh_folder(bench, amount, command, read)
+    return _into_fresh_folder(bench, amount, commands, read)
 
 
 def building_as_nanogpt(bench: Bench, source: str, megabytes: int, workers: int) -> Ready:
     """build-nanogpt's method in a process of its own."""
     files = corpus(bench, source, megabytes)
-    code = f"from benchmarks import data; data.build_nanogpt({files}, {workers}, "
 
-    def command(out: Path) -> float:
-        out.mkdir()
-        return run_command([sys.executable, "-c", f"{code}{str(out)!r})"])[0]
+    def commands(out: Path) -> list[list[str]]:
+        code = f"from benchmarks import data; data.build_nanogpt({files}, {workers}, {str(out)!r})"
+        return [[sys.executable, "-c", code]]
 
-    def read(out: Path) -> NDArray[np.uint16]:
-        return np.concatenate([np.load(file) for file in sorted(out.iterdir(), key=lambda file: file.name[-10:])])
+    def read(out: Path) -> list[NDArray[np.uint16]]:
+        return [np.load(file) for file in sorted(out.iterdir(), key=lambda file: file.name[-10:])]
 
-    return _into_fresh_folder(bench, _megabytes(files), command, read)
+    return _into_fresh_folder(bench, _megabytes(files), commands, read)
 
 
 def _megabytes(files: Sequence[str]) -> float:
@@ -155,19 +152,27 @@ def _megabytes(files: Sequence[str]) -> float:
 
 
 def _into_fresh_folder(
-    bench: Bench, amount: float, command: Callable[[Path], float], read: Callable[[Path], NDArray[np.uint16]]
+    bench: Bench,
+    amount: float,
+    commands: Callable[[Path], list[list[str]]],
+    read: Callable[[Path], list[NDArray[np.uint16]]],
 ) -> Ready:
-    """Time `command(out)`; the answer is how many tokens it wrote there, and 48 bits of their SHA-256."""
+    """Time commands that write to a folder; the answer is how many tokens, and 48 bits of their SHA-256."""
 
     def call() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
             os.sync()  # what was written before must not slow this one
-            seconds = command(out := Path(folder) / "out")
-            tokens = read(out)
+            out = Path(folder) / "out"
+            done = [run_command(words) for words in commands(out)]
+            tokens = np.concatenate(read(out))
         digest = hashlib.sha256(tokens.data).hexdigest()
-        return {"seconds": seconds, "answer": {"tokens": [len(tokens), int(digest[:12], 16)]}}
+        return {
+            "seconds": sum(one["seconds"] for one in done),
+            "peak_memory": max(one["peak_memory"] for one in done),
+            "answer": {"tokens": [len(tokens), int(digest[:12], 16)]},
+        }
 
-    return Ready(call, amount, warm_up=1, memory=memory_of_children)
+    return Ready(call, amount, warm_up=1)
 
 
 def build_nanogpt(files: list[str], workers: int, out: str) -> None:
@@ -176,6 +181,7 @@ def build_nanogpt(files: list[str], workers: int, out: str) -> None:
 
     get_tokenizer()  # forked workers have it then, as there
     shard, filled, number = np.empty(SHARD_TOKENS, np.uint16), 0, 0
+    Path(out).mkdir()
 
     def save(tokens: NDArray[np.uint16]) -> None:
         np.save(Path(out) / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy", tokens)
@@ -216,11 +222,6 @@ def loading(bench: Bench, source: str = "", megabytes: int = 0, prefetch: bool =
     return Ready(lambda: [None for _ in islice(stream, batches)], tokens, "copy", 2 * 8 * tokens)
 
 
-def verify(folder: Path) -> list[str]:
-    """The command that checks every hash of a dataset."""
-    return ["gpt2-data", "verify", str(folder), "--level", "full"]
-
-
 def verifying(bench: Bench, source: str = "", megabytes: int = 0, program: Sequence[str] = ()) -> Ready:
     """Every hash of a dataset, by our function in this process, or by a program that hashes its files."""
     import gpt2_data
@@ -228,23 +229,16 @@ def verifying(bench: Bench, source: str = "", megabytes: int = 0, program: Seque
     data = dataset(bench, source, megabytes)
     files = sorted(str(file) for file in data.iterdir() if file.suffix in (".bin", ".docs"))
     size = sum(os.path.getsize(file) for file in files)
-    if not program:
-        return Ready(lambda: gpt2_data.verify(data, "full", bench.threads), size, "sha256", size)
     words = verify(data) if program == ["gpt2-data"] else [*program, *files]
-    return Ready(lambda: run_command(words)[0], size, "sha256", size, memory=memory_of_children)
+    by_us, by_program = lambda: gpt2_data.verify(data, "full", bench.threads), lambda: run_command(words)
+    return Ready(by_program if program else by_us, size, "sha256", size)
 
 
 def starting(bench: Bench, words: Sequence[str], fields: Mapping[str, int]) -> Ready:
     """A command from its start as a process to its end."""
     model = model_folder(bench, fields) if "{model}" in words else ""
     command = [word.format(model=model, device=bench.device) for word in words]
-    memory = [0]
-
-    def call() -> float:
-        seconds, memory[0] = run_command(command)
-        return seconds
-
-    return Ready(call, 1, memory=lambda: memory[0])
+    return Ready(lambda: run_command(command), 1)
 
 
 def model_folder(bench: Bench, fields: Mapping[str, int]) -> Path:

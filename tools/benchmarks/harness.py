@@ -4,6 +4,7 @@ So contenders, or two revisions of the packages, are measured as if each were al
 drifts for all of them.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -13,17 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from benchmarks.machine import rate
-from benchmarks.report import bar, ratio_of, say, spread
+import click
+
+from benchmarks.report import bar, ratio_of, spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SAMPLE_SECONDS, MOST_REPEATS = 0.5, 50
+READ_BYTES, COPY_BYTES, HASH_BYTES = 512 << 20, 256 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,11 @@ class Ready:
     """What is timed, when everything is loaded.
 
     Attributes:
-        call: does it once. It may return its own seconds, or a dictionary of "seconds" and an "answer": lists of
-            numbers by name, which all cases of a group must agree on.
+        call: does it once. It may return a dictionary of its own "seconds", the "peak_memory" of another process,
+            and an "answer": lists of numbers by name, which all cases of a group must agree on.
         amount: units of a call.
         ceiling: the rate of the machine that bounds it, if one does; `cost`: what that counts, of a call.
         warm_up: calls before the timed ones; without any, a sample is one call, however short.
-        memory: returns the most bytes that a call took, where that is not this process's own memory.
     """
 
     call: Callable[[], object]
@@ -57,7 +61,6 @@ class Ready:
     ceiling: str | None = None
     cost: float = 0.0
     warm_up: int = 2
-    memory: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,31 +83,30 @@ def answer() -> None:
     bench = Bench(**json.loads(settings))
     tempfile.tempdir = bench.folder
     ready: Ready = getattr(import_module(module), function)(bench, **json.loads(options))
-    memory = ready.memory or (lambda: _peak_memory(bench.device))
     _peak_memory(bench.device, forget=True)
     last = 0.0
     for _ in range(ready.warm_up):
         last = _sample(ready.call)["seconds"]
-    peak = memory()  # before the machine is measured, which takes memory itself
+    peak = _peak_memory(bench.device)  # before the machine is measured, which takes memory itself
     repeats = max(1, min(MOST_REPEATS, round(SAMPLE_SECONDS / last))) if last else 1
     ceiling = ready.ceiling and (ready.ceiling, bench.threads, bench.device)
     print(json.dumps({"amount": ready.amount, "ceiling": ready.ceiling}), file=answers, flush=True)
     for _ in sys.stdin:
         before = rate(*ceiling) if ceiling else 0.0
         samples = [_sample(ready.call) for _ in range(repeats)]
-        sample = samples[-1] | {"seconds": sum(one["seconds"] for one in samples) / repeats}
-        sample["peak_memory"] = peak if ready.warm_up else memory()
+        memory = peak if ready.warm_up else _peak_memory(bench.device)
+        seconds = sum(one["seconds"] for one in samples) / repeats
+        sample = {"peak_memory": memory, **samples[-1], "seconds": seconds}
         if ceiling:
             best = max(before, rate(*ceiling))
-            sample |= {"machine": best, "share": ready.cost / sample["seconds"] / best}
+            sample |= {"machine": best, "share": ready.cost / seconds / best}
         print(json.dumps(sample), file=answers, flush=True)
 
 
 def _sample(call: Callable[[], object]) -> dict[str, Any]:
     started = time.perf_counter()
     result = call()
-    seconds = result if isinstance(result, float) else time.perf_counter() - started
-    return {"seconds": seconds, **(result if isinstance(result, dict) else {})}
+    return {"seconds": time.perf_counter() - started, **(result if isinstance(result, dict) else {})}
 
 
 def _peak_memory(device: str, forget: bool = False) -> int:
@@ -126,93 +128,131 @@ def largest(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss if sys.platform == "darwin" else 1024 * usage.ru_maxrss
 
 
+def rate(name: str, threads: int, device: str) -> float:
+    """What the machine reaches itself, the best of a few tries: beside it a speed means something anywhere.
+
+    Operations a second of "matrix fp32" or "matrix bf16"; bytes of "read" and "copy", which are of memory, and of
+    "sha256", a hash on each thread.
+    """
+    amount, call = _machine(name, threads, device)
+    best = float("inf")
+    for _ in range(16 if name == "read" else 3):
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return amount / best
+
+
+@cache
+def _machine(name: str, threads: int, device: str) -> tuple[float, Callable[[], object]]:
+    """What a call does, and the call."""
+    import numpy as np
+
+    if name == "copy":
+        source, target = np.ones(COPY_BYTES, np.int8), np.ones(COPY_BYTES, np.int8)
+        return COPY_BYTES, lambda: np.copyto(target, source)
+    if name == "sha256":
+        pool, buffers = ThreadPoolExecutor(threads), [bytes(HASH_BYTES)] * threads
+        return threads * HASH_BYTES, lambda: list(pool.map(hashlib.sha256, buffers))
+    import torch
+
+    if name == "read":
+        # NumPy asks for large pages, which read faster. torch.dot reads as fast as a loop in C with prefetching:
+        # 36.6 and 35.6 GB/s on two cores.
+        memory = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32)).to(device)
+        return READ_BYTES, lambda: torch.dot(memory, memory)
+    side = 8192 if device == "cuda" else 2048
+    kind = {"matrix fp32": torch.float32, "matrix bf16": torch.bfloat16}[name]
+    left, right = (torch.randn(side, side, device=device).to(kind) for _ in "ab")
+    return 2.0 * side**3, lambda: left @ right
+
+
+@dataclass
 class Worker:
     """The asking side of a case's process. `failed` says why that has ended."""
 
-    def __init__(self, case: Case, bench: Bench, tree: Path = ROOT) -> None:
-        sources = [str(path) for path in sorted(tree.glob("packages/*/src"))]
-        path = os.pathsep.join([*sources, str(ROOT / "tools"), *filter(None, [os.getenv("PYTHONPATH")])])
-        environment = {
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": str(bench.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        words = [
-            case.prepare.__module__,
-            case.prepare.__name__,
-            json.dumps(case.options),
-            json.dumps(asdict(bench)),
-        ]
-        self.case, self._errors = case, tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from benchmarks.harness import answer; answer()", *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env=os.environ | environment,
-        )  # fmt: skip
-        self.facts: dict[str, Any] = {}
-        self.failed = ""
+    case: Case
+    process: subprocess.Popen[str]
+    errors: IO[bytes]
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    failed: str = ""
 
-    def wait(self) -> None:
-        """Wait until it is warm, or has failed."""
-        try:
-            self.facts = self._answer()
-        except ValueError as error:
-            self.failed = str(error)
+    def time(self) -> None:
+        """Take a sample, unless it has failed."""
+        if not self.failed:
+            with suppress(BrokenPipeError):  # the answer that does not come says why
+                print("time", file=self.process.stdin, flush=True)
+            if sample := self.listen():
+                self.samples.append(sample)
 
-    def time(self) -> dict[str, Any]:
-        """Return a sample. Raises ValueError if the process ended, with the last line that it wrote."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):  # the answer that does not come says why
-            self._process.stdin.write("time\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        with self._errors, suppress(BrokenPipeError):
-            self._process.communicate()  # and closes its pipes
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        if line := self._process.stdout.readline():
+    def listen(self) -> dict[str, Any]:
+        """Return what the process says next: nothing if it has ended, of which its last line is the reason."""
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
             return json.loads(line)  # type: ignore[no-any-return]
-        code = self._process.wait()
+        code = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines() or [f"ended with {code}"]
         if code == -signal.SIGKILL:
-            raise ValueError("killed by the system, of too little memory perhaps: use --only for fewer at a time")
-        self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or [f"ended with {code}"]
-        raise ValueError(words[0].removeprefix("ValueError: "))
+            lines = ["killed by the system, of too little memory perhaps: use --only for fewer at a time"]
+        self.failed = lines[-1].removeprefix("ValueError: ")
+        return {}
+
+    def result(self) -> dict[str, Any]:
+        """Return what follows from the samples: median, least, most and all of them."""
+        ceiling = self.facts["ceiling"]
+        names = ("seconds", "machine", "share") if ceiling else ("seconds",)
+        return {
+            "name": self.case.name,
+            "unit": self.case.unit,
+            "per_second": spread([self.facts["amount"] / sample["seconds"] for sample in self.samples]),
+            "peak_memory": max(sample["peak_memory"] for sample in self.samples),
+            "ceiling": ceiling,
+            **{name: spread([sample[name] for sample in self.samples]) for name in names},
+        }
 
 
 @contextmanager
-def workers(started: Iterable[Worker]) -> Iterator[list[Worker]]:
-    """Yield them warm. They start one after the other: the first makes the files that all read."""
-    with ExitStack() as stack:
-        warm = []
-        for worker in started:
-            stack.callback(worker.close)
-            worker.wait()
-            warm.append(worker)
-        yield warm
+def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
+    """Yield a case's process with the packages of a tree, warm, or failed."""
+    path = [*sorted(tree.glob("packages/*/src")), ROOT / "tools", *filter(None, [os.getenv("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "OMP_NUM_THREADS": str(bench.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    words = [case.prepare.__module__, case.prepare.__name__, json.dumps(case.options), json.dumps(asdict(bench))]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from benchmarks.harness import answer; answer()", *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+        )  # fmt: skip
+        try:
+            worker = Worker(case, process, errors)
+            worker.facts = worker.listen()
+            yield worker
+        finally:
+            process.kill()
+            with suppress(BrokenPipeError):
+                process.communicate()  # and closes its pipes
 
 
-def take_turns(contenders: Sequence[Worker], rounds: int) -> list[list[dict[str, Any]]]:
-    """Return `rounds` samples of each contender; whoever begins a round ends the next one.
+def take_turns(cases: Iterable[tuple[Case, Path]], bench: Bench) -> list[Worker]:
+    """Time cases, each with the packages of a tree; whoever begins a round ends the next one.
 
-    One that fails takes no more part, and `failed` says why.
+    They start one after the other: the first makes the files that all read.
     """
-    samples: list[list[dict[str, Any]]] = [[] for _ in contenders]
-    for turn in range(rounds):
-        order = range(len(contenders))
-        for index in order if turn % 2 else reversed(order):
-            contender = contenders[index]
-            if not contender.failed:
-                try:
-                    samples[index].append(contender.time())
-                except ValueError as error:
-                    contender.failed = str(error)
-    return samples
+    with ExitStack() as stack:
+        workers = [stack.enter_context(started(case, bench, tree)) for case, tree in cases]
+        for turn in range(bench.rounds):
+            for worker in workers[:: 1 if turn % 2 else -1]:
+                worker.time()
+    return workers
 
 
 def measure(groups: Iterable[Sequence[Case]], bench: Bench, tolerance: float = 0.0) -> dict[str, Any]:
@@ -225,40 +265,26 @@ def measure(groups: Iterable[Sequence[Case]], bench: Bench, tolerance: float = 0
     absent: dict[str, str] = {}
     for group in groups:
         for case in group:
-            say(f"{case.name}: {case.text}")
-        with workers(Worker(case, bench) for case in group) as contenders:
-            samples = take_turns(contenders, bench.rounds)
-        present = [(w, taken) for w, taken in zip(contenders, samples, strict=True) if not w.failed]
-        absent |= {worker.case.name: worker.failed for worker in contenders if worker.failed}
-        same_answers([(worker.case.name, taken) for worker, taken in present], tolerance)
-        of_group = [result_of(worker, taken) for worker, taken in present]
-        for result in [] if contenders[0].failed else of_group[1:]:
+            click.echo(f"{case.name}: {case.text}", err=True)
+        workers = take_turns([(case, ROOT) for case in group], bench)
+        absent |= {worker.case.name: worker.failed for worker in workers if worker.failed}
+        present = [worker for worker in workers if not worker.failed]
+        same_answers({worker.case.name: worker.samples for worker in present}, tolerance)
+        of_group = [worker.result() for worker in present]
+        for result in [] if workers[0].failed else of_group[1:]:
             result["ratio"] = ratio_of(of_group[0], result)
         results += of_group
     return {"settings": asdict(bench), "results": results, "absent": absent}
 
 
-def same_answers(samples: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], tolerance: float) -> None:
+def same_answers(samples: Mapping[str, Sequence[Mapping[str, Any]]], tolerance: float) -> None:
     """Raise ValueError if a case's answers are not those of the others."""
     known: dict[str, list[float]] = {}
-    for name, taken in samples:
-        for key, values in (pair for sample in taken for pair in sample.get("answer", {}).items()):
+    for name, of_case in samples.items():
+        for key, values in (pair for sample in of_case for pair in sample.get("answer", {}).items()):
             pairs = zip(values, known.setdefault(key, values), strict=True)
             if any(abs(one - other) > tolerance for one, other in pairs):
                 raise ValueError(f"{name} gives another {key} than the others: its speed means nothing")
-
-
-def result_of(worker: Worker, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what follows from the samples: median, least, most and all of them."""
-    facts, names = worker.facts, ("seconds", "machine", "share") if worker.facts["ceiling"] else ("seconds",)
-    return {
-        "name": worker.case.name,
-        "unit": worker.case.unit,
-        "per_second": spread([facts["amount"] / sample["seconds"] for sample in samples]),
-        "peak_memory": max(sample["peak_memory"] for sample in samples),
-        "ceiling": facts["ceiling"],
-        **{name: spread([sample[name] for sample in samples]) for name in names},
-    }
 
 
 def compare(cases: Sequence[Case], base: str, bench: Bench, least: float) -> dict[str, Any]:
@@ -275,19 +301,17 @@ def compare(cases: Sequence[Case], base: str, bench: Bench, least: float) -> dic
     bars = []
     with checkout(base) as tree:
         for case in cases:
-            say(f"{case.name}: {case.text}")
-            with workers(Worker(case, bench, one) for one in (tree, ROOT)) as (old, new):
-                sides = take_turns([old, new], bench.rounds)
+            click.echo(f"{case.name}: {case.text}", err=True)
+            old, new = take_turns([(case, tree), (case, ROOT)], bench)
             if new.failed and not old.failed:
                 bars.append(bar(f"{case.name}: works ({new.failed})", 0, 1))
             elif old.failed:
                 absent[case.name] = old.failed if new.failed else f"with {base}: {old.failed}"
             else:
-                before, after = result_of(old, sides[0]), result_of(new, sides[1])
+                before, after = old.result(), new.result()
                 ratio = ratio_of(after, before)
                 results.append(after | {"base_seconds": before["seconds"], "ratio": ratio})
-                text = f"{case.name}: {least:g} of the speed of {base}"
-                bars.append(bar(text, ratio["median"], least))
+                bars.append(bar(f"{case.name}: {least:g} of the speed of {base}", ratio["median"], least))
     if not bars:
         raise ValueError(f"nothing could be compared: {'; '.join(f'{k}: {v}' for k, v in absent.items())}")
     return {"base": base, "settings": asdict(bench), "results": results, "absent": absent, "bars": bars}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,19 +32,12 @@ def library(name: str) -> Any:
         raise ValueError(f"{name.partition('.')[0]} is not installed") from None
 
 
-def _transformers(work: Work) -> Any:
-    shape, transformers = work.config, library("transformers")
-    config = transformers.GPT2Config(
-        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, n_positions=shape.block_size,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).to(work.device).train()
-
-
 def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
     """transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
-    step = Work(device=bench.device, **work)
-    model = _transformers(step)
+    step, transformers = Work(device=bench.device, **work), library("transformers")
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = step.sizes | {"n_positions": step.sizes["block_size"]}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops)).to(step.device).train()
     stepped = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     return stepping(step, model, optimizer, lambda x, y: stepped(x, labels=x, use_cache=False).loss)
@@ -111,8 +104,7 @@ def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens:
         ids = torch.tensor(prompts, device=bench.device)
         options = {"do_sample": True, "top_k": 50, "max_new_tokens": count, "pad_token_id": EOT}
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        written: list[list[int]] = tokens[:, ids.shape[1] :].tolist()
-        return written
+        return cast(list[list[int]], tokens[:, ids.shape[1] :].tolist())
 
     return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
 
@@ -120,7 +112,7 @@ def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens:
 def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
     """CTranslate2 with the same weights."""
     ct2, folder = library("ctranslate2"), bench.place("ctranslate2")
-    kind = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[precision]
+    kind = str(KINDS[precision]).removeprefix("torch.")
     if kind not in ct2.get_supported_compute_types(bench.device):
         raise ValueError(f"no {kind} on this machine")
     if not folder.exists():
@@ -131,14 +123,9 @@ def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields
     words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
-        options = {
-            "max_length": count,
-            "min_length": count,
-            "sampling_topk": 50,
-            "include_prompt_in_result": False,
-        }
-        results = model.generate_batch([[words[token] for token in prompt] for prompt in prompts], **options)
-        return [result.sequences_ids[0] for result in results]
+        texts = [[words[token] for token in prompt] for prompt in prompts]
+        lengths = {"max_length": count, "min_length": count, "include_prompt_in_result": False}
+        return [one.sequences_ids[0] for one in model.generate_batch(texts, sampling_topk=50, **lengths)]
 
     return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
 

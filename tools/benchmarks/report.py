@@ -1,5 +1,6 @@
 """What follows from a benchmark's samples, where they are from, and how they are shown."""
 
+import os
 import platform
 import shlex
 import statistics
@@ -12,14 +13,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import click
-
-from benchmarks.machine import processor
-
 LIBRARIES = {
     "gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train", "torch", "triton", "numpy", "tiktoken", "gigatoken",
     "pyarrow", "transformers", "tokenizers", "ctranslate2", "lm_eval",
 }  # fmt: skip
+FEATURES = {"sha_ni", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16"}
 OURS, PEER, INK = "#0072B2", "#9A9A9A", "#222222"
 
 
@@ -35,11 +33,6 @@ class Check:
     cases: tuple[str, ...]
     peers: tuple[str, ...]
     least: float
-
-
-def say(text: str) -> None:
-    """Print progress to stderr."""
-    click.echo(text, err=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -87,6 +80,20 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def processor() -> dict[str, Any]:
+    """The system, the processor's name, its cores, and which of FEATURES it has."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "features": sorted(FEATURES & {*flags}),
+    }
+
+
 def provenance(device: str) -> dict[str, Any]:
     """What was run, when, on which commit of the project, and on what."""
     machine = processor()
@@ -108,11 +115,8 @@ def provenance(device: str) -> dict[str, Any]:
 
 def table(document: Mapping[str, Any]) -> str:
     """A line a case, then what is absent, then the bars."""
-    ratio = (
-        f"the speed here over that of {document['base']}"
-        if "base" in document
-        else "the first one's speed over it"
-    )
+    base = document.get("base")
+    ratio = f"the speed here over that of {base}" if base else "the first one's speed over it"
     lines = [
         document["title"],
         f"{_where(document)}, median (least..most); ratio: {ratio}",
@@ -156,18 +160,20 @@ def brief(document: Mapping[str, Any]) -> dict[str, Any]:
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Draw each case's share of its ceiling for `bench.py run`, else its speed, as a PNG."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")  # a file, not a window
     from matplotlib import pyplot as plt
 
     of_suite, rows = document["benchmark"] == "run", document["results"]
-    measure, nothing = "share" if of_suite else "per_second", {"median": 0.0, "min": 0.0, "max": 0.0}
-    names, spreads = [one["name"] for one in rows], [one.get(measure, nothing) for one in rows]
-    middle, most = ([one[of] for one in spreads] for of in ("median", "max"))
-    errors = [[one["median"] - one["min"] for one in spreads], [one["max"] - one["median"] for one in spreads]]
+    nothing = {"median": 0.0, "min": 0.0, "max": 0.0}  # of what no rate of the machine bounds
+    shown = [one.get("share" if of_suite else "per_second", nothing) for one in rows]
+    least, middle, most = (np.array([one[of] for one in shown]) for of in ("min", "median", "max"))
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
+    names = [one["name"] for one in rows]
     colors = [OURS if of_suite or name.startswith(("ours", "gpt2-")) else PEER for name in names]
-    axes.barh(names, middle, color=colors, height=0.62, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 0.8})
+    axes.barh(names, middle, color=colors, height=0.62, xerr=[middle - least, most - middle],
+              error_kw={"ecolor": INK, "elinewidth": 0.8})  # fmt: skip
     for place, (one, value) in enumerate(zip(rows, most, strict=True)):
         text = f"{short(one['per_second']['median'])} {one['unit']}/s"
         if one["ceiling"]:  # else there is no bar, but the figure
