@@ -31,7 +31,7 @@ H100_TOKENS = {"124M": 616_000, "350M": 216_893, "774M": 110_396, "1558M": 55_40
 def _writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
     """Refuse a file that cannot be written before minutes of measuring."""
     if path is not None and not os.access(path.absolute().parent, os.W_OK):
-        raise click.BadParameter(f"{path.parent} is not there or cannot be written to")
+        raise click.BadParameter(f"{path.parent} does not exist or cannot be written to")
     return path
 
 
@@ -54,21 +54,21 @@ DEVICE = click.option(
     help="Device to measure.",
 )
 FIELDS = click.option("--model", "fields", multiple=True, metavar="FIELD=N", callback=_fields,
-                      help="Another size than the usual one: n_layer=2, n_embd=64, ...")  # fmt: skip
-CHECK = click.option("--check", is_flag=True, help="Exit 1, with a line each, if a bar does not hold.")
+                      help="Change a field of the model's shape: n_layer=2, n_embd=64, ...")  # fmt: skip
+CHECK = click.option("--check", is_flag=True, help="Exit 1 if a required ratio is missed, with a line for each.")
 
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options of every command that measures."""
     options = [
-        click.option("--only", multiple=True, metavar="NAME", help="Only cases of this name; may be given often."),
+        click.option("--only", multiple=True, metavar="NAME", help="Run only cases of this name; repeatable."),
         DEVICE,
         click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case."),
         click.option(
             "--threads", type=COUNT, default=os.cpu_count(), help="Threads of each.  [default: all cores]"
         ),
-        click.option("--out", type=FILE, callback=_writable, help="Write the JSON to a file, too."),
-        click.option("--png", type=FILE, callback=_writable, help="Draw it, too."),
+        click.option("--out", type=FILE, callback=_writable, help="Also write the JSON to this file."),
+        click.option("--png", type=FILE, callback=_writable, help="Also draw the results into this file."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table."),
     ]
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
@@ -87,7 +87,7 @@ def main() -> None:
 @main.command("list")
 @DEVICE
 def list_(device: str) -> None:
-    """Name the suite's cases."""
+    """List the suite's cases."""
     for case in CASES:
         if device in case.devices:
             click.echo(f"{case.name:22} {case.text}")
@@ -101,7 +101,7 @@ def measure_suite(name: str = "run", title: str = "the suite, each case alone", 
 @main.command("run")
 @measuring(5)
 def run_(**options: Any) -> None:
-    """Time the suite's cases, each alone, beside the machine's rate that bounds it, in the same run."""
+    """Time the suite's cases, each beside the machine's own limit for it, in the same run."""
     measure_suite(**options)
 
 
@@ -123,9 +123,9 @@ def record(to: Path, **options: Any) -> None:
               help="Exit 1 if a case has less than this share of the base's speed.")  # fmt: skip
 @measuring(5)
 def compare(base: str, least: float, **options: Any) -> None:
-    """Time the suite's cases with the packages of a commit and with the working tree's, in turn.
+    """Time the suite's cases with a commit's packages and with the working tree's, in turns.
 
-    Each case is two processes, and a ratio is that of neighbours in time. The commit is checked out into a
+    Each case is two processes in turns; ratios are of neighbouring samples. The commit is checked out into a
     temporary worktree, which is removed again.
     """
     measure_suite("compare", f"this tree beside {base}", base=base, least=least, check=True, **options)
@@ -133,11 +133,11 @@ def compare(base: str, least: float, **options: Any) -> None:
 
 @main.command()
 @click.option("--size", type=click.Choice(list(H100_TOKENS)), default="124M", show_default=True, help="Model.")
-@click.option("--batch", type=COUNT, help="Sequences at once.  [default: 4; cuda 64, 32, 16, 8]")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens of each.  [default: 256; cuda 1024]")
+@click.option("--batch", type=COUNT, help="Sequences of a micro-batch.  [default: 4; cuda 64, 32, 16, 8]")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens of each sequence.  [default: 256; cuda 1024]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Precision.  [default: fp32; cuda bf16]")
-@click.option("--nanogpt", type=CLONE, help="A clone of nanoGPT, to measure it, too.")
-@click.option("--build-nanogpt", type=CLONE, help="A clone of build-nanogpt.")
+@click.option("--nanogpt", type=CLONE, help="Folder of a nanoGPT clone, to measure it too.")
+@click.option("--build-nanogpt", type=CLONE, help="Folder of a build-nanogpt clone, to measure it too.")
 @FIELDS
 @CHECK
 @measuring(3)
@@ -184,8 +184,8 @@ def train(
 def decode(fields: dict[str, int], device: str, **options: Any) -> None:
     """Time text generation: ours, transformers, CTranslate2, and the memory that bounds all of them.
 
-    Prompts of 16 tokens, 128 new ones, top-k 50: the tokens after the first, the first, and `gpt2-model generate`
-    from its start to its first token. --only "* bf16 x1*" takes a precision and a number of rows.
+    Prompts have 16 tokens; 128 are generated. Timed are the first token, the later ones, and `gpt2-model generate`
+    from its start to its first token. --only "* bf16 x1*" selects a precision and a number of rows.
     """
     on_gpu, new_tokens = device == "cuda", min(128, fields.get("block_size", 1024) - 16)
     groups, checks = [], []
@@ -211,14 +211,14 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
 
 @main.command("eval")
 @click.option("--data", metavar="FILE", default="", help="hellaswag_val.jsonl.  [default: downloaded]")
-@click.option("--items", type=COUNT, default=500, show_default=True, help="The first of the file.")
+@click.option("--items", type=COUNT, default=500, show_default=True, help="Items to take from the file's start.")
 @FIELDS
 @CHECK
 @measuring(3)
 def eval_(data: str, items: int, fields: dict[str, int], device: str, **options: Any) -> None:
     """Time HellaSwag: ours, build-nanogpt's method (four rows an item, one item at a time), and lm-eval.
 
-    The same random 124M weights and items, in fp32 (on a GPU bf16); the scores must be the same.
+    All use the same random 124M weights and items, in fp32 (bf16 on a GPU); their scores must agree.
     """
     case = partial(contender, unit="items", prepare=peers.hellaswag, data=data, count=items, fields=fields)
     groups = [
@@ -232,16 +232,16 @@ def eval_(data: str, items: int, fields: dict[str, int], device: str, **options:
 
 @main.command("data")
 @click.option(
-    "--source", metavar="GLOB", default="", help="Parquet files with a column `text`.  [default: one is made]"
+    "--source", metavar="GLOB", default="", help="Parquet files with a column `text`.  [default: generated]"
 )
 @click.option("--megabytes", type=click.IntRange(min=4), default=100, show_default=True,
-              help="Text of the source that is made, of Python's own, again and again.")  # fmt: skip
+              help="Size of the generated source: Python's own sources, repeated.")  # fmt: skip
 @CHECK
 @measuring(3)
 def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
-    """Time the way from Parquet to verified shards, the loader, and verify, a process a core.
+    """Time building from Parquet, loading batches and verifying, with one process per core.
 
-    Beside build-nanogpt's method and sha256sum. All must write the same tokens.
+    The peers are build-nanogpt's method and sha256sum. All builds must write the same tokens.
     """
     case, half = partial(contender, source=source, megabytes=megabytes), max(1, threads // 2)
     groups = [
@@ -272,9 +272,9 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
 @FIELDS
 @measuring(3)
 def scaling(fields: dict[str, int], **options: Any) -> None:
-    """Time two ranks of gpt2-train beside two runs that train alone at the same time, the most they could reach.
+    """Time two ranks of gpt2-train and, as their upper limit, two independent runs at the same time.
 
-    A thread each, gloo, 30M parameters; with one micro-batch of 2 x 256 tokens a step, and with four.
+    Each has one thread; 30M parameters, gloo, one or four micro-batches of 2 x 256 tokens a step.
     """
     sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, **fields}
     work = {"size": "124M", "batch": 2, "seq_len": 256, "precision": "fp32", "fields": sizes}

@@ -85,7 +85,7 @@ class Run:
 def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one.
 
-    A folder of runs stands for all that are in it.
+    A folder of runs stands for all runs in it.
     """
     inner = [[path.parent for path in sorted(folder.glob("*/metrics.jsonl"))] for folder in runs]
     folders = [run for folder, inside in zip(runs, inner, strict=True) for run in inside or [folder]]

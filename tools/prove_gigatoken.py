@@ -41,7 +41,7 @@ _PRINTABLE = "".join(map(chr, range(32, 127)))
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--out", type=click.Path(path_type=Path), default=gigatoken.PROVEN, help="File of proofs to add to.")
 def main(out: Path) -> None:
-    """Compare the two libraries on every character and millions of strings, and keep the proof."""
+    """Compare gigatoken with tiktoken on every character and millions of strings; save the proof."""
     try:
         proof = prove()
     except ValueError as error:

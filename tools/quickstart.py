@@ -37,7 +37,7 @@ HELLASWAG_ITEMS = 200
 @click.command(context_settings=SETTINGS)
 @click.option("--out", default="quickstart", show_default=True, type=click.Path(path_type=Path), help="Folder.")
 def main(out: Path) -> None:
-    """Build a dataset from Python's own documentation, train a small GPT-2, evaluate it, let it write."""
+    """Build a dataset from Python's own documentation, train a small GPT-2, evaluate it, and generate text."""
     started = time.monotonic()
     data, run, items = out / "data", out / "run", out / "hellaswag.jsonl"
     checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
@@ -64,7 +64,7 @@ def main(out: Path) -> None:
     command("gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", TRAINING["eval-tokens"])
     command("gpt2-eval", "hellaswag", "-m", checkpoint, "--data", items, "--protocol", "karpathy")
 
-    heading(5, "New text, of which two minutes teach indentation and common words; and the loss curve")
+    heading(5, "Generated text (two minutes teach indentation and common words), and the loss curve")
     words = ("--max-new-tokens", 48, "--temperature", 0.8, "The function returns")
     command("gpt2-model", "generate", "-m", checkpoint, *words)
     command("python", "tools/plot.py", run, "--out", out / "loss.png")

@@ -132,7 +132,7 @@ def run(*words: str | Path) -> str:
 
 @click.group(context_settings=SETTINGS)
 def main() -> None:
-    """Versions and releases of the four packages; nothing is pushed or uploaded."""
+    """Show, check and cut versions of the four packages; nothing is pushed or uploaded."""
 
 
 @main.command()
@@ -152,7 +152,7 @@ def status(as_json: bool) -> None:
 @main.command()
 @click.option("--dist", type=click.Path(file_okay=False, path_type=Path), help="Keep the sdists and wheels here.")
 def check(dist: Path | None) -> None:
-    """Say whether the packages could be released as they are; if not, exit 1 with a line for each reason.
+    """Check that the packages can be released as they are; if not, exit 1 with a line for each reason.
 
     Changelogs and versions agree, ranges between the packages hold, sdists and wheels build, twine accepts them.
     """
@@ -173,9 +173,9 @@ def check(dist: Path | None) -> None:
 @click.argument("level", type=click.Choice(["major", "minor", "patch"]))
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 def cut(name: str, level: str, dry_run: bool) -> None:
-    """Make a package's next version here: a commit and an annotated tag.
+    """Create a package's next version locally: a commit and an annotated tag.
 
-    What its changelog has under Unreleased becomes the version's, with today's date.
+    The changelog's Unreleased section becomes the version's, with today's date.
     """
     packages = read_packages()
     package = next((package for package in packages if package.name == name), None)

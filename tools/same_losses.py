@@ -32,8 +32,8 @@ RUN: dict[str, Any] = {
 @click.command(context_settings=SETTINGS)
 @click.argument("base", required=False)
 @click.argument("head", required=False)
-@click.option("--flags", default="", help='More flags of gpt2-train for both, as "--optimizer muon --steps 20".')
-@click.option("--ranks", default=1, show_default=True, help="Processes, by torchrun.")
+@click.option("--flags", default="", help='More gpt2-train flags for both, such as "--optimizer muon --steps 20".')
+@click.option("--ranks", default=1, show_default=True, help="Number of processes, started by torchrun.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option(
     "--write-golden", is_flag=True, help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead."
@@ -41,7 +41,7 @@ RUN: dict[str, Any] = {
 def main(base: str | None, head: str | None, flags: str, ranks: int, as_json: bool, write_golden: bool) -> None:
     """Train a tiny model with the code of BASE and of HEAD, commits of this repository, on one dataset.
 
-    HEAD is the working tree if it is left out. Compared are each step's loss and gradient norm, and the last
+    HEAD is the working tree if it is left out. It compares each step's loss and gradient norm, and the last
     checkpoint's weights and optimizer state. Exit 0 if all are equal, 1 if not.
     """
     if write_golden == (base is not None) or (write_golden and (flags or ranks != 1)):

@@ -142,7 +142,7 @@ def test_list_names_each_case_of_the_device() -> None:
             "no case is called 'llm.c' on cpu: there are ours; ours, compiled; gpt2-",
         ),
         (["train", "--model", "n_layer=x"], 2, "give a field of the model and its number: n_layer=2"),
-        (["run", "--out", "/nowhere/a.json"], 2, "/nowhere is not there or cannot be written to"),
+        (["run", "--out", "/nowhere/a.json"], 2, "/nowhere does not exist or cannot be written to"),
         (["decode", "-d", "cuda"], 2, "this torch sees no GPU"),
         (["decode", "--rounds", "0"], 2, "Invalid value for '--rounds'"),
     ],

@@ -186,7 +186,7 @@ def test_verify_finds_what_is_wrong(pair):
     path.write_bytes(whole)
 
     damage(path, offsets, struct.pack("<i", 1))
-    assert f"{path.name}: row starts or ids that cannot be: damaged" in verify(folder, "full").problems
+    assert f"{path.name}: impossible row starts or ids: damaged" in verify(folder, "full").problems
     path.write_bytes(whole)
 
     os.truncate(path, len(whole) - 1)

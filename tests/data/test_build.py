@@ -140,7 +140,7 @@ def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
     result = build(BuildConfig([source], folder, **config))
     assert result.already_built
     assert result.tokens == len(stored(folder, "train")[0])
-    with pytest.raises(ValueError, match="its shard_size is 1000, 900 is wanted"):
+    with pytest.raises(ValueError, match="its shard_size is 1000, not 900"):
         build(BuildConfig([source], folder, **(config | {"shard_size": 900})))
     with pytest.raises(ValueError, match="its source differs"):
         build(BuildConfig([tmp_path / "other.jsonl"], folder, **config))
@@ -170,7 +170,7 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     result = build(BuildConfig([alone / "*.jsonl"], tmp_path / "four", workers=1))
     assert (result.val_tokens, result.documents) == (0, 1)
     none = write_jsonl(["", ""], folder="none")
-    with pytest.raises(ValueError, match="there is no text in the source"):
+    with pytest.raises(ValueError, match="the source contains no text"):
         build(BuildConfig([none / "*.jsonl"], tmp_path / "three", workers=1))
 
 
@@ -202,7 +202,7 @@ def test_one_build_at_a_time(write_jsonl, tmp_path):
     config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1)
 
     def second(status):
-        who = f"another build is at work in {tmp_path}/out .process {os.getpid()} on "
+        who = f"another build is running in {tmp_path}/out .process {os.getpid()} on "
         with pytest.raises(ValueError, match=who):
             build(config)
 
@@ -265,7 +265,7 @@ def test_what_fails_at_once_leaves_no_folder(write_jsonl, tmp_path, monkeypatch)
         ("notes.docx", "unknown source"),
         ("damaged.parquet", "damaged.parquet"),
         ("damaged.jsonl", "not JSON"),
-        ("empty.txt", "there is no text in the source"),
+        ("empty.txt", "the source contains no text"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             build(BuildConfig([tmp_path / source], tmp_path / "data" / "x", workers=1))
@@ -312,7 +312,7 @@ def test_options_that_cannot_work(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             BuildConfig(["pydocs"], tmp_path, **options)
-    with pytest.raises(ValueError, match="no source given: known are fineweb-edu"):
+    with pytest.raises(ValueError, match="no source given: choose from fineweb-edu"):
         BuildConfig([], tmp_path)
 
 

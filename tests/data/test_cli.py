@@ -83,7 +83,10 @@ def test_what_a_user_can_mend_is_one_line(run, source, make, texts, tmp_path):
         (["build", source, "--out", tmp_path / "out", "--val-tokens", "1M"], "nothing is left for training"),
         (["build", tmp_path / "bad.jsonl", "--out", tmp_path / "out2"], "bad.jsonl:1: not JSON"),
         (["build", tmp_path / "no.txt", "--out", tmp_path / "out2"], "no file matches"),
-        (["build", "wikipedia", "--out", tmp_path / "out2"], "unknown source 'wikipedia': known are fineweb-edu"),
+        (
+            ["build", "wikipedia", "--out", tmp_path / "out2"],
+            "unknown source 'wikipedia': choose from fineweb-edu",
+        ),
         (["build", source, "--out", tmp_path / "file"], "is a file: choose another --out"),
         (["build", source, "--out", tmp_path / "file" / "x", "--val-tokens", 0], "Not a directory"),
         (["build", source, "--out", tmp_path / "out2", "--shard-size", 0], "shard_size is 0"),
@@ -109,7 +112,7 @@ def test_a_shard_size_without_its_m_is_refused(run, source, tmp_path, monkeypatc
     done = run("build", source, "--out", tmp_path / "out2", "--shard-size", 10, "--workers", 1, *dry)
     assert done.exit_code == 1
     assert "shard_size 10 would make about " in done.stderr
-    assert "shards: take a larger one, such as 100M" in done.stderr
+    assert "shards: use a larger one, such as 100M" in done.stderr
 
 
 def test_one_document_is_singular_and_sources_are_not_listed_without_end(run, tmp_path):
@@ -158,10 +161,10 @@ def test_wrong_usage_is_2(run, tmp_path):
     (tmp_path / "a.txt").touch()
     for arguments, message in [
         (["build", tmp_path / "a.txt"], "Missing option '--out'"),
-        (["build", "pydocs", "--shard-size", "many"], "'many' is no count: write 100M, 1.5B, 64k"),
+        (["build", "pydocs", "--shard-size", "many"], "'many' is not a count: write 100M, 1.5B, 64k"),
         (["build", "pydocs", "--order", "random"], "--order"),
         (["build", "pydocs", "--engine", "dask"], "--engine"),
-        (["build", "pydocs", "--part", "5/4"], "'5/4' is no part: write 1/4 to 4/4"),
+        (["build", "pydocs", "--part", "5/4"], "'5/4' is not a part: write 1/4 to 4/4"),
         (["build", "pydocs", "--compat", "llm.c"], "--compat"),
         (["build", "pydocs", "--workers", "0"], "--workers"),
         (["verify", tmp_path, "--level", "some"], "--level"),
@@ -191,7 +194,7 @@ def test_sizes():
     }.items():
         assert size(text) == value
     for text in "", "k", "1.5", "-1", "1T", "nan", "inf", "1kk", "0x10":
-        with pytest.raises(click.BadParameter, match="is no count"):
+        with pytest.raises(click.BadParameter, match="is not a count"):
             size(text)
 
 

@@ -221,9 +221,9 @@ def test_where_it_cannot_be_written(built, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for name in "file", "full":
-        with pytest.raises(ValueError, match=f"{name} is there and not empty: choose another"):
+        with pytest.raises(ValueError, match=f"{name} exists and is not empty: choose another"):
             convert(built / "uint16", tmp_path / name, "npy")
-    with pytest.raises(ValueError, match="cannot convert to 'csv': known are npy, llmc"):
+    with pytest.raises(ValueError, match="cannot convert to 'csv': choose one of npy, llmc"):
         convert(built / "uint16", tmp_path / "out", "csv")
     (tmp_path / "out.converting").mkdir()
     (tmp_path / "out.converting" / "mine.txt").touch()

@@ -264,7 +264,7 @@ def test_a_faulty_npy_is_refused_by_name(folder, data, message):
         (idx([11])[:33], "not an index of Megatron's"),
         (b"MMIDIDX\0\1" + idx([11])[9:], "not an index of Megatron's"),
         (idx([11], version=2), "version 2"),
-        (idx([11], kind=4), r"number kind 4, not uint16 \(8\)"),
+        (idx([11], kind=4), r"its tokens are of kind 4; GPT-2's are uint16 \(8\)"),
         (idx([11])[:-1], "cut short: header says 1 sequences and 2 documents"),
         (idx([11], tail=b"\0"), "bytes after its end"),
         (idx([11], counts=(2**40, 2)), "cut short: header says 1,099,511,627,776 sequences"),

@@ -32,7 +32,7 @@ def test_reads_across_shards(folder, texts):
     for a, b in (-1, 4), (5, 4), (0, dataset.tokens("train") + 1):
         with pytest.raises(ValueError, match="of split 'train'"):
             dataset.read("train", a, b)
-    with pytest.raises(ValueError, match="no split 'test': there are train and val"):
+    with pytest.raises(ValueError, match="no split 'test': choose train or val"):
         dataset.tokens("test")
 
 

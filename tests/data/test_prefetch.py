@@ -146,7 +146,7 @@ def test_buffers_are_the_callers(folder):
             assert all(any(array is own for own in arrays) for array in next(batches))
     assert len(arrays) == 8
     batches = loader_of(folder).prefetch(2, lambda shape, dtype: np.empty(3, dtype))
-    with pytest.raises(ValueError, match=r"arrays of shapes \(3,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"the arrays have shapes \(3,\) and \(3,\)"):
         next(batches)
     with pytest.raises(ValueError, match="prefetch depth 0 must be 1 or more"):
         loader_of(folder).prefetch(0)
@@ -158,11 +158,11 @@ def test_a_loader_that_was_moved_meanwhile_is_noticed(folder):
     with loader.prefetch() as batches:
         next(batches)
         loader.restore(start)
-        with pytest.raises(ValueError, match="the loader was moved while it was prefetched"):
+        with pytest.raises(ValueError, match="the loader was used during a prefetch"):
             next(batches)
     with loader.prefetch() as batches:
         next(loader)
-        with pytest.raises(ValueError, match="the loader was moved while it was prefetched"):
+        with pytest.raises(ValueError, match="the loader was used during a prefetch"):
             next(batches)
 
 

@@ -180,7 +180,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     for source, message in {
-        "wikipedia": "unknown source 'wikipedia': known are fineweb-edu, fineweb, hf:REPO",
+        "wikipedia": "unknown source 'wikipedia': choose from fineweb-edu, fineweb, hf:REPO",
         "hf:": "hf:",
         str(tmp_path): "is a folder: name the files in it",
         str(tmp_path / "*.jsonl"): "no file matches",

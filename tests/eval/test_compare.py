@@ -56,9 +56,9 @@ def test_verdict(tmp_path):
     }
     better, same = metrics[65], metrics[60]
     assert verdict({"acc": better}) == "B is better than A by acc (at a level of 5 %)."
-    assert verdict({"acc": same}).startswith("No difference is shown at this size")
+    assert verdict({"acc": same}).startswith("No significant difference")
     assert verdict({"acc": better, "acc_norm": same}).startswith(
-        "B is better than A by acc; by the others no difference is shown"
+        "B is better than A by acc; the others show no significant difference"
     )
     worse, close = (Comparison(2.0, 2.1, 0.1, stderr) for stderr in (0.05, 0.06))
     assert verdict({"loss": worse}).startswith("A is better than B by loss")

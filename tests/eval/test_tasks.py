@@ -95,7 +95,7 @@ def test_pages_of_wikitext():
         ("lambada", {}, "no 'text'"),
         ("lambada", {"text": None}, "not a record of lambada"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": "c"}, "no 'label'"),
-        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is none of the 2 choices"),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is not one of the 2 choices"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}, "a continuation is empty"),
         ("arc-easy", {"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "'B'"),
         ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
@@ -112,7 +112,7 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
 def test_files_that_hold_no_text(tmp_path):
     for name, content, message in (
         ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
-        ("f.parquet", b"PAR1", "no good Parquet"),
+        ("f.parquet", b"PAR1", "not a readable Parquet"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):

@@ -151,7 +151,8 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, mo
     done = subprocess.run([*CLI, *command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     assert re.search(
-        rf"unit 0 \({bad}\): document 217 of it, counted from 0: the process at work on it died twice", done.stderr
+        rf"unit 0 \({bad}\): document 217 of it, counted from 0: the process that worked on it died twice",
+        done.stderr,
     )
     assert done.stderr.count("\n") == 1
 
@@ -164,7 +165,7 @@ def test_a_task_may_kill_its_worker_once_but_not_twice(tmp_path):
     once = f"test -e {tmp_path}/flag || {{ touch {tmp_path}/flag; kill -9 $PPID; }}"
     assert workers.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
     started = tmp_path / "started"
-    with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
+    with pytest.raises(OSError, match="unit 7: the process that worked on it died twice"):
         workers.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
     assert len(started.read_text().splitlines()) == 2
 

@@ -119,7 +119,7 @@ def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
     assert again != second  # another seed
     assert more.startswith(again)
     assert fresh.startswith("Three")
-    assert "/agian is not a command: there are /again and /reset" in result.stderr
+    assert "/agian is not a command: use /again or /reset" in result.stderr
 
 
 def test_info_of_a_preset_and_a_folder(tiny_hf_folder) -> None:
@@ -133,7 +133,7 @@ def test_convert(tiny_hf_folder, tmp_path) -> None:
     assert (tmp_path / "copy" / "tokenizer.json").exists()
     run("generate", "-m", tmp_path / "copy", "--max-new-tokens", 2, "Hi")
     before = (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns
-    assert "holds a model already" in run("convert", tiny_hf_folder, tmp_path / "copy", code=1).output
+    assert "already contains a model" in run("convert", tiny_hf_folder, tmp_path / "copy", code=1).output
     assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns == before
     run("convert", tiny_hf_folder, tmp_path / "copy", "--overwrite")
     assert (tmp_path / "copy" / "model.safetensors").stat().st_mtime_ns > before
@@ -177,9 +177,9 @@ def test_a_prompt_that_is_no_text(tiny_hf_folder, tmp_path) -> None:
         ((), 2, "Usage"),
         (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "this machine has no device 'meta'"),
         (("generate", "-m", "x", "--max-new-tokens", "0", "Hi"), 2, "0 is not in the range"),
-        (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs are shown by --json only"),
+        (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs needs --json"),
         (("generate", "-m", "345M", "Hi"), 1, "345M is a size, not a model: OpenAI's of that size is gpt2-medium"),
-        (("generate", "-m", __file__, "Hi"), 1, "is no weights file of safetensors, torch.save or llm.c"),
+        (("generate", "-m", __file__, "Hi"), 1, "is not a weights file of safetensors, torch.save or llm.c"),
     ],
 )
 def test_errors_are_one_line(arguments, code, message) -> None:
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_with_130(tiny_hf_folder, monkeypatch) -> None:
 def test_rows_say_which_prompt_and_that_the_context_is_full(tiny_hf_folder) -> None:
     result = run("generate", "-m", tiny_hf_folder, "-n", 2, "--max-new-tokens", 999, "--stop-id", 50256, "A", "B")
     assert "--- row 3, sample 2 of prompt 2" in result.stdout
-    assert "(the model's context of 128 tokens is full; --slide continues)" in result.stderr
+    assert "(the model's context of 128 tokens is full; add --slide to continue)" in result.stderr
 
 
 def test_memory_that_is_used_up_is_one_line(tiny_hf_folder, monkeypatch) -> None:

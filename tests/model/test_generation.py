@@ -319,9 +319,9 @@ def test_model_with_its_own_vocabulary(way) -> None:
         ({"num_samples": 0}, "num_samples 0 and max_new_tokens 64 must be at least 1"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"first_row": -1}, "first_row must be at least 0, not -1"),
-        ({"stop": [""]}, "stop must be a list of strings that are not empty"),
+        ({"stop": [""]}, "stop must be a list of non-empty strings"),
         ({"stop": "text"}, "stop must be a list"),
-        ({"stop_ids": (60000,)}, "stop_ids .60000. do not all lie below the vocabulary's 50257"),
+        ({"stop_ids": (60000,)}, "stop_ids .60000. must all be below the vocabulary size, 50257"),
     ],
 )
 def test_nonsense_options_are_refused(model, options, message) -> None:

@@ -100,7 +100,7 @@ DAMAGES += [lambda data: data + b"#!/bin/sh"]
 def test_safetensors_of_another_length(folder, damage) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    refused(folder, "is damaged or no safetensors file")
+    refused(folder, "is damaged or not a safetensors file")
 
 
 HARMLESS = {
@@ -121,7 +121,7 @@ def test_harmless_files_load(folder, change) -> None:
 
 
 CONFIGS = {
-    "deep": ({"n_layer": 10**9}, "holds 28 tensors, the config speaks of 1000000000 layers"),
+    "deep": ({"n_layer": 10**9}, "holds 28 tensors, but the config has 1000000000 layers"),
     "wide": ({"n_embd": 2 * 10**9}, r"the config says \(100, 2000000000\)"),
     "astronomic": ({"vocab_size": 10**30}, "a number of 31 digits"),
     "long": ({"n_positions": 2**31}, "the config says"),
@@ -146,7 +146,7 @@ def test_configs(folder, fields, message) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "[" * 10**6, '{"n_layer": 2, "n_layer": 3}', " " * 10_000_001])
 def test_configs_that_are_none(folder, text) -> None:
     (folder / "config.json").write_text(text)
-    refused(folder, "is not valid JSON|is larger than any config.json")
+    refused(folder, "is not valid JSON|is too large for a GPT-2's config.json")
 
 
 class Touch:
@@ -213,7 +213,7 @@ def test_a_bin_cut_anywhere(folder, zipped) -> None:
     whole = path.read_bytes()
     for size in (3, 14, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(folder, "is damaged, or holds more|is no weights file of safetensors, torch.save or llm.c")
+        refused(folder, "is damaged, or holds more|is not a weights file of safetensors, torch.save or llm.c")
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -315,14 +315,14 @@ INDEXES = {
     "other_format": (moved("other.bin"), "names 'other.bin', which is not a .safetensors file"),
     "number": (moved(1), "names 1, which"),
     "absent": (moved("other.safetensors"), "names other.safetensors, which is not beside it"),
-    "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is only in one of them"),
+    "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is in only one of them"),
     "unlisted": (
         lambda index: {"weight_map": {n: f for n, f in index["weight_map"].items() if n != WTE}},
-        f"{WTE!r} is only in one of them",
+        f"{WTE!r} is in only one of them",
     ),
     "listed_only": (
         lambda index: {"weight_map": index["weight_map"] | {"x": "model-00001-of-00002.safetensors"}},
-        "'x' is only in one of them",
+        "'x' is in only one of them",
     ),
     "no_map": (lambda index: {}, "has no weight_map"),
     "a_list": (lambda index: {"weight_map": []}, "has no weight_map"),
@@ -337,7 +337,7 @@ def test_indexes(folder, change, message) -> None:
 
 def test_a_tensor_in_two_shards(folder) -> None:
     twice = {"transformer.h.0.ln_1.weight": torch.zeros(32)}
-    refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is only in one of them")
+    refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is in only one of them")
 
 
 def test_refusing_takes_little_memory(folder, tmp_path) -> None:

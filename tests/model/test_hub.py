@@ -151,7 +151,7 @@ def test_home_cache_and_offline_mode(hub, model, tmp_path) -> None:
     assert hub.requests == []
 
     empty = info("gpt2-medium", hub, HF_HOME=str(home), HF_HUB_OFFLINE="1")
-    reason = "is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+    reason = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
     assert (empty.returncode, empty.stderr) == (1, f"Error: gpt2-medium {reason}\n")
     assert hub.requests == []
 
@@ -212,8 +212,8 @@ def test_a_revision(hub, here, model, tmp_path) -> None:
 MISSING = {
     "unknown": ("no/such", "no/such is neither a local model folder nor a model on the hub .*HF_TOKEN"),
     "gated": ("gated/model", "gated/model is gated: ask for access on its page on the hub, then `hf auth login`"),
-    "revision": ("a/b@v2", "a/b@v2 is no revision of this model on the hub"),
-    "no_weights": ("no/weights", "no/weights on the hub is no model folder: it lacks config.json or weights"),
+    "revision": ("a/b@v2", "a/b@v2 is not a revision of this model on the hub"),
+    "no_weights": ("no/weights", "no/weights on the hub lacks config.json or weights"),
     "no_config": ("no/config", "no/config on the hub is no model folder"),
     "no_name": ("a b", "a b is neither a local model folder nor a model on the hub"),
 }  # fmt: skip

@@ -78,7 +78,7 @@ def test_a_vocabulary_of_its_own_gets_no_gpt2_tokenizer(folder) -> None:
 
 BROKEN = {
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
-    "no_config": (lambda f: (f / "config.json").unlink(), "is no model folder: it has no config.json"),
+    "no_config": (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
     "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not GPT-2"),
     "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
     "activation": (

@@ -61,7 +61,7 @@ def test_on_a_terminal_a_line_a_second_above_a_bar(tmp_path, monkeypatch) -> Non
     lines = [part for part in said.replace("\r", "\n").split("\n") if part.startswith("step ")]
     shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert shown == sorted({1, 2, *range(3, 48, 4), 50, *range(54, 99, 4), 98, 100})
-    assert "update left out: loss spike" in said
+    assert "update skipped: loss spike" in said
     bars = [part for part in said.replace("\r", "\n").split("\n") if "%|" in part]
     # The clock of the day goes back, and the bar moves on: each step is 0.25 s after the one before.
     assert [int(bar.split("| ")[1].split("/")[0]) for bar in bars if " left" in bar][-1] == 100

@@ -1,4 +1,4 @@
-"""Text to verified GPT-2 token shards, and batches from them. Without torch.
+"""Turn text into verified GPT-2 token shards, and read batches from them, without torch.
 
 The public names load on first use, so that `gpt2-data --help` pays for none of them.
 """

@@ -35,7 +35,7 @@ def size(text: str) -> int:
         if number < 0 or number != int(number):
             raise ValueError
     except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text!r} is no count: write 100M, 1.5B, 64k or a whole number") from None
+        raise click.BadParameter(f"{text!r} is not a count: write 100M, 1.5B, 64k or a whole number") from None
     return int(number)
 
 
@@ -67,7 +67,7 @@ def _printable(text: str) -> str:
 @cloup.version_option(package_name="gpt2-data", message="%(prog)s %(version)s")
 @cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Text to verified GPT-2 token shards."""
+    """Turn text into verified GPT-2 token shards."""
 
 
 def _part(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -75,7 +75,7 @@ def _part(context: click.Context, parameter: click.Parameter, text: str | None) 
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise click.BadParameter(f"{text!r} is no part: write 1/4 to 4/4 for four parts")
+        raise click.BadParameter(f"{text!r} is not a part: write 1/4 to 4/4 for four parts")
     return int(match[1]), int(match[2])
 
 
@@ -94,7 +94,7 @@ DATASET = cloup.argument("dataset", **FOLDER)
 @cloup.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
 @cloup.option_group(
     "Source",
-    cloup.option("--column", default="text", show_default=True, help="Column or JSON key of the text."),
+    cloup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text."),
     cloup.option("--limit-docs", **COUNT, help="Take only the first N documents."),
     cloup.option(
         "--order",
@@ -105,22 +105,22 @@ DATASET = cloup.argument("dataset", **FOLDER)
 )
 @cloup.option_group(
     "Shards",
-    cloup.option("--out", **FOLDER, help="Folder to make.  [default: data/SOURCE]"),
+    cloup.option("--out", **FOLDER, help="Dataset folder to create.  [default: data/SOURCE]"),
     cloup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard."),
     cloup.option(
         "--val-tokens",
         **SIZE,
-        help="Tokens for validation, 0 for none.  [default: 100M or, if less, a tenth of all]",
+        help="Tokens for validation; 0 for none.  [default: 100M, or a tenth of all if less]",
     ),
     cloup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow."),
-    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Order, split and cut as its fineweb.py."),
+    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Cut and order as its fineweb.py does."),
 )
 @cloup.option_group(
     "Work",
-    cloup.option("--workers", **COUNT, help="Processes.  [default: one a core]"),
-    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library for the same tokens."),
-    cloup.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS)."),
-    cloup.option("--part", metavar="I/N", callback=_part, help="Do share I of N, for N jobs with one --out."),
+    cloup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]"),
+    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Tokenizer library to use."),
+    cloup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS)."),
+    cloup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out."),
 )
 @cloup.option_group(
     "Downloads",
@@ -128,32 +128,32 @@ DATASET = cloup.argument("dataset", **FOLDER)
         "--downloads",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
-        help="Folder for fetched files.  [default: OUT/downloads]",
+        help="Folder for downloaded files.  [default: OUT/downloads]",
     ),
-    cloup.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized."),
+    cloup.option("--delete-downloads", is_flag=True, help="Delete each downloaded file once it is tokenized."),
 )
 @cloup.option_group(
     "Output",
-    cloup.option("--dry-run", is_flag=True, help="Only say what would be built, how large and how long."),
+    cloup.option("--dry-run", is_flag=True, help="Print what would be built, its size and time; build nothing."),
     AS_JSON,
 )
 def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
     \b
-    SOURCE is one or several of
-      fineweb-edu                 its sample-10BT: 10 billion tokens (the default)
-      fineweb-edu:sample-100BT    another of its configs; fineweb likewise
+    Each SOURCE is one of
+      fineweb-edu                 FineWeb-Edu's sample-10BT: 10 billion tokens (the default)
+      fineweb-edu:sample-100BT    another config of it; also fineweb:CONFIG
       hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; REPO@REVISION, too
       tinyshakespeare             a megabyte, to try things
       pydocs                      the text that comes with Python: no download
-      FILES                       or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
+      FILES                       files or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
 
     An interrupted build resumes when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
 
     \b
-    Example: all texts in a folder and below, in shards of 10 million tokens
+    Example: all text files in a folder and its subfolders, in shards of 10 million tokens
       gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
     from gpt2_data import BuildConfig, console
@@ -194,7 +194,7 @@ def _stoppable() -> Iterator[None]:
 @main.command()
 @DATASET
 @cloup.option(
-    "--level", **_choice("fast", "full"), help="fast: compare files, sizes and headers; full: read every byte."
+    "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full reads every byte."
 )
 @AS_JSON
 def verify(dataset: Path, level: str, as_json: bool) -> None:
@@ -210,14 +210,14 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     else:
         click.echo("\n".join(report.problems))
     if not report.ok:
-        raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files are not right")
+        raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files have problems")
 
 
 @main.command()
 @DATASET
 @AS_JSON
 def info(dataset: Path, as_json: bool) -> None:
-    """Say what a dataset is made of."""
+    """Describe a dataset: its source, order and splits."""
     from gpt2_data.formats.manifest import SPLITS, load
 
     manifest = load(dataset)
@@ -282,9 +282,9 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     """Write a dataset in another format; the tokens stay the same.
 
-    DIR is a dataset of ours, or one of build-nanogpt's, llm.c's, nanoGPT's or Megatron's: a folder, or the common
-    beginning of a Megatron pair's two names. OUT is a folder that is not there or empty. llmc and arrow are
-    datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
+    DIR is a dataset of gpt2-data, build-nanogpt, llm.c, nanoGPT or Megatron: a folder, or the common
+    beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
+    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
     from gpt2_data import console
     from gpt2_data import convert as run

@@ -51,7 +51,7 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
-    without = ", downloads left out" if fetched else ""
+    without = ", without downloads" if fetched else ""
     sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
     workers = plural(facts["workers"], "worker")
     click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
@@ -78,13 +78,13 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         return
     if not result.finished and config.part is not None:
         number, count = config.part
-        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
         return
     click.echo(f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}")
     if result.documents_empty:
-        click.echo(f"{plural(result.documents_empty, 'document')} empty: only <|endoftext|> is there", err=True)
+        click.echo(f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True)
     if result.documents_replaced:
-        note = "not UTF-8: what could not be read became U+FFFD"
+        note = "not UTF-8: the invalid bytes became U+FFFD"
         click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 

@@ -60,9 +60,9 @@ def convert(
     """
     out = Path(out)
     if to not in FORMATS:
-        raise ValueError(f"cannot convert to {to!r}: known are {', '.join(FORMATS)}")
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there and not empty: choose another")
+        raise ValueError(f"{out} exists and is not empty: choose another folder")
     dataset = Dataset(source)
     before = dataset.manifest.hash
     total = sum(dataset.tokens(split) for split in SPLITS)

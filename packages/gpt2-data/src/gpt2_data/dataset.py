@@ -47,7 +47,7 @@ class Dataset:
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return tokens [start, stop) of the split, across shards. Raises ValueError if there are none such."""
         if not 0 <= start <= stop <= self.tokens(split):
-            raise ValueError(f"tokens {start:,} to {stop:,} of split {split!r}: it has {self.tokens(split):,}")
+            raise ValueError(f"tokens {start:,} to {stop:,} not in split {split!r}: it has {self.tokens(split):,}")
         out = np.empty(stop - start, np.uint16)
         self._split(split).read_into(out, start)
         return out

@@ -77,7 +77,7 @@ class TokenLoader:
         self.samples_consumed = 0
         self.datasets, self.weights = _open(path)
         if order == "build-nanogpt" and len(self.datasets) > 1:
-            raise ValueError("the order build-nanogpt knows one dataset, not a mix")
+            raise ValueError("the order build-nanogpt reads one dataset, not a mix")
         for dataset in self.datasets:
             self._check(dataset)
         # Rounded up: the tokens after whole windows are in a last one, which overlaps with the one before.
@@ -117,7 +117,7 @@ class TokenLoader:
         """Load the next step's batch into the caller's arrays, of the shape and type that iteration yields."""
         if not x.shape == y.shape == (self.batch_size, self.seq_len):
             raise ValueError(
-                f"arrays of shapes {x.shape} and {y.shape}: ({self.batch_size}, {self.seq_len}) needed"
+                f"the arrays have shapes {x.shape} and {y.shape}, not ({self.batch_size}, {self.seq_len})"
             )
         sources, starts = self._next_windows()
         tokens = self._tokens
@@ -222,7 +222,7 @@ class TokenLoader:
         samples = state["samples"]
         step = self.batch_size * self.world_size if self.order == "build-nanogpt" else 1
         if not isinstance(samples, int) or not 0 <= samples < 2**62 or samples % step:
-            raise ValueError(f"the loader's state has samples {samples!r}")
+            raise ValueError(f"the loader's state has an impossible number of samples: {samples!r}")
         self.samples_consumed = samples
 
 
@@ -231,13 +231,13 @@ def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
     if not isinstance(path, Mapping):
         return [Dataset(path)], [1]
     if not path:
-        raise ValueError("a mix of no datasets")
+        raise ValueError("the mix contains no dataset")
     weights = mixing.integer_weights(list(path.values()))
     opened = sorted(zip(map(Dataset, path), weights, strict=True), key=lambda pair: pair[0].manifest.hash)
     for (one, _), (other, _) in itertools.pairwise(opened):
         if one.manifest.hash == other.manifest.hash:
             raise ValueError(
-                f"{one.path} and {other.path} are the same dataset: name it once, with its whole weight"
+                f"{one.path} and {other.path} are the same dataset: name it once, with the sum of the weights"
             )
     return [dataset for dataset, _ in opened], [weight for _, weight in opened]
 
@@ -272,9 +272,7 @@ class Prefetch:
         if not self._finalizer.alive:
             raise ValueError("this prefetch is closed")
         if self._loader.samples_consumed != self._position:
-            raise ValueError(
-                "the loader was moved while it was prefetched: close the prefetch first, then begin another"
-            )
+            raise ValueError("the loader was used during a prefetch: close the prefetch first, then start another")
         if len(self._yielded) == self._depth:
             self._submit(self._yielded.popleft())
         future, pair = self._loading.popleft()

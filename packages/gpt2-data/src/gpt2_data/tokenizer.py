@@ -199,9 +199,7 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
         while stop - start > _PIECE:
             cut = find_cut(view, start + _PIECE, stop)
             if (cut if cut >= 0 else stop) - start >= MAX_UNCUT:
-                problem = (
-                    f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
-                )
+                problem = f"{MAX_UNCUT:,} bytes or more without white space: this is not text, fix or remove it"
                 raise BadText(i, problem)
             if cut < 0:
                 break

@@ -24,7 +24,7 @@ TASK_NAMES = (
     "lambada", "piqa", "arc-easy", "arc-challenge", "winogrande", "openbookqa", "copa", "boolq", *CORPUS_NAMES,
 )  # fmt: skip
 ONE_MODEL = RequireExactly(1).rephrased(
-    "give one", "give one of --model, for a GPT-2, and --hf, for any model that transformers loads"
+    "give one", "give either --model (a GPT-2) or --hf (any model that transformers loads)"
 )
 user_errors = command.user_errors("use a smaller --batch-size, or --dtype bf16")
 
@@ -60,25 +60,25 @@ MODEL = cloup.option_group(
     "Model",
     cloup.option("-m", "--model", type=PATH, metavar="MODEL",
                  help="Hub name, model folder, run's folder or checkpoint file of a GPT-2."),
-    cloup.option("--hf", metavar="NAME", help="Instead: any causal language model that transformers loads."),
+    cloup.option("--hf", metavar="NAME", help="Instead of --model: any causal model that transformers loads."),
     constraint=ONE_MODEL,
 )  # fmt: skip
 HARDWARE = cloup.option_group(
     "Speed and precision",
     cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
     cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
-                 help="auto: fp32. bf16 (autocast) is faster on a GPU, and moves scores a little."),
+                 help="auto means fp32; bf16 (autocast) is faster on a GPU and changes scores slightly."),
     cloup.option("--batch-size", type=click.IntRange(min=1), metavar="N",
-                 help="Sequences in a forward pass: changes speed only.  [default: by tokens]"),
-    cloup.option("--compile", is_flag=True, help="Use torch.compile: pays on a GPU with much to score."),
+                 help="Sequences in a forward pass; changes only the speed.  [default: automatic]"),
+    cloup.option("--compile", is_flag=True, help="Use torch.compile; worth it for long evaluations on a GPU."),
 )  # fmt: skip
 LIMIT = cloup.option("--limit", type=click.IntRange(min=1), metavar="N",
-                     help="Score the first N items only: not comparable.")  # fmt: skip
+                     help="Score only the first N items; the result is not comparable.")  # fmt: skip
 JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 OUTPUT = cloup.option_group(
     "Output",
     cloup.option("--out", type=PATH, metavar="ITEMS.jsonl",
-                 help="Also write what each item scored; resumes if killed."),
+                 help="Also write the scores of each item; a killed command resumes from them."),
     JSON,
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ OUTPUT = cloup.option_group(
 @cloup.version_option(__version__, prog_name="gpt2-eval")
 @cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Score a GPT-2, with the name of the protocol beside each number.
+    """Evaluate a GPT-2; each number names its protocol.
 
     MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder (a
     training checkpoint is one; a run's folder stands for its newest), or any other file that gpt2-model reads: see
@@ -102,7 +102,7 @@ def main(debug: bool) -> None:
 @cloup.option_group(
     "Data",
     cloup.option("--data", type=PATH, metavar="FILE",
-                 help="hellaswag_val.jsonl; without it, it is downloaded and checked."),
+                 help="Path of hellaswag_val.jsonl.  [default: downloaded and checked]"),
     cloup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
                  help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'."),
     LIMIT,
@@ -111,7 +111,7 @@ def main(debug: bool) -> None:
 @HARDWARE
 @user_errors
 def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
-    """HellaSwag, zero-shot, by both protocols that publish numbers.
+    """Score HellaSwag, zero-shot, by both protocols with published numbers.
 
     \b
     gpt2-eval hellaswag -m gpt2 -d cuda
@@ -127,21 +127,21 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
         _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring), PUBLISHED)
 
 
-@main.command(short_help="LAMBADA, PIQA, ARC, WikiText and more, one at a time.")
+@main.command(short_help="Score LAMBADA, PIQA, ARC, WikiText or another task.")
 @cloup.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
 @MODEL
 @cloup.option_group(
     "Data",
-    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file; without it, it is downloaded."),
+    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file.  [default: downloaded]"),
     cloup.option("--stride", type=click.IntRange(min=1), metavar="N",
-                 help="Tokens by which windows over a text move on.  [default: the model's context]"),
+                 help="Tokens between the starts of successive windows.  [default: the model's context]"),
     LIMIT,
 )  # fmt: skip
 @OUTPUT
 @HARDWARE
 @user_errors
 def task(name: str, stride: int | None, limit: int | None, **options: Any) -> None:
-    """Another zero-shot task, with the GPT-2 paper's figure beside it where there is one.
+    """Score another zero-shot task, beside the GPT-2 paper's figure if it has one.
 
     \b
     lambada                      the last word of a passage
@@ -154,9 +154,9 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
     gpt2-eval task wikitext2 -m gpt2 --stride 512
     """
     if name in CORPUS_NAMES and (options["out"] or limit):
-        raise click.UsageError(f"{name} is one text: it has no items for --out or --limit")
+        raise click.UsageError(f"--out and --limit do not apply to {name}, which is one text")
     if name not in CORPUS_NAMES and stride:
-        raise click.UsageError(f"{name} has no windows for --stride")
+        raise click.UsageError(f"--stride does not apply to {name}")
     run = Run(**options)
     from gpt2_eval.corpora import CORPORA, evaluate_corpus, load_corpus
     from gpt2_eval.tasks import TASKS, evaluate_task, load_task
@@ -172,14 +172,14 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
         _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring), TASKS[name].file)
 
 
-@main.command(short_help="Loss, perplexity and bits per byte on a dataset.")
+@main.command(short_help="Measure loss, perplexity and bits per byte on a dataset.")
 @MODEL
 @cloup.option_group(
     "Data",
     cloup.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder that gpt2-data built."),
     cloup.option("--split", default="val", help="Split of the dataset."),
     cloup.option("--tokens", type=Size(1), default="10Mi", metavar="N",
-                 help="Score the split's first N tokens (10M, 64k); all of a smaller split."),
+                 help="Score the split's first N tokens (10M, 64k), or all of a smaller split."),
     cloup.option("--seq-len", type=click.IntRange(min=1), metavar="N",
                  help="Tokens in a window.  [default: the model's context]"),
 )  # fmt: skip
@@ -187,7 +187,7 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
 @HARDWARE
 @user_errors
 def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any) -> None:
-    """Loss in nats per token, perplexity and bits per byte on the same tokens every time.
+    """Measure loss in nats per token, perplexity and bits per byte, on the same tokens every time.
 
     \b
     gpt2-eval loss -m gpt2 --data data/fineweb-edu
@@ -205,13 +205,13 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
         _report(run, model, evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring))
 
 
-@main.command(short_help="Two models on the same items: which is better?")
+@main.command(short_help="Compare two models on the same items.")
 @cloup.argument("a", type=PATH)
 @cloup.argument("b", type=PATH)
 @JSON
 @user_errors
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Two models on the same items, from the files that --out wrote: which is better, and may it be chance?
+    """Compare two models on the same items, from the files that --out wrote, with a test of significance.
 
     \b
     gpt2-eval hellaswag -m gpt2 --out a.jsonl
@@ -231,7 +231,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
         tables.show_comparison(items, metrics, a, b)
 
 
-@main.command("lm-eval", short_help="Any task of lm-evaluation-harness.")
+@main.command("lm-eval", short_help="Score any task of lm-evaluation-harness.")
 @cloup.option(
     "-m", "--model", type=PATH, metavar="MODEL", required=True, help="Hub name, folder or file of GPT-2."
 )
@@ -242,7 +242,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @HARDWARE
 @user_errors
 def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: Any) -> None:
-    """Any task of lm-evaluation-harness, scored here: pip install 'gpt2-eval[lm-eval]'.
+    """Score any task of lm-evaluation-harness; needs pip install 'gpt2-eval[lm-eval]'.
 
     \b
     gpt2-eval lm-eval -m gpt2 --tasks sciq,blimp --num-fewshot 0
@@ -310,7 +310,7 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
     if run.out is not None:
         path = Path(run.out)
         if path.exists():
-            click.echo(f"--out {path}: what was in it is replaced", err=True)
+            click.echo(f"--out {path}: replacing the existing file", err=True)
         try:
             write_records(path, result.records)
         except OSError as error:

@@ -48,12 +48,12 @@ def verdict(metrics: Mapping[str, Comparison]) -> str:
     """Say in one sentence which model is better, and by which metrics."""
     a, b = (", ".join(name for name, one in metrics.items() if one.better == side) for side in "AB")
     if not a and not b:
-        return "No difference is shown at this size: chance alone may explain what there is."
+        return "No significant difference: chance alone may explain it."
     if a and b:
         text = f"A is better by {a}, B by {b}"
     else:
         text = f"A is better than B by {a}" if a else f"B is better than A by {b}"
-    rest = "" if all(one.better for one in metrics.values()) else "; by the others no difference is shown"
+    rest = "" if all(one.better for one in metrics.values()) else "; the others show no significant difference"
     return f"{text}{rest} (at a level of 5 %)."
 
 

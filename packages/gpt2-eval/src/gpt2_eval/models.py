@@ -99,7 +99,7 @@ class HFModel(nn.Module):
 
     def hidden(self, tokens: Tensor, layout: Layout | None = None, /) -> Tensor:
         """(batch, time) ids -> (batch, time, width), or logits without a `head_weight`."""
-        assert layout is None, "transformers' models are not told what a token sees"
+        assert layout is None, "transformers' models do not support shared prefixes"
         if self.head_weight is None:
             return self.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
         return self._last_hidden(tokens)
@@ -137,14 +137,14 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
         ) from error
     wrapped = HFModel(loaded)
     if not wrapped.is_causal():
-        raise ValueError(f"{hf} is no causal language model: what it predicts depends on the tokens that follow")
+        raise ValueError(f"{hf} is not a causal language model: its predictions depend on later tokens")
     return wrapped, _encoder(tokenizer)
 
 
 def _encoder(tokenizer: Any) -> Encoder:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
-        raise ValueError("the model's tokenizer has neither a first nor a last token, to stand for no context")
+        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
     probe, gpt2 = "Hello,  world's café 豆腐 12345\n\n", gpt2_encoder()
     is_gpt2 = len(tokenizer) == 50257 and tokenizer.encode(probe) == gpt2.begin(probe)
     continue_text = partial(tokenizer.encode, add_special_tokens=False)

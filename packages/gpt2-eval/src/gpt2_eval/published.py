@@ -91,7 +91,7 @@ def _records(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         try:
             records = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is no good Parquet file: {error}") from None
+            raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
         for number, record in enumerate(records, 1):
             yield f"{path}: row {number}", record
         return

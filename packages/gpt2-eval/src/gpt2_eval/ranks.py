@@ -47,7 +47,7 @@ def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) 
     if world_size > 1:
         dist.all_gather_object(shares, share)
     if any(stopped for stopped, _ in shares):
-        raise Interrupted("the evaluation was told to stop before it was through: there is no result")
+        raise Interrupted("the evaluation was stopped before it finished: there is no result")
     records = sorted((pair for _, part in shares for pair in part.items()), key=itemgetter(0))
     if [index for index, _ in records] != list(range(total)):
         raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(records)} with gaps")

@@ -47,7 +47,9 @@ def _show_task(result: TaskResult, size: str | None, how: str) -> None:
                 line += f"{scale * paper[name]:7.2f}{unit}" if name in paper else " " * 9
             click.echo(f"{line}   {meaning[f'{protocol} {name}']}")
         if rows := result.truncated[protocol]:
-            click.echo(f"{protocol}: {rows:,} rows lost the left of their context, which the model cannot hold")
+            click.echo(
+                f"{protocol}: {rows:,} rows lost the beginning of their context, which is longer than the model's"
+            )
     click.echo(f"{result.items:,} items of {result.task} in {result.seconds:.1f} s on {how}")
     if result.partial:
         click.secho(f"PARTIAL: the first {result.items:,} of {result.total:,} items; not comparable", fg="yellow")

@@ -136,7 +136,7 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
         try:
             question = task.question(record)
             if not 0 <= question.label < len(question.rows):
-                raise ValueError(f"label {question.label} is none of the {len(question.rows)} choices")
+                raise ValueError(f"label {question.label} is not one of the {len(question.rows)} choices")
             if not all(continuation.strip() for _, continuation in question.rows):
                 raise ValueError("a continuation is empty")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

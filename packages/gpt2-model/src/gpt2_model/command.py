@@ -97,7 +97,7 @@ def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command as a program. One process of several leaves without tidying up."""
+    """Run a command as a program. Under torchrun the process exits without Python's own clean-up."""
     try:
         command(prog_name=name)
     except SystemExit as done:
@@ -151,12 +151,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def find_model(name: str) -> str:
-    """Return the model that a name stands for: of a run's folder the newest checkpoint, which stderr is told."""
+    """Return the model that a name stands for; for a run folder its newest checkpoint, named on stderr."""
     checkpoint = None if (Path(name) / "config.json").exists() else newest_checkpoint(Path(name))
     if checkpoint is None:
         return name
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"{name} is a run's folder: taking its newest checkpoint, {checkpoint}", err=True)
+        click.echo(f"{name} is a run folder: using its newest checkpoint, {checkpoint}", err=True)
     return str(checkpoint)
 
 

@@ -28,7 +28,7 @@ def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDeco
     if device == "cpu" and isinstance(model.wte, Int8Matrix):
         model = dequantize(model)
     if compile and device not in ("cpu", "cuda"):
-        raise ValueError(f"cannot compile for {device}: leave compiling off there")
+        raise ValueError(f"cannot compile for {device}: turn compiling off (--no-compile)")
     return TorchDecoder(model, capacity, compiled=bool(compile))
 
 

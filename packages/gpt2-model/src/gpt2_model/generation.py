@@ -121,7 +121,7 @@ def stream(
         prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
         num_samples: rows per prompt; the prompt is computed once.
         first_row: number of the first row, so that processes can share the samples of a prompt.
-        max_new_tokens: tokens to add; fewer where the model's context ends or it ends the text itself.
+        max_new_tokens: tokens to add; fewer if the context is full or the model ends the text.
         temperature: 0 takes the most likely token.
         top_k: sample from this many most likely tokens; None for all.
         top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
@@ -144,12 +144,12 @@ def stream(
     if first_row < 0:
         raise ValueError(f"first_row must be at least 0, not {first_row}")
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list: [prompt] for one")
     size, context = model.config.vocab_size, model.config.block_size
     if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
-        raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
+        raise ValueError(f"stop_ids {list(stop_ids)} must all be below the vocabulary size, {size}")
     rows: list[_Row] = []
     tokenizer = get_tokenizer()
     for prompt in prompts:
@@ -279,7 +279,7 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt)
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
-        raise ValueError("a prompt is empty: for text from nothing give the command no prompt, and Python [[EOT]]")
+        raise ValueError("a prompt is empty: to write from nothing, give no prompt (in Python, [[EOT]])")
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:

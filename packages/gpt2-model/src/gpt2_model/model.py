@@ -59,7 +59,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """Where tokens stand and what they see, if not themselves and what came before: a KVCache is one.
+    """The positions of tokens, and what they see beside plain causal attention; a KVCache is one.
 
     `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these,
     (B, H, T, D), and returns all that they may look at, (B, H, S, D), and the mask, (B, 1, T, S), or None for
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding that is not drawn yet: nn.Embedding would, importing a compiler on "meta", 1.7 s."""
+    """Return an uninitialised embedding: nn.Embedding's own start imports a compiler on "meta" (1.7 s)."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
@@ -185,7 +185,7 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) int64 ids, T at most config.block_size, else a ValueError.
-            targets: (B, T) int64 ids that should follow each position; -100 counts for nothing.
+            targets: (B, T) int64 ids that should follow each position; -100 is ignored.
             return_logits: False in training, where nobody reads them: they need not be kept then.
 
         Returns:

@@ -46,7 +46,7 @@ def write_checkpoint(
     """
     folder = checkpoint_folder(run, step)
     if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
-        raise OSError(f"{run} is gone: the run's folder must stay while it trains")
+        raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     folder.parent.mkdir(exist_ok=True)
     remove_abandoned(run)
     temporary = folder.parent / f".tmp-{folder.name}"
@@ -66,7 +66,7 @@ def write_checkpoint(
         for name in [*names, "manifest.json", "."]:
             _fsync(temporary / name)
         if problems := verify_checkpoint(temporary):
-            raise OSError(f"the disk does not give back what was written: {problems[0]}")
+            raise OSError(f"what the disk returns is not what was written: {problems[0]}")
         if folder.exists():  # a damaged one of this step, or the run would have gone on from it
             _remove(folder)
         temporary.rename(folder)
@@ -165,7 +165,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
     has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":
         if has_checkpoints:
-            raise CannotResume(f"{run} holds a run, and --resume never was given: choose another --out")
+            raise CannotResume(f"{run} already contains a run, and --resume is never: choose another --out")
         return None
     inside = asked.absolute().parent == (run / "checkpoints").absolute()
     if resume == "auto" or (has_checkpoints and not inside):
@@ -174,12 +174,12 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             advice = f"repair one, choose another --out, or delete {run / 'checkpoints'} to begin again at step 0"
             raise CannotResume(f"every checkpoint in {run} is damaged ({problems[0]}): {advice}")
         for problem in problems:
-            print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
+            print(f"warning: {problem}; resuming from {newest}", file=sys.stderr)
         return newest
     _refuse_newer(asked)
     if not (asked / "manifest.json").exists():
         example = checkpoint_folder(run, 5000)
-        raise CannotResume(f"--resume {resume} is no checkpoint: name a folder like {example}")
+        raise CannotResume(f"--resume {resume} is not a checkpoint: name a folder like {example}")
     newest = find_checkpoint(run)[0] if inside else None
     if newest is not None and newest.name == asked.name:
         return asked  # verified just now: gigabytes that need no more hashing
@@ -229,7 +229,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Hold a run's folder, made if need be: two trainers in one folder would mix their checkpoints.
+    """Lock a run's folder, creating it if need be: two trainers in one folder would mix their checkpoints.
 
     A folder that is new is removed again if the run fails before it writes anything. Raises what `locked` raises.
     """
@@ -308,7 +308,7 @@ class Saver:
 
 
 def _fsync(path: Path) -> None:
-    """Make the disk hold it, and the page cache forget it: what is read to verify it then comes from the disk."""
+    """Flush the file and drop it from the page cache, so that verifying it reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

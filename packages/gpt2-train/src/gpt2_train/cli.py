@@ -46,7 +46,7 @@ def _option(item: "Field[Any]") -> Any:
     elif item.name in PATHS:
         kind = PATH
     elif item.name == "min_lr":
-        shown = "6e-05; a tenth of --lr if --lr is lower"
+        shown = "6e-05, or a tenth of --lr if --lr is below that"
     if shown not in ("", False):
         text += f"  [default: {shown}]"
     return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
@@ -79,12 +79,12 @@ def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
 @_config_options
 @cloup.option_group(
     "What to do",
-    cloup.option("--dry-run", is_flag=True, help="Print the plan, make the checks of a start, train nothing."),
+    cloup.option("--dry-run", is_flag=True, help="Print the plan and run a start's checks, but train nothing."),
     cloup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document."),
     cloup.option("--debug", is_flag=True, help="Show the traceback of an error."),
     cloup.option(
         "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
-        help="Show all flags, also those that few need.",
+        help="Show all flags, including the rare ones.",
     ),
     cloup.version_option(__version__, prog_name="gpt2-train"),
 )  # fmt: skip
@@ -96,17 +96,17 @@ def main(
     """Train GPT-2 on a dataset folder; the same command resumes a run that was killed.
 
     \b
-    gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_head=4 --model n_embd=128
-    torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/fineweb-edu --out runs/a
+    gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_embd=192
+    torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/edu --out runs/a
 
-    A flag wins over its environment variable (GPT2_TRAIN_LR), that over --config, that over --recipe.
+    Flags override environment variables (GPT2_TRAIN_LR), which override --config, which overrides --recipe.
     """
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
         run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
-            raise click.UsageError("--json goes with --dry-run: a run writes its figures to metrics.jsonl")
+            raise click.UsageError("--json needs --dry-run: a run writes its figures to metrics.jsonl")
         if dry_run:
             ctx.exit(_print_plan(run, as_json))
         from gpt2_data import open_dataset
@@ -135,7 +135,7 @@ def _resolve(
     ctx: click.Context, recipe: str | None, config: str | None, assignments: tuple[str, ...],
     settings: dict[str, Any],
 ) -> TrainConfig:  # fmt: skip
-    """The run: flags and environment over the config file, that over the recipe."""
+    """Return the run's settings: flags and environment override the config file, which overrides the recipe."""
     try:
         keys = load_config(config, recipe)
         shape = keys.pop("model", {})

@@ -68,12 +68,12 @@ class TrainConfig:
     micro_batch: str = _option("auto", BATCH, "Sequences a process computes at once; auto: the most that fit.")
     seq_len: int = _option(1024, BATCH, "Tokens of a training sequence.")
     order: str = _option("shuffled", DATA, "Order of the training sequences.")
-    optimizer: str = _option("adamw", OPTIM, "muon trains the blocks' matrices by Muon, the rest by AdamW.")
+    optimizer: str = _option("adamw", OPTIM, "muon uses Muon for the blocks' matrices and AdamW for the rest.")
     lr: float = _option(6e-4, OPTIM, "Peak learning rate.")
     min_lr: float = _option(math.nan, OPTIM, "Learning rate at the end.")
     warmup: int = _option(715, OPTIM, "Steps of linear warmup.")
-    schedule: str = _option("cosine", OPTIM, "Way from --lr down to --min-lr; wsd is warmup, stable, decay.")
-    decay_steps: int = _option(0, OPTIM, "Last steps, in which wsd falls; 0 means a fifth of all steps.")
+    schedule: str = _option("cosine", OPTIM, "Decay from --lr to --min-lr; wsd means warmup, stable, decay.")
+    decay_steps: int = _option(0, OPTIM, "Number of last steps in which wsd decays; 0 means a fifth of all.")
     weight_decay: float = _option(0.1, OPTIM, "Weight decay of matrices; biases and norms have none.")
     beta1: float = _option(0.9, OPTIM, "Decay of AdamW's mean of gradients.")
     beta2: float = _option(0.95, OPTIM, "Decay of AdamW's mean of squared gradients.")
@@ -82,14 +82,14 @@ class TrainConfig:
     seed: int = _option(0, OPTIM, "Seed of the initial weights, of the data's order and of the samples.")
     init: str = _option("", MODEL, "Hub name, model folder or run folder whose weights the run starts from.")
     precision: str = _option("auto", HARDWARE, "Number format; auto is bf16 where the processor has it.")
-    compile: str = _option("auto", HARDWARE, "Use torch.compile; auto means on CUDA.")
+    compile: str = _option("auto", HARDWARE, "Use torch.compile; auto compiles on CUDA only.")
     device: str = _option("auto", HARDWARE, "Device: cuda, mps, cpu or auto.")
-    activation_checkpointing: bool = _option(False, HARDWARE, "Save memory: compute activations twice.")
+    activation_checkpointing: bool = _option(False, HARDWARE, "Save memory by computing activations twice.")
     shard_optimizer: bool = _option(False, HARDWARE, "Spread the optimizer's state over the processes (ZeRO 1).")
-    grad_compression: str = _option("none", HARDWARE, "bf16 sends gradients between processes in bf16.")
+    grad_compression: str = _option("none", HARDWARE, "Precision of the gradients sent between processes.")
     deterministic: bool = _option(False, HARDWARE, "Use only CUDA kernels that give the same bits each time.")
     eval_every: int = _option(250, EVALUATION, "Steps between validations, which also write samples; 0 for never.")
-    eval_tokens: int = _option(10_485_760, EVALUATION, "Validation tokens, the same ones every time.")
+    eval_tokens: int = _option(10_485_760, EVALUATION, "Number of validation tokens, the same ones every time.")
     hellaswag: str = _option("", EVALUATION, "HellaSwag-format JSONL file to score at every validation.")
     sample_prompt: str = _option("Hello, I'm a language model,", EVALUATION, "Prompt that the samples continue.")
     num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
@@ -98,14 +98,14 @@ class TrainConfig:
     resume: str = _option(
         "auto", CHECKPOINTS, "auto: the newest good one in --out; never; or a checkpoint folder."
     )
-    on_save_error: str = _option("abort", CHECKPOINTS, "continue trains on if a checkpoint cannot be written.")
-    max_skips: int = _option(10, FAULTS, "Updates left out in a row, for numbers not finite, that end the run.")
+    on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
+    max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
     spike_sigma: float = _option(0.0, FAULTS, "Deviations above 128 steps that leave an update out; 0: none.")
     hang_seconds: float = _option(300.0, FAULTS, "Seconds (or ten usual times) until a step hangs; 0: never.")
     tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
     wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
-    profile: int = _option(0, LOGGING, "Steps to write a profiler's trace of, after the first ten; 0 for none.")
-    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0: from a table of GPUs.")
+    profile: int = _option(0, LOGGING, "Number of steps to profile, after the first ten; 0 for none.")
+    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0 looks up known GPUs.")
     model: Mapping[str, Any] = field(
         default_factory=dict, metadata={"group": MODEL, "help": "Change a field of the model's shape; repeatable."}
     )
@@ -120,7 +120,7 @@ class TrainConfig:
         rates = ("lr", "min_lr", "weight_decay", "eps", "grad_clip", "spike_sigma", "hang_seconds", "peak_tflops")
         for name in (*names, *rates):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must not be negative or infinite, and is {getattr(self, name)}")
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):

@@ -1,7 +1,7 @@
 """What a run writes to stderr: lines above a bar on a terminal, plain lines anywhere else.
 
 Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
-Intervals are of the monotonic clock, since the other one is set back now and then. That is also why tqdm is told
+Intervals use the monotonic clock, since the wall clock is set back now and then. That is also why tqdm is told
 when to draw: its own pace follows the clock of the day.
 """
 
@@ -126,7 +126,7 @@ def step_line(row: dict[str, Any], steps: int) -> str:
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     if "skipped" in row:
-        parts.append(f"update left out: {row['skipped']}")
+        parts.append(f"update skipped: {row['skipped']}")
     return "  ".join(parts)
 
 

@@ -36,7 +36,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Note the signals that come meanwhile, instead of dying of them."""
+        """Note signals while the block runs, instead of ending by them."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
@@ -99,7 +99,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(0.2):
             if time.monotonic() > self._deadline:
-                text = f"rank {self.rank}: {self._what}; the stacks of this process, then it ends:\n"
+                text = f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n"
                 os.write(STDERR, text.encode())
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)
                 sys.stdout.flush()

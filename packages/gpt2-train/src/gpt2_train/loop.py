@@ -118,7 +118,7 @@ def _update(run: Run) -> None:
         _check_saving(run, may_go_on=config.on_save_error == "continue")
     if run.guard.skips >= config.max_skips:
         advice = "The last checkpoint is good: try a lower --lr or a longer --warmup with another --out"
-        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were left out ({reason}). {advice}")
+        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason}). {advice}")
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:
@@ -245,7 +245,7 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
         if error is not None and not may_go_on:
             raise error if isinstance(error, ValueError | OSError) else OSError(f"saving failed: {error!r}")
         if error is not None:
-            run.log.say(f"warning: {error}; training continues, as on_save_error asks for")
+            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

@@ -250,7 +250,9 @@ class _Lines:
         try:
             yield
         except OSError as error:
-            text = f"{self.path} cannot be written ({error.strerror}): mend that, and the same command resumes"
+            text = (
+                f"{self.path} cannot be written ({error.strerror}): fix that, then run the same command to resume"
+            )
             raise OSError(error.errno, text) from None
 
 

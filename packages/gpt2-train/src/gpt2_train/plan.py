@@ -1,4 +1,4 @@
-"""What a run will amount to, before it begins, and what would stop it: `gpt2-train --dry-run`."""
+"""The plan of a run before it starts, and what would stop it: `gpt2-train --dry-run`."""
 
 import shutil
 from collections.abc import Callable
@@ -123,7 +123,7 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     }
     warnings = warnings_of(config, dataset) if dataset else []
     if hours and hours > LONG_HOURS:
-        warnings.append(f"the run takes about {_duration(hours)} here: fewer --steps or --batch-tokens do")
+        warnings.append(f"the run takes about {_duration(hours)} here: lower --steps or --batch-tokens")
     return {**plan, "warnings": warnings, "problems": problems}
 
 
@@ -152,7 +152,7 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
         facts["a step"] = f"{sizes} tokens on each process (accumulation x micro-batch x sequence)"
     if plan["processes"] > 1:
         sent = in_gb(plan["gradient_bytes_sent"])
-        facts["exchange"] = f"{sent} of gradients that each process sends a step, in a ring"
+        facts["exchange"] = f"{sent} of gradients sent by each process in a step, in a ring"
     if plan["memory"] is not None:
         facts |= _memory_facts(plan)
     each, total = f"{plan['flops_per_token']:,}", f"{plan['flops']:.3g}"

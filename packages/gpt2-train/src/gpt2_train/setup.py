@@ -236,7 +236,7 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
         return
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
-        say(f"{change}, which changes nothing in what is learnt but rounding, if that")
+        say(f"{change}, which changes at most the rounding")
     if (before := state["config"]["steps"]) != config.steps:
         say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     for name, value in checkpoint.versions().items():

@@ -126,7 +126,7 @@ class _Run:
 
 
 def build(config: BuildConfig, progress: Progress = lambda status: None) -> BuildResult:
-    """Make the dataset that `config` describes from where an interrupted build was. A finished one stays as it is.
+    """Build the dataset that `config` describes, or resume its build. A finished dataset stays as it is.
 
     With more than one worker the calling script needs its `if __name__ == "__main__":`, for processes are spawned.
 
@@ -142,7 +142,7 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
     if (manifest := run.find_finished()) is not None:
         return run.result(manifest, [], is_new=False)
     if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
-        raise ValueError("there is no text in the source")
+        raise ValueError("the source contains no text")
     return _build_whole(run) if config.part is None else _build_part(run, *config.part)
 
 
@@ -157,7 +157,7 @@ def _build_whole(run: _Run) -> BuildResult:
         check_unchanged(run.plan)
         if sum(receipt.tokens for receipt in receipts) == sum(receipt.documents for receipt in receipts):
             shutil.rmtree(work)  # nothing but an EOT for each document
-            raise ValueError("there is no text in the source")
+            raise ValueError("the source contains no text")
         source = workfolder.source_record(run.plan, _input_hashes(run, receipts), receipts)
         options = workfolder.options(config)
         shards = _write_shards(run, receipts)

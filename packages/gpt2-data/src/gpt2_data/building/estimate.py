@@ -55,7 +55,7 @@ def estimate(plan: Plan, config: BuildConfig) -> Estimate:
     if shards > MAX_SHARDS:
         raise ValueError(
             f"shard_size {config.shard_size:,} would make about {shards:,} shards: "
-            f"take a larger one, such as 100M; {MAX_SHARDS:,} are the most"
+            f"use a larger one, such as 100M; the limit is {MAX_SHARDS:,} shards"
         )
     downloads = sorted((item.bytes for item in plan.inputs if item.remote is not None), reverse=True)
     on_disk = sum(downloads[:DOWNLOADS_AT_ONCE] if config.delete_downloads else downloads)

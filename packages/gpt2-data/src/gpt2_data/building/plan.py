@@ -98,7 +98,7 @@ def make_plan(config: BuildConfig) -> Plan:
     """Cut the source into units. Opens every file, reads none to its end but for --limit-docs. Writes nothing.
 
     Raises:
-        ValueError: a source that is none, is named twice or cannot be read.
+        ValueError: a source is unknown, is named twice or cannot be read.
         OSError: a file that cannot be read, a hub that does not answer.
     """
     inputs: list[Input] = []
@@ -110,7 +110,7 @@ def make_plan(config: BuildConfig) -> Plan:
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
         if real in seen:
-            raise ValueError(f"{item.name} is named twice: its documents would stand twice in the dataset")
+            raise ValueError(f"{item.name} is named twice: the dataset would contain its documents twice")
         seen.add(real)
     units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
     if config.limit_docs is not None:

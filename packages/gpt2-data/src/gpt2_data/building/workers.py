@@ -51,8 +51,8 @@ class Job(Generic[T, R]):
     def killed_twice(self, task: T) -> OSError:
         """Return the error of a task that kills whoever works on it."""
         return OSError(
-            f"{self.blame(task)}: the process at work on it died twice, as if killed for its memory or crashed: "
-            "mend or remove it, or try --workers 1"
+            f"{self.blame(task)}: the process that worked on it died twice (out of memory, or a crash): "
+            "fix or remove it, or try --workers 1"
         )
 
 

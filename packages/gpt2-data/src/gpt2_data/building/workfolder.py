@@ -1,4 +1,4 @@
-"""OUT/.build, which a build works in, and what a dataset says of its making.
+"""OUT/.build, the work folder of a build, and a dataset's record of how it was built.
 
 Whose the folder is, what of an interrupted build is used, whether there is room. Then dataset.json's source and
 options, and build.jsonl: who built the dataset, when and with which versions.
@@ -75,7 +75,7 @@ def _lock_file(work: Path, name: str, shared: bool = False) -> Iterator[None]:
     with (work / name).open("a+") as file:
         owners = [text for path in sorted(work.glob("lock*")) if (text := path.read_text().strip())]
         who = f" ({owners[0]})" if owners else ""
-        busy = f"another build is at work in {work.parent}{who}: wait for it or choose another --out"
+        busy = f"another build is running in {work.parent}{who}: wait for it or choose another --out"
         disk.lock(file, busy, shared=shared)
         there = Path(file.name)
         if not there.exists() or not os.path.samestat(os.fstat(file.fileno()), there.stat()):
@@ -107,7 +107,7 @@ def prepare(work: Path, plan: Plan, alone: bool) -> None:
                 path.unlink()
     elif planned not in (None, plan.name):
         raise ValueError(
-            f"{work} holds an unfinished build of another source, or of files that were changed since: "
+            f"{work} contains an unfinished build of another source, or of files that have changed since: "
             "delete it or choose another --out"
         )
     for name, content in [*plan.pins.items(), ("plan.json", {"plan": plan.name})]:
@@ -146,7 +146,7 @@ def remove_other_shards(out: Path, files: list[str]) -> None:
 
 
 def options(config: BuildConfig) -> dict[str, object]:
-    """Return what besides the source the bytes depend on."""
+    """Return the options that the bytes depend on, besides the source."""
     seed = config.seed if config.order == "shuffled" else None
     names = ("format", "order", "shard_size", "val_tokens", "limit_docs", "column", "compat")
     return {name: getattr(config, name) for name in names} | {"seed": seed}
@@ -168,7 +168,7 @@ def source_record(plan: Plan, hashes: list[str], receipts: Sequence[Receipt]) ->
 
 
 def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Plan]) -> Manifest | None:
-    """Return the dataset, if it is built already. Raises ValueError if the folder's is another, or damaged.
+    """Return the dataset, if it is built already. Raises ValueError if it is another or damaged.
 
     The source is the same if a line of build.jsonl has the request, or else if the files' contents are the same:
     for that `make_plan` is called.

@@ -135,7 +135,7 @@ def _kind(path: Path) -> str:
             return "llmc"
     if path.name in ("train.bin", "val.bin"):
         return "nanogpt"
-    raise ValueError(f"{path}: a name as llm.c's shards have, but not their header: what it holds is not known")
+    raise ValueError(f"{path}: named like a shard of llm.c, but without its header: the contents are unknown")
 
 
 def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignManifest:
@@ -236,7 +236,7 @@ def _open_idx(index: Path) -> tuple[Numbers, Numbers, Numbers]:
     if version != 1:
         raise ValueError(f"{index}: version {version}, this program reads version 1")
     if kind != _IDX_UINT16:
-        raise ValueError(f"{index}: number kind {kind}, not uint16 ({_IDX_UINT16}), which GPT-2's tokens are")
+        raise ValueError(f"{index}: its tokens are of kind {kind}; GPT-2's are uint16 ({_IDX_UINT16})")
     expected = IDX_HEADER_BYTES + 12 * sequences + 8 * documents
     check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
     return (

@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def check_split(split: str) -> None:
     """Raise ValueError for a split there cannot be."""
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+        raise ValueError(f"no split {split!r}: choose {' or '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def load(folder: Path) -> Manifest:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: not a valid dataset description: {what}") from None
     if manifest.to_bytes() != data:
-        raise ValueError(f"{path}: not as gpt2-data wrote it: totals or layout were changed")
+        raise ValueError(f"{path}: changed since gpt2-data wrote it: its totals or its layout are different")
     return manifest
 
 

@@ -93,7 +93,7 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
     if shard.docs is None:
         rows = arrow.check_shard(file.path, shard.tokens, shard.documents)
         if rows.rows.read(0, 1) != 0 or rows.ids.read().min() < 0:
-            problems.append(f"{shard.file}: row starts or ids that cannot be: damaged")
+            problems.append(f"{shard.file}: impossible row starts or ids: damaged")
     elif check_documents and disk.sha256(folder / shard.docs.file) != shard.docs.sha256:
         problems.append(f"{shard.docs.file}: {_DAMAGED}")
     position = documents = 0

@@ -73,7 +73,7 @@ def expand(source: str) -> list[tuple[str, str]]:
         raise ValueError(f"{source} is a folder: name the files in it, as in '{source.rstrip('/')}/*.parquet'")
     kind = next((kind for ending, kind in FILE_KINDS.items() if source.endswith(ending)), None)
     if kind is None:
-        raise ValueError(f"unknown source {source!r}: known are {KNOWN}")
+        raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise ValueError(f"no file matches {source!r}")

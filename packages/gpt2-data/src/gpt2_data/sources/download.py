@@ -286,7 +286,7 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 
 def tinyshakespeare() -> Path:
-    """Have TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
+    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
     path = cache / "tinyshakespeare.txt"
     try:

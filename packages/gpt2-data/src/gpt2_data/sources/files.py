@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents, or of a long one a part.
+    """Documents, or one part of a long document.
 
     Attributes:
         texts: pyarrow string or large_string array: valid UTF-8, no nulls.
@@ -150,7 +150,7 @@ def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]
         rows, size = group.num_rows, group.column(number).total_uncompressed_size
         if not 0 <= rows < 2**31 or size < 0:
             where = f"{name or source}: row group {i}"
-            raise ValueError(f"{where} is damaged: {rows:,} rows of {size:,} bytes cannot be")
+            raise ValueError(f"{where} is damaged: {rows:,} rows of {size:,} bytes are impossible")
         groups.append((rows, size))
     return groups
 

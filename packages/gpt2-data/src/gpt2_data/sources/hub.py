@@ -253,7 +253,7 @@ def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFi
 
     parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{repo}: {path!r} is no path of a file in a dataset")
+        raise ValueError(f"{repo}: {path!r} is not a valid path of a dataset's file")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"{repo}: {path}: {size!r} is no size")
     url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"

@@ -128,7 +128,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     def read() -> bytes:
         with get(url, {"Range": f"bytes={start}-{stop - 1}"}) as response:
             if response.status_code != 206:
-                raise OSError(f"{url}: the server sends no ranges of a file: download it instead")
+                raise OSError(f"{url}: the server cannot send parts of a file: download it instead")
             data = b"".join(response.iter_raw())
         if len(data) != stop - start:
             raise Again(f"the server sent {len(data):,} bytes of {stop - start:,}")
@@ -153,7 +153,7 @@ def transport(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.TooManyRedirects) as error:
-        raise OSError(f"{url}: no address that can be fetched: {error}") from error
+        raise OSError(f"{url}: this address cannot be downloaded: {error}") from error
     except (httpx2.TransportError, httpx2.DecodingError) as error:
         host = error.request.url.netloc.decode()
         reached = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)

@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return entries
 
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} is larger than any {path.name} of a GPT-2 ({MAX_JSON:,} bytes)")
+        raise ValueError(f"{path} is too large for a GPT-2's {path.name}: the limit is {MAX_JSON:,} bytes")
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=once, parse_int=whole)
     except (ValueError, RecursionError) as error:
@@ -91,13 +91,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_JSON:
-        raise ValueError(f"{path} is damaged or no safetensors file: its header has {length:,} bytes")
+        raise ValueError(f"{path} is damaged or not a safetensors file: its header has {length:,} bytes")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"{path} is damaged or no safetensors file: {short(reason)}") from None
+        raise ValueError(f"{path} is damaged or not a safetensors file: {short(reason)}") from None
 
 
 def read_torch(path: Path) -> dict[Any, Any]:
@@ -106,7 +106,7 @@ def read_torch(path: Path) -> dict[Any, Any]:
         start = file.read(len(_LEGACY))
     zipped = start.startswith(_ZIP)
     if not zipped and start != _LEGACY:
-        raise ValueError(f"{path} is no weights file of safetensors, torch.save or llm.c; nothing was run")
+        raise ValueError(f"{path} is not a weights file of safetensors, torch.save or llm.c; nothing was run")
     try:
         (_check_zip if zipped else _check_legacy)(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -64,12 +64,12 @@ scale_attn_by_layer_idx
 def read_config(path: Path) -> GPTConfig:
     """Return the GPTConfig in a config.json; a field that is unknown or asks for more than GPT is a ValueError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
+        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no config.json")
     raw = read_json(path)
     for name in sorted(raw.keys() & _NEUTRAL):
         if raw[name] not in _NEUTRAL[name]:
             needed = " or ".join(map(repr, _NEUTRAL[name])).removesuffix(" or None")
-            raise ValueError(f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {needed})")
+            raise ValueError(f"{path}: {name} = {short(raw[name])} is not supported (needs {needed})")
     for name in sorted(raw.keys() - set(chain(*_NAMES.values(), _NEUTRAL, _HARMLESS))):
         given = f"unknown field {short(name)} = {short(raw[name])}"
         raise ValueError(f"{path}: {given} may change what the model computes; remove it if it does not")
@@ -188,11 +188,11 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
 
     login = "`hf auth login` or set HF_TOKEN"
     absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
-    unreachable = "is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+    unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
     messages = {  # the first that fits
         errors.LocalEntryNotFoundError: unreachable,
-        errors.EntryNotFoundError: "on the hub is no model folder: it lacks config.json or weights",
-        errors.RevisionNotFoundError: "is no revision of this model on the hub",
+        errors.EntryNotFoundError: "on the hub lacks config.json or weights",
+        errors.RevisionNotFoundError: "is not a revision of this model on the hub",
         errors.GatedRepoError: f"is gated: ask for access on its page on the hub, then {login}",
         errors.RepositoryNotFoundError: f"{absent}; if it is private, {login}",
         errors.HFValidationError: absent,

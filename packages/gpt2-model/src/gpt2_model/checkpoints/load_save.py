@@ -118,19 +118,19 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
             raise ValueError(f"{source} holds {files.short(bare)} twice, under different prefixes")
         tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
-        raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
+        raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {config.n_layer} layers")
     expected = files.tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
         adds = f"{len(unknown)} unknown" + (f" ({files.short(unknown[0])}, ...)" if unknown else "")
-        raise ValueError(f"{source} does not hold this model's weights: {lacks}, {adds}")
+        raise ValueError(f"{source} does not contain exactly this model's weights: {lacks}, {adds}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
         if tensors[name].dtype not in _DTYPES:
-            raise ValueError(f"{source}: {name} holds {tensors[name].dtype}, GPT-2s fp32, fp16 or bf16")
+            raise ValueError(f"{source}: {name} is {tensors[name].dtype}; it must be fp32, fp16 or bf16")
     # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
     embedding = tensors["wte.weight"]
     if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):

@@ -34,7 +34,7 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     names = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
     odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
     if odd or not isinstance(model, dict):
-        raise ValueError(f"{path} is no checkpoint of nanoGPT as known here: see {short(odd or 'model')}")
+        raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd or 'model')}")
     activation = "gelu" if "bias" in arguments else "gelu_new"
     config = checked_config(path, **{name: arguments[name] for name in names}, activation_function=activation)
     tensors = state_dict(model, path)

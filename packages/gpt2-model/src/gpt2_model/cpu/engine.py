@@ -46,7 +46,7 @@ def weight_type(model: GPT) -> torch.dtype:
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
     if dtype not in TYPES:
-        raise Unavailable(f"the CPU engine has no {dtype}")
+        raise Unavailable(f"the CPU engine does not support {dtype}")
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"

@@ -59,7 +59,7 @@ class Int8Embedding(Int8Matrix):
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put int8 in the place of a GPT's matrices, all but the positions, one by one; it can then only be run."""
+    """Replace a GPT's matrices, except the positions, by int8, in place; it can then only be run, not trained."""
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or name == "wte"]
     for name in names:
         matrix = model.get_submodule(name)
