@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Python compiles what it imports; to compile all of torch and transformers took 65 of 230 seconds.
 export PIP_NO_COMPILE := 1
 
-.PHONY: help venv quickstart test test-fast test-long check format bench clean
+.PHONY: help venv quickstart test test-fast test-long lint check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -16,21 +16,23 @@ help: ## this list
 quickstart: $(VENV)/.installed ## the whole pipeline on a small model: about five minutes on two cores
 	$(BIN)/python tools/quickstart.py
 
-test: check ## every check: ruff, mypy, import-linter, micro benchmarks alone, pytest
+test: lint ## every check: ruff, import-linter, micro benchmarks alone, pytest and, as one of its tests, mypy
 	$(BIN)/pytest -n 0 tests/benchmarks/test_micro.py
 	$(BIN)/pytest
 
-test-fast: $(VENV)/.installed-dev ## pytest without the tests that take more than ten seconds
+test-fast: $(VENV)/.installed-dev ## pytest without its slow tests
 	$(BIN)/pytest -m "not slow"
 
 test-long: $(VENV)/.installed-dev ## pytest's long tests alone: more kills, memory at size, each benchmark from end to end
 	$(BIN)/pytest -m long
 
-check: $(VENV)/.installed-dev ## the checks that read the code: ruff, mypy, import-linter
+lint: $(VENV)/.installed-dev ## the checks that take a second: ruff, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint ## the checks that read the code: those and mypy, which takes half a minute
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## let ruff mend and format
 	$(BIN)/ruff check --fix .

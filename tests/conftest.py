@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that may
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker of pytest-xdist a core; the models are tiny
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Three workers on two cores: for a quarter of their time tests wait, for a kill, a timeout or a process."""
+    return (os.cpu_count() or 1) * 3 // 2
+
+
 @pytest.fixture(scope="session")
 def tiny_hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer GPT-2 with the real vocabulary, made and saved by transformers."""

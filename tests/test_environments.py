@@ -80,7 +80,8 @@ def test_pre_commit_runs_the_checks_of_make() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert {repo["repo"] for repo in config["repos"]} == {"local"}  # nothing is fetched
     hooks = [hook["entry"].removesuffix(" --force-exclude") for repo in config["repos"] for hook in repo["hooks"]]
-    check = re.search(r"^check:.*\n((?:\t.*\n)+)", MAKE, re.MULTILINE)[1].splitlines()
+    recipes = re.findall(r"^(?:lint|check):.*\n((?:\t.*\n)+)", MAKE, re.MULTILINE)
+    check = "".join(recipes).splitlines()
     assert hooks == [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in check]
 
 

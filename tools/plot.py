@@ -1,21 +1,22 @@
 """Draw the curves of runs: python tools/plot.py runs/a runs/b --out loss.png
 
-Loss of each step, faint, under its running mean; validation losses; HellaSwag accuracy. Beside runs of a size that
-OpenAI published, where GPT-2 and GPT-3 of that size stand. What is not there to be drawn is said on stderr.
+Loss of each step, faint, under its mean over the steps around; validation losses; accuracy on HellaSwag. Beside
+runs of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import matplotlib
 import numpy as np
+
+from gpt2_model.command import SETTINGS, write_whole
 
 matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot as plt
@@ -24,23 +25,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+Curve = list[tuple[float, float]]
 INK, GREY, FAINT = "#222222", "#777777", 0.22
 LINE = 0.045  # height of a label, of its axis'
 # Told apart by the colour-blind, too (Okabe and Ito, but for the yellow, which paper swallows).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B6914", "#5D3A9B", "#E69F00")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Published figures of one size.
-
-    Attributes:
-        title: what OpenAI's weights of that size are called.
-        val_loss: GPT-2's, nats per token.
-        hellaswag: GPT-2's accuracy in percent, raw context, mean per token.
-        gpt3_title: what GPT-3's paper calls the nearest size.
-        gpt3_hellaswag: its accuracy in percent.
-    """
+class Reference(NamedTuple):
+    """Published figures of a size: GPT-2's loss, nats per token, and accuracies in percent."""
 
     title: str
     val_loss: float
@@ -66,54 +59,50 @@ SOURCES = (
 
 @dataclass
 class Run:
-    """What is drawn of a run, by step.
-
-    Attributes:
-        train: (x, loss).
-        validation: (x, loss).
-        accuracy: (x, HellaSwag accuracy, 0 to 1).
-        size: key of REFERENCES, None for another shape.
-        missing: what was not found, for the user.
-    """
+    """What is drawn of a run: curves of (x, value); `test` is its test's file, if that is not HellaSwag's."""
 
     name: str
-    color: str
-    train: list[tuple[float, float]] = field(default_factory=list)
-    validation: list[tuple[float, float]] = field(default_factory=list)
-    accuracy: list[tuple[float, float]] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    missing: list[str] = field(default_factory=list)
+    color: str = ""
+    train: Curve = field(default_factory=list)
+    validation: Curve = field(default_factory=list)
+    accuracy: Curve = field(default_factory=list)
+    reference: Reference | None = None
+    test: str = ""
+
+    @property
+    def last(self) -> float:
+        """The last x of all curves, -1 without any."""
+        return max((curve[-1][0] for curve in (self.train, self.validation, self.accuracy) if curve), default=-1)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=SETTINGS)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", default="loss.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="Picture to write: PNG, or another format by its suffix.")  # fmt: skip
 @click.option(
-    "--out",
-    default="loss.png",
-    show_default=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Picture to write: PNG, or another format by its suffix.",
+    "--x", "unit", type=click.Choice(("step", "tokens")), default="step", show_default=True, help="Axis."
 )
-@click.option("--x", "unit", type=click.Choice(("step", "tokens")), default="step", show_default=True)
 def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
-    """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one."""
-    loaded = [
-        load_run(folder, name, COLORS[number % len(COLORS)], unit)
-        for number, (folder, name) in enumerate(zip(runs, names(runs), strict=True))
-    ]
-    shown = [run for run in loaded if any(curves(run))]
+    """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one.
+
+    A folder of runs stands for all runs in it.
+    """
+    inner = [[path.parent for path in sorted(folder.glob("*/metrics.jsonl"))] for folder in runs]
+    folders = [run for folder, inside in zip(runs, inner, strict=True) for run in inside or [folder]]
+    loaded = [load_run(*pair, unit) for pair in zip(folders, names(folders), strict=True)]
+    shown = [run for run in loaded if run.last >= 0]
     if not shown:
-        raise click.ClickException("; ".join(f"{run.name}: {', '.join(run.missing)}" for run in loaded))
+        raise click.ClickException(f"{', '.join(map(str, runs))}: no run with a row in its metrics.jsonl")
+    for number, run in enumerate(shown):
+        run.color = COLORS[number % len(COLORS)]
     for run in loaded:
-        for missing in run.missing:
-            click.echo(f"{run.name}: {missing}", err=True)
+        if run.last < 0:
+            click.echo(f"{run.name}: no rows of a run to draw", err=True)
     figure = draw(shown, unit)
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
     try:
-        figure.savefig(temporary, dpi=160)
-        os.replace(temporary, out)
+        with write_whole(out) as file:
+            figure.savefig(file, dpi=160, format=out.suffix[1:] or "png")
     except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
         raise click.ClickException(f"{out} cannot be written: {error}") from None
     click.echo(str(out))
 
@@ -127,88 +116,56 @@ def names(runs: Sequence[Path]) -> list[str]:
     return [str(Path(*part[-length:])) for part in parts]
 
 
-def load_run(folder: Path, name: str, color: str, unit: str) -> Run:
-    """A run's curves; what cannot be had of it is in `missing`."""
-    run = Run(name, color)
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
-    except OSError as error:
-        run.missing.append(f"no metrics.jsonl ({error.strerror})")
-        return run
-    rows, broken = [], 0
-    for line in filter(None, lines):
-        row = parsed(line)
-        if row is None:
+def load_run(folder: Path, name: str, unit: str) -> Run:
+    """A run's curves; broken lines and rows without tokens are passed over, with a word to stderr."""
+    run, rows, broken, file = Run(name), [], 0, folder / "metrics.jsonl"
+    for line in filter(None, file.read_bytes().split(b"\n") if file.exists() else ()):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
             broken += 1
-        else:
-            rows.append(row)
     if broken:
-        run.missing.append(f"{broken} broken line{'s' * (broken > 1)} of metrics.jsonl passed over")
+        click.echo(f"{name}: broken lines of metrics.jsonl passed over: {broken}", err=True)
     # A run that was resumed by an older program may have a step twice: the last one counts.
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
-    wanted = (("loss", run.train, "training"), ("val_loss", run.validation, "validation"),
-              ("hellaswag_acc_norm", run.accuracy, "HellaSwag"))  # fmt: skip
-    for key, curve, title in wanted:
+    for key, curve in (("loss", run.train), ("val_loss", run.validation), ("hellaswag_acc_norm", run.accuracy)):
         values = {row["step"]: row[key] for row in rows if isinstance(row.get(key), int | float)}
-        points = [(step if unit == "step" else tokens.get(step), value) for step, value in sorted(values.items())]
-        curve += [(x, value) for x, value in points if x is not None]
-        if not values:
-            run.missing.append(f"no {title} rows")
-        elif len(curve) < len(points):
-            run.missing.append(f"{title} rows without tokens: {len(points) - len(curve)} left out")
-    run.size = published_size(folder, run.missing)
+        places = {step: step if unit == "step" else tokens.get(step) for step in sorted(values)}
+        curve += [(x, values[step]) for step, x in places.items() if x is not None]
+        if len(curve) < len(values):
+            click.echo(f"{name}: {key} of steps without tokens left out: {len(values) - len(curve)}", err=True)
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        run.reference = REFERENCES.get((config["model"]["n_layer"], config["model"]["n_embd"]))
+        test = Path(config.get("hellaswag", "")).name
+        run.test = "" if test.startswith("hellaswag_val") else test
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # of no known size
     return run
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """A line's row; None if it is broken."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
-
-
-def published_size(folder: Path, missing: list[str]) -> tuple[int, int] | None:
-    """Key of REFERENCES for the model in a run's config.toml."""
-    try:
-        model = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["model"]
-        size = int(model["n_layer"]), int(model["n_embd"])
-    except FileNotFoundError:
-        missing.append("no config.toml, so its size is not known: no lines of GPT-2 and GPT-3")
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        missing.append(f"config.toml does not tell the model's size ({error!r}): no lines of GPT-2 and GPT-3")
-        return None
-    if size not in REFERENCES:
-        missing.append(f"{size[0]} layers of {size[1]} are no published size: no lines of GPT-2 and GPT-3")
-        return None
-    return size
 
 
 def draw(runs: list[Run], unit: str) -> Figure:
     """One panel of losses, and one of accuracies if there are any."""
     with_accuracy = any(run.accuracy for run in runs)
-    sizes = sorted({run.size for run in runs if run.size})
-    figure, axes = plt.subplots(
-        1, 1 + with_accuracy, figsize=(13 if with_accuracy else 8, 4.8), squeeze=False, layout="constrained"
-    )
-    draw_loss(axes[0, 0], runs, sizes)
+    references = [one for one in REFERENCES.values() if one in [run.reference for run in runs]]
+    size = (13 if with_accuracy else 8, 4.8)
+    figure, axes = plt.subplots(1, 1 + with_accuracy, figsize=size, squeeze=False, layout="constrained")
+    handles = draw_loss(axes[0, 0], runs, references, unit)
     if with_accuracy:
-        draw_accuracy(axes[0, 1], runs, sizes)
+        draw_accuracy(axes[0, 1], runs, references)
     for axis in axes[0]:
-        axis.set_xlabel(unit if unit == "tokens" else "step")
+        axis.set_xlabel(unit)
         axis.xaxis.set_major_formatter(FuncFormatter(short if unit == "tokens" else "{:,.0f}".format))
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.grid(alpha=FAINT, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
         axis.tick_params(colors=INK, length=3)
-        axis.set_xlim(0, 1.015 * max(1, *(x for run in runs for curve in curves(run) for x, _ in curve)))
-    figure.legend(
-        handles=legend(runs), loc="outside upper left", ncols=5 if with_accuracy else 3, frameon=False, fontsize=9
-    )
-    if sizes:
+        axis.set_xlim(0, 1.015 * max(1, *(run.last for run in runs)))
+    columns = 5 if with_accuracy else 3
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+    if references:
         figure.supxlabel(SOURCES, fontsize=7.5, color=GREY, x=0.01, ha="left", linespacing=1.4)
     return figure
 
@@ -221,113 +178,92 @@ def short(count: float, _place: object = None) -> str:
     return f"{count:g}"
 
 
-def curves(run: Run) -> tuple[list[tuple[float, float]], ...]:
-    """All that is drawn of a run."""
-    return run.train, run.validation, run.accuracy
-
-
-def legend(runs: list[Run]) -> list[Line2D]:
-    """The runs by colour, then what the kinds of lines mean."""
-    entries = [Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
-    color = runs[0].color if len(runs) == 1 else GREY
-    if any(run.train for run in runs):
-        entries.append(Line2D([], [], color=color, alpha=0.4, linewidth=0.9, label="training loss, each step"))
-    if any(run.validation for run in runs):
-        entries.append(Line2D([], [], color=color, marker="o", markersize=4, linewidth=1, markerfacecolor="white",
-                              label="validation"))  # fmt: skip
-    return entries
-
-
-def draw_loss(axis: Axes, runs: list[Run], sizes: list[tuple[int, int]]) -> None:
-    """Each step's loss, faint, its running mean over it, and the validation losses."""
-    labels, values, settled = [], [], []
+def draw_loss(axis: Axes, runs: list[Run], references: list[Reference], unit: str) -> list[Line2D]:
+    """Each step's loss, faint, its mean over it, and the validation losses; what the lines mean, for a legend."""
+    labels, values, settled, windows = [], [], [], []
     for run in runs:
         if run.train:
             x, losses = np.array(run.train).T
-            running = running_mean(losses, max(1, len(losses) // 100, min(10, len(losses) // 4)))
+            windows.append(max(1, len(losses) // 100, min(10, len(losses) // 4)))
+            smooth = centred_mean(losses, windows[-1])
             axis.plot(x, losses, color=run.color, alpha=FAINT / len(runs) ** 0.5, linewidth=0.7, zorder=2)
-            axis.plot(x, running, color=run.color, linewidth=1.8, zorder=3, marker="." if len(x) == 1 else "")
-            values += [*np.quantile(losses[len(losses) // 2 :], [0.01]), *running]
-            if len(running) > 100:
-                settled.append(running[len(running) // 20])
+            axis.plot(x, smooth, color=run.color, linewidth=1.8, zorder=3, marker="." if len(x) == 1 else "")
+            values += [*np.quantile(losses[len(losses) // 2 :], [0.01]), *smooth]
+            settled += [smooth[len(smooth) // 20]] if len(smooth) > 100 else []
         if run.validation:
-            axis.plot(*zip(*run.validation, strict=True), "o-", color=run.color, markersize=4, linewidth=1,
-                      markerfacecolor="white", markevery=marked(run.validation), zorder=4)  # fmt: skip
+            plot_marked(axis, run.validation, run.color, linewidth=1, markerfacecolor="white", zorder=4)
             values += [loss for _, loss in run.validation]
         if run.validation or run.train:
-            last = run.validation[-1][1] if run.validation else float(running[-1])
+            last = run.validation[-1][1] if run.validation else float(smooth[-1])
             labels.append((last, f"{last:.2f}", run.color))
-    for reference in (REFERENCES[size] for size in sizes):
-        axis.axhline(reference.val_loss, color=INK, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-        labels.append((reference.val_loss, f"GPT-2 {reference.title}  {reference.val_loss:.2f}", INK))
-        values.append(reference.val_loss)
+    for one in references:
+        axis.axhline(one.val_loss, color=INK, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
+        labels.append((one.val_loss, f"GPT-2 {one.title}  {one.val_loss:.2f}", INK))
+        values.append(one.val_loss)
     axis.set_ylabel("loss, nats per token")
     # The first steps of a long run fall from 11 within no time, and would take most of the picture.
     low, high, high_enough = min(values), max(values), max([*settled, *(y for y, _, _ in labels)])
-    limits(axis, low, high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high)
-    label_right(axis, labels)
+    high = high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high
+    label_right(axis, labels, low, high)
+
+    color = runs[0].color if len(runs) == 1 else GREY
+    handles = [Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
+    if windows:
+        means = "the mean" if len(set(windows)) > 1 else f"the mean of {windows[0]} steps"
+        label = f"training loss, each step; bold: {means}"
+        handles.append(Line2D([], [], color=color, alpha=0.4, linewidth=0.9, label=label))
+    if any(run.validation for run in runs):
+        handles.append(Line2D([], [], color=color, marker="o", markersize=4, linewidth=1, markerfacecolor="white",
+                              label="validation"))  # fmt: skip
+    return handles
 
 
-def draw_accuracy(axis: Axes, runs: list[Run], sizes: list[tuple[int, int]]) -> None:
-    """HellaSwag accuracy in percent at each evaluation, what guessing gives, and what GPT-2 and GPT-3 have."""
+def draw_accuracy(axis: Axes, runs: list[Run], references: list[Reference]) -> None:
+    """Accuracy in percent at each evaluation, what guessing gives, and what GPT-2 and GPT-3 have."""
     labels, values = [(25.0, "guessing  25", GREY)], [25.0]
     axis.axhline(25, color=GREY, linestyle=":", linewidth=1, zorder=1)
     for run in runs:
         if run.accuracy:
-            x, accuracy = np.array(run.accuracy).T * [[1], [100]]
-            axis.plot(x, accuracy, "o-", color=run.color, markersize=4, linewidth=1.8,
-                      markevery=marked(run.accuracy), zorder=3)  # fmt: skip
-            labels.append((float(accuracy[-1]), f"{accuracy[-1]:.1f}", run.color))
-            values += list(accuracy)
-    for reference in (REFERENCES[size] for size in sizes):
-        for name, value, dashes in (
-            (f"GPT-2 {reference.title}", reference.hellaswag, (5, 3)),
-            (f"GPT-3 {reference.gpt3_title}", reference.gpt3_hellaswag, (5, 2, 1, 2)),
-        ):
+            percent = [(x, 100 * accuracy) for x, accuracy in run.accuracy]
+            plot_marked(axis, percent, run.color, linewidth=1.8, zorder=3)
+            labels.append((percent[-1][1], f"{percent[-1][1]:.1f}", run.color))
+            values += [value for _, value in percent]
+    for one in references:
+        gpt2 = (f"GPT-2 {one.title}", one.hellaswag, (5, 3))
+        for name, value, dashes in (gpt2, (f"GPT-3 {one.gpt3_title}", one.gpt3_hellaswag, (5, 2, 1, 2))):
             axis.axhline(value, color=INK, linestyle=(0, dashes), linewidth=1, zorder=1)
             labels.append((value, f"{name}  {value:.4g}", INK))
             values.append(value)
-    axis.set_ylabel("HellaSwag accuracy, %")
+    tests = {run.test for run in runs if run.accuracy}
+    axis.set_ylabel(f"accuracy on {', '.join(sorted(test or 'HellaSwag' for test in tests))}, %")
     axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    limits(axis, min(values), max(values))
-    label_right(axis, labels)
+    label_right(axis, labels, min(values), max(values))
 
 
-def marked(points: Sequence[object]) -> list[int]:
-    """Which points of a curve get a mark, the last one among them: forty marks are a line, more are a smear."""
-    return list(range(len(points) - 1, -1, -1 - len(points) // 40))
+def plot_marked(axis: Axes, curve: Curve, color: str, **style: Any) -> None:
+    """Draw a curve with marks, on its last point too: forty of them are a line, more are a smear."""
+    marks = list(range(len(curve) - 1, -1, -1 - len(curve) // 40))
+    axis.plot(*zip(*curve, strict=True), "o-", color=color, markersize=4, markevery=marks, **style)
 
 
-def limits(axis: Axes, low: float, high: float) -> None:
-    """The range of y, with some room around."""
+def label_right(axis: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
+    """Set the range of y, with some room, and write (y, text, color) each beside its right end, moved apart."""
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1
-    axis.set_ylim(low - room, high + room)
-
-
-def label_right(axis: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """(y, text, color) each beside the right end of the axis, moved apart where they would overlap."""
-    low, high = axis.get_ylim()
+    low, high = low - room, high + room
+    axis.set_ylim(low, high)
     labels = sorted(labels)
-    own = [(y - low) / (high - low) for y, _, _ in labels]
-    for y, middle, (_, text, color) in zip(own, spread(own, LINE), labels, strict=True):
-        axis.annotate(
-            text,
-            (1, y),
-            xytext=(1.04, middle),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=color,
-            fontsize=8.5,
-            va="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.7,
-                "shrinkA": 1,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
-        )
+    places = [(y - low) / (high - low) for y, _, _ in labels]
+    for place, middle, (_, text, color) in zip(places, spread(places, LINE), labels, strict=True):
+        arrow = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.7,
+            "shrinkA": 1,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
+        axis.annotate(text, (1, place), (1.04, middle), "axes fraction", "axes fraction", arrow,
+                      color=color, fontsize=8.5, va="center")  # fmt: skip
 
 
 def spread(places: Sequence[float], height: float) -> list[float]:
@@ -346,12 +282,10 @@ def spread(places: Sequence[float], height: float) -> list[float]:
     return [mean(stack) + height * (n - (len(stack) - 1) / 2) for stack in stacks for n in range(len(stack))]
 
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place, of fewer at the start."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+def centred_mean(values: np.ndarray, window: int) -> Any:
+    """The mean of the `window` values around each place, of fewer at the ends."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 if __name__ == "__main__":

@@ -4,212 +4,222 @@ A package's version is static in its pyproject.toml, its changelog keeps the for
 are called gpt2-model-v0.1.0. Nothing here pushes or uploads.
 """
 
-import difflib
 import json
-import os
 import re
 import subprocess
+import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import tomllib
+from dataclasses import dataclass
 from datetime import date
+from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
+from packaging.requirements import Requirement
 from packaging.version import Version
 
-from release_tree import Package, package_problems, range_problems, read_changelog, read_packages, span, with_lower
-from release_wheels import build, install_alone, sdist, twine_check, wheel_problems
+from gpt2_model.command import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+SECTION = re.compile(r"^## \[(Unreleased|\d+\.\d+\.\d+)\](?: - (\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 
 
-class _Group(click.Group):
-    """What a person can mend is one line, or a line each, and exit code 1."""
+@dataclass(frozen=True)
+class Package:
+    """What a pyproject.toml says, and its changelog; `ours` is what it requires of this repository."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error).replace(f"{ROOT}/", "")) from None
+    name: str
+    folder: Path
+    version: Version
+    ours: tuple[Requirement, ...]
+    changelog: str
+
+    @property
+    def unreleased(self) -> str:
+        text = self.changelog.partition("## [Unreleased]\n")[2]
+        return text.partition("\n## ")[0].strip()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def read_packages() -> list[Package]:
+    """The packages, each after those that it depends on."""
+    packages = {}
+    for file in sorted(ROOT.glob("packages/*/pyproject.toml")):
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        name, version = project["name"], project.get("version", "missing")
+        if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+            raise ValueError(f"packages/{name}: version must be three numbers, like 0.1.0, and is {version}")
+        required = map(Requirement, project["dependencies"])
+        ours = tuple(one for one in required if (ROOT / "packages" / one.name).is_dir())
+        changelog = file.with_name("CHANGELOG.md").read_text(encoding="utf-8")
+        packages[name] = Package(name, Path("packages", name), Version(version), ours, changelog)
+    order = TopologicalSorter({name: [one.name for one in package.ours] for name, package in packages.items()})
+    return [packages[name] for name in order.static_order()]
+
+
+def problems_of(package: Package) -> list[str]:
+    """What is wrong with a package's changelog, version or licence, a line each."""
+    text, file, problems = package.changelog, package.folder / "CHANGELOG.md", []
+    sections = SECTION.findall(text)
+    versions = [(Version(name), day) for name, day in sections if name != "Unreleased"]
+    if len(sections) != len(re.findall("^## ", text, re.MULTILINE)) or any(not day for _, day in versions):
+        problems.append(f"{file}: a section is '## [Unreleased]' or '## [0.1.0] - 2026-11-22'")
+    if "Unreleased" in [name for name, _ in sections[1:]]:
+        problems.append(f"{file}: [Unreleased] must stand once, above all versions")
+    if any(above[0] <= below[0] or above[1] < below[1] for above, below in pairwise(versions)):
+        problems.append(f"{file}: the newest version stands first, by number and by date")
+    if not versions or versions[0][0] != package.version:
+        problems.append(f"{file}: its newest version is not that of pyproject.toml, {package.version}")
+    for kind, entries in re.findall(r"^### (.*)\n((?:(?!#).*\n?)*)", text, re.MULTILINE):
+        if kind not in KINDS or not re.match(r"\s*- ", entries):
+            problems.append(f"{file}: '### {kind}' must be one of {', '.join(KINDS)}, with entries '- ...'")
+    if (ROOT / package.folder / "LICENSE").read_bytes() != (ROOT / "LICENSE").read_bytes():
+        problems.append(f"{package.folder}/LICENSE is not the repository's: copy it there")
+    return problems
+
+
+def range_problems(packages: list[Package], cut: dict[str, Version]) -> list[str]:
+    """A line for each range that leaves a package out, `cut` as it is about to be, or that has no upper end."""
+    versions = {package.name: package.version for package in packages} | cut
+    problems = []
+    for package in packages:
+        for requirement in package.ours:
+            name, allowed = requirement.name, requirement.specifier
+            text = f"{package.folder}/pyproject.toml: {name}{span(requirement)}"
+            if not allowed.contains(versions[name]):
+                problems.append(f"{text} leaves out {name} {versions[name]}: edit the range there")
+            elif allowed.contains("9999.0.0"):
+                problems.append(f"{text} has no upper end, so that a breaking change below would go unseen")
+    return problems
+
+
+def span(requirement: Requirement) -> str:
+    """The range as people write it, the lower end first: packaging sorts `<` before `>`."""
+    return ",".join(sorted(map(str, requirement.specifier), reverse=True))
+
+
+def status_of(package: Package) -> dict[str, Any]:
+    """Version, last tag, commits since then, entries under Unreleased, and ranges."""
+    tags = run("git", "tag", "--list", "--merged", "HEAD", "--sort=-v:refname", f"{package.name}-v*").splitlines()
+    since = f"{tags[0]}..HEAD" if tags else "HEAD"
+    return {
+        "package": package.name,
+        "version": str(package.version),
+        "last_tag": tags[0] if tags else "none",
+        "commits": int(run("git", "rev-list", "--count", since, "--", package.folder)),
+        "unreleased": len(re.findall(r"^- ", package.unreleased, re.MULTILINE)),
+        "depends": {requirement.name: span(requirement) for requirement in package.ours},
+    }
+
+
+def refuse(problems: list[str]) -> None:
+    """Stop here, with a line for each problem."""
+    if problems:
+        raise click.ClickException("\nError: ".join(problems))
+
+
+def run(*words: str | Path) -> str:
+    """Run a command in the repository and return what it printed. Its last words are ours where it fails."""
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        raise click.ClickException(f"{' '.join(map(str, words[:4]))} failed: {' | '.join(lines[-3:])}")
+    return done.stdout.strip()
+
+
+@click.group(context_settings=SETTINGS)
 def main() -> None:
-    """Versions and releases of the four packages; nothing is pushed or uploaded."""
+    """Show, check and cut versions of the four packages; nothing is pushed or uploaded."""
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
 def status(as_json: bool) -> None:
-    """Each package's version, last tag, commits since then, unreleased entries, and ranges of what is below it."""
-    rows = [_status(package) for package in read_packages(ROOT)]
+    """Show each package's version, last tag, commits since then, unreleased entries, and ranges."""
+    rows = [status_of(package) for package in read_packages()]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(f"{'package':<12}{'version':<9}{'last tag':<20}{'commits since':>13}{'unreleased':>12}  depends on")
-    for row in rows:
-        depends = ", ".join(f"{name} {span}" for name, span in row["depends"].items())
-        click.echo(
-            f"{row['package']:<12}{row['version']:<9}{row['last_tag'] or 'none':<20}"
-            f"{row['commits']:>13}{row['unreleased']:>12}  {depends}".rstrip()
-        )
+    line = "{:<12}{:<9}{:<20}{:>13}{:>12}  {}"
+    click.echo(line.format("package", "version", "last tag", "commits since", "unreleased", "depends on"))
+    for *row, depends in (row.values() for row in rows):
+        click.echo(line.format(*row, ", ".join(f"{name} {span}" for name, span in depends.items())).rstrip())
 
 
 @main.command()
-@click.option(
-    "--full", is_flag=True, help="Let pip fetch what a package requires, torch too, instead of linking it."
-)
 @click.option("--dist", type=click.Path(file_okay=False, path_type=Path), help="Keep the sdists and wheels here.")
-def check(full: bool, dist: Path | None) -> None:
-    """Say whether the packages could be released as they are; if not, exit 1 with a line for each reason.
+def check(dist: Path | None) -> None:
+    """Check that the packages can be released as they are; if not, exit 1 with a line for each reason.
 
-    Changelogs and versions agree, ranges between the packages hold, sdists and wheels build, twine accepts them,
-    a wheel holds its sources and nothing else, and installs alone, with only what it requires: its command
-    answers, its public names load. Without --full what it requires is linked from the environment that runs this.
+    Changelogs and versions agree, ranges between the packages hold, sdists and wheels build, twine accepts them.
     """
-    packages = read_packages(ROOT)
-    _refuse([line for package in packages for line in package_problems(ROOT, package)] + range_problems(packages))
+    packages = read_packages()
+    refuse([line for package in packages for line in problems_of(package)] + range_problems(packages, {}))
     with tempfile.TemporaryDirectory(prefix="gpt2-release-") as temporary:
-        out = (dist or Path(temporary) / "dist").resolve()
-        wheels = {package.name: build(package, out) for package in packages}
-        twine_check([*wheels.values(), *(sdist(package, out) for package in packages)])
-        _refuse([line for package in packages for line in wheel_problems(package, wheels[package.name])])
-        pins = ROOT / "constraints.txt" if full else None
-
-        def alone(package: Package) -> int:
-            return install_alone(package, packages, wheels, Path(temporary) / package.name, pins)
-
-        with ThreadPoolExecutor(1 if full else 2) as pool:
-            for package, others in zip(packages, pool.map(alone, packages), strict=True):
-                size = wheels[package.name].stat().st_size / 1000
-                name = f"{package.name} {package.version}"
-                click.echo(f"{name:<18}wheel of {size:.0f} kB, works with its own {others} dependencies alone")
+        out = (dist or Path(temporary)).resolve()
+        for package in packages:
+            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, package.folder)
+        files = sorted(out.glob("gpt2_*"))
+        run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *files)
+        for file in files:
+            click.echo(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
 
 
 @main.command()
 @click.argument("name", metavar="PACKAGE")
 @click.argument("level", type=click.Choice(["major", "minor", "patch"]))
-@click.option("--dry-run", is_flag=True, help="Show the change; make none.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 def cut(name: str, level: str, dry_run: bool) -> None:
-    """Make a package's next version here: a commit and an annotated tag.
+    """Create a package's next version locally: a commit and an annotated tag.
 
-    What its changelog has under Unreleased becomes the version's, with today's date. The commit is made beside the
-    working tree, which follows by a fast-forward once the tag is there: killed at any time, this leaves everything
-    as it was, or a whole tag, from which `git merge --ff-only` goes on.
+    The changelog's Unreleased section becomes the version's, with today's date.
     """
-    packages = read_packages(ROOT)
+    packages = read_packages()
     package = next((package for package in packages if package.name == name), None)
     if package is None:
         raise click.UsageError(f"no package {name}: there are {', '.join(package.name for package in packages)}")
-    version = _next(package.version, level)
-    tag = f"{name}-v{version}"
-    _refuse(_obstacles(package, packages, version, tag))
-    texts = _edited(package, version)
-    for lower in with_lower(package, packages)[:-1]:
-        if _status(lower)["unreleased"]:
-            click.echo(f"Note: {lower.name} has unreleased changes; if {name} needs them, cut it first.", err=True)
+    place = ("major", "minor", "patch").index(level)
+    numbers = [*package.version.release[:place], package.version.release[place] + 1, 0, 0][:3]
+    version = Version(".".join(map(str, numbers)))
+    tag, notes = f"{name}-v{version}", package.unreleased
+    problems = problems_of(package)
+    if run("git", "status", "--porcelain"):
+        problems.append("there are changes that are not committed (git status): commit or stash them")
+    if run("git", "tag", "--list", tag):
+        problems.append(f"the tag {tag} exists")
+    if not notes:
+        problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
+    refuse(problems + range_problems(packages, {name: version}))
+    for other in packages:
+        if other.name in [requirement.name for requirement in package.ours] and other.unreleased:
+            click.echo(f"Note: {other.name} has unreleased changes; if {name} needs them, cut it first.", err=True)
     if dry_run:
-        click.echo(f"{_diff(texts)}Would be committed, and tagged {tag}.")
+        click.echo(f"{tag} would be committed and tagged, with:\n{notes}")
         return
-    notes = "\n".join(read_changelog(package.changelog)[0].lines).strip()
-    commit = _commit(texts, f"{name} {version}")
+    edits = {
+        "pyproject.toml": (f'version = "{package.version}"', f'version = "{version}"'),
+        "CHANGELOG.md": ("## [Unreleased]\n", f"## [Unreleased]\n\n## [{version}] - {date.today()}\n"),
+    }
+    for file, (old, new) in edits.items():
+        path = ROOT / package.folder / file
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    run("git", "commit", "--quiet", "--all", "-m", f"{name} {version}")
     # Headings begin with '#', and git takes such lines out of a message unless told otherwise.
-    _git("tag", "-a", tag, commit, "--cleanup=whitespace", "-m", f"{name} {version}", "-m", notes)
-    _git("merge", "--quiet", "--ff-only", commit)
+    run("git", "tag", "-a", tag, "--cleanup=whitespace", "-m", f"{name} {version}", "-m", notes)
     click.echo(
         f"{tag} is committed and tagged here. Next:\n"
         f"  python tools/release.py check --dist dist\n"
         f"  git push --atomic origin HEAD {tag}\n"
-        f"  python -m twine upload dist/{package.module}-{version}*\n"
+        f"  python -m twine upload dist/{name.replace('-', '_')}-{version}*\n"
         f"or undo it: git tag -d {tag} && git reset --hard HEAD~1"
     )
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("\nError: ".join(problems))
-
-
-def _status(package: Package) -> dict[str, Any]:
-    found = _git("tag", "--list", "--merged", "HEAD", "--sort=-v:refname", f"{package.name}-v*").splitlines()
-    tag = found[0] if found else None
-    since = f"{tag}..HEAD" if tag else "HEAD"
-    newest = read_changelog(package.changelog)[:1]
-    return {
-        "package": package.name,
-        "version": str(package.version),
-        "last_tag": tag,
-        "commits": int(_git("rev-list", "--count", since, "--", str(package.folder))),
-        "unreleased": sum(release.entries for release in newest if release.version is None),
-        "depends": {requirement.name: span(requirement) for requirement in package.ours},
-    }
-
-
-def _next(version: Version, level: str) -> Version:
-    steps = {
-        "major": (version.major + 1, 0, 0),
-        "minor": (version.major, version.minor + 1, 0),
-        "patch": (version.major, version.minor, version.micro + 1),
-    }
-    return Version(".".join(map(str, steps[level])))
-
-
-def _obstacles(package: Package, packages: list[Package], version: Version, tag: str) -> list[str]:
-    """Why this version cannot be made now."""
-    problems = []
-    if _git("status", "--porcelain"):
-        problems.append("there are changes that are not committed (git status): commit or stash them")
-    if _git("tag", "--list", tag):
-        whole = subprocess.run(["git", "-C", str(ROOT), "merge-base", "--is-ancestor", tag, "HEAD"], check=False)
-        mend = f": an earlier cut was stopped; `git merge --ff-only {tag}` ends it, `git tag -d {tag}` undoes it"
-        problems.append(f"the tag {tag} exists{mend if whole.returncode else ''}")
-    problems += package_problems(ROOT, package)
-    if not problems and not _status(package)["unreleased"]:
-        problems.append(f"{package.changelog} has no entry under [Unreleased]: nothing to release")
-    return problems + range_problems(packages, {package.name: version})
-
-
-def _edited(package: Package, version: Version) -> dict[Path, str]:
-    """The two files as they are to be, by path."""
-    project, changelog = package.folder / "pyproject.toml", package.changelog
-    line = re.compile(rf'^version = "{re.escape(str(package.version))}"$', re.MULTILINE)
-    text, changed = line.subn(f'version = "{version}"', project.read_text(encoding="utf-8"))
-    if changed != 1:
-        raise ValueError(f'{project}: needs one line version = "{package.version}", and has {changed}')
-    title = f"## [Unreleased]\n\n## [{version}] - {date.today()}"
-    return {project: text, changelog: changelog.read_text(encoding="utf-8").replace("## [Unreleased]", title, 1)}
-
-
-def _diff(texts: dict[Path, str]) -> str:
-    lines: list[str] = []
-    for path, text in texts.items():
-        name, old = path.relative_to(ROOT), path.read_text(encoding="utf-8")
-        lines += difflib.unified_diff(
-            old.splitlines(True), text.splitlines(True), f"a/{name}", f"b/{name}", n=1
-        )  # fmt: skip
-    return "".join(lines)
-
-
-def _commit(texts: dict[Path, str], message: str) -> str:
-    """A commit on top of HEAD with these files, by an index of its own: neither branch nor tree has it yet."""
-    with tempfile.TemporaryDirectory(prefix="gpt2-release-") as temporary:
-        index = {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
-        _git("read-tree", "HEAD", **index)
-        for path, text in texts.items():
-            blob = _git("hash-object", "-w", "--stdin", text=text)
-            _git("update-index", "--cacheinfo", f"100644,{blob},{path.relative_to(ROOT)}", **index)
-        return _git("commit-tree", _git("write-tree", **index), "-p", "HEAD", "-m", message)
-
-
-def _git(*words: str, text: str | None = None, **environment: str) -> str:
-    """Git's stdout without the newline at its end. ValueError: what it says."""
-    done = subprocess.run(["git", *words], cwd=ROOT, input=text, capture_output=True, text=True, check=False,
-                          env=os.environ | environment)  # fmt: skip
-    if done.returncode:
-        raise ValueError(f"git {words[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout.rstrip("\n")
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {str(error).replace(f'{ROOT}/', '')}")

@@ -1,4 +1,4 @@
-"""Whether two commits train the same thing, bit for bit: python tools/same_losses.py BASE [HEAD]"""
+"""Compare what two commits train, bit for bit: python tools/same_losses.py BASE [HEAD]"""
 
 import json
 import os
@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import click
 from safetensors import deserialize
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import ROOT, checkout, commit_of
+from gpt2_model.command import SETTINGS
+
 GOLDEN = ROOT / "tests" / "train" / "golden_losses.json"
-PACKAGES = ("gpt2_model", "gpt2_data", "gpt2_eval", "gpt2_train")
 # 800,000 parameters, two micro-batches a step; warmup, decay, clipping and the second epoch lie within 50 steps.
 RUN: dict[str, Any] = {
     "steps": 50, "batch_tokens": 128, "seq_len": 16, "micro_batch": "4", "lr": 3e-3, "min_lr": 3e-4, "warmup": 10,
@@ -28,11 +29,11 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=SETTINGS)
 @click.argument("base", required=False)
 @click.argument("head", required=False)
-@click.option("--flags", default="", help='More flags of gpt2-train for both, as "--optimizer muon --steps 20".')
-@click.option("--ranks", default=1, show_default=True, help="Processes, by torchrun.")
+@click.option("--flags", default="", help='More gpt2-train flags for both, such as "--optimizer muon --steps 20".')
+@click.option("--ranks", default=1, show_default=True, help="Number of processes, started by torchrun.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @click.option(
     "--write-golden", is_flag=True, help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead."
@@ -40,7 +41,7 @@ RUN: dict[str, Any] = {
 def main(base: str | None, head: str | None, flags: str, ranks: int, as_json: bool, write_golden: bool) -> None:
     """Train a tiny model with the code of BASE and of HEAD, commits of this repository, on one dataset.
 
-    HEAD is the working tree if it is left out. Compared are each step's loss and gradient norm, and the last
+    HEAD is the working tree if it is left out. It compares each step's loss and gradient norm, and the last
     checkpoint's weights and optimizer state. Exit 0 if all are equal, 1 if not.
     """
     if write_golden == (base is not None) or (write_golden and (flags or ranks != 1)):
@@ -63,29 +64,23 @@ def compare(work: Path, base: str, head: str | None, flags: list[str], ranks: in
     Raises:
         ValueError: no such commit, or one whose code cannot train here: with the end of what it said.
     """
-    names = [_commit(base), "working tree" if head is None else _commit(head)]
+    names = [commit_of(base), "working tree" if head is None else commit_of(head)]
     write_text(work / "text.jsonl")
     runs = [work / "base", work / "head"]
-    with _tree(work, names[0]) as base_tree, _tree(work, names[1]) as head_tree:
+    with checkout(names[0]) as base_tree, nullcontext(ROOT) if head is None else checkout(names[1]) as head_tree:
         _build(base_tree, work / "text.jsonl", work / "data")  # a later version reads an earlier one's datasets
         for tree, out in zip((base_tree, head_tree), runs, strict=True):
             _train(tree, work / "data", out, flags, ranks)
-    result = {
-        "base": names[0],
-        "head": names[1],
-        **_rows_that_differ(*runs),
-        "tensors": _tensors_that_differ(*runs),
-    }
-    equal = not result["steps_that_differ"] and not any(entry["differ"] for entry in result["tensors"].values())
-    return {"equal": equal, **result}
+    rows, tensors = _rows_that_differ(*runs), _tensors_that_differ(*runs)
+    equal = not rows["steps_that_differ"] and not any(entry["differ"] for entry in tensors.values())
+    return {"equal": equal, "base": names[0], "head": names[1], **rows, "tensors": tensors}
 
 
 def write_text(path: Path) -> None:
     """200 documents of 5 to 60 words that follow each other by chance: about 6,000 tokens, always the same."""
     draw = random.Random(1)
-    words = [
-        "the", "a", "of", "and", "in", "is", "it", "cat", "dog", "sun", "sea", "runs", "sleeps", "under", "old",
-    ]  # fmt: skip
+    words = ["the", "a", "of", "and", "in", "is", "it", "cat", "dog", "sun", "sea", "runs", "sleeps"]
+    words += ["under", "old"]
     texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -111,22 +106,17 @@ def _rows_that_differ(base: Path, head: Path) -> dict[str, Any]:
 
 def _tensors_that_differ(base: Path, head: Path) -> dict[str, dict[str, Any]]:
     """For each kind of tensor, how many there are and the names of those that are not the same bytes."""
-    found = {}
+    kinds = {}
     for name in ("model", "optimizer"):
-        a, b = (_tensors(run, name) for run in (base, head))
-        different = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-        found[name] = {"tensors": len(a), "differ": len(different), "names": sorted(different)}
-    return found
-
-
-def _tensors(run: Path, name: str) -> Mapping[str, tuple[str, list[int], bytes]]:
-    last = max((run / "checkpoints").glob("step-*"))
-    data = (last / f"{name}.safetensors").read_bytes()
-    return {key: (t["dtype"], t["shape"], bytes(t["data"])) for key, t in deserialize(data)}  # type: ignore[no-untyped-call]
+        files = [max((run / "checkpoints").glob("step-*")) / f"{name}.safetensors" for run in (base, head)]
+        a, b = (dict(deserialize(file.read_bytes())) for file in files)  # type: ignore[no-untyped-call]
+        different = sorted(key for key in {**a, **b} if a.get(key) != b.get(key))
+        kinds[name] = {"tensors": len(a), "differ": len(different), "names": different}
+    return kinds
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """What a person wants to know first."""
+    """The comparison for a person."""
     lines = [f"base  {result['base']}", f"head  {result['head']}"]
     if first := result["first_difference"]:
         largest = result["largest_relative_difference_of_losses"]
@@ -137,36 +127,9 @@ def as_text(result: Mapping[str, Any]) -> str:
     else:
         lines.append(f"loss and gradient norm of all {result['steps']} steps are equal, bit for bit")
     for name, entry in result["tensors"].items():
-        some = (
-            f": {', '.join(entry['names'][:3])}{' ...' if entry['differ'] > 3 else ''}" if entry["differ"] else ""
-        )
+        some = f": {', '.join(entry['names'][:3])} ..." if entry["differ"] else ""
         lines.append(f"{entry['differ']} of {entry['tensors']} final tensors of the {name} differ{some}")
     return "\n".join(lines)
-
-
-def _commit(name: str) -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if result.returncode:
-        raise ValueError(f"{name!r} is no commit of {ROOT}: give a branch, a tag or a hash")
-    return result.stdout.strip()
-
-
-@contextmanager
-def _tree(work: Path, commit: str) -> Iterator[Path]:
-    """The files of a commit, for as long as the block runs."""
-    if commit == "working tree":
-        yield ROOT
-        return
-    tree = Path(tempfile.mkdtemp(dir=work)) / commit
-    git = ["git", "-C", str(ROOT), "worktree"]
-    try:
-        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
-        yield tree
-    finally:
-        subprocess.run([*git, "remove", "--force", str(tree)], check=False)
 
 
 def _build(tree: Path, text: Path, out: Path) -> None:
@@ -176,28 +139,20 @@ def _build(tree: Path, text: Path, out: Path) -> None:
 
 
 def _train(tree: Path, data: Path, out: Path, flags: list[str], ranks: int) -> None:
-    settings = {"data": data, "out": out, **{name: value for name, value in RUN.items() if name != "model"}}
+    settings = RUN | {"data": data, "out": out}
+    model = settings.pop("model")
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += [word for name, value in RUN["model"].items() for word in ("--model", f"{name}={value}")]
+    words += [word for name, value in model.items() for word in ("--model", f"{name}={value}")]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     _python(tree, [*launcher, "-m", "gpt2_train", *words, *flags])
 
 
 def _python(tree: Path, arguments: list[str]) -> None:
     """Run Python with a tree's packages, on one thread: more would share the sums out by what else is running."""
-    sources = [str(tree / "packages" / name.replace("_", "-") / "src") for name in PACKAGES]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sources), "OMP_NUM_THREADS": "1"}
-    find = f"import importlib.util as u\nfor name in {PACKAGES}: print(u.find_spec(name).origin)"
-    found = subprocess.run(
-        [sys.executable, "-c", find], env=environment, capture_output=True, text=True, check=True
-    )
-    for path in found.stdout.splitlines():
-        if not Path(path).is_relative_to(tree):
-            raise ValueError(
-                f"Python takes {path} instead of the package in {tree}: compare in another environment"
-            )
+    sources = os.pathsep.join(str(path) for path in sorted(tree.glob("packages/*/src")))
+    environment = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"{tree}: {' '.join(arguments[:2])} failed:\n{result.stderr[-2000:]}")
 

@@ -6,6 +6,9 @@ cores, so that a loaded machine does not fail them, and a tenfold regression doe
 
 import pytest
 
+from benchmarks.cases import CASES
+from benchmarks.harness import Bench, rate
+
 # Of what bounds it, in the same process; where nothing does, units a second.
 FLOORS = {
     "train-7M-fp32": 0.1,  # 0.40 to 0.56 measured
@@ -21,21 +24,17 @@ FLOORS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What several cases read: a model, a dataset."""
-    return tmp_path_factory.mktemp("bench")
+def bench(tmp_path_factory):
+    """What several cases read, a model and a dataset, lies in its folder."""
+    return Bench(str(tmp_path_factory.mktemp("bench")), 2, "cpu", 2)
 
 
-@pytest.mark.parametrize("name", FLOORS)
-def test_is_no_slower_than_its_floor(benchmark, folder, name) -> None:
-    from bench_cases import CASES
-    from bench_machine import Machine
-
-    ready = CASES[name].prepare(folder, "cpu")
-    machine = Machine(folder, 2, "cpu")
-    benchmark.pedantic(ready.call, rounds=2, warmup_rounds=1)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in FLOORS], ids=lambda case: case.name)
+def test_is_no_slower_than_its_floor(benchmark, bench, case) -> None:
+    ready = case.prepare(bench, **case.options)
+    benchmark.pedantic(ready.call, rounds=1, warmup_rounds=1)
     speed = (ready.cost or ready.amount) / benchmark.stats.stats.min
     if ready.ceiling:
-        speed /= machine.rate(ready.ceiling)
+        speed /= rate(ready.ceiling, bench.threads, bench.device)
     benchmark.extra_info["measured"] = speed
-    assert speed >= FLOORS[name], f"{name}: {speed:.3g}, at least {FLOORS[name]:g} holds on any machine"
+    assert speed >= FLOORS[case.name], f"{speed:.3g}, at least {FLOORS[case.name]:g} holds on any machine"

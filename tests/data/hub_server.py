@@ -15,7 +15,6 @@ import json
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,7 +63,7 @@ class HubServer:
     """Repositories of datasets, and a log of what was asked for."""
 
     def __init__(self) -> None:
-        self.repos: dict[str, dict[str, dict[str, bytes | Path]]] = {}  # repo -> commit -> path -> content
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repo -> commit -> path -> content
         self.main: dict[str, str] = {}  # repo -> commit
         self.gated: set[str] = set()
         self.private: set[str] = set()  # 401 without the token "secret"
@@ -75,11 +74,8 @@ class HubServer:
         self.bytes_a_second: float | None = None  # of each answer of the store
         self.chunk = 65536
         self.stopping = threading.Event()
-        self._signed: dict[str, float] = {}
-        self._hashes: dict[Path, str] = {}
-        self._lock = threading.Lock()
-        self._servers = [_Server(self, False), _Server(self, True)]
-        self.url, self.store_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+        self._servers = [_Server(self, store) for store in (False, True)]
+        self.url, self.store_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def __enter__(self) -> "HubServer":
@@ -94,8 +90,9 @@ class HubServer:
             server.server_close()
 
     def add(self, repo: str, files: dict[str, bytes | Path], commit: str = FIRST) -> None:
-        """Put files into a repository's commit, which becomes `main`. A Path is read from the disk when served."""
-        self.repos.setdefault(repo, {}).setdefault(commit, {}).update(files)
+        """Put files into a repository's commit, which becomes `main`."""
+        contents = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+        self.repos.setdefault(repo, {}).setdefault(commit, {}).update(contents)
         self.main[repo] = commit
 
     def asked(self, path: str = "", store: bool | None = None) -> list[Request]:
@@ -105,44 +102,6 @@ class HubServer:
     def sent(self, path: str) -> int:
         """Bytes of the file that were sent in all."""
         return sum(request.sent for request in self.asked(path, store=True))
-
-    # What follows is for the handlers.
-
-    def fault(self, request: Request) -> Fault | None:
-        with self._lock:
-            for fault in self.faults:
-                if (
-                    fault.times
-                    and fault.store == request.store
-                    and fault.path in urllib.parse.unquote(request.path)
-                ):
-                    fault.times -= 1
-                    return fault
-        return None
-
-    def sign(self, path: str) -> str:
-        with self._lock:
-            key = f"key{len(self._signed)}"
-            self._signed[key] = time.monotonic() + self.link_seconds
-        return f"{self.store_url}/cdn/{urllib.parse.quote(path)}?Signature={key}"
-
-    def signature_holds(self, query: str) -> bool:
-        return self._signed.get(query.removeprefix("Signature="), 0.0) > time.monotonic()
-
-    def sha256(self, content: bytes | Path) -> str:
-        if isinstance(content, bytes):
-            return hashlib.sha256(content).hexdigest()
-        if content not in self._hashes:
-            self._hashes[content] = hashlib.sha256(content.read_bytes()).hexdigest()
-        return self._hashes[content]
-
-    def entry(self, path: str, content: bytes | Path) -> dict[str, object]:
-        """A file as the API lists it, in a tree or among a dataset's siblings; README is not in LFS."""
-        size, sha256 = _size(content), self.sha256(content)
-        entry = {"type": "file", "path": path, "rfilename": path, "size": size, "oid": "0" * 40}
-        if not path.endswith((".md", ".json")):
-            entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 135}
-        return entry
 
 
 class _Server(ThreadingHTTPServer):
@@ -166,28 +125,31 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        hub = self.server.hub
+        self.hub = hub = self.server.hub
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.asked = Request(self.server.store, self.path, headers.get("range"), headers)
         if self.path != "/api/agent-harnesses":  # huggingface_hub's own, for its User-Agent
             hub.requests.append(self.asked)
-        self.fault = hub.fault(self.asked)
-        if self.fault is not None and self.fault.kind == "refuse":
+        path, _, query = urllib.parse.unquote(self.path).strip("/").partition("?")
+        self.fault = Fault("")
+        for fault in hub.faults:
+            if fault.times and fault.store == self.server.store and fault.path in path:
+                fault.times -= 1
+                self.fault = fault
+                break
+        if self.fault.kind == "refuse":
             self.answer(self.fault.status, **self.fault.headers)
-            return
-        path, _, query = self.path.partition("?")
-        path = urllib.parse.unquote(path).strip("/")
-        if self.server.store:
+        elif self.server.store:
             repo, _, rest = path.removeprefix("cdn/").partition("@")
             commit, _, name = rest.partition("/")
-            if hub.signature_holds(query):
+            if float(query.removeprefix("Signature=")) > time.monotonic():
                 self.send_file(hub.repos[repo][commit][name])
             else:
                 self.answer(403)
         elif path in hub.pages:
             self.send_file(hub.pages[path])
         elif path.startswith("api/datasets/"):
-            self.answer_api(path.removeprefix("api/datasets/"))
+            self.answer_api(path.removeprefix("api/datasets/"), "recursive=True" in query)
         elif path.startswith("datasets/") and "/resolve/" in path:
             self.resolve(path.removeprefix("datasets/"))
         else:
@@ -203,9 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def commit_of(self, repo: str, revision: str) -> str | None:
-        """The commit, or None after the refusal was sent."""
-        hub = self.server.hub
+    def files_of(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """The commit and its files, or None after the refusal was sent."""
+        hub = self.hub
         allowed = self.headers.get("Authorization") == "Bearer secret"
         if repo in hub.gated and not allowed:
             self.answer(401, **{"X-Error-Code": "GatedRepo"})
@@ -214,62 +176,60 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             commit = hub.main[repo] if revision == "main" else revision
             if commit in hub.repos[repo]:
-                return commit
+                return commit, hub.repos[repo][commit]
             self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
         return None
 
-    def answer_api(self, rest: str) -> None:
+    def answer_api(self, rest: str, recursive: bool) -> None:
         """REPO[/revision/REV], and for `datasets` REPO/tree/REV[/FOLDER]."""
-        hub = self.server.hub
         verb = next((v for v in ("revision", "tree") if f"/{v}/" in rest), None)
         repo, _, tail = rest.partition(f"/{verb}/") if verb else (rest, "", "main")
         revision, _, folder = tail.partition("/")
-        commit = self.commit_of(repo, revision)
+        commit, files = self.files_of(repo, revision) or (None, {})
         if commit is None:
             return
-        files = hub.repos[repo][commit]
+        answer: object
         if verb == "tree":
-            answer = list(self.tree(files, folder.rstrip("/"), "recursive=True" in self.path))
+            base = f"{folder}/" if folder else ""
+            names = [name for name in sorted(files) if name.startswith(base)]
+            folders = {
+                name[: i + len(base)] for name in names for i, c in enumerate(name[len(base) :]) if c == "/"
+            }
+            answer = [_entry(name, files[name]) for name in names if recursive or "/" not in name[len(base) :]]
+            answer += [
+                {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+                for path in sorted(folders)
+                if recursive or "/" not in path[len(base) :]
+            ]
         else:
-            card = bytes(files.get("README.md", b"")).decode().split("---\n")
+            card = files.get("README.md", b"").decode().split("---\n")
             answer = {"_id": "0", "id": repo, "sha": commit, "private": False, "tags": []}
-            answer["siblings"] = [hub.entry(path, files[path]) for path in sorted(files)]
+            answer["siblings"] = [_entry(name, files[name]) for name in sorted(files)]
             answer["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
         self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
-    def tree(self, files: dict[str, bytes | Path], folder: str, recursive: bool) -> Iterator[dict[str, object]]:
-        base = f"{folder}/" if folder else ""
-        folders = set()
-        for path in sorted(path for path in files if path.startswith(base)):
-            parts = path.removeprefix(base).split("/")
-            folders |= {base + "/".join(parts[:i]) for i in range(1, len(parts)) if recursive or i == 1}
-            if recursive or len(parts) == 1:
-                yield self.server.hub.entry(path, files[path])
-        yield from map(_folder, sorted(folders))
-
     def resolve(self, rest: str) -> None:
         """REPO/resolve/REV/PATH: large files by a signed link to the store, small ones from here."""
-        hub = self.server.hub
         repo, _, tail = rest.partition("/resolve/")
         revision, _, name = tail.partition("/")
-        commit = self.commit_of(repo, revision)
+        commit, files = self.files_of(repo, revision) or (None, {})
         if commit is None:
             return
-        content = hub.repos[repo][commit].get(name)
-        if content is None:
+        if name not in files:
             self.answer(404, **{"X-Error-Code": "EntryNotFound"})
-        elif "lfs" not in hub.entry(name, content):
-            self.send_file(content, **{"X-Repo-Commit": commit})
+        elif "lfs" not in _entry(name, files[name]):
+            self.send_file(files[name], **{"X-Repo-Commit": commit})
         else:
-            etag = f'"{hub.sha256(content)}"'
-            headers = {"Location": hub.sign(f"{repo}@{commit}/{name}"), "X-Repo-Commit": commit, "ETag": etag}
-            self.answer(302, **headers, **{"X-Linked-Size": str(_size(content)), "X-Linked-ETag": etag})
+            etag = f'"{_sha256(files[name])}"'
+            link = f"{self.hub.store_url}/cdn/{urllib.parse.quote(f'{repo}@{commit}/{name}')}"
+            headers = {"Location": f"{link}?Signature={time.monotonic() + self.hub.link_seconds}", "ETag": etag}
+            headers |= {"X-Repo-Commit": commit, "X-Linked-Size": str(len(files[name])), "X-Linked-ETag": etag}
+            self.answer(302, **headers)
 
-    def send_file(self, content: bytes | Path, **headers: str) -> None:
+    def send_file(self, content: bytes, **headers: str) -> None:
         """The file or a range of it, with the fault that was ordered."""
-        size, etag = _size(content), f'"{self.server.hub.sha256(content)}"'
+        size, etag, kind = len(content), f'"{_sha256(content)}"', self.fault.kind
         first, last, status = 0, size - 1, 200
-        kind = self.fault.kind if self.fault is not None else ""
         if self.asked.range and kind != "no ranges" and self.headers.get("If-Range", etag) == etag:
             start, _, stop = self.asked.range.removeprefix("bytes=").partition("-")
             first, last, status = int(start), min(int(stop or last), last), 206
@@ -277,37 +237,35 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(416, **{"Content-Range": f"bytes */{size}"})
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        length = last + 1 - first - (self.fault.missing if self.fault is not None and kind == "short" else 0)
-        headers |= {"Accept-Ranges": "bytes", "ETag": etag, "Content-Length": str(length)}
-        self.answer(status, **headers)
-        if self.command != "HEAD":
-            self.send_body(content, first, length)
-
-    def send_body(self, content: bytes | Path, first: int, length: int) -> None:
-        hub, fault = self.server.hub, self.fault
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        while self.asked.sent < length:
-            count = min(hub.chunk, length - self.asked.sent)
-            if fault is not None and fault.kind in ("drop", "stall"):
-                count = min(count, fault.at - self.asked.sent)
-                if count <= 0:
-                    hub.stopping.wait(fault.seconds if fault.kind == "stall" else 0)
-                    self.close_connection = True
-                    return
-            start = first + self.asked.sent
-            spoiled = fault is not None and fault.kind == "spoil"
-            self.wfile.write(bytes(count) if spoiled else data[start : start + count])
-            self.asked.sent += count
-            if hub.bytes_a_second is not None:
-                time.sleep(count / hub.bytes_a_second)
+        body = content[first : last + 1 - (self.fault.missing if kind == "short" else 0)]
+        if kind == "spoil":
+            body = bytes(len(body))
+        self.answer(status, **headers | {"Accept-Ranges": "bytes", "ETag": etag, "Content-Length": str(len(body))})
+        if self.command == "HEAD":
+            return
+        until = min(self.fault.at, len(body)) if kind in ("drop", "stall") else len(body)
+        while self.asked.sent < until:
+            chunk = body[self.asked.sent : min(self.asked.sent + self.hub.chunk, until)]
+            self.wfile.write(chunk)
+            self.asked.sent += len(chunk)
+            if self.hub.bytes_a_second is not None:
+                time.sleep(len(chunk) / self.hub.bytes_a_second)
+        if until < len(body):
+            self.hub.stopping.wait(self.fault.seconds if kind == "stall" else 0)
+            self.close_connection = True
 
 
-def _size(content: bytes | Path) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _folder(path: str) -> dict[str, object]:
-    return {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
+def _entry(path: str, content: bytes) -> dict[str, object]:
+    """A file as the API lists it, in a tree or among a dataset's siblings; README is not in LFS."""
+    entry = {"type": "file", "path": path, "rfilename": path, "size": len(content), "oid": "0" * 40}
+    if not path.endswith((".md", ".json")):
+        sha256 = _sha256(content)
+        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(content), "pointerSize": 135}
+    return entry
 
 
 def use(hub: HubServer, monkeypatch) -> None:

@@ -83,7 +83,7 @@ def test_the_tokens_lie_in_the_file_in_one_piece(pair):
         batch = pa.ipc.open_stream(file).read_next_batch()
         values = batch.column("tokens").values.buffers()[1]
         opened = manifest.open_shard(pair[1], shard)
-        assert values.address - base == opened.file.start
+        assert values.address - base == opened.start
         assert values.address % 64 == 0
         assert hashlib.sha256(memoryview(values)[: 2 * shard.tokens]).hexdigest() == shard.tokens_sha256
 
@@ -164,7 +164,7 @@ def test_verify_finds_what_is_wrong(pair):
     shard = next(shard for shard in manifest.load(folder).shards if shard.file == path.name)
     whole, opened = path.read_bytes(), manifest.open_shard(folder, shard)
     assert verify(folder, "full").ok
-    start, offsets = opened.file.start, opened.file.start - 64
+    start, offsets = opened.start, opened.start - 64
 
     damage(path, start + 2 * 9, struct.pack("<H", 60000))
     problems = verify(folder, "full").problems
@@ -186,7 +186,7 @@ def test_verify_finds_what_is_wrong(pair):
     path.write_bytes(whole)
 
     damage(path, offsets, struct.pack("<i", 1))
-    assert f"{path.name}: row starts or ids that cannot be: damaged" in verify(folder, "full").problems
+    assert f"{path.name}: impossible row starts or ids: damaged" in verify(folder, "full").problems
     path.write_bytes(whole)
 
     os.truncate(path, len(whole) - 1)

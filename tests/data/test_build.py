@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import os
-import random
+import re
 import shutil
 import struct
 from types import SimpleNamespace
@@ -140,7 +140,7 @@ def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
     result = build(BuildConfig([source], folder, **config))
     assert result.already_built
     assert result.tokens == len(stored(folder, "train")[0])
-    with pytest.raises(ValueError, match="its shard_size is 1000, 900 is wanted"):
+    with pytest.raises(ValueError, match="its shard_size is 1000, not 900"):
         build(BuildConfig([source], folder, **(config | {"shard_size": 900})))
     with pytest.raises(ValueError, match="its source differs"):
         build(BuildConfig([tmp_path / "other.jsonl"], folder, **config))
@@ -158,19 +158,19 @@ def test_nothing_left_for_training(write_jsonl, tmp_path, texts):
     ) as error:
         build(BuildConfig([source / "*.jsonl"], out, val_tokens=10**8, workers=1))
     assert not (out / "dataset.json").exists()
-    proposal = int(str(error.value).split()[-1])
+    proposal = int(re.search(r"try --val-tokens (\d+)", str(error.value))[1])
     result = build(BuildConfig([source / "*.jsonl"], out, val_tokens=proposal, workers=1))
     assert 0 < result.val_tokens < result.tokens
     assert result.text_mb_per_second == 0  # what was tokenized before was used
     one = write_jsonl(["only one"], folder="one")
-    with pytest.raises(ValueError, match="several documents .*, or cut it .* or do without: --val-tokens 0"):
+    with pytest.raises(ValueError, match="try --val-tokens 0 or more documents"):
         build(BuildConfig([one / "*.jsonl"], tmp_path / "two", val_tokens=1, workers=1))
     text = "a document of more than ten tokens, alone in its source: none is left for validation"
     alone = write_jsonl([text], folder="alone")
     result = build(BuildConfig([alone / "*.jsonl"], tmp_path / "four", workers=1))
     assert (result.val_tokens, result.documents) == (0, 1)
     none = write_jsonl(["", ""], folder="none")
-    with pytest.raises(ValueError, match="there is no text in the source"):
+    with pytest.raises(ValueError, match="the source contains no text"):
         build(BuildConfig([none / "*.jsonl"], tmp_path / "three", workers=1))
 
 
@@ -202,7 +202,7 @@ def test_one_build_at_a_time(write_jsonl, tmp_path):
     config = BuildConfig([source / "*.jsonl"], tmp_path / "out", val_tokens=0, workers=1)
 
     def second(status):
-        who = f"another build is at work in {tmp_path}/out .process {os.getpid()} on "
+        who = f"another build is running in {tmp_path}/out .process {os.getpid()} on "
         with pytest.raises(ValueError, match=who):
             build(config)
 
@@ -248,7 +248,7 @@ def test_the_order_is_shuffled_unless_it_is_given(write_jsonl, texts, tmp_path, 
     options = {"sources": [source / "*.jsonl"], "out": tmp_path / "out", "val_tokens": 0, "workers": 1}
     build(BuildConfig(**options, order="source"))
     before = files_of(tmp_path / "out")
-    message = "in the source's order, and shuffled is the default now: add --order source to keep it"
+    message = "its order is source, shuffled is wanted.: add --order source to keep it"
     with pytest.raises(ValueError, match=message):  # as a command of version 0.1, repeated
         build(BuildConfig(**options))
     assert files_of(tmp_path / "out") == before
@@ -265,7 +265,7 @@ def test_what_fails_at_once_leaves_no_folder(write_jsonl, tmp_path, monkeypatch)
         ("notes.docx", "unknown source"),
         ("damaged.parquet", "damaged.parquet"),
         ("damaged.jsonl", "not JSON"),
-        ("empty.txt", "there is no text in the source"),
+        ("empty.txt", "the source contains no text"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             build(BuildConfig([tmp_path / source], tmp_path / "data" / "x", workers=1))
@@ -273,7 +273,9 @@ def test_what_fails_at_once_leaves_no_folder(write_jsonl, tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     for out in tmp_path / "full", tmp_path / "mine":
-        with pytest.raises(OSError, match="are needed while building"):  # noticed before the work starts
+        with pytest.raises(
+            OSError, match="about .* GB are needed, 0.0 GB are free"
+        ):  # noticed before the work starts
             build(BuildConfig([good], out, val_tokens=0, workers=1))
     assert not (tmp_path / "full").exists()
     assert list((tmp_path / "mine").iterdir()) == []
@@ -310,7 +312,7 @@ def test_options_that_cannot_work(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             BuildConfig(["pydocs"], tmp_path, **options)
-    with pytest.raises(ValueError, match="no source given: known are fineweb-edu"):
+    with pytest.raises(ValueError, match="no source given: choose from fineweb-edu"):
         BuildConfig([], tmp_path)
 
 
@@ -320,18 +322,6 @@ def test_pydocs_estimates_and_units(tmp_path):
     assert len(layout.units) > 2
     guess = estimate.estimate(layout, config)
     assert 3_000_000 < guess.tokens < 12_000_000
-    assert not guess.counted
-
-
-def test_many_random_layouts(make, tmp_path):
-    rng = random.Random(3)
-    for _ in range(8):
-        documents = ["word " * rng.choice([0, 1, 2, 5, 30]) for _ in range(rng.randrange(2, 30))] + ["end", "end"]
-        val, size = rng.choice([0, 1, 10]), rng.choice([3, 7, 31, 1000])
-        order = rng.choice(["source", "shuffled"])
-        folder = make(documents, val_tokens=val, shard_size=size, order=order)
-        for split, tokens in expected_splits(documents, val, 0 if order == "shuffled" else None).items():
-            assert stored(folder, split)[0] == tokens
 
 
 def build_nanogpt_shards(documents, shard_size):

@@ -221,9 +221,9 @@ def test_where_it_cannot_be_written(built, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for name in "file", "full":
-        with pytest.raises(ValueError, match=f"{name} is there and not empty: choose another"):
+        with pytest.raises(ValueError, match=f"{name} exists and is not empty: choose another"):
             convert(built / "uint16", tmp_path / name, "npy")
-    with pytest.raises(ValueError, match="cannot convert to 'csv': known are npy, llmc"):
+    with pytest.raises(ValueError, match="cannot convert to 'csv': choose one of npy, llmc"):
         convert(built / "uint16", tmp_path / "out", "csv")
     (tmp_path / "out.converting").mkdir()
     (tmp_path / "out.converting" / "mine.txt").touch()
@@ -287,13 +287,9 @@ def test_the_command(built, tmp_path):
     assert "nothing wrong" in done.output
     done = CliRunner().invoke(main, ["convert", str(out), str(tmp_path / "b"), "--to", "npy", "--json"])
     facts = json.loads(done.stdout)
-    assert facts == {
-        "out": str(tmp_path / "b"),
-        "format": "npy",
-        "tokens": tokens,
-        "files": 2,
-        "bytes": facts["bytes"],
-    }
+    assert facts | {"bytes": 0} == {
+        "out": str(tmp_path / "b"), "format": "npy", "tokens": tokens, "files": 2, "bytes": 0
+    }  # fmt: skip
     for arguments, code, message in [
         (["convert", str(tmp_path), str(tmp_path / "c"), "--to", "npy"], 1, "is not a dataset"),
         (["convert", str(out), str(tmp_path / "c"), "--to", "mds"], 2, "--to"),

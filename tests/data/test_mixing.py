@@ -147,11 +147,11 @@ def test_mixes_that_cannot_be(folders, tmp_path):
     (tmp_path / "again").symlink_to(folders[0])
     with pytest.raises(ValueError, match="are the same dataset: name it once"):
         TokenLoader({folders[0]: 1, tmp_path / "again": 1}, seq_len=60)
-    with pytest.raises(ValueError, match="a mix of no datasets"):
+    with pytest.raises(ValueError, match="the mix contains no dataset"):
         TokenLoader({}, seq_len=60)
     with pytest.raises(ValueError, match="weight 0 is not a positive number"):
         TokenLoader({folders[0]: 1, folders[1]: 0}, seq_len=60)
-    with pytest.raises(ValueError, match="the order build-nanogpt knows one dataset"):
+    with pytest.raises(ValueError, match="the order build-nanogpt reads one dataset"):
         TokenLoader({folders[0]: 1, folders[1]: 1}, seq_len=6, batch_size=2, order="build-nanogpt")
     with pytest.raises(ValueError, match="nowhere is not a dataset"):
         TokenLoader({folders[0]: 1, tmp_path / "nowhere": 1})

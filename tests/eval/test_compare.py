@@ -26,9 +26,9 @@ def task_records(right):
 def test_accuracy(tmp_path):
     a = write(tmp_path / "a.jsonl", task_records(range(40)))
     b = write(tmp_path / "b.jsonl", task_records(range(10, 65)))
-    items, found = compare(a, b)
+    items, metrics = compare(a, b)
     assert items == 100
-    acc = found["acc"]
+    acc = metrics["acc"]
     assert (acc.a, acc.b, acc.changed, acc.only_a, acc.only_b) == (0.40, 0.55, 35, 10, 25)
     assert acc.difference == pytest.approx(0.15)
     differences = np.array([-1] * 10 + [0] * 30 + [1] * 25 + [0] * 35)
@@ -40,11 +40,12 @@ def test_accuracy(tmp_path):
 def test_changed_answers_need_not_be_right(tmp_path):
     """What bf16 does to a model is not seen where one wrong answer replaces another."""
     sums = [[0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
-    a = write(tmp_path / "a.jsonl", [{"item": i, "label": 0, "sum": one} for i, one in enumerate(sums)])
-    b = write(tmp_path / "b.jsonl", [{"item": i, "label": 0, "sum": one[::-1]} for i, one in enumerate(sums)])
-    _, found = compare(a, b)
-    # 1 -> 1, 2 -> 0 and 0 -> 2
-    assert (found["acc"].changed, found["acc"].only_a, found["acc"].only_b) == (2, 1, 1)
+    a, b = (
+        write(tmp_path / name, [{"item": i, "label": 0, "sum": one[::step]} for i, one in enumerate(sums)])
+        for name, step in (("a", 1), ("b", -1))
+    )
+    acc = compare(a, b)[1]["acc"]
+    assert (acc.changed, acc.only_a, acc.only_b) == (2, 1, 1)  # 1 -> 1, 2 -> 0 and 0 -> 2
 
 
 def test_verdict(tmp_path):
@@ -55,9 +56,9 @@ def test_verdict(tmp_path):
     }
     better, same = metrics[65], metrics[60]
     assert verdict({"acc": better}) == "B is better than A by acc (at a level of 5 %)."
-    assert verdict({"acc": same}).startswith("No difference is shown at this size")
+    assert verdict({"acc": same}).startswith("No significant difference")
     assert verdict({"acc": better, "acc_norm": same}).startswith(
-        "B is better than A by acc; by the others no difference is shown"
+        "B is better than A by acc; the others show no significant difference"
     )
     worse, close = (Comparison(2.0, 2.1, 0.1, stderr) for stderr in (0.05, 0.06))
     assert verdict({"loss": worse}).startswith("A is better than B by loss")
@@ -80,11 +81,11 @@ def test_hellaswag_and_loss(model, items_file, dataset, tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
     for path, result in zip(paths, results, strict=True):
         write_records(path, result.records)
-    _, found = compare(*paths)
-    assert list(found) == [
+    _, metrics = compare(*paths)
+    assert list(metrics) == [
         "karpathy acc", "karpathy acc_norm", "lm-eval acc", "lm-eval acc_norm", "lm-eval acc_bytes",
     ]  # fmt: skip
-    for name, one in found.items():
+    for name, one in metrics.items():
         protocol, metric = name.split()
         assert one.a == pytest.approx(results[0].metrics[protocol][metric].value)
         assert one.b == pytest.approx(results[1].metrics[protocol][metric].value)
@@ -92,16 +93,16 @@ def test_hellaswag_and_loss(model, items_file, dataset, tmp_path):
     losses = [evaluate_loss(one, dataset, tokens=500, seq_len=64) for one in (model, other)]
     for path, result in zip(paths, losses, strict=True):
         write_records(path, result.records)
-    items, found = compare(*paths)
+    items, metrics = compare(*paths)
     assert items == 8
-    assert found["loss"].difference == pytest.approx(losses[1].loss - losses[0].loss)
-    assert found["loss"].p is None
+    assert metrics["loss"].difference == pytest.approx(losses[1].loss - losses[0].loss)
+    assert metrics["loss"].p is None
     done = CliRunner().invoke(main, ["compare", *map(str, paths)])
     assert done.exit_code == 0, done.output
     assert f"{losses[0].loss:.4f}" in done.stdout
     document = json.loads(CliRunner().invoke(main, ["compare", *map(str, paths), "--json"]).stdout)
     assert document["verdict"] in done.stdout
-    assert document["loss"]["difference"] == pytest.approx(found["loss"].difference)
+    assert document["loss"]["difference"] == pytest.approx(metrics["loss"].difference)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpt2_eval import Interrupted, Row, RowScore, score_items
+from gpt2_eval import Interrupted, Row, RowScore, evaluate_hellaswag, evaluate_loss, score_items
 from gpt2_eval.packing import fill_lines, lay_out, pack
 from gpt2_eval.ranks import gather_records
 from gpt2_eval.resume import remove_scores
@@ -24,10 +24,8 @@ def score_rows(model, rows, **options):
 def rows():
     generator = np.random.default_rng(0)
     return [
-        Row(
-            generator.integers(50257, size=context).tolist(), generator.integers(50257, size=continuation).tolist()
-        )
-        for context, continuation in generator.integers((0, 1), (60, 40), size=(30, 2))
+        Row(*(generator.integers(50257, size=size).tolist() for size in sizes))
+        for sizes in generator.integers((0, 1), (60, 40), size=(30, 2))
     ]
 
 
@@ -44,12 +42,14 @@ def scores(reference, rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 17, 64, None])
-def test_equals_transformers_row_by_row(model, rows, scores, batch_size):
-    np.testing.assert_allclose(score_rows(model, rows, batch_size=batch_size), scores, rtol=0, atol=1e-4)
+def test_equals_transformers_row_by_row_in_any_order(model, rows, scores, batch_size):
+    order = np.random.default_rng(1).permutation(len(rows)) if batch_size != 8 else np.arange(len(rows))
+    shuffled = score_rows(model, [rows[i] for i in order], batch_size=batch_size)
+    np.testing.assert_allclose(shuffled, scores[order], rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def items():
+def cases():
     """Rows that begin alike by their contexts, further, or not at all; one ends where another goes on."""
     draw = np.random.default_rng(3)
 
@@ -57,33 +57,31 @@ def items():
         return draw.integers(50257, size=size).tolist()
 
     shared = [ids(size) for size in (50, 7, 1, 0, 120)]
-    items = [[Row(context, ids(size)) for size in (3, 9, 1, 12)] for context in shared]
-    items.append(
-        [Row([*shared[0], *ids(4)], [9, 8, 7]), Row([*shared[0], *ids(2)], [9, 8, 7])]
-    )  # as WinoGrande has it
-    items.append([Row(shared[0], [5, 6, *ids(3)]), Row(shared[0], [5, 6, *ids(7)])])
-    items.append([Row(shared[1], [1, 2, 3]), Row(shared[1], [1, 2]), Row(shared[1], [1, 2, 3])])
-    items.append([Row(ids(5), ids(3)), Row(ids(8), ids(2))])
-    items.append([Row(ids(9), ids(4))])
-    items.append([Row(ids(130), ids(3)), Row(ids(3), ids(100))])  # the first is cut
-    return items
+    cases = [[Row(context, ids(size)) for size in (3, 9, 1, 12)] for context in shared]
+    cases.append([Row([*shared[0], *ids(size)], [9, 8, 7]) for size in (4, 2)])  # as WinoGrande has it
+    cases.append([Row(shared[0], [5, 6, *ids(3)]), Row(shared[0], [5, 6, *ids(7)])])
+    cases.append([Row(shared[1], [1, 2, 3]), Row(shared[1], [1, 2]), Row(shared[1], [1, 2, 3])])
+    cases.append([Row(ids(5), ids(3)), Row(ids(8), ids(2))])
+    cases.append([Row(ids(9), ids(4))])
+    cases.append([Row(ids(130), ids(3)), Row(ids(3), ids(100))])  # the first is cut
+    return cases
 
 
 def logprobs(scored):
     return np.array([row.logprob for item in scored for row in item])
 
 
-def test_shared_prefixes_equal_rows_one_by_one(model, reference, items):
-    expected = scored_one_by_one(reference, [row for item in items for row in item])
+def test_shared_prefixes_equal_rows_one_by_one(model, reference, cases):
+    expected = scored_one_by_one(reference, [row for item in cases for row in item])
     alone = {"share_prefixes": False}
     for options in ({}, {"batch_size": 1}, {"batch_size": 3}, alone, alone | {"batch_size": 5}):
-        scored = score_items(model, items, **options)
-        assert [len(item) for item in scored] == [len(item) for item in items]
+        scored = score_items(model, cases, **options)
+        assert [len(item) for item in scored] == [len(item) for item in cases]
         np.testing.assert_allclose(logprobs(scored), expected, rtol=0, atol=2e-4)
 
 
-def test_a_shared_prefix_stands_once(items):
-    rows = items[0]
+def test_a_shared_prefix_stands_once(cases):
+    rows = cases[0]
     [packed] = pack(rows, 10, 128, share=True)
     assert len(packed.tokens) == 50 + (3 + 9 + 1 + 12 - 4)
     assert packed.rows == [10, 11, 12, 13]
@@ -94,12 +92,12 @@ def test_a_shared_prefix_stands_once(items):
         assert [packed.tokens[place] for place in scored[1:]] == row.continuation[:-1]
         assert [packed.positions[place] for place in scored] == list(range(49, 49 + len(row.continuation)))
     assert len(pack(rows, 0, 128, share=False)) == 4
-    further = items[6]
+    further = cases[6]
     assert len(pack(further, 0, 128, share=True)[0].tokens) == 50 + 2 + (3 - 1) + (7 - 1)
 
 
-def test_lines_hold_every_pack_once_and_are_full(items):
-    packs = sorted((pack(item, 0, 128, share=True)[0] for item in items * 20), key=lambda p: -len(p.tokens))
+def test_lines_hold_every_pack_once_and_are_full(cases):
+    packs = sorted((pack(item, 0, 128, share=True)[0] for item in cases * 20), key=lambda p: -len(p.tokens))
     lines = fill_lines(packs, 256)
     assert sum(map(len, lines)) == len(packs)
     assert all(sum(len(part.tokens) for part in line) <= 256 for line in lines)
@@ -114,20 +112,17 @@ def test_lines_hold_every_pack_once_and_are_full(items):
 
 def test_half_of_the_positions_of_hellaswag_s_shape(model):
     """Context 50 and endings of 29 ids, four of them: 167 inputs for 4 x 78."""
-    items = [[Row(list(range(50)), [i, j] * 14 + [7]) for j in range(4)] for i in range(100)]
-    shared, alone = (
-        sum(batch.tokens.size for batch in plan_batches(model, items, share_prefixes=share))
-        for share in (True, False)
-    )
-    assert shared < 0.54 * alone
+    cases = [[Row(list(range(50)), [i, j] * 14 + [7]) for j in range(4)] for i in range(100)]
+    shared, alone = (plan_batches(model, cases, share_prefixes=share) for share in (True, False))
+    assert sum(batch.tokens.size for batch in shared) < 0.54 * sum(batch.tokens.size for batch in alone)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
-def test_compiled_equals_plain_and_compiles_once(model, items, monkeypatch):
+def test_compiled_equals_plain_and_compiles_once(model, cases, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr("gpt2_eval.scoring.CPU_BATCH_TOKENS", 1024)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for chosen in (items, items[3:], items * 2):
+        for chosen in (cases, cases[3:], cases * 2):
             plain = score_items(model, chosen)
             compiled = score_items(model, chosen, compile=True)
             np.testing.assert_allclose(logprobs(compiled), logprobs(plain), rtol=0, atol=2e-4)
@@ -140,9 +135,8 @@ def test_greedy(model, model_folder):
     wrong = (ids[-1] + 1) % 50257
     continuations = [ids, [*ids[:-1], wrong], [wrong, ids[1]], ids[:1]]
     [scored] = score_items(model, [[Row([10, 20, 30], ids) for ids in continuations]])
-    assert [(score.greedy, score.last_greedy) for score in scored][:2] == [(True, True), (False, False)]
-    assert scored[2].greedy is False
-    assert (scored[3].greedy, scored[3].last_greedy) == (True, True)
+    assert [score.greedy for score in scored] == [True, False, False, True]
+    assert [scored[i].last_greedy for i in (0, 1, 3)] == [True, False, True]
 
 
 class Counted:
@@ -161,35 +155,35 @@ class Counted:
         return self.model.hidden(*arguments)
 
 
-def test_scores_of_a_killed_call_are_not_computed_again(model, items, tmp_path):
+def test_scores_of_a_killed_call_are_not_computed_again(model, cases, tmp_path):
     out = tmp_path / "items.jsonl"
     options = {"batch_size": 2, "share_prefixes": True, "resume": out}
-    expected = score_items(model, items, batch_size=2)
+    expected = score_items(model, cases, batch_size=2)
     whole = Counted(model)
-    assert score_items(whole, items, **options) == expected
+    assert score_items(whole, cases, **options) == expected
     remove_scores(out)
     with pytest.raises(KeyboardInterrupt):
-        score_items(Counted(model, fail_at=4), items, **options)
+        score_items(Counted(model, fail_at=4), cases, **options)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes() + b'{"3": [-1.0, fal')  # a line that the kill cut
     second = Counted(model)
-    assert score_items(second, items, **options) == expected  # to the bit
+    assert score_items(second, cases, **options) == expected  # to the bit
     assert second.calls == whole.calls - 3
     stopped = Counted(model)
     with pytest.raises(Interrupted):
-        score_items(stopped, items, **options, stop=lambda: True)
+        score_items(stopped, cases, **options, stop=lambda: True)
     third = Counted(model)
-    assert score_items(third, items, **options) == expected
+    assert score_items(third, cases, **options) == expected
     assert third.calls == 0
     remove_scores(out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_of_something_else_are_not_used(model, items, tmp_path):
+def test_scores_of_something_else_are_not_used(model, cases, tmp_path):
     out = tmp_path / "items.jsonl"
-    score_items(model, items, resume=out)
+    score_items(model, cases, resume=out)
     for changed, chosen, dtype in (
-        (model, items[1:], None), (model, items, torch.bfloat16), (other_weights(model), items, None),
+        (model, cases[1:], None), (model, cases, torch.bfloat16), (other_weights(model), cases, None),
     ):  # fmt: skip
         counted = Counted(changed)
         score_items(counted, chosen, resume=out, autocast_dtype=dtype, share_prefixes=True)
@@ -207,35 +201,27 @@ def other_weights(model):
 def test_left_truncation_equals_transformers(model, reference):
     rows = [Row(list(range(1000, 1400)), [5, 6, 7]), Row([1, 2], list(range(128))), Row(list(range(127)), [3, 4])]
     np.testing.assert_allclose(score_rows(model, rows), scored_one_by_one(reference, rows), rtol=0, atol=2e-4)
-    assert count_truncated(rows, 128) == 2  # the last needs 128 inputs: its final token is none
-    assert count_truncated([Row([], [1] * 128)], 128) == 0
+    assert count_truncated([rows], 128) == 2  # the last needs 128 inputs: its final token is none
+    assert count_truncated([[Row([], [1] * 128)]], 128) == 0
 
 
-def test_order_of_rows_changes_nothing(model, rows, scores):
-    order = np.random.default_rng(1).permutation(len(rows))
-    shuffled = score_rows(model, [rows[i] for i in order])
-    np.testing.assert_allclose(shuffled, scores[order], rtol=0, atol=1e-4)
-
-
-def test_empty_context_is_eot(model):
-    empty, eot = score_rows(model, [Row([], [40, 41]), Row([EOT], [40, 41])])
-    assert empty == pytest.approx(eot, abs=1e-5)
-
-
-def test_progress_in_a_log(model, items, capsys, monkeypatch, tmp_path):
+def test_progress_in_a_log(model, cases, capsys, monkeypatch, tmp_path):
     """Where there is no terminal: lines with the time left, and how many rows were scored before."""
     monkeypatch.setattr("gpt2_eval.scoring.LOG_SECONDS", 0)
     options = {"batch_size": 3, "progress": True, "resume": tmp_path / "out"}
-    score_items(model, items, **options)
+    score_items(model, cases, **options)
     assert re.search(r"scoring rows: 1 of \d batches, \d\d:\d\d left\n", capsys.readouterr().err)
-    score_items(model, items, **options)
+    score_items(model, cases, **options)
     assert re.match(r"(\d+) of \1 rows were scored before\n", capsys.readouterr().err)
 
 
-def test_no_rows(model):
+def test_no_rows_and_no_context(model):
     assert score_items(model, []) == []
-    assert score_items(model, [[], [Row([1], [2])]])[0] == []
-    assert isinstance(score_items(model, [[Row([1], [2])]])[0][0], RowScore)
+    empty, [one] = score_items(model, [[], [Row([1], [2])]])
+    assert empty == []
+    assert isinstance(one, RowScore)
+    no_context, eot = score_rows(model, [Row([], [40, 41]), Row([EOT], [40, 41])])
+    assert no_context == pytest.approx(eot, abs=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -245,14 +231,18 @@ def test_mode_comes_back(model, rows, training):
         with torch.autocast("cpu", dtype=torch.bfloat16):  # an autocast around the call does not reach in
             inside = score_rows(model, rows[:4])
         assert model.training is training
+        with pytest.raises(Interrupted):
+            score_rows(model, rows, stop=lambda: True)
+        assert model.training is training
     finally:
         model.eval()
     np.testing.assert_array_equal(inside, score_rows(model, rows[:4]))
 
 
-def test_training_goes_on_after_scoring_under_the_same_autocast(model, rows):
+def test_training_continues_after_scoring_under_the_same_autocast(model, rows, dataset):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         score_rows(model, rows[:4], autocast_dtype=torch.bfloat16)
+        evaluate_loss(model, dataset, tokens=64, autocast_dtype=torch.bfloat16)
         _, loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
         loss.backward()
     model.zero_grad()
@@ -292,13 +282,46 @@ def test_rows_that_cannot_be_scored(model, row, message):
         score_rows(model, [row])
 
 
-def test_nan_is_an_error(uniform):
+def test_nan_is_an_error(uniform, dataset):
     uniform.head_weight = torch.full((50257, 1), float("nan"))
     with pytest.raises(ValueError, match="2 of 2 rows have a log-likelihood of NaN"):
         score_rows(uniform, [Row([1], [2]), Row([1], [3])])
+    with pytest.raises(ValueError, match="3 of 3 windows have a log-likelihood of NaN"):
+        evaluate_loss(uniform, dataset, tokens=300)
 
 
 @pytest.mark.parametrize("mine", [{0: 1.0}, {0: 1.0, 1: 2.0, 3: 4.0}])
 def test_gathering_notices_gaps(mine):
     with pytest.raises(RuntimeError, match="each once"):
         gather_records(mine, 3)
+
+
+@pytest.fixture(params=["rows", "hellaswag", "loss"])
+def evaluate(request, model, cases, items_file, dataset):
+    """Each of the three, in more than three batches."""
+    if request.param == "rows":
+        return lambda **options: score_items(model, cases[:5] * 2, batch_size=2, **options)
+    if request.param == "hellaswag":
+        return lambda **options: evaluate_hellaswag(model, items_file, batch_size=8, **options).records
+    return lambda **options: evaluate_loss(model, dataset, seq_len=64, batch_size=2, **options).loss
+
+
+def test_stops_before_the_batch_that_it_was_asked_at_and_resumes(evaluate, model, monkeypatch, tmp_path):
+    batches, hidden = [], type(model).hidden
+    monkeypatch.setattr(type(model), "hidden", lambda *args: batches.append(1) or hidden(*args))
+    whole = evaluate()
+    total = len(batches)
+    assert total > 3
+    asked = []
+    for wanted in (0, 2, total - 1):
+        out = tmp_path / str(wanted)
+        batches.clear()
+        asked.clear()
+        with pytest.raises(Interrupted, match="told to stop"):
+            evaluate(stop=lambda wanted=wanted: asked.append(1) or len(asked) > wanted, resume=out)
+        assert (len(batches), len(asked)) == (wanted, wanted + 1)
+        assert evaluate(resume=out) == whole  # to the bit
+        assert len(batches) == total
+    asked.clear()
+    assert evaluate(stop=lambda: bool(asked.append(1))) == whole
+    assert len(asked) == total

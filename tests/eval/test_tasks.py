@@ -27,10 +27,6 @@ def write(path, records):
     return path
 
 
-def test_names_of_the_command_are_those_of_the_tables():
-    assert (*TASKS, *CORPORA) == cli.TASK_NAMES
-
-
 def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     """Greedy by transformers' definition: argmax at each place, given the right tokens before it."""
     file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
@@ -45,9 +41,9 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
         hits = (logits.argmax(-1) == targets).tolist()
         words.append(all(hits))
         tokens.append(hits[-1])
-    assert result.metrics["acc"].value == sum(words) / 3
-    assert result.metrics["acc_last_token"].value == sum(tokens) / 3
-    assert result.metrics["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
+    assert result.metrics["lm-eval"]["acc"].value == sum(words) / 3
+    assert result.metrics["lm-eval"]["acc_last_token"].value == sum(tokens) / 3
+    assert result.metrics["lm-eval"]["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
     assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
 
 
@@ -68,19 +64,19 @@ def test_perplexity_of_a_text(model, reference, tmp_path):
     text = " ".join(PASSAGES * 9)
     (tmp_path / "ptb.test.txt").write_text(text)
     corpus = load_corpus("ptb", tmp_path / "ptb.test.txt")
-    found = evaluate_corpus(model, corpus).perplexities["raw"]
+    whole = evaluate_corpus(model, corpus).perplexities["raw"]
     ids = [EOT, *get_tokenizer().encode_ordinary(text)]
     nats = 0.0
     for start in range(0, len(ids) - 1, 128):  # what is short of a window at the end has the more before it
         end = min(start + 128, len(ids) - 1)
         nats -= reference(ids[max(0, end - 128) : end + 1])[start - end :].sum()
-    assert found.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
-    assert found.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
-    assert found.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
-    assert (found.tokens, found.words, found.bytes) == (len(ids) - 1, len(text.split()), len(text.encode()))
+    assert whole.token == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    assert whole.word == pytest.approx(math.exp(nats / len(text.split())), rel=1e-4)
+    assert whole.bits_per_byte == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-4)
+    assert (whole.tokens, whole.words, whole.bytes) == (len(ids) - 1, len(text.split()), len(text.encode()))
     overlapping = evaluate_corpus(model, corpus, stride=16).perplexities["raw"]
-    assert overlapping.tokens == found.tokens
-    assert overlapping.token != found.token
+    assert overlapping.tokens == whole.tokens
+    assert overlapping.token != whole.token
     with pytest.raises(ValueError, match="stride must be 1 to 128"):
         evaluate_corpus(model, corpus, stride=129)
 
@@ -99,7 +95,7 @@ def test_pages_of_wikitext():
         ("lambada", {}, "no 'text'"),
         ("lambada", {"text": None}, "not a record of lambada"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": "c"}, "no 'label'"),
-        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is none of the 2 choices"),
+        ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is not one of the 2 choices"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}, "a continuation is empty"),
         ("arc-easy", {"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "'B'"),
         ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
@@ -113,19 +109,14 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
         load_task(name, file)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("c.txt", b" \n", "holds no text"),
-        ("d.txt", b"\xff", "not UTF-8"),
-        ("e.jsonl", b"{}", "no text"),
-        ("f.parquet", b"PAR1", "no good Parquet"),
-    ],
-)
-def test_files_that_hold_no_text(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_corpus("ptb", tmp_path / name)
+def test_files_that_hold_no_text(tmp_path):
+    for name, content, message in (
+        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
+        ("f.parquet", b"PAR1", "not a readable Parquet"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_corpus("ptb", tmp_path / name)
 
 
 def test_names_and_limits_that_there_are_not(tmp_path):
@@ -152,10 +143,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_file_of_the_hub_is_fetched_once(hub, tmp_path):
-    records = [
-        {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "1"}
-    ]
-    pq.write_table(pa.Table.from_pylist(records), tmp_path / "test.parquet")
+    record = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "1"}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "test.parquet")
     configs = [{"config_name": "ARC-Easy", "data_files": [{"split": "test", "path": "ARC-Easy/test-*"}]}]
     hub.add("allenai/ai2_arc", {
         "README.md": f"---\n{yaml.dump({'configs': configs})}---\n".encode(),
@@ -197,7 +186,9 @@ def test_the_command_on_items(model_folder, tmp_path):
     out = tmp_path / "out.jsonl"
     done = run("lambada", "-m", model_folder, "--data", file, "--out", out)
     assert done.exit_code == 0, done.output
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["acc", "acc_last_token", "perplexity"]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:4]] == [
+        ["lm-eval", metric] for metric in ("acc", "acc_last_token", "perplexity")
+    ]
     assert "Not the published file (SHA-256" in done.stdout
     assert len(out.read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir() if "rows" in path.name] == []
@@ -219,6 +210,7 @@ def test_the_command_on_a_text_says_that_it_is_another(model_folder, tmp_path):
     assert json.loads(run(*words, "--json").stdout)["published_file"] is False
 
 
-def test_large_perplexities_are_readable():
+def test_names_and_figures_of_the_tables():
+    assert (*TASKS, *CORPORA) == cli.TASK_NAMES
     figures = [_figure(value, ".3f") for value in (1.5, 999_999, 1_553_000, 2e9, 1e24, math.nan)]
     assert figures == ["1.500", "999999.000", "1.55M", "2.00B", "1e+24", "n/a"]

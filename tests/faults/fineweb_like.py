@@ -27,19 +27,14 @@ def paragraphs():
 def write_fineweb(path, texts):
     """A file of FineWeb-Edu's columns; token_count is right."""
     encode = get_tokenizer().encode_ordinary
-    count = len(texts)
     table = {
         "text": texts,
         "id": [f"<urn:uuid:{hashlib.md5(text.encode()).hexdigest()}>" for text in texts],
-        "dump": ["CC-MAIN-2024-10"] * count,
-        "url": ["https://docs.python.org"] * count,
-        "file_path": ["s3://x"] * count,
-        "language": ["en"] * count,
-        "language_score": [0.9] * count,
         "token_count": pa.array([len(encode(text)) for text in texts], pa.int64()),
-        "score": [3.0] * count,
-        "int_score": pa.array([3] * count, pa.int64()),
     }
+    same = {"dump": "CC-MAIN-2024-10", "url": "https://docs.python.org", "file_path": "s3://x", "language": "en"}
+    same |= {"language_score": 0.9, "score": 3.0, "int_score": 3}
+    table |= {name: [value] * len(texts) for name, value in same.items()}
     pq.write_table(pa.table(table), path, row_group_size=ROWS)
 
 

@@ -80,12 +80,10 @@ def test_awkward_documents_from_every_kind_of_file(tmp_path, library):
 
 
 def test_surrogates_and_keys_that_stand_twice(tmp_path, library):
-    lines = [
-        r'{"text": "a \ud800 b"}',
-        r'{"text": "\udc00\ud83d\ude00\ud83d"}',
-        r'{"text": "no", "text": "the last counts"}',
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    lines = r"""{"text": "a \ud800 b"}
+{"text": "\udc00\ud83d\ude00\ud83d"}
+{"text": "no", "text": "the last counts"}"""
+    (tmp_path / "a.jsonl").write_text(lines)
     result = build(BuildConfig([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=library, **OPTIONS))
     assert tokens_of(tmp_path / "out") == expected(["a \ufffd b", "\ufffd\U0001f600\ufffd", "the last counts"])
     assert result.documents_replaced == 2
@@ -175,9 +173,8 @@ def test_names_and_keys_do_not_break_the_line(tmp_path):
     assert "\\x1b[31m\"' \\u202e.jsonl:1: not JSON" in error
     keys = ", ".join(f'"key {i}\\u001b": {i}' for i in range(300_000))
     (tmp_path / "b.jsonl").write_text(f"{{{keys}}}\n")
-    assert refused(tmp_path / "out", tmp_path / "b.jsonl").endswith(
-        "...: name the key of the text with --column\n"
-    )
+    error = refused(tmp_path / "out", tmp_path / "b.jsonl")
+    assert error.endswith("...: name the key of the text with --column\n")
 
 
 def test_json_that_means_harm(tmp_path):

@@ -98,21 +98,3 @@ def test_a_disk_that_fills_up(corpus, expected, tmp_path, workers):
 def size_of(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".docs"))
     return f"{size / 1e6:.1f} MB"
-
-
-def test_two_builds_in_one_folder(corpus, tmp_path):
-    """The second is refused by name; after the first is killed the folder is free."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", "from gpt2_data.cli import main; main()", *arguments(corpus, out)]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (out / ".build" / "unit-00000.json").exists():
-        assert first.poll() is None
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
-    first.kill()
-    first.wait()
-    assert second.returncode == 1
-    start = f"Error: another build is at work in {out} (process {first.pid} on "
-    assert second.stderr.startswith(start)
-    assert second.stderr.endswith("): wait for it or choose another --out\n")
-    third = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert third.returncode == 0, third.stderr

@@ -47,21 +47,22 @@ def run(hub, arguments, **options):
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, **options)
 
 
-def test_dry_run_counts_without_a_download(hub, corpus, expected, tmp_path):
+def test_dry_run_estimates_without_a_download(hub, corpus, expected, tmp_path):
     done = run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"])
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     tables = [pq.read_table(path, columns=["token_count"]) for path in sorted(corpus.iterdir())]
     rows = sum(len(table) for table in tables)
+    tokens = rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
     assert facts["documents"] == rows
-    assert facts["tokens"] == rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
-    assert facts["tokens_estimated"] is False
+    assert facts["tokens_estimated"] is True
+    assert 0.6 * tokens < facts["tokens"] < 1.2 * tokens  # it counts on prose, and half of this is code
     size = sum(path.stat().st_size for path in corpus.iterdir())
     assert facts["bytes_to_download"] == size
     assert facts["bytes_while_building"] > facts["bytes"] + size
-    assert facts["shards"] == sum(name.endswith(".bin") for name in expected)
+    assert 0.6 < facts["shards"] / sum(name.endswith(".bin") for name in expected) < 1.2
     assert facts["minutes"] > 0
-    assert hub.sent(".parquet") < size / 3  # footers and one column
+    assert hub.sent(".parquet") <= 2**16 * len(tables) < size / 9  # a footer each
     assert not (tmp_path / "out").exists()
     less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]).stdout)
     assert less["bytes_while_building"] < facts["bytes_while_building"]
@@ -150,20 +151,16 @@ def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
 
 
 def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
-    texts = documents[:2000]
-    lines = [json.dumps({"body": text}).encode() + b"\n" for text in texts]
+    lines = [json.dumps({"body": text}).encode() + b"\n" for text in documents[:2000]]
     hub.add("some/lines", {"a.jsonl": b"".join(lines[:900]), "b.jsonl": b"".join(lines[900:])})
-    build_lines = [*CLI, "build", "hf:some/lines", "--column", "body", "--out", str(tmp_path / "out")]
-    done = run(hub, [*build_lines, "--val-tokens", "0", "--workers", "2"])
+    build_lines = [*CLI, "build", "hf:some/lines", "--val-tokens", "0"]
+    done = run(hub, [*build_lines, "--column", "body", "--workers", "2", "--out", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
-    local = BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1)
-    build(local)
-    ours, same = open_dataset(tmp_path / "out"), open_dataset(tmp_path / "local")
-    assert [shard.tokens_sha256 for shard in ours.manifest.shards] == [
-        shard.tokens_sha256 for shard in same.manifest.shards
-    ]
-    done = run(hub, [*CLI, "build", "hf:some/lines", "--out", str(tmp_path / "none")])
+    build(BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1))
+    ours, same = (open_dataset(tmp_path / name).manifest.shards for name in ("out", "local"))
+    assert [shard.tokens_sha256 for shard in ours] == [shard.tokens_sha256 for shard in same]
+    done = run(hub, [*build_lines, "--out", str(tmp_path / "none")])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "body" in done.stderr
 

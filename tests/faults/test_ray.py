@@ -66,7 +66,7 @@ def test_errors_and_killers_come_through(cluster):
     assert run(shell, ["true", "exit 3", "true"]) == [0, 3 << 8, 0]
     with pytest.raises(ValueError, match="invalid literal"):
         run(lambda text: int(text), ["1", "x"])
-    with pytest.raises(OSError, match="unit 7: the process at work on it died twice"):
+    with pytest.raises(OSError, match="unit 7: the process that worked on it died twice"):
         run(shell, ["true", "kill -9 $PPID"])
 
 

@@ -45,7 +45,7 @@ def test_parts_at_the_same_time(corpus, expected, tmp_path):
     ]
     outputs = [part.communicate(timeout=120) for part in parts]
     assert [part.returncode for part in parts] == [0, 0, 0], outputs
-    assert sum("other parts are still to come" in output for output, _ in outputs) == 2
+    assert sum("other parts are not finished yet" in output for output, _ in outputs) == 2
     (last,) = (output for output, _ in outputs if "other parts" not in output)
     assert " MB/s with " in last  # of its own units, not of the cutting alone
     assert hashes(out) == expected
@@ -81,7 +81,7 @@ def test_a_part_is_refused_beside_a_whole_build(corpus, tmp_path):
         if not status.done:
             return
         for part in None, (1, 2):
-            with pytest.raises(ValueError, match="another build is at work in .*process"):
+            with pytest.raises(ValueError, match="another build is running in .*process"):
                 build(BuildConfig([corpus / "*.parquet"], out, workers=1, part=part, **OPTIONS))
         raise KeyboardInterrupt
 

@@ -67,7 +67,7 @@ def test_the_run_goes_back_says_so_and_ends_the_same(tmp_path, runs, name) -> No
     checkpoint(out, 63).mkdir()
     warnings = [line for line in runs.must_finish_as_whole(out).splitlines() if line.startswith("warning: ")]
     assert str(checkpoint(out, 60) / name) in warnings[1]
-    assert f"going back to {checkpoint(out, 57)}" in warnings[1]
+    assert f"resuming from {checkpoint(out, 57)}" in warnings[1]
     assert good_steps(out) == [54, 57, 60]
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_asked_for_by_name_is_all_or_nothing(tmp_path, runs) -> Non
     says = [f"Error: cannot resume {folder}", "optimizer.safetensors is damaged"]
     runs.fail(out, resume=folder, code=2, says=says)
     assert snapshot(out / "checkpoints") == before
-    assert f"going back to {checkpoint(out, 54)}" in runs.must_finish_as_whole(out)
+    assert f"resuming from {checkpoint(out, 54)}" in runs.must_finish_as_whole(out)
 
 
 def test_nothing_good_left_is_an_error_that_says_what_to_do(tmp_path, runs) -> None:

@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
     code, said, files = report["continue"]
     assert code == 0, said
     assert "warning: cannot write" in said
-    assert "training continues, as on_save_error asks for" in said
+    assert "training continues because of --on-save-error continue" in said
     runs.must_finish_as_whole(saved)
 
 

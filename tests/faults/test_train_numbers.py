@@ -66,7 +66,7 @@ def test_for_ever_is_given_up_across_restarts_and_leaves_a_good_checkpoint(tmp_p
     out, changes = tmp_path / "run", {"ranks": ranks, "max_skips": 5}
     fault = ("unsound", {"steps": list(range(14, 99)), "kind": "nan", "rank": ranks - 1})
     runs.fail(out, fault, ("in_update", {"step": 17, "do": "SIGTERM"}), code=143, **changes)
-    runs.fail(out, fault, says=["5 updates in a row were left out"], **changes)
+    runs.fail(out, fault, says=["5 updates in a row were skipped"], **changes)
     assert skipped(out) == [14, 15, 16, 17, 18]
     assert all_finite(out)
     # What made it so is gone: the same command trains on.

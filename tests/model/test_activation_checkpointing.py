@@ -32,8 +32,15 @@ def step(model, call, autocast):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler makes a Function of head_loss's
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("way", "autocast"),
+    [
+        ("eager", False),
+        ("eager", True),
+        pytest.param("compiled", True, marks=pytest.mark.slow),
+        pytest.param("compiled", False, marks=pytest.mark.long),  # the same graph but for its casts
+    ],
+)
 def test_bit_equal_and_smaller(way, autocast) -> None:
     """The compiled one stops before the code generator, whose minute proves nothing about the graph."""
     found = {}

@@ -1,14 +1,13 @@
 """engine.c computes what the PyTorch module computes."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2_model import GPT, GPTConfig, generate
-from gpt2_model.cpu.engine import EngineDecoder, Unavailable, library
+from gpt2_model.cpu.engine import FLAGS, EngineDecoder, Unavailable, library
 from gpt2_model.cpu.int8 import quantize
 from gpt2_model.decoding import TorchDecoder, make_decoder
 
@@ -109,9 +108,8 @@ def test_threads_do_not_change_a_bit() -> None:
             results.append((decoder.prefill([[1, 2, 3], [4]]), decoder.step([5, 6])))
     finally:
         torch.set_num_threads(before)
-    for prefilled, stepped in results[1:]:
-        assert torch.equal(prefilled, results[0][0])
-        assert torch.equal(stepped, results[0][1])
+    for others in zip(*results, strict=True):
+        assert all(torch.equal(others[0], other) for other in others)
 
 
 def test_weights_that_changed_between_calls_are_seen() -> None:
@@ -140,38 +138,37 @@ def test_the_compiled_step_of_torch_is_the_plain_one() -> None:
             torch.testing.assert_close(plain.step(tokens), compiled.step(tokens), rtol=0, atol=1e-4)
 
 
-def test_without_a_compiler_there_is_pytorch(tmp_path) -> None:
-    code = """
-import torch
-from gpt2_model import GPT, GPTConfig, generate
-from gpt2_model.decoding import TorchDecoder, make_decoder
-model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=100, block_size=16))
-assert isinstance(make_decoder(model, 16, None), TorchDecoder)
-assert len(generate(model, [[1]], max_new_tokens=4)[0].tokens) == 4
-try:
-    generate(model, [[1]], compile=True)
-except ValueError as error:
-    print(error)
-"""
-    for compiler, message in (("false", "false: failed"), (str(tmp_path / "none"), "No such file")):
-        environment = {**os.environ, "CC": compiler, "XDG_CACHE_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("cannot compile for this CPU: ")
-        assert message in done.stdout
-        assert list((tmp_path / "gpt2-model").iterdir()) == []  # nothing half-made
+@pytest.fixture
+def uncompiled(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty cache of compiled engines, in tmp_path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    yield tmp_path
+    library.cache_clear()
 
 
-def test_a_cache_folder_that_others_can_write_to_is_not_used(tmp_path) -> None:
+@pytest.mark.parametrize(("compiler", "message"), [("false", "false: failed"), ("./none", "No such file")])
+def test_without_a_compiler_there_is_pytorch(uncompiled, monkeypatch, compiler, message) -> None:
+    monkeypatch.setenv("CC", compiler)
+    model = random_model()
+    assert isinstance(make_decoder(model, 16, None), TorchDecoder)
+    assert len(generate(model, [[1]], max_new_tokens=4, stop_ids=())[0].tokens) == 4
+    with pytest.raises(ValueError, match=f"cannot compile for this CPU: .*{message}"):
+        generate(model, [[1]], compile=True, stop_ids=())
+    assert list((uncompiled / "gpt2-model").iterdir()) == []  # nothing half-made
+
+
+@pytest.mark.parametrize("cache", ["", "file"])
+def test_a_cache_folder_that_others_can_write_to_is_not_used(uncompiled, monkeypatch, cache) -> None:
     """Whoever can write there could have us run their code."""
-    (tmp_path / "gpt2-model").mkdir()
-    (tmp_path / "gpt2-model").chmod(0o777)
-    code = "import torch; from gpt2_model.cpu.engine import library; library(torch.float32)"
-    for cache in (tmp_path, tmp_path / "file"):
-        (tmp_path / "file").touch()
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(tmp_path / "gpt2-model")}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-        assert list((tmp_path / "gpt2-model").iterdir()) == []  # neither used nor left behind
+    (uncompiled / "gpt2-model").mkdir()
+    (uncompiled / "gpt2-model").chmod(0o777)
+    (uncompiled / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(uncompiled / cache))
+    monkeypatch.setattr("tempfile.tempdir", str(uncompiled / "gpt2-model"))
+    monkeypatch.setattr("gpt2_model.cpu.engine.FLAGS", ("-O0", *FLAGS[1:]))  # which compiles in half the time
+    library(torch.float32)
+    assert list((uncompiled / "gpt2-model").iterdir()) == []  # neither used nor left behind
 
 
 def test_an_unsupported_type_runs_on_pytorch() -> None:

@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,6 +39,11 @@ def refused(path: Path, message: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
 def edit_header(folder: Path, change) -> None:
     """`change` gets the header, parsed, and returns it, or its text."""
     path = folder / "model.safetensors"
@@ -62,27 +66,17 @@ SAFETENSORS = {
     "dtype_unknown": (entry(WTE, dtype="F7"), JSON),
     "dtype_integers": (entry(WTE, dtype="I32"), "wte.weight holds torch.int32, GPT-2s fp32, fp16 or bf16"),
     "dtype_of_eighths": (entry(WTE, dtype="F8_E4M3", shape=[100, 128]), r"shape \(100, 128\), the config says"),
-    "dtype_list": (entry(WTE, dtype=["F32"]), JSON),
     "bytes_as_weights": (entry(WTE, dtype="U8", shape=[12800]), r"shape \(12800,\)"),
     "bool_as_weights": (entry("transformer.ln_f.bias", dtype="BOOL", shape=[128]), r"shape \(128,\)"),
     "shape_negative": (entry(WTE, shape=[-100, -32]), JSON),
-    "shape_float": (entry(WTE, shape=[100.0, 32]), JSON),
-    "shape_true": (entry(WTE, shape=[True, 3200]), JSON),
     "shape_overflow": (entry(WTE, shape=[2**62, 4]), SIZE),
-    "shape_product": (entry(WTE, shape=[2**40, 2**40, 2**40]), SIZE),
     "shape_deep": (entry(WTE, shape=[1] * 100_000), SHAPE),
     "shape_wrong": (entry(WTE, shape=[32, 100]), r"wte.weight has shape \(32, 100\), the config says"),
-    "offsets_swapped": (entry(WTE, data_offsets=[12800, 0]), OFFSET),
     "offsets_behind": (entry(WTE, data_offsets=[2**40, 2**40 + 12800]), OFFSET),
-    "offsets_three": (entry(WTE, data_offsets=[0, 1, 12800]), JSON),
     "overlap": (entry("transformer.ln_f.bias", data_offsets=[0, 128]), OFFSET),
-    "entry_is_text": (lambda header: header | {WTE: "wte"}, JSON),
     "missing": (lambda header: {n: e for n, e in header.items() if n != WTE}, OFFSET),
-    "not_json": (lambda header: b"{", JSON),
     "bad_utf8": (lambda header: b'{"\xff\xfe": 1}', "invalid UTF-8 in header"),
-    "a_list": (lambda header: b"[]", JSON),
     "deep_json": (lambda header: b'{"a":' * 1_000_000, JSON),
-    "long_number": (lambda header: b'{"a": ' + b"9" * 100_000 + b"}", JSON),
     "twice": (lambda header: json.dumps(header).encode()[:-1] + b', "a": 1, "a": 1}', JSON),
     "name_with_a_line": (lambda header: {**header, "x\n\x1b[2J": header[WTE]}, OFFSET),
     "name_of_a_page": (lambda header: {**header, "x" * 100_000: header[WTE]}, OFFSET),
@@ -96,35 +90,38 @@ def test_safetensors_headers(folder, change, message) -> None:
     refused(folder, message)
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, 10**8 + 1, 10**6, 0])
-def test_safetensors_header_length(folder, length) -> None:
+DAMAGES = [(lambda data, length=length: struct.pack("<Q", length) + data[8:])
+           for length in (2**64 - 1, 2**63, 2**40, 10**8 + 1, 10**6, 0)]  # fmt: skip
+DAMAGES += [(lambda data, size=size: data[:size]) for size in (0, 7, 8, 1000, -1, -5000)]
+DAMAGES += [lambda data: data + b"#!/bin/sh"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_safetensors_of_another_length(folder, damage) -> None:
     path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    refused(folder, "is damaged or no safetensors file")
+    path.write_bytes(damage(path.read_bytes()))
+    refused(folder, "is damaged or not a safetensors file")
 
 
-@pytest.mark.parametrize("size", [0, 7, 8, 1000, -1, -5000])
-def test_a_safetensors_file_cut_anywhere(folder, size) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    refused(folder, "is damaged or no safetensors file")
+HARMLESS = {
+    "odd_header": lambda folder: edit_header(folder, lambda header: json.dumps(header).encode().ljust(5001)),
+    "zip": lambda folder: as_bin(folder, tensors_of(folder)),
+    "legacy": lambda folder: as_bin(folder, tensors_of(folder), _use_new_zipfile_serialization=False),
+    "shards": lambda folder: shard(folder),
+    "shards_bin": lambda folder: shard(folder, suffix="bin"),
+}
 
 
-def test_bytes_after_the_last_tensor(folder) -> None:
-    with (folder / "model.safetensors").open("ab") as file:
-        file.write(b"#!/bin/sh")
-    refused(folder, "file not fully covered")
-
-
-def test_a_header_of_odd_length_is_fine(folder) -> None:
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_harmless_files_load(folder, change) -> None:
     expected = GPT.from_pretrained(folder).state_dict()
-    edit_header(folder, lambda header: json.dumps(header).encode().ljust(5001))
+    change(folder)
     loaded = GPT.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 CONFIGS = {
-    "deep": ({"n_layer": 10**9}, "holds 28 tensors, the config speaks of 1000000000 layers"),
+    "deep": ({"n_layer": 10**9}, "holds 28 tensors, but the config has 1000000000 layers"),
     "wide": ({"n_embd": 2 * 10**9}, r"the config says \(100, 2000000000\)"),
     "astronomic": ({"vocab_size": 10**30}, "a number of 31 digits"),
     "long": ({"n_positions": 2**31}, "the config says"),
@@ -134,7 +131,7 @@ CONFIGS = {
     "text": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
     "negative": ({"n_embd": -32}, "n_embd must be a positive whole number"),
     "true": ({"n_head": True}, "n_head must be a positive whole number"),
-    "list": ({"activation_function": ["gelu"]}, "activation_function must be text"),
+    "list": ({"activation_function": ["gelu"]}, "activation_function must be one of gelu_new"),
     "one": ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
     "contradiction": ({"hidden_size": 64}, "contradicts itself: n_embd = 32 but hidden_size = 64"),
 }
@@ -142,15 +139,14 @@ CONFIGS = {
 
 @pytest.mark.parametrize(("fields", "message"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_configs(folder, fields, message) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
+    edit_config(folder, **fields)
     refused(folder, message)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 10**6, '{"n_layer": 2, "n_layer": 3}', " " * 10_000_001])
 def test_configs_that_are_none(folder, text) -> None:
     (folder / "config.json").write_text(text)
-    refused(folder, "is not valid JSON|is larger than any config.json")
+    refused(folder, "is not valid JSON|is too large for a GPT-2's config.json")
 
 
 class Touch:
@@ -170,14 +166,6 @@ def as_bin(folder: Path, tensors: dict, **options) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_bin_that_is_harmless_loads(folder, zipped) -> None:
-    expected = GPT.from_pretrained(folder).state_dict()
-    as_bin(folder, tensors_of(folder), _use_new_zipfile_serialization=zipped)
-    loaded = GPT.from_pretrained(folder).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", ["value", "nested", "key"])
 def test_code_in_a_pickle_is_never_run(folder, tmp_path, place, zipped) -> None:
     canary = tmp_path / "it-ran"
@@ -192,18 +180,9 @@ def test_code_in_a_pickle_is_never_run(folder, tmp_path, place, zipped) -> None:
     assert not canary.exists()
 
 
-def tar_of(data: bytes) -> bytes:
+def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        member = tarfile.TarInfo("pickle")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
-    return file.getvalue()
-
-
-def zip_of(members: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     return file.getvalue()
@@ -212,7 +191,6 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 OTHERS = {
     "bare_pickle": lambda evil: pickle.dumps(evil),
     "protocol_0": lambda evil: pickle.dumps(evil, protocol=0),
-    "tar": lambda evil: tar_of(pickle.dumps(evil)),
     "zip_of_a_pickle": lambda evil: zip_of(
         {"archive/data.pkl": pickle.dumps(evil, protocol=2), "archive/version": b"3\n"}
     ),
@@ -235,28 +213,25 @@ def test_a_bin_cut_anywhere(folder, zipped) -> None:
     whole = path.read_bytes()
     for size in (3, 14, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(folder, "is damaged, or holds more|is no weights file of safetensors, torch.save or llm.c")
+        refused(folder, "is damaged, or holds more|is not a weights file of safetensors, torch.save or llm.c")
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def test_a_compressed_archive(folder) -> None:
     path = as_bin(folder, tensors_of(folder))
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-        archive.writestr("bomb", bytes(10**8))
+    path.write_bytes(zip_of(members(path) | {"bomb": bytes(10**8)}, zipfile.ZIP_DEFLATED))
     assert path.stat().st_size < 10**6
     refused(folder, "it is a compressed archive, which torch.save never writes")
 
 
 def test_a_tensor_made_large_by_its_strides(folder) -> None:
     """100,000 rows of the same 32 numbers, as a config.json with that vocabulary asks for."""
-    tensors = {name: tensor.clone() for name, tensor in tensors_of(folder).items()}
-    tensors[WTE] = torch.zeros(1, 32).expand(10**5, 32)
-    as_bin(folder, tensors)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**5}))
+    as_bin(folder, tensors_of(folder) | {WTE: torch.zeros(1, 32).expand(10**5, 32)})
+    edit_config(folder, vocab_size=10**5)
     refused(folder, "bytes of tensors, more than it has")
 
 
@@ -274,9 +249,7 @@ def test_a_storage_that_claims_more_than_the_file(folder) -> None:
         path = as_bin(folder, {"a": torch.zeros(1000)}, _use_new_zipfile_serialization=zipped)
         short, long = b"M\xe8\x03", b"\x8a\x06" + (10**12).to_bytes(6, "little")  # BININT2 1000; LONG1 10^12
         if zipped:
-            with zipfile.ZipFile(path) as archive:
-                members = {name: archive.read(name) for name in archive.namelist()}
-            path.write_bytes(zip_of({name: data.replace(short, long) for name, data in members.items()}))
+            path.write_bytes(zip_of({name: data.replace(short, long) for name, data in members(path).items()}))
         else:
             data = path.read_bytes()
             assert short in data
@@ -292,18 +265,16 @@ def test_a_storage_that_claims_more_than_the_file(folder) -> None:
         ({3: torch.zeros(1)}, "holds 3: Tensor, not only tensors by name"),
         ({"a": torch.eye(3).to_sparse()}, "'a' is torch.sparse_coo on cpu, not dense"),
         ({"a": torch.zeros(3, device="meta")}, "on meta|holds more than tensors"),
+        (
+            {WTE: torch.zeros(100, 32, dtype=torch.int64)},
+            "wte.weight holds torch.int64, GPT-2s fp32, fp16 or bf16",
+        ),
+        ({WTE: torch.zeros(100, 32).cfloat()}, "wte.weight holds torch.complex64, GPT-2s fp32, fp16 or bf16"),
     ],
 )
 def test_a_bin_of_something_else(folder, content, message) -> None:
-    as_bin(folder, content)
+    as_bin(folder, content if isinstance(content, list) else tensors_of(folder) | content)
     refused(folder, message)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
-def test_a_bin_of_other_numbers(folder, dtype) -> None:
-    tensors = tensors_of(folder)
-    as_bin(folder, tensors | {WTE: torch.zeros(100, 32, dtype=dtype)})
-    refused(folder, f"wte.weight holds {dtype}, GPT-2s fp32, fp16 or bf16")
 
 
 def test_a_pickle_that_grows(folder) -> None:
@@ -313,8 +284,7 @@ def test_a_pickle_that_grows(folder) -> None:
     path.write_bytes(zip_of({"archive/data.pkl": bomb, "archive/version": b"3\n"}))
     refused(folder, "its list of tensors is longer than 1,000,000 bytes")
     legacy = as_bin(folder, {"a": torch.zeros(1)}, _use_new_zipfile_serialization=False)
-    head = legacy.read_bytes()[:15]
-    legacy.write_bytes(head + b"\x80\x02M\xe9\x03." + b"\x80\x02}." + bomb)
+    legacy.write_bytes(legacy.read_bytes()[:15] + b"\x80\x02M\xe9\x03." + b"\x80\x02}." + bomb)
     refused(folder, "its list of tensors is longer than 1,000,000 bytes")
 
 
@@ -322,27 +292,16 @@ def shard(folder: Path, change_index=lambda index: index, suffix: str = "safeten
     """`folder` in two shards; the index as `change_index` leaves it."""
     tensors = tensors_of(folder)
     (folder / "model.safetensors").unlink()
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    stem, save = ("pytorch_model", torch.save) if suffix == "bin" else ("model", safetensors.torch.save_file)
     weight_map = {}
     for number, names in enumerate((sorted(tensors)[:9], sorted(tensors)[9:]), start=1):
         name = f"{stem}-0000{number}-of-00002.{suffix}"
-        part = {n: tensors[n] for n in names} | (extra or {} if number == 2 else {})
-        if suffix == "safetensors":
-            safetensors.torch.save_file(part, folder / name)
-        else:
-            torch.save(part, folder / name)
+        save({n: tensors[n] for n in names} | (extra or {} if number == 2 else {}), folder / name)
         weight_map |= dict.fromkeys(names, name)
     index = change_index({"metadata": {"total_size": 1}, "weight_map": weight_map})
     text = index if isinstance(index, str) else json.dumps(index)
     (folder / f"{stem}.{suffix}.index.json").write_text(text)
     return folder
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_shards(folder, suffix) -> None:
-    expected = GPT.from_pretrained(folder).state_dict()
-    loaded = GPT.from_pretrained(shard(folder, suffix=suffix)).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def moved(name):
@@ -356,14 +315,14 @@ INDEXES = {
     "other_format": (moved("other.bin"), "names 'other.bin', which is not a .safetensors file"),
     "number": (moved(1), "names 1, which"),
     "absent": (moved("other.safetensors"), "names other.safetensors, which is not beside it"),
-    "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is only in one of them"),
+    "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is in only one of them"),
     "unlisted": (
         lambda index: {"weight_map": {n: f for n, f in index["weight_map"].items() if n != WTE}},
-        f"{WTE!r} is only in one of them",
+        f"{WTE!r} is in only one of them",
     ),
     "listed_only": (
         lambda index: {"weight_map": index["weight_map"] | {"x": "model-00001-of-00002.safetensors"}},
-        "'x' is only in one of them",
+        "'x' is in only one of them",
     ),
     "no_map": (lambda index: {}, "has no weight_map"),
     "a_list": (lambda index: {"weight_map": []}, "has no weight_map"),
@@ -378,18 +337,16 @@ def test_indexes(folder, change, message) -> None:
 
 def test_a_tensor_in_two_shards(folder) -> None:
     twice = {"transformer.h.0.ln_1.weight": torch.zeros(32)}
-    refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is only in one of them")
+    refused(shard(folder, extra=twice), "'transformer.h.0.ln_1.weight' is in only one of them")
 
 
 def test_refusing_takes_little_memory(folder, tmp_path) -> None:
     """A process with 300 MB beyond what importing takes refuses claims of terabytes without noticing the limit."""
-    config = json.loads((folder / "config.json").read_text())
     huge = {"vocab_size": 2**40, "n_embd": 2**20, "n_positions": 2**40, "n_layer": 10**9, "n_inner": 2**40}
     folders = {name: tmp_path / name for name in ("sizes", "strides", "storage", "header")}
     for name, path in folders.items():
         shutil.copytree(folder, path)
-        lies = {"sizes": huge, "strides": {"vocab_size": 10**10}}.get(name, {})
-        (path / "config.json").write_text(json.dumps(config | lies))
+        edit_config(path, **{"sizes": huge, "strides": {"vocab_size": 10**10}}.get(name, {}))
     tensors = tensors_of(folder)
     as_bin(folders["strides"], tensors | {WTE: torch.zeros(1, 32).expand(10**10, 32)})
     claim = as_bin(folders["storage"], {"a": torch.zeros(1000)}, _use_new_zipfile_serialization=False)
@@ -411,9 +368,7 @@ for path in {[str(path) for path in folders.values()]}:
         print(error)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    values = "1,000,000,000,000 values"
+    reasons = ("speaks of 1000000000 layers", "more than it has", values, "invalid offset for tensor")
     lines = result.stdout.splitlines()
-    assert len(lines) == 4, result.stdout + result.stderr
-    assert "speaks of 1000000000 layers" in lines[0]
-    assert "more than it has" in lines[1]
-    assert "1,000,000,000,000 values" in lines[2]
-    assert "invalid offset for tensor" in lines[3]
+    assert [reason in line for reason, line in zip(reasons, lines, strict=True)] == [True] * 4, result.stderr

@@ -35,10 +35,9 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
-    def bytes_asked_for(self) -> list[str]:
-        return [
-            path.rpartition("/")[2] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path
-        ]
+    def downloads(self) -> list[str]:
+        paths = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
+        return [path.rpartition("/")[2] for path in paths]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,52 +46,40 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
-    def refuse(self, status: int, code: str) -> None:
+    def reply(self, status: int, headers: dict[str, str], content: bytes = b"", cut: int | None = None) -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
         self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:cut])
 
     def do_GET(self) -> None:
         hub = self.server
         hub.requests.append((self.command, self.path, self.headers.get("Range")))
         repository, _, rest = self.path.strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
+        commit = COMMIT if revision == "main" else revision
+        content = hub.files.get(f"{repository}@{commit}", hub.files.get(repository, {})).get(name)
         if repository in hub.moved:
-            self.send_response(307)
-            self.send_header("Location", f"/{hub.moved[repository]}/resolve/{rest}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(307, {"Location": f"/{hub.moved[repository]}/resolve/{rest}"})
         elif repository in hub.gated:
-            self.refuse(403, "GatedRepo")
+            self.reply(403, {"X-Error-Code": "GatedRepo"})
         elif repository not in hub.files:
-            self.refuse(401, "RepoNotFound")
-        elif revision not in ("main", COMMIT, OLDER):
-            self.refuse(404, "RevisionNotFound")
+            self.reply(401, {"X-Error-Code": "RepoNotFound"})
+        elif commit not in (COMMIT, OLDER):
+            self.reply(404, {"X-Error-Code": "RevisionNotFound"})
+        elif content is None:
+            self.reply(404, {"X-Error-Code": "EntryNotFound"})
         else:
-            commit = COMMIT if revision == "main" else revision
-            content = hub.files.get(f"{repository}@{commit}", hub.files[repository]).get(name)
-            if content is None:
-                self.refuse(404, "EntryNotFound")
-            else:
-                self.answer(content, commit)
+            first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            headers = {"ETag": f'"{sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+            if first:
+                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            cut = hub.cuts.pop(0) if hub.cuts and self.command == "GET" else None
+            self.reply(206 if first else 200, headers, content[first:], cut and cut - first)
 
     do_HEAD = do_GET
-
-    def answer(self, content: bytes, commit: str) -> None:
-        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.send_response(206 if first else 200)
-        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Length", str(len(content) - first))
-        if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        cut = self.server.cuts.pop(0) if self.server.cuts else None
-        self.wfile.write(content[first:cut])
-        self.close_connection = True
 
 
 @pytest.fixture
@@ -155,7 +142,7 @@ def test_home_cache_and_offline_mode(hub, model, tmp_path) -> None:
     first = info("gpt2", hub, HF_HOME=str(home))
     assert json.loads(first.stdout)["n_embd"] == 32, first.stderr
     assert first.stderr == ""
-    assert sorted(hub.bytes_asked_for()) == ["config.json", "model.safetensors"]
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors"]
     assert (home / "hub" / "models--gpt2" / "snapshots" / COMMIT / "model.safetensors").exists()
 
     hub.requests.clear()
@@ -164,10 +151,8 @@ def test_home_cache_and_offline_mode(hub, model, tmp_path) -> None:
     assert hub.requests == []
 
     empty = info("gpt2-medium", hub, HF_HOME=str(home), HF_HUB_OFFLINE="1")
-    assert empty.returncode == 1
-    assert empty.stderr == (
-        "Error: gpt2-medium is no local model folder, not in Hugging Face's cache, and the hub cannot be reached\n"
-    )
+    reason = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
+    assert (empty.returncode, empty.stderr) == (1, f"Error: gpt2-medium {reason}\n")
     assert hub.requests == []
 
 
@@ -186,9 +171,9 @@ def test_safetensors_are_preferred_and_a_bin_is_taken(hub, here, model, tmp_path
     hub.files["bin/alone"] = as_bin(files, tmp_path)
     for _ in range(2):  # the second time, from the cache
         assert torch.equal(GPT.from_pretrained("both/here").wte.weight, model.wte.weight)
-        assert hub.bytes_asked_for() == ["config.json", "model.safetensors"]
+        assert hub.downloads() == ["config.json", "model.safetensors"]
     assert torch.equal(GPT.from_pretrained("bin/alone").wte.weight, model.wte.weight)
-    assert hub.bytes_asked_for()[-1] == "pytorch_model.bin"
+    assert hub.downloads()[-1] == "pytorch_model.bin"
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(GPT.from_pretrained("bin/alone").wte.weight, model.wte.weight)
@@ -227,8 +212,8 @@ def test_a_revision(hub, here, model, tmp_path) -> None:
 MISSING = {
     "unknown": ("no/such", "no/such is neither a local model folder nor a model on the hub .*HF_TOKEN"),
     "gated": ("gated/model", "gated/model is gated: ask for access on its page on the hub, then `hf auth login`"),
-    "revision": ("a/b@v2", "a/b@v2 is no revision of this model on the hub"),
-    "no_weights": ("no/weights", "no/weights on the hub is no model folder: it lacks config.json or weights"),
+    "revision": ("a/b@v2", "a/b@v2 is not a revision of this model on the hub"),
+    "no_weights": ("no/weights", "no/weights on the hub lacks config.json or weights"),
     "no_config": ("no/config", "no/config on the hub is no model folder"),
     "no_name": ("a b", "a b is neither a local model folder nor a model on the hub"),
 }  # fmt: skip

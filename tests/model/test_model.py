@@ -1,9 +1,11 @@
+"""The model itself and its config: sizes, initial weights, what it refuses."""
+
 import math
 
 import pytest
 import torch
 
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import GPT, PRESETS, GPTConfig, flops_per_token
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=32, vocab_size=1000)
 
@@ -52,14 +54,6 @@ def test_ignored_targets_count_for_nothing() -> None:
     assert torch.allclose(model(tokens, masked)[1], model(tokens[:1], targets[:1])[1], atol=1e-6)
 
 
-def test_logits_can_be_left_out() -> None:
-    model, tokens = GPT(SMALL), torch.randint(0, 1000, (2, 20))
-    logits, loss = model(tokens, tokens, return_logits=False)
-    assert logits is None
-    torch.testing.assert_close(loss, model(tokens, tokens)[1])
-    assert model(tokens)[1] is None
-
-
 def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="33 tokens do not fit the model's context of 32"):
         GPT(SMALL)(torch.zeros(1, 33, dtype=torch.long))
@@ -74,3 +68,45 @@ def test_custom_configuration_of_the_seed_project_trains() -> None:
     assert logits.shape == (1, 2048, 50304)
     assert loss.item() == pytest.approx(math.log(50304), abs=0.2)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_presets_have_openai_s_sizes(name, parameters) -> None:
+    assert PRESETS[name].num_parameters == parameters
+    assert PRESETS[name].block_size == 1024
+    assert PRESETS[name].vocab_size == 50257
+
+
+def test_flops_are_llm_c_s_count() -> None:
+    assert flops_per_token(PRESETS["124M"], 1024) == 6 * 124_439_808 + 6 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layer": 0}, "n_layer must be a positive whole number, not 0"),
+        ({"n_embd": -768}, "n_embd must be a positive"),
+        ({"vocab_size": 1.5}, "vocab_size must be a positive whole number, not 1.5"),
+        ({"n_layer": True}, "n_layer must be"),
+        ({"n_head": 7}, "n_embd 768 must be a multiple of n_head 7"),
+        ({"activation_function": "swish"}, "activation_function must be one of gelu_new, gelu, .*, not 'swish'"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be a number above 0"),
+    ],
+)
+def test_nonsense_is_refused(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**fields)
+
+
+def test_fields_from_text() -> None:
+    config = GPTConfig().with_fields(
+        {"n_layer": "4", "n_inner": "none", "layer_norm_epsilon": "1e-6", "tie_word_embeddings": "false"},
+    )
+    assert config == GPTConfig(n_layer=4, layer_norm_epsilon=1e-6, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="unknown model field 'layers': choose from block_size"):
+        GPTConfig().with_fields({"layers": "4"})
+    with pytest.raises(ValueError, match=r"n_layer must be a positive whole number, not 'four'"):
+        GPTConfig().with_fields({"n_layer": "four"})

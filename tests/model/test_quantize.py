@@ -14,6 +14,7 @@ from gpt2_model.decoding import dequantize, make_decoder
 
 def test_weights_are_within_half_a_step() -> None:
     weight = torch.randn(50, 37) * torch.logspace(-3, 1, 50)[:, None]
+    weight[7] = 0
     layer = Int8Linear(weight, torch.randn(50))
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((layer.weight - weight).abs() <= 0.5001 * step).all()
@@ -21,12 +22,6 @@ def test_weights_are_within_half_a_step() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     ids = torch.randint(0, 50, (2, 5))
     torch.testing.assert_close(Int8Embedding(weight)(ids), layer.weight[ids])
-
-
-def test_a_row_of_zeros_stays_zero() -> None:
-    weight = torch.randn(4, 8)
-    weight[2] = 0
-    assert torch.equal(Int8Linear(weight).weight[2], torch.zeros(8))
 
 
 def test_dequantized_is_the_same_function(tiny_hf_folder) -> None:
@@ -54,8 +49,8 @@ def test_loss_on_real_text_is_that_of_fp32() -> None:
     text = b"".join(path.read_bytes() for path in sorted(Path(json.__file__).parents[1].glob("[a-m]*.py")))
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=3, n_head=4, n_embd=128, block_size=128, vocab_size=256))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=96, block_size=128, vocab_size=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(60):
         starts = torch.randint(0, len(ids) - 20_000, (16,))
         batch = torch.stack([ids[start : start + 129] for start in starts])

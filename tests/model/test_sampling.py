@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
 
@@ -51,8 +52,6 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
 
 def test_penalty_is_that_of_transformers() -> None:
-    import transformers
-
     logits = torch.randn(3, 40)
     ids = torch.randint(0, 40, (3, 12))
     seen = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, ids, True)
@@ -64,21 +63,16 @@ def test_penalty_is_that_of_transformers() -> None:
     "options", [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.7, "min_p": 0.05}]
 )
 def test_truncation_is_that_of_transformers(options) -> None:
-    import transformers
-
     torch.manual_seed(0)
     logits = 2 * torch.randn(1, 60)
     scores = logits / 0.9
-    for name, warper in (
-        ("top_k", transformers.TopKLogitsWarper),
-        ("top_p", transformers.TopPLogitsWarper),
-        ("min_p", transformers.MinPLogitsWarper),
-    ):
-        if name in options:
-            scores = warper(options[name])(None, scores)
+    for name, value in options.items():
+        warper = {"top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper", "min_p": "MinPLogitsWarper"}[name]
+        scores = getattr(transformers, warper)(value)(None, scores)
     expected = torch.softmax(scores, -1)[0].numpy()
-    np.testing.assert_allclose(frequencies(logits[0].tolist(), temperature=0.9, **options), expected, atol=0.015)
-    assert ((frequencies(logits[0].tolist(), temperature=0.9, **options) > 0) <= (expected > 0)).all()
+    actual = frequencies(logits[0].tolist(), temperature=0.9, **options)
+    np.testing.assert_allclose(actual, expected, atol=0.015)
+    assert ((actual > 0) <= (expected > 0)).all()
 
 
 def test_a_rows_numbers_are_its_own() -> None:

@@ -3,11 +3,11 @@
 The harness runs once, on all tasks, through transformers; and once more with our model in it, by the bridge.
 """
 
-import json
 import os
 from pathlib import Path
 
 import pytest
+from hellaswag_items import make_items, write_items
 
 from gpt2_eval import evaluate_hellaswag
 from gpt2_eval.corpora import evaluate_corpus, load_corpus, split_pages
@@ -19,34 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the harness' own, and those of what it imports
 ]
 
-HELLASWAG = [
-    {
-        "ind": i, "activity_label": activity, "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}".strip(),
-        "endings": endings, "label": i % 4, "source_id": f"own~{i}",
-    }
-    for i, (activity, ctx_a, ctx_b, endings) in enumerate(
-        [
-            ("Style", "[header] How to tie a scarf [title] Fold it. [step] Lay it flat [substeps]", "",
-             ["[substeps] Many fold it.", "Fold [not too tight] here.", "Throw it  away.", "[title] Eat it."]),
-            ("Removing ice", "Then, the man writes over the snow.", "then He Scrapes",
-             [", the ice away.", "with a café spoon — naïvely.", "his dog.", "   three blanks"]),
-            ("Cooking", "A pot of 味噌汁 boils [next] on the stove.", "a woman",
-             ["adds 豆腐 to it.", "adds tofu.", "leaves, humming 🎵.", "sings"]),
-            ("Playing", "A line\u2028separator stands here.", "", ["one", "one two", "three", "four " * 9]),
-            ("Running", "She runs " + "and runs " * 40 + "on.", "she", ["stops.", "falls down.", "goes on", "is"]),
-        ] * 3
-    )
-]  # fmt: skip
-CHOICES = {
-    "arc_easy": ("question", [
-        ("Which is a gas?", ["iron", "air", "wood"], list("ABC"), "B"),
-        ("2 + 2?", ["1", "two", "3", "4", "five"], list("12345"), "4"),
-    ]),
-    "openbookqa": ("question_stem", [
-        ("The sun is", ["a star", "wet", "a dog", "old"], list("ABCD"), " A"),
-        ("Frogs", ["fly", "jump", "sing well", "read"], list("ABCD"), "B"),
-    ]),
-}  # fmt: skip
 RECORDS = {
     "lambada": [
         {"text": "He said that it was cold and that he would rather stay at home by the fire with his dog"},
@@ -69,12 +41,18 @@ RECORDS = {
         {"sentence": "Ann asked Mia, but _ did not answer.", "option1": "Ann", "option2": "Mia", "answer": "2"},
         {"sentence": "It does not fit since the _ is big", "option1": "cup", "option2": "box", "answer": "1"},
     ],
-} | {
-    name: [
-        {field: text, "choices": {"text": texts, "label": labels}, "answerKey": key}
-        for text, texts, labels, key in records
-    ]
-    for name, (field, records) in CHOICES.items()
+    "arc_easy": [
+        {"question": "Which is a gas?", "answerKey": "B",
+         "choices": {"text": ["iron", "air", "wood"], "label": ["A", "B", "C"]}},
+        {"question": "2 + 2?", "answerKey": "4",
+         "choices": {"text": ["1", "two", "3", "4", "five"], "label": list("12345")}},
+    ],
+    "openbookqa": [
+        {"question_stem": "The sun is", "answerKey": " A",
+         "choices": {"text": ["a star", "wet", "a dog", "old"], "label": list("ABCD")}},
+        {"question_stem": "Frogs", "answerKey": "B",
+         "choices": {"text": ["fly", "jump", "sing well", "read"], "label": list("ABCD")}},
+    ],
 }  # fmt: skip
 FILES = {
     "hellaswag": "hellaswag/hellaswag", "lambada": "lambada/lambada_openai", "piqa": "piqa/piqa",
@@ -95,11 +73,10 @@ WIKITEXT = "\n".join(
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
-    for name, records in ({"hellaswag": HELLASWAG} | RECORDS).items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "wiki.test.raw").write_text(WIKITEXT)
     pages = [{"page": page} for page in split_pages(WIKITEXT)]
-    (folder / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    for name, records in (RECORDS | {"hellaswag": make_items(15), "wikitext": pages}).items():
+        write_items(folder / f"{name}.jsonl", records)
+    (folder / "wiki.test.raw").write_text(WIKITEXT)
     return folder
 
 
@@ -126,25 +103,11 @@ def harness(files, tmp_path_factory):
             }
             for name in names
         ]  # fmt: skip
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=tasks, task_manager=nothing_listed, bootstrap_iters=2, log_samples=True
-        )  # fmt: skip
-        return {
-            name: (found["results"][task["task"]], found["samples"][task["task"]])
-            for name, task in zip(names, tasks, strict=True)
-        }
+        ran = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=nothing_listed, bootstrap_iters=2)
+        keys = {name: task["task"] for name, task in zip(names, tasks, strict=True)}
+        return {name: (ran["results"][key], ran["samples"][key]) for name, key in keys.items()}
 
     return run
-
-
-@pytest.fixture(scope="module")
-def theirs(harness, tiny_hf_folder, tmp_path_factory):
-    from lm_eval.models.huggingface import HFLM
-
-    # Ours writes GPT-2's tokenizer as transformers reads it.
-    folder = tmp_path_factory.mktemp("model")
-    GPT.from_pretrained(tiny_hf_folder).save_pretrained(folder)
-    return harness(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3))
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +115,30 @@ def model(tiny_hf_folder):
     return GPT.from_pretrained(tiny_hf_folder)
 
 
+@pytest.fixture(scope="module")
+def theirs(harness, model, tmp_path_factory):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)  # with GPT-2's tokenizer as transformers reads it
+    return harness(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3))
+
+
+def ordered(samples):
+    return sorted(samples, key=lambda sample: sample["doc_id"])
+
+
 def responses(samples):
     """Log-likelihoods of the choices of each item, in the file's order."""
-    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-    return [[response[0][0] for response in sample["resps"]] for sample in ordered]
+    return [[response[0][0] for response in sample["resps"]] for sample in ordered(samples)]
 
 
 def test_hellaswag(model, files, theirs):
     figures, samples = theirs["hellaswag"]
     result = evaluate_hellaswag(model, files / "hellaswag.jsonl", protocol="lm-eval")
-    for record, expected in zip(result.records, responses(samples), strict=True):
-        assert record["lm-eval"]["sum"] == pytest.approx(expected, abs=1e-3)
-    for record, sample in zip(result.records, sorted(samples, key=lambda sample: sample["doc_id"]), strict=True):
+    for record, expected, sample in zip(result.records, responses(samples), ordered(samples), strict=True):
         sums, choices = record["lm-eval"]["sum"], sample["doc"]["choices"]
+        assert sums == pytest.approx(expected, abs=1e-3)
         by_char = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
         by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
         assert record["lm-eval"]["char"] == pytest.approx(by_char)
@@ -181,10 +155,11 @@ def test_task(model, files, theirs, name):
     result = evaluate_task(model, load_task(name.replace("_", "-"), files / f"{name}.jsonl"))
     for record, expected in zip(result.records, responses(samples), strict=True):
         assert record["sum"] == pytest.approx(expected, abs=1e-3)
+    metrics = result.metrics["lm-eval"]
     for metric in ("acc", "acc_norm", "perplexity"):
         if f"{metric},none" in figures:
-            assert result.metrics[metric].value == pytest.approx(figures[f"{metric},none"], rel=1e-4)
-    assert ("acc_norm,none" in figures) == ("acc_norm" in result.metrics)
+            assert metrics[metric].value == pytest.approx(figures[f"{metric},none"], rel=1e-4)
+    assert ("acc_norm,none" in figures) == ("acc_norm" in metrics)
 
 
 def test_wikitext(model, files, theirs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from gpt2_model import GPT, PRESETS
+from gpt2_model import GPT, PRESETS, generate, get_tokenizer
 
 VARIANTS = {
     "plain": {},
@@ -74,7 +74,10 @@ def test_each_field_changes_the_function(tmp_path) -> None:
             assert (make_pair(tmp_path / name, **fields)[1](tokens)[0] - plain).abs().max() > 1e-4, name
 
 
-@pytest.mark.parametrize(("n_layer", "n_head"), [(12, 12), (24, 16), (36, 20), (48, 25)])
+DEPTHS = [(12, 12), (48, 25), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((24, 16), (36, 20)))]
+
+
+@pytest.mark.parametrize(("n_layer", "n_head"), DEPTHS)
 def test_full_depth_of_the_presets(tmp_path, n_layer, n_head) -> None:
     """All layers and heads of each, at 8 values a head instead of 64."""
     theirs, ours = make_pair(tmp_path, noise=0.02, n_layer=n_layer, n_head=n_head, n_embd=8 * n_head)
@@ -95,6 +98,7 @@ def test_shapes_of_the_presets(name) -> None:
         assert (value.t() if is_projection else value).shape == expected[f"transformer.{key}"], key
 
 
+@pytest.mark.long  # the tests above show the same, of fewer layers or narrower ones
 def test_124m_whole(tmp_path) -> None:
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
@@ -106,22 +110,9 @@ def test_124m_whole(tmp_path) -> None:
     assert abs(ours(tokens[:, :-1], tokens[:, 1:])[1].item() - math.log(50257)) < 0.3
 
 
-def test_transformers_reads_our_tokenizer_files(tmp_path, tiny_hf_folder) -> None:
-    from gpt2_model import get_tokenizer
-
-    GPT.from_pretrained(tiny_hf_folder).save_pretrained(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "Hello, world!  Naïve café\n\n 12345 it's 日本語 🙂\t<tab>"
-    assert theirs.encode(text) == get_tokenizer().encode_ordinary(text)
-    assert theirs.encode("<|endoftext|>") == [50256]
-    assert theirs.decode(theirs.encode(text)) == text
-
-
 @pytest.mark.parametrize("compile", [True, False], ids=["engine", "torch"])
 def test_greedy_text_is_transformers(tiny_hf_folder, compile) -> None:
     """64 tokens, prompts of 1 to 40 tokens in one batch, against each prompt alone in transformers."""
-    from gpt2_model import generate, get_tokenizer
-
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tiny_hf_folder)
     ours = GPT.from_pretrained(tiny_hf_folder)
     prompts = ["The", "A longer prompt, of several words", "Hello, I'm a language model,", "one two three " * 10]
@@ -137,8 +128,6 @@ def test_greedy_text_is_transformers(tiny_hf_folder, compile) -> None:
 
 @pytest.mark.long  # test_greedy_text_is_transformers shows the same on a small model
 def test_greedy_text_of_124m_is_transformers(tmp_path) -> None:
-    from gpt2_model import generate
-
     torch.manual_seed(3)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.06)).eval()
     theirs.save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import GPT, GPTConfig, get_tokenizer
 
 VARIANTS = {
     "plain": {},
@@ -76,6 +76,10 @@ def test_what_llama_cpp_reads(folder) -> None:
     assert tokenizer.get_added_vocab() == {"<|endoftext|>": 50256}
     merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
     assert len(merges) == 50_000
+    text = "Hello, world!  Naïve café\n\n 12345 it's 日本語 🙂\t<tab>"
+    assert tokenizer.encode(text) == get_tokenizer().encode_ordinary(text)
+    assert tokenizer.encode("<|endoftext|>") == [50256]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
     assert config["bos_token_id"] == config["eos_token_id"] == 50256
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from gpt2_train.config import TrainConfig
+from gpt2_train.distributed import World
 from gpt2_train.metrics import RunLog
 
 CPU = torch.device("cpu")
@@ -15,7 +16,10 @@ FLOPS = 803_000_000
 def open_log(folder: Path, first_step: int = -1, world_size: int = 1, enabled: bool = True, **settings) -> RunLog:
     folder.mkdir(exist_ok=True)
     settings = {"steps": 100, "batch_tokens": 1000, "precision": "bf16", "eval_every": 5, **settings}
-    return RunLog(TrainConfig(**settings), folder, first_step, world_size, CPU, FLOPS, enabled)
+    log = RunLog(TrainConfig(**settings), folder, first_step, World(int(not enabled), world_size, CPU), FLOPS)
+    if enabled:
+        log.open()
+    return log
 
 
 def train_row(step: int, **changes):

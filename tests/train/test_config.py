@@ -92,8 +92,8 @@ def test_help_has_groups_and_the_defaults_a_person_types() -> None:
     ("fields", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"lr": -1.0}, "lr must not be negative"),
-        ({"lr": float("nan")}, "lr must not be negative or infinite, and is nan"),
+        ({"lr": -1.0}, "lr must be a finite number of at least 0"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0, not nan"),
         ({"lr": 1e-5, "min_lr": 6e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
         ({"micro_batch": "many"}, "micro_batch must be auto or a positive whole number, not 'many'"),
         ({"grad_compression": "fp16"}, "grad_compression must be one of none, bf16, not 'fp16'"),

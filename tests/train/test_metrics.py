@@ -56,7 +56,7 @@ def test_numbers_that_are_not_finite_stay_json(tmp_path, capsys) -> None:
     assert train["skipped"] == "loss not finite (loss nan, grad_norm inf)"
     assert (evaluation["val_loss"], evaluation["not_finite"]) == (None, "val_loss nan")
     said = capsys.readouterr().err
-    assert "update left out: loss not finite (loss nan, grad_norm inf)" in said
+    assert "update skipped: loss not finite (loss nan, grad_norm inf)" in said
     assert "validation loss not finite" in said
 
 

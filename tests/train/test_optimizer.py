@@ -19,7 +19,7 @@ def trained(optimizer: str, steps: int, saved: dict | None = None) -> tuple[GPT,
     if saved is not None:
         first = saved["updates"]
         model.load_state_dict(saved["model"])
-        load_state(model, optimizers, first, saved["optimizer"])
+        load_state(model, optimizers, first, saved["optimizer"].__getitem__)
     for step in range(first, steps):
         tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(step))
         model(tokens[:, :-1], tokens[:, 1:])[1].backward()

@@ -77,7 +77,7 @@ def test_bytes_that_cross_the_processes(dataset, tmp_path, monkeypatch) -> None:
         result = dry_run(dataset, tmp_path / "run", **changes)
         assert result.exit_code == 0, result.output
         size = share * 4 * TrainConfig(**TINY).model_config.num_parameters
-        line = f"exchange      {size / 1e6:.1f} MB of gradients that each process sends a step, in a ring"
+        line = f"exchange      {size / 1e6:.1f} MB of gradients sent by each process in a step, in a ring"
         assert (line in result.stdout.splitlines()) == ("exchange" in result.stdout) == (processes > 1)
 
 

@@ -23,21 +23,19 @@ SETTINGS: dict[str, Any] = {
     "auto_envvar_prefix": "GPT2_DATA",
     "max_content_width": 100,
 }
-SOURCES_SHOWN = 20
-"""Sources that `info` lists; a dataset may have thousands."""
+SOURCES_SHOWN = 20  # by `info`; a dataset may have thousands
 
 
 def size(text: str) -> int:
     """Read a count such as 100M, 1.5B or 64k."""
-    factors = {"k": 10**3, "m": 10**6, "b": 10**9}
     digits = text.strip().lower()
-    factor = factors.get(digits[-1:], 1)
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:], 1)
     try:
         number = float(digits[:-1] if factor > 1 else digits) * factor
         if number < 0 or number != int(number):
             raise ValueError
     except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text!r} is no count: write 100M, 1.5B, 64k or a whole number") from None
+        raise click.BadParameter(f"{text!r} is not a count: write 100M, 1.5B, 64k or a whole number") from None
     return int(number)
 
 
@@ -52,15 +50,12 @@ class _Group(cloup.Group):
         except (ValueError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        full = ": make room and run the same command again" if error.errno == errno.ENOSPC else ""
-        return _printable(f"{where}{error.strerror}{full}")
-    return _printable(" ".join(str(error).split()))
+            text = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                if error.errno == errno.ENOSPC:
+                    text += ": make room and run the same command again"
+            raise click.ClickException(_printable(text)) from error
 
 
 def _printable(text: str) -> str:
@@ -72,7 +67,7 @@ def _printable(text: str) -> str:
 @cloup.version_option(package_name="gpt2-data", message="%(prog)s %(version)s")
 @cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Text to verified GPT-2 token shards."""
+    """Turn text into verified GPT-2 token shards."""
 
 
 def _part(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -80,7 +75,7 @@ def _part(context: click.Context, parameter: click.Parameter, text: str | None) 
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise click.BadParameter(f"{text!r} is no part: write 1/4 to 4/4 for four parts")
+        raise click.BadParameter(f"{text!r} is not a part: write 1/4 to 4/4 for four parts")
     return int(match[1]), int(match[2])
 
 
@@ -92,13 +87,14 @@ AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON d
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
 FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+DATASET = cloup.argument("dataset", **FOLDER)
 
 
 @main.command()
 @cloup.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
 @cloup.option_group(
     "Source",
-    cloup.option("--column", default="text", show_default=True, help="Column or JSON key of the text."),
+    cloup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text."),
     cloup.option("--limit-docs", **COUNT, help="Take only the first N documents."),
     cloup.option(
         "--order",
@@ -109,22 +105,22 @@ FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
 )
 @cloup.option_group(
     "Shards",
-    cloup.option("--out", **FOLDER, help="Folder to make.  [default: data/SOURCE]"),
+    cloup.option("--out", **FOLDER, help="Dataset folder to create.  [default: data/SOURCE]"),
     cloup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard."),
     cloup.option(
         "--val-tokens",
         **SIZE,
-        help="Tokens for validation, 0 for none.  [default: 100M or, if less, a tenth of all]",
+        help="Tokens for validation; 0 for none.  [default: 100M, or a tenth of all if less]",
     ),
     cloup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow."),
-    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Order, split and cut as its fineweb.py."),
+    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Cut and order as its fineweb.py does."),
 )
 @cloup.option_group(
     "Work",
-    cloup.option("--workers", **COUNT, help="Processes.  [default: one a core]"),
-    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Library for the same tokens."),
-    cloup.option("--engine", **_choice("local", "ray"), help="Processes here, or a Ray cluster (RAY_ADDRESS)."),
-    cloup.option("--part", metavar="I/N", callback=_part, help="Do share I of N, for N jobs with one --out."),
+    cloup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]"),
+    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Tokenizer library to use."),
+    cloup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS)."),
+    cloup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out."),
 )
 @cloup.option_group(
     "Downloads",
@@ -132,34 +128,32 @@ FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
         "--downloads",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
-        help="Folder for fetched files.  [default: OUT/downloads]",
+        help="Folder for downloaded files.  [default: OUT/downloads]",
     ),
-    cloup.option("--delete-downloads", is_flag=True, help="Delete each fetched file once it is tokenized."),
+    cloup.option("--delete-downloads", is_flag=True, help="Delete each downloaded file once it is tokenized."),
 )
 @cloup.option_group(
     "Output",
-    cloup.option("--dry-run", is_flag=True, help="Only say what would be built, how large and how long."),
+    cloup.option("--dry-run", is_flag=True, help="Print what would be built, its size and time; build nothing."),
     AS_JSON,
 )
-def build(
-    source: tuple[str, ...], out: Path | None, order: str | None, dry_run: bool, as_json: bool, **options: Any
-) -> None:
+def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
     \b
-    SOURCE is one or several of
-      fineweb-edu                 its sample-10BT: 10 billion tokens (the default)
-      fineweb-edu:sample-100BT    another of its configs; fineweb likewise
+    Each SOURCE is one of
+      fineweb-edu                 FineWeb-Edu's sample-10BT: 10 billion tokens (the default)
+      fineweb-edu:sample-100BT    another config of it; also fineweb:CONFIG
       hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; REPO@REVISION, too
       tinyshakespeare             a megabyte, to try things
       pydocs                      the text that comes with Python: no download
-      FILES                       or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
+      FILES                       files or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
 
     An interrupted build resumes when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
 
     \b
-    Example: all texts in a folder and below, in shards of 10 million tokens
+    Example: all text files in a folder and its subfolders, in shards of 10 million tokens
       gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
     from gpt2_data import BuildConfig, console
@@ -168,56 +162,39 @@ def build(
     source = source or ("fineweb-edu",)
     if out is None:
         if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
-            _check_names(source)
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
-    if order is not None:  # else BuildConfig's default, which --compat changes
-        options["order"] = order
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
         console.print_plan(config, as_json)
         return
-    with _stoppable(), console.progress() as progress:
-        result = run(config, progress)
+    with _stoppable(), console.bar() as show:
+        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
     console.print_result(result, config, as_json)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block, and the command, with 128 + their number; the workers are ended, too."""
-    number = signal.SIGINT
 
-    def stop(received: int, _: FrameType | None) -> None:
-        nonlocal number
-        number = signal.Signals(received)
-        raise KeyboardInterrupt
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(*interrupt.args or (signal.SIGINT,))
         click.echo(f"\nstopped by {number.name}: run the same command again to resume", err=True)
         raise SystemExit(128 + number) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_names(source: tuple[str, ...]) -> None:
-    """Raise ValueError for a SOURCE that is none: more to the point than what else is missing."""
-    from gpt2_data.sources import catalog, hub
-
-    for name in source:
-        if hub.parse(name) is None:
-            catalog.expand(name)
-
-
-DATASET = cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
-
-
 @main.command()
 @DATASET
 @cloup.option(
-    "--level", **_choice("fast", "full"), help="fast: compare files, sizes and headers; full: read every byte."
+    "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full reads every byte."
 )
 @AS_JSON
 def verify(dataset: Path, level: str, as_json: bool) -> None:
@@ -225,24 +202,22 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     from gpt2_data import verify as check
 
     report = check(dataset, level)
+    files = f"{plural(report.files, 'file')}, {format_bytes(report.bytes)}"
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **vars(report)}))
     elif report.ok:
-        click.echo(
-            f"{dataset}: {plural(report.files, 'file')}, {format_bytes(report.bytes)}: nothing wrong ({level})"
-        )
+        click.echo(f"{dataset}: {files}: nothing wrong ({level})")
     else:
-        for problem in report.problems:
-            click.echo(problem)
+        click.echo("\n".join(report.problems))
     if not report.ok:
-        raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files are not right")
+        raise click.ClickException(f"{dataset}: {len(report.problems):,} of {report.files:,} files have problems")
 
 
 @main.command()
 @DATASET
 @AS_JSON
 def info(dataset: Path, as_json: bool) -> None:
-    """Say what a dataset is made of."""
+    """Describe a dataset: its source, order and splits."""
     from gpt2_data.formats.manifest import SPLITS, load
 
     manifest = load(dataset)
@@ -255,10 +230,9 @@ def info(dataset: Path, as_json: bool) -> None:
     click.echo(f"tokenizer  {manifest.tokenizer['name']}, {manifest.vocab_size:,} tokens")
     click.echo(f"order      {options['order']}{seed}")
     if "text_bytes" in source:  # not if it was converted from a dataset of others
-        click.echo(
-            f"text       {format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')} "
-            f"({source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired)"
-        )
+        text = f"{format_bytes(source['text_bytes'])} in {plural(source['documents'], 'document')}"
+        odd = f"{source['documents_empty']:,} empty, {source['documents_replaced']:,} repaired"
+        click.echo(f"text       {text} ({odd})")
     if "converted_from" in source:
         click.echo(f"converted  from {source['converted_from']['format']}")
     inputs = source["inputs"]
@@ -296,7 +270,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 
 
 @main.command()
-@cloup.argument("dataset", metavar="DIR", type=click.Path(path_type=Path))
+@DATASET
 @cloup.argument("out", type=click.Path(path_type=Path))
 @cloup.option(
     "--to",
@@ -308,9 +282,9 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     """Write a dataset in another format; the tokens stay the same.
 
-    DIR is a dataset of ours, or one of build-nanogpt's, llm.c's, nanoGPT's or Megatron's: a folder, or the common
-    beginning of a Megatron pair's two names. OUT is a folder that is not there or empty. llmc and arrow are
-    datasets of ours; llm.c and modded-nanogpt read llmc too, npy is for build-nanogpt.
+    DIR is a dataset of gpt2-data, build-nanogpt, llm.c, nanoGPT or Megatron: a folder, or the common
+    beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
+    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
     from gpt2_data import console
     from gpt2_data import convert as run

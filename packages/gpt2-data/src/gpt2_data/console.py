@@ -11,47 +11,38 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult, Progress
+    from gpt2_data.building.build import BuildResult
     from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is no terminal: a short build says nothing there."""
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 """tqdm's own format leaves one column of 80 for the bar."""
-_UNITS = {"writing": " tokens", "converting": " tokens", "counting": " row groups"}
+_UNITS = {"writing": " tokens", "converting": " tokens"}
 
 
 def print_plan(config: "BuildConfig", as_json: bool) -> None:
     """Print what would be built, on what, and what it needs."""
-    from gpt2_data.building.estimate import estimate
+    from gpt2_data.building.estimate import estimate, minutes
     from gpt2_data.building.plan import make_plan
     from gpt2_data.tokenizer import choose_backend
 
     backend = choose_backend(config.tokenizer)
     plan = make_plan(config)
-    done, total = 0, sum(len(item.row_groups) for item, _ in plan.remote)
-    with bar() as show:
-
-        def count(row_groups: int) -> None:
-            nonlocal done
-            done += row_groups
-            show("counting", done, total)
-
-        guess = estimate(plan, config, remote=True, progress=count)
-    guess.check_shards(config)
+    guess = estimate(plan, config)
     folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
     facts: dict[str, Any] = {
         "files": sum(item.kind not in ("pydocs", "stream") for item in plan.inputs),
         "units": len(plan.units),
         "documents": guess.documents,
         "tokens": guess.tokens,
-        "tokens_estimated": not guess.counted,
-        "shards": guess.shards(config),
-        "bytes": guess.dataset_bytes(),
+        "tokens_estimated": True,
+        "shards": guess.shards,
+        "bytes": guess.dataset_bytes,
         "bytes_to_download": guess.download_bytes,
-        "bytes_while_building": guess.peak_bytes(),
+        "bytes_while_building": guess.peak_bytes,
         "bytes_free": shutil.disk_usage(folder).free,
-        "minutes": round(guess.minutes(config, plan, backend), 4),
+        "minutes": round(minutes(plan, config, backend), 4),
         "workers": config.num_workers(plan.text_bytes),
         "tokenizer": backend,
         "out": str(config.out),
@@ -59,15 +50,14 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    about, how = ("", "counted in the source") if guess.counted else ("about ", "an estimate")
     fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
+    without = ", without downloads" if fetched else ""
     sizes = [format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free")]
-    without = ", downloads left out" if fetched else ""
     workers = plural(facts["workers"], "worker")
     click.echo(f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}")
-    click.echo(f"documents  {about}{format_count(guess.documents)}")
-    click.echo(f"tokens     {about}{format_count(guess.tokens)} ({how})")
-    click.echo(f"shards     {about}{facts['shards']:,} of {format_count(config.shard_size)} tokens")
+    click.echo(f"documents  about {format_count(guess.documents)}")
+    click.echo(f"tokens     about {format_count(guess.tokens)} (an estimate)")
+    click.echo(f"shards     about {facts['shards']:,} of {format_count(config.shard_size)} tokens")
     click.echo(f"disk       {sizes[0]}, {sizes[1]} while building; {sizes[2]} free")
     click.echo(f"time       about {format_seconds(60 * facts['minutes'])} with {workers} and {backend}{without}")
     click.echo(f"out        {config.out}")
@@ -80,50 +70,37 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
         return
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
-    if result.already_built:
-        click.echo(f"{result.out}: already built: {what} in {shards}")
-        return
     how = f"{result.seconds:.1f} s"
     if result.text_mb_per_second:  # 0 where all had been tokenized before
         how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
-    if not result.finished:
-        assert config.part is not None
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+        return
+    if not result.finished and config.part is not None:
         number, count = config.part
-        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are still to come")
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
         return
     click.echo(f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}")
-    for count, note in (
-        (result.documents_empty, "empty: only <|endoftext|> is there"),
-        (result.documents_replaced, "not UTF-8: what could not be read became U+FFFD"),
-    ):
-        if count:
-            click.echo(f"{plural(count, 'document')} {note}", err=True)
-
-
-@contextmanager
-def progress() -> "Iterator[Progress]":
-    """Show a build's progress by `bar`, with the tokens so far."""
-    with bar() as show:
-        yield lambda status: show(
-            status.phase,
-            status.done,
-            status.total,
-            f"{format_count(status.tokens)} tokens" if status.tokens else "",
-        )
+    if result.documents_empty:
+        click.echo(f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True)
+    if result.documents_replaced:
+        note = "not UTF-8: the invalid bytes became U+FFFD"
+        click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager
 def bar() -> "Iterator[Callable[..., None]]":
-    """Show (what, done, total[, note]): a bar on a terminal, a line now and then elsewhere; on stderr."""
+    """Show (what, done, total[, tokens so far]): a bar on a terminal, a line now and then elsewhere; on stderr."""
     from tqdm import tqdm
 
     drawn: Any = None
     phase, started, first = "", 0.0, 0
     last_line = time.monotonic()
 
-    def show(what: str, done: int, total: int, note: str = "") -> None:
+    def show(what: str, done: int, total: int, tokens: int = 0) -> None:
         nonlocal drawn, phase, started, first, last_line
         now = time.monotonic()
+        note = f"{format_count(tokens)} tokens" if tokens else ""
         if what != phase:
             phase, started, first = what, now, done
             if drawn is not None:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import dataset, disk, tokenizer
+from gpt2_data import disk, tokenizer
 from gpt2_data.building.cut_shards import document_ids
-from gpt2_data.dataset import Dataset
-from gpt2_data.formats import foreign, manifest, uint16
-from gpt2_data.formats.arrow import ArrowShard
+from gpt2_data.dataset import Dataset, load
+from gpt2_data.formats import arrow, foreign, uint16
 from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
 
@@ -42,22 +41,14 @@ class ConvertResult:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens [start, start + tokens) of a split's file, which become one shard."""
-
-    file: TokenFile
-    start: int
-    tokens: int
-
-
 def convert(
     source: str | Path, out: str | Path, to: str, progress: Progress = lambda what, done, total: None
 ) -> ConvertResult:
     """Write the dataset `source` to the folder `out` in another format.
 
     Every byte of a dataset of ours is compared with its dataset.json on the way. Memory: a few chunks of 1M
-    tokens, and 20 bytes a document of a shard (of the whole source, if another project's documents are needed).
+    tokens, and 20 bytes a document of a shard (for Megatron, or if another project's documents are needed, of a
+    whole split).
 
     Args:
         out: must not exist or be empty. It appears whole or not at all: until then it is OUT.converting.
@@ -69,22 +60,29 @@ def convert(
     """
     out = Path(out)
     if to not in FORMATS:
-        raise ValueError(f"cannot convert to {to!r}: known are {', '.join(FORMATS)}")
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there and not empty: choose another")
-    opened = Dataset(source)
-    total = sum(opened.tokens(split) for split in SPLITS)
+        raise ValueError(f"{out} exists and is not empty: choose another folder")
+    dataset = Dataset(source)
+    before = dataset.manifest.hash
+    total = sum(dataset.tokens(split) for split in SPLITS)
     if total == 0:
-        raise ValueError(f"{opened.path} holds no tokens")
+        raise ValueError(f"{source} holds no tokens")
     target = out.resolve()  # not a link, which cannot be renamed over
     work = target.with_name(target.name + ".converting")
     documents = total // 50  # a guess: another project's are not counted before they are read
-    if isinstance(opened.manifest, Manifest):
-        documents = sum(opened.num_documents(split) for split in SPLITS)
-    with _work_folder(work, 2 * total + 28 * documents + 1_000_000):  # Megatron's: 20 in the .idx, 8 meanwhile
-        job = _Job(opened, work, to, lambda done: progress("writing", done, total))
-        {"npy": _to_npy, "nanogpt": _to_nanogpt, "megatron": _to_megatron}.get(to, _to_ours)(job)
-        job.check_unchanged()
+    if isinstance(dataset.manifest, Manifest):
+        documents = sum(dataset.manifest.documents(split) for split in SPLITS)
+    with _work_folder(work, 2 * total + 20 * documents + 1_000_000):  # 20: in Megatron's .idx
+        job = _Job(dataset, work, lambda done: progress("writing", done, total))
+        if to == "npy":
+            _to_npy(job)
+        elif to in ("llmc", "arrow"):
+            _to_ours(job, to)
+        else:
+            _to_one_file(job, to)
+        if load(dataset.path).hash != before:
+            raise ValueError(f"{dataset.path} was changed while it was read: run the same command again")
         files = list(work.glob("[!.]*"))
         size = sum(path.stat().st_size for path in files)
         work.rename(target)  # takes the place of an empty folder
@@ -105,12 +103,7 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
             for path in work.iterdir():  # of a conversion that was killed
                 if path.name != ".lock":
                     path.unlink()
-            free = shutil.disk_usage(work).free
-            if needed > free:
-                raise OSError(
-                    f"{work.parent}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free: "
-                    "make room or choose another OUT"
-                )
+            disk.check_space(work, needed, "OUT")
             yield
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -124,76 +117,57 @@ class _Job:
         inputs: the files that were read, as dataset.json lists a source.
     """
 
-    def __init__(self, opened: Dataset, work: Path, to: str, progress: Callable[[int], None]) -> None:
-        self.dataset, self.work, self.to = opened, work, to
-        self.manifest = opened.manifest
+    def __init__(self, dataset: Dataset, work: Path, progress: Callable[[int], None]) -> None:
+        self.dataset, self.manifest, self.work = dataset, dataset.manifest, work
         self.inputs: list[dict[str, Any]] = []
-        self._hash = self.manifest.hash
         self._progress = progress
         self._done = 0
 
     def tokens(self, split: str) -> Iterator[NDArray[np.uint16]]:
         """Yield all tokens of a split in chunks; a chunk is valid until the next is asked for."""
-        for file in self.dataset.files(split):
-            yield from self._read(file, [file.tokens])
+        for _, _, chunks in self.pieces(split):
+            yield from chunks
 
-    def pieces(self, split: str) -> Iterator[tuple[_Piece, Iterator[NDArray[np.uint16]]]]:
-        """Yield what becomes a shard each, with its tokens, which must be taken before the next."""
+    def pieces(self, split: str) -> Iterator[tuple[int, TokenFile, Iterator[NDArray[np.uint16]]]]:
+        """Yield what becomes a shard each: its file's number, where it is, and its tokens, to be taken at once."""
         has_shards = isinstance(self.manifest, Manifest) or self.manifest.format in ("npy", "llmc")
-        for file in self.dataset.files(split):
+        for number, file in enumerate(self.dataset.files(split)):
             size = file.tokens if has_shards and file.tokens <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS
-            starts = range(0, file.tokens, size)
-            pieces = [_Piece(file, start, min(size, file.tokens - start)) for start in starts]
-            chunks = self._read(file, [piece.tokens for piece in pieces])
-            for piece in pieces:
-                yield piece, _take(chunks, piece.tokens)
+            chunks = self._read(file, size)
+            for start in range(0, file.tokens, size):
+                piece = TokenFile(file.path, min(size, file.tokens - start), file.start + 2 * start)
+                yield number, piece, _take(chunks, piece.tokens)
             assert next(chunks, None) is None  # and so the hash was compared
 
-    def _read(self, file: TokenFile, cuts: list[int]) -> Iterator[NDArray[np.uint16]]:
-        """Yield a file's tokens; no chunk crosses a cut. Raises ValueError at the end if its hash is wrong."""
+    def _read(self, file: TokenFile, size: int) -> Iterator[NDArray[np.uint16]]:
+        """Yield a file's tokens; no chunk crosses a multiple of `size`. Raises ValueError if its hash is wrong."""
         digest = hashlib.sha256()
         buffer = np.empty(_CHUNK, uint16.TOKEN)
-        position = 0
+        position, limit = 0, self.manifest.vocab_size
         with file.path.open("rb") as source:
             digest.update(source.read(file.start))
-            for remaining in cuts:
-                while remaining:
-                    chunk = buffer[: min(remaining, _CHUNK)]
-                    if source.readinto(chunk.data.cast("B")) != chunk.nbytes:
-                        raise ValueError(f"{file.path}: cut short while it was read, at token {position:,}")
-                    digest.update(chunk.data)
-                    if int(chunk.max()) >= (limit := self.manifest.vocab_size):
-                        at = int(np.argmax(chunk >= limit))
-                        raise ValueError(f"{file.path}: token {position + at:,} is {chunk[at]}, not below {limit}")
-                    yield chunk
-                    remaining, position = remaining - len(chunk), position + len(chunk)
-                    self._done += len(chunk)
-                    self._progress(self._done)
+            while position < file.tokens:
+                chunk = buffer[: min(file.tokens - position, size - position % size)]
+                if source.readinto(chunk.data.cast("B")) != chunk.nbytes:
+                    raise ValueError(f"{file.path}: cut short while it was read, at token {position:,}")
+                digest.update(chunk.data)
+                if int(chunk.max()) >= limit:
+                    at = int(np.argmax(chunk >= limit))
+                    raise ValueError(f"{file.path}: token {position + at:,} is {chunk[at]}, not below {limit}")
+                yield chunk
+                position += len(chunk)
+                self._done += len(chunk)
+                self._progress(self._done)
             digest.update(source.read(1024))  # what follows the tokens of an Arrow shard
-            self._finish(file, digest.hexdigest(), source.tell())
-
-    def _finish(self, file: TokenFile, sha256: str, size: int) -> None:
-        if isinstance(self.manifest, Manifest):
-            kind = str(self.manifest.options["format"])
-            shard = self.shard_of(file)
-            if sha256 != shard.sha256:
-                raise ValueError(f"{file.path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
-            docs = shard.docs
-            if docs is not None and disk.sha256(self.dataset.path / docs.file) != docs.sha256:
-                raise ValueError(f"{self.dataset.path / docs.file}: damaged: its SHA-256 is another")
-        else:
-            kind = self.manifest.format
+            size, sha256 = source.tell(), digest.hexdigest()
+        kind = self.manifest.options["format"] if isinstance(self.manifest, Manifest) else self.manifest.format
         self.inputs.append({"kind": kind, "name": file.path.name, "bytes": size, "sha256": sha256})
-
-    def shard_of(self, file: TokenFile) -> Shard:
-        """Return what dataset.json says of a file of a dataset of ours."""
-        assert isinstance(self.manifest, Manifest)
-        return next(shard for shard in self.manifest.shards if shard.file == file.path.name)
-
-    def check_unchanged(self) -> None:
-        """Raise ValueError if the source is no longer what was opened."""
-        if dataset.load(self.dataset.path).hash != self._hash:
-            raise ValueError(f"{self.dataset.path} was changed while it was read: run the same command again")
+        if isinstance(self.manifest, Manifest):
+            shard = next(shard for shard in self.manifest.shards if shard.file == file.path.name)
+            for part in [shard] + ([shard.docs] if shard.docs else []):
+                path = file.path.with_name(part.file)
+                if part.sha256 != (sha256 if part is shard else disk.sha256(path)):
+                    raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
 
 
 def _take(chunks: Iterator[NDArray[np.uint16]], count: int) -> Iterator[NDArray[np.uint16]]:
@@ -206,20 +180,24 @@ def _take(chunks: Iterator[NDArray[np.uint16]], count: int) -> Iterator[NDArray[
 # --- the formats
 
 
-def _to_ours(job: _Job) -> None:
+def _to_ours(job: _Job, to: str) -> None:
     written: list[Shard] = []
-    form = "arrow" if job.to == "arrow" else "uint16"
-    number = 0  # of the next document
+    form = "arrow" if to == "arrow" else "uint16"
+    documents = 0
     for split in ("val", "train"):
-        for piece, chunks in job.pieces(split):
-            path = job.work / shard_name(split, len(written), form)
-            starts = _document_starts(job, piece)
-            ids: NDArray[np.int64] | None = None
+        for number, piece, chunks in job.pieces(split):
+            starts = foreign.eots(piece)
+            if isinstance(job.manifest, Manifest) and len(starts) != job.manifest.split(split)[number].documents:
+                raise ValueError(
+                    f"{piece.path}: damaged: it has {len(starts):,} documents, {FILE_NAME} says otherwise"
+                )
+            ids = None
             if form == "arrow":
                 continues = int(len(starts) == 0 or starts[0] > 0)  # the document before, or one without an EOT
-                number = max(number, continues)
-                ids = _ids(job, piece, np.arange(number - continues, number + len(starts)))
-                number += len(starts)
+                documents = max(documents, continues)
+                ids = _ids(job, split, number, np.arange(documents - continues, documents + len(starts)))
+                documents += len(starts)
+            path = job.work / shard_name(split, len(written), form)
             written.append(write_documents(path, job.work, split, piece.tokens, chunks, starts, ids))
     source: dict[str, Any]
     if isinstance(job.manifest, Manifest):
@@ -232,72 +210,48 @@ def _to_ours(job: _Job) -> None:
         file.write(Manifest(tokenizer.identity(), source, options, tuple(written)).to_bytes())
 
 
-def _document_starts(job: _Job, piece: _Piece) -> NDArray[np.int64]:
-    """Find where documents start in a piece: in ours, where an EOT is."""
-    reader = uint16.TokenFiles([piece.file])
-    starts = foreign.scanned_starts(
-        lambda out, at: reader.read_into(out, 0, piece.start + at), piece.tokens, eot_behind=False
-    )
-    reader.close()
-    if isinstance(job.manifest, Manifest) and len(starts) != job.shard_of(piece.file).documents:
-        raise ValueError(
-            f"{piece.file.path}: damaged: it has {len(starts):,} documents, dataset.json says otherwise"
-        )
-    return starts
-
-
-def _ids(job: _Job, piece: _Piece, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the ids of an Arrow shard's rows, which are the documents `numbers` of the whole dataset.
+def _ids(job: _Job, split: str, number: int, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the ids of an Arrow shard's rows, which are these `documents` of the whole dataset.
 
     Those of Arrow shards of ours stay; else they follow from the order, or count from 0 where none is known.
     """
     if not isinstance(job.manifest, Manifest):
-        return numbers
-    opened = manifest.open_shard(job.dataset.path, job.shard_of(piece.file))
-    if isinstance(opened, ArrowShard):
-        return opened.ids()
+        return documents
+    shard = job.manifest.split(split)[number]
+    if shard.docs is None:
+        return arrow.check_shard(job.dataset.path / shard.file, shard.tokens, shard.documents).ids.read()
     total = sum(job.manifest.documents(split) for split in SPLITS)
-    return document_ids(numbers, total, job.manifest.options["seed"])
+    return document_ids(documents, total, job.manifest.options["seed"])
 
 
 def _to_npy(job: _Job) -> None:
     number = itertools.count()
     for split in ("val", "train"):
-        for piece, chunks in job.pieces(split):
-            _write(job, f"{split}_{next(number):06d}.npy", foreign.npy_header(piece.tokens), chunks)
+        for _, piece, chunks in job.pieces(split):
+            _write(job.work / f"{split}_{next(number):06d}.npy", foreign.npy_header(piece.tokens), chunks)
 
 
-def _to_nanogpt(job: _Job) -> None:
-    for split in SPLITS:
-        if job.dataset.tokens(split):
-            _write(job, f"{split}.bin", b"", job.tokens(split))
-
-
-def _to_megatron(job: _Job) -> None:
-    """Write one sequence a document, and one of what stands in front of a split's first document."""
+def _to_one_file(job: _Job, to: str) -> None:
+    """Write a file a split; for Megatron one sequence a document, and one of what stands before the first."""
     for split in SPLITS:
         total = job.dataset.tokens(split)
         if total == 0:
             continue
-        _write(job, f"{split}_text_document.bin", b"", job.tokens(split))
-        begins = job.work / ".begins"  # i64, in tokens: not in memory
-        starts = job.dataset.document_starts(split)
-        first = next(starts, total)
-        starts = itertools.chain([0] if first else [], [first], starts, [total])
-        before = 0
-        with begins.open("wb") as file:
-            while len(numbers := np.fromiter(itertools.islice(starts, _CHUNK), "<i8")):
-                if (np.diff(numbers, prepend=before) > _MAX_SEQUENCE).any():
-                    raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens: Megatron has no such")
-                before = int(numbers[-1])
-                file.write(numbers.data)
+        if to == "nanogpt":
+            _write(job.work / f"{split}.bin", b"", job.tokens(split))
+            continue
+        _write(job.work / f"{split}_text_document.bin", b"", job.tokens(split))
+        starts = np.fromiter(itertools.chain(job.dataset.document_starts(split), [total]), np.int64)
+        if starts[0]:
+            starts = np.append(0, starts)
+        if np.diff(starts).max() > _MAX_SEQUENCE:
+            raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens: Megatron has no such")
         with disk.write_whole(job.work / f"{split}_text_document.idx") as file:
-            foreign.write_idx(file, np.memmap(begins, "<i8", "r"))
-        begins.unlink()
+            foreign.write_idx(file, starts)
 
 
-def _write(job: _Job, name: str, header: bytes, chunks: Iterable[NDArray[np.uint16]]) -> None:
-    with disk.write_whole(job.work / name) as file:
+def _write(path: Path, header: bytes, chunks: Iterable[NDArray[np.uint16]]) -> None:
+    with disk.write_whole(path) as file:
         file.write(header)
         for chunk in chunks:
             file.write(chunk.data)

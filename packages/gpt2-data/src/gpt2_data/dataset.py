@@ -3,18 +3,16 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data.formats import foreign, manifest, uint16
-from gpt2_data.formats.arrow import ArrowShard
 from gpt2_data.formats.foreign import ForeignManifest
-from gpt2_data.formats.manifest import Manifest, Shard
+from gpt2_data.formats.manifest import Manifest
 from gpt2_data.formats.uint16 import TokenFile
-from gpt2_data.tokenizer import EOT
 
 _ITERATED = 1024  # document starts read at once
 
@@ -44,14 +42,12 @@ class Dataset:
 
     def num_documents(self, split: str) -> int:
         """Return the number of documents of the split."""
-        if isinstance(self.manifest, Manifest):
-            return self.manifest.documents(split)
-        return self._split(split).num_documents()
+        return self._split(split).num_documents
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return tokens [start, stop) of the split, across shards. Raises ValueError if there are none such."""
         if not 0 <= start <= stop <= self.tokens(split):
-            raise ValueError(f"tokens {start:,} to {stop:,} of split {split!r}: it has {self.tokens(split):,}")
+            raise ValueError(f"tokens {start:,} to {stop:,} not in split {split!r}: it has {self.tokens(split):,}")
         out = np.empty(stop - start, np.uint16)
         self._split(split).read_into(out, start)
         return out
@@ -70,13 +66,9 @@ class Dataset:
 
     def documents(self, split: str) -> Iterator[NDArray[np.uint16]]:
         """Yield every document of the split in order, as `document` returns it."""
-        before = None
-        for start in self.document_starts(split):
-            if before is not None:
-                yield self.read(split, before, start)
-            before = start
-        if before is not None:
-            yield self.read(split, before, self.tokens(split))
+        bounds = itertools.chain(self.document_starts(split), [self.tokens(split)])
+        for start, stop in itertools.pairwise(bounds):
+            yield self.read(split, start, stop)
 
     def document_starts(self, split: str) -> Iterator[int]:
         """Yield where each document of the split begins, in tokens, in order."""
@@ -93,12 +85,8 @@ class Dataset:
             self._splits[split] = _Split(self.path, self.manifest, split)
         return self._splits[split]
 
-    def read_into(self, out: NDArray[np.uint16], split: str, start: int) -> None:
-        """Fill `out` with the split's tokens from `start` on; the caller knows that they exist."""
-        self._split(split).read_into(out, start)
-
     def read_windows(self, out: NDArray[np.uint16], split: str, starts: NDArray[np.int64]) -> None:
-        """Fill row i of `out` (rows, length) with the split's tokens from starts[i] on, as `read_into` does."""
+        """Fill row i of `out` (rows, length) with the split's tokens from starts[i] on, which must exist."""
         self._split(split).read_windows(out, starts)
 
 
@@ -124,39 +112,55 @@ class _Split:
     """The files of one split as one stream. Raises ValueError or OSError for a missing or cut-short file."""
 
     def __init__(self, folder: Path, description: Manifest | ForeignManifest, split: str) -> None:
-        self._description, self._split = description, split
+        self._folder, self._description, self._split = folder, description, split
         if isinstance(description, Manifest):
-            shards = description.split(split)
-            opened = [manifest.open_shard(folder, shard) for shard in shards]
-            self.files = [item.file if isinstance(item, ArrowShard) else item for item in opened]
-            self._listed = _ShardDocuments(folder, shards, opened)
+            self.files = [manifest.open_shard(folder, shard) for shard in description.split(split)]
         else:
-            self.files = description.split(split)
+            self.files = [shard.file for shard in description.split(split)]
         self._vocab_size = description.vocab_size
         self._reader = uint16.TokenFiles(self.files)
         self._starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
 
+    @functools.cached_property
+    def _firsts(self) -> list[int]:
+        """The number of the first document of each shard, and at the end how many there are."""
+        if isinstance(self._description, Manifest):
+            counts = [shard.documents for shard in self._description.split(self._split)]
+        else:
+            counts = [len(starts) for starts in self._foreign_starts]
+        return list(itertools.accumulate(counts, initial=0))
+
+    @functools.cached_property
+    def _foreign_starts(self) -> list[NDArray[np.int64]]:
+        assert isinstance(self._description, ForeignManifest)
+        shards = self._description.split(self._split)
+        return [foreign.document_starts(self._description.format, shard) for shard in shards]
+
+    @property
     def num_documents(self) -> int:
-        return self._listed.count if isinstance(self._description, Manifest) else len(self._scanned)
+        return self._firsts[-1]
 
     def document_starts(self, first: int, last: int) -> list[int]:
         """Return where documents [first, last) begin in the split, in tokens."""
-        if isinstance(self._description, Manifest):
-            return self._listed.starts(first, last)
-        starts: list[int] = self._scanned[first:last].tolist()
+        starts: list[int] = []
+        while first < last:
+            number = bisect.bisect_right(self._firsts, first) - 1
+            before, stop = self._firsts[number], min(last, self._firsts[number + 1])
+            starts += (self._shard_starts(number, first - before, stop - before) + self._starts[number]).tolist()
+            first = stop
         return starts
 
-    @functools.cached_property
-    def _scanned(self) -> NDArray[np.int64]:
-        """Find where another project's documents begin, by Megatron's .idx or the EOTs."""
-        assert isinstance(self._description, ForeignManifest)
-        if self._description.format == "megatron":
-            return foreign.megatron_starts(self._description, self._split)
-        eot_behind = False
-        if self._description.format == "nanogpt" and self.files:
-            self.read_into(first := np.empty(1, np.uint16), 0)
-            eot_behind = int(first[0]) != EOT
-        return foreign.scanned_starts(self.read_into, self._starts[-1], eot_behind)
+    def _shard_starts(self, number: int, first: int, last: int) -> NDArray[np.int64]:
+        if isinstance(self._description, ForeignManifest):
+            return self._foreign_starts[number][first:last]
+        shard = self._description.split(self._split)[number]
+        documents = manifest.open_documents(self._folder, shard)
+        starts = documents.read(first, last)
+        if (np.diff(starts, prepend=0, append=shard.tokens - 1) < 0).any():
+            raise ValueError(
+                f"{documents.path}: offsets out of order or outside the shard's {shard.tokens:,} tokens: damaged"
+            )
+        return starts
 
     def read_into(self, out: NDArray[np.uint16], start: int) -> None:
         self._read(out, start)
@@ -187,49 +191,8 @@ class _Split:
         # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would
         # end a run on a GPU without a word of where it came from; finding it costs microseconds.
         at = int(np.argmax(out >= self._vocab_size))
+        shard = bisect.bisect_right(self._starts, start + at) - 1
         raise ValueError(
-            f"{self._where(start + at)} is {int(out[at])}, the vocabulary has {self._vocab_size}: damaged"
+            f"{self.files[shard].path}: token {start + at - self._starts[shard]:,} is {out[at]}, "
+            f"the vocabulary has {self._vocab_size}: damaged"
         )
-
-    def _where(self, position: int) -> str:
-        shard = bisect.bisect_right(self._starts, position) - 1
-        return f"{self.files[shard].path}: token {position - self._starts[shard]:,}"
-
-
-class _ShardDocuments:
-    """The documents of a dataset of ours, which sidecars list, or which are the rows of Arrow shards."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], opened: Sequence[TokenFile | ArrowShard]) -> None:
-        self._folder, self._shards, self._opened = folder, shards, opened
-        self._token_starts = list(itertools.accumulate((shard.tokens for shard in shards), initial=0))
-        self._firsts = list(itertools.accumulate((shard.documents for shard in shards), initial=0))
-        self.count = self._firsts[-1]
-
-    def starts(self, first: int, last: int) -> list[int]:
-        """Return where documents [first, last) begin in the split, in tokens."""
-        starts: list[int] = []
-        while first < last:
-            number = bisect.bisect_right(self._firsts, first) - 1
-            stop = min(last, self._firsts[number + 1])
-            entries = self._entries(number, first - self._firsts[number], stop - self._firsts[number])
-            starts += [self._token_starts[number] + entry for entry in entries]
-            first = stop
-        return starts
-
-    def _entries(self, number: int, start: int, stop: int) -> list[int]:
-        shard, opened = self._shards[number], self._opened[number]
-        if isinstance(opened, ArrowShard):
-            path = opened.file.path
-            first = opened.rows - shard.documents  # a row in front continues the shard before's last document
-            offsets: list[int] = opened.row_starts(first + start, first + stop).tolist()
-        else:
-            assert shard.docs is not None
-            path = self._folder / shard.docs.file
-            if uint16.check_docs(path) != shard.documents:
-                raise ValueError(f"{path}: not the {shard.documents:,} documents that dataset.json says")
-            offsets = uint16.read_docs(path, start, stop).tolist()
-        if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] < shard.tokens:
-            raise ValueError(
-                f"{path}: offsets out of order or outside the shard's {shard.tokens:,} tokens: damaged"
-            )
-        return offsets

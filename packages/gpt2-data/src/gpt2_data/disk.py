@@ -4,8 +4,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import platform
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -65,11 +65,14 @@ def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
         raise Busy(message) from None
 
 
-def sign(file: IO[str]) -> None:
-    """Write into a lock file which process holds it."""
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+def check_space(folder: Path, needed: int, option: str) -> None:
+    """Raise OSError if less than `needed` bytes are free; `option` is what to choose another folder by."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder.parent}: about {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free: "
+            f"make room or choose another {option}"
+        )
 
 
 def sha256(path: Path) -> str:

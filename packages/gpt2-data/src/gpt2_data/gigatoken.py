@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +23,10 @@ from numpy.typing import NDArray
 MAX_GROWTH = 250_000_000
 """Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.
 
-The cache remembers every word: 7 bytes for a byte of text that it has not seen. Its table doubles at times, so the
-process grows by up to twice this. Books make it grow by 100 MB in all, random letters reach the bound in 35 MB."""
+The cache remembers every word. Its table doubles at times, so the process grows by up to twice this. Books make it
+grow by 100 MB in all, random letters reach the bound in 35 MB."""
 
-MAX_TEXT = 64_000_000
-"""Bytes of text before the cache is dropped where a process cannot tell its memory: 450 MB of new words."""
+_GROWTH_PER_BYTE = 7  # of text that it has not seen; for systems where a process cannot tell its memory
 
 PROVEN = Path(__file__).with_name("proven.json")
 _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are searched
@@ -38,7 +38,7 @@ class Proof:
 
     Attributes:
         machine: the kind of processor; gigatoken has code of its own for each.
-        strings: how many were compared.
+        strings: the number that were compared.
         differ: the characters, as hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
     """
 
@@ -50,7 +50,6 @@ class Proof:
 
     @property
     def versions(self) -> tuple[str, str, str]:
-        """What it holds for."""
         return self.gigatoken, self.tiktoken, self.machine
 
     def code_points(self) -> NDArray[np.int64]:
@@ -60,7 +59,7 @@ class Proof:
 
 
 def installed_versions() -> tuple[str, str, str]:
-    """The versions of gigatoken and tiktoken, and the kind of machine. Raises ValueError without gigatoken."""
+    """Return the versions of gigatoken and tiktoken, and the machine. Raises ValueError without gigatoken."""
     try:
         gigatoken = importlib.metadata.version("gigatoken")
     except importlib.metadata.PackageNotFoundError:
@@ -88,51 +87,38 @@ def find_proof() -> Proof:
 
 
 class CharacterSet:
-    """Finds characters of a set in UTF-8; built for sets that are rare in text."""
+    """Finds characters of a set in UTF-8; quick where few of their first bytes stand in the text."""
 
     def __init__(self, code_points: NDArray[np.int64]) -> None:
-        assert len(code_points) == 0 or code_points[0] >= 0x80, "ASCII would be found everywhere"
-        self._code_points = np.sort(code_points)
-        self._second_bytes: dict[int, NDArray[np.bool_]] = {}  # of each first byte
-        for character in map(chr, code_points.tolist()):
-            first, second = character.encode()[:2]
-            self._second_bytes.setdefault(first, np.zeros(256, bool))[second] = True
+        self._first_bytes = {chr(code_point).encode()[0] for code_point in code_points.tolist()}
+        self._wanted = np.zeros(sys.maxunicode + 1, bool)
+        self._wanted[code_points] = True
 
     def find(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return the byte offsets, in no order, of the set's characters in valid UTF-8."""
-        places = [np.empty(0, np.int64)]
+        offsets = [np.empty(0, np.int64)]
         for start in range(0, len(data), _BLOCK):
             block = data[start : start + _BLOCK]
-            # memchr on a copy is the quickest test there is: 0.3 ns a byte for three first bytes, copy included
-            raw = block.tobytes()
-            for first, second_bytes in self._second_bytes.items():
-                if raw.find(first) >= 0:
-                    offsets = np.flatnonzero(block == first) + start
-                    offsets = offsets[second_bytes[data[offsets + 1]]]
-                    code_points = _decode(data, offsets, first)
-                    at = np.searchsorted(self._code_points, code_points).clip(max=len(self._code_points) - 1)
-                    places.append(offsets[self._code_points[at] == code_points])
-        return np.concatenate(places)
-
-
-def _decode(data: NDArray[np.uint8], offsets: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-    """The code points at `offsets`, which all start with the byte `first`."""
-    size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-    code_points = np.full(len(offsets), first & (0x7F >> size), np.int64)
-    for i in range(1, size):
-        code_points = code_points << 6 | data[offsets + i] & 0x3F
-    return code_points
+            raw = block.tobytes()  # memchr on a copy is the quickest test there is: 0.3 ns a byte, copy included
+            for first in (first for first in self._first_bytes if first in raw):
+                at = np.flatnonzero(block == first) + start
+                size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+                code_points = np.full(len(at), first & (0x7F >> size), np.int64)
+                for i in range(1, size):
+                    code_points = code_points << 6 | data[at + i] & 0x3F
+                offsets.append(at[self._wanted[code_points]])
+        return np.concatenate(offsets)
 
 
 class Encoder:
     """gigatoken's tokenizer for GPT-2, with a bound on what its cache may hold. For one thread."""
 
-    def __init__(self, ranks: Mapping[bytes, int], max_growth: int = MAX_GROWTH, max_text: int = MAX_TEXT) -> None:
+    def __init__(self, ranks: Mapping[bytes, int], max_growth: int = MAX_GROWTH) -> None:
         self.renewals = -1
         self._tokenizer: Any = None
         self._base: int | None = None  # memory from which growth counts
         self._text = 0  # bytes encoded since the last renewal
-        self._max_growth, self._max_text = max_growth, max_text
+        self._max_growth = max_growth
         self._ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
         self._renew()
 
@@ -142,7 +128,7 @@ class Encoder:
         """Return the tokens of the texts `data[offsets[i] : offsets[i + 1]]`, valid UTF-8, and their offsets."""
         import awkward as ak
 
-        if self._has_grown():
+        if self._growth() > self._max_growth:
             self._renew()
         self._text += len(data)
         # Without a copy; and never parallel: the build has a process a core, and threads would fight for them.
@@ -153,22 +139,22 @@ class Encoder:
         lists = self._tokenizer.encode_batch(ak.Array(strings), parallel=False).layout
         return lists.content.data, lists.offsets.data
 
-    def _has_grown(self) -> bool:
+    def _growth(self) -> int:
         memory = _memory()
         if memory is None:
-            return self._text >= self._max_text
+            return _GROWTH_PER_BYTE * self._text
         self._base = min(self._base or memory, memory)  # what the caller gives back must not count as room
-        return memory - self._base > self._max_growth
+        return memory - self._base
 
     def _renew(self) -> None:
         import gigatoken
 
         self._tokenizer = None  # its memory goes back before the new one takes any
-        with tempfile.TemporaryDirectory(prefix="gpt2-data-") as folder:
-            file = Path(folder) / "gpt2.tiktoken"
-            file.write_bytes(self._ranks)
+        with tempfile.NamedTemporaryFile(prefix="gpt2-data-", suffix=".tiktoken") as file:
+            file.write(self._ranks)
+            file.flush()
             # Special tokens are left out: the literal "<|endoftext|>" is text.
-            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file, "gpt2", {})
+            self._tokenizer = gigatoken.Tokenizer.from_tiktoken(Path(file.name), "gpt2", {})
         if (memory := _memory()) is not None:
             # The allocator keeps some, and the caller may hold more by now: half the bound is for the new cache.
             self._base = max(self._base or memory, memory - self._max_growth // 2)
@@ -177,7 +163,7 @@ class Encoder:
 
 
 def _memory() -> int | None:
-    """The bytes of this process's own memory, without what it maps of files; None if the system does not say."""
+    """Return the bytes of this process's own memory, without what it maps of files; None if no /proc says."""
     try:
         fields = Path("/proc/self/statm").read_bytes().split()
     except OSError:

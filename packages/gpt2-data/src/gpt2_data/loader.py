@@ -7,11 +7,11 @@ seed and the sample's number alone.
 
 import copy
 import itertools
-import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,7 +77,7 @@ class TokenLoader:
         self.samples_consumed = 0
         self.datasets, self.weights = _open(path)
         if order == "build-nanogpt" and len(self.datasets) > 1:
-            raise ValueError("the order build-nanogpt knows one dataset, not a mix")
+            raise ValueError("the order build-nanogpt reads one dataset, not a mix")
         for dataset in self.datasets:
             self._check(dataset)
         # Rounded up: the tokens after whole windows are in a last one, which overlaps with the one before.
@@ -117,7 +117,7 @@ class TokenLoader:
         """Load the next step's batch into the caller's arrays, of the shape and type that iteration yields."""
         if not x.shape == y.shape == (self.batch_size, self.seq_len):
             raise ValueError(
-                f"arrays of shapes {x.shape} and {y.shape}: ({self.batch_size}, {self.seq_len}) needed"
+                f"the arrays have shapes {x.shape} and {y.shape}, not ({self.batch_size}, {self.seq_len})"
             )
         sources, starts = self._next_windows()
         tokens = self._tokens
@@ -167,7 +167,7 @@ class TokenLoader:
         """
         if self.order == "build-nanogpt":
             batches, rows = np.divmod(numbers, self.batch_size)
-            shards = [shard.tokens for shard in self.datasets[0].manifest.split(self.split)]
+            shards = [file.tokens for file in self.datasets[0].files(self.split)]
             starts = build_nanogpt_starts(
                 batches // self.world_size, shards, self.batch_size, self.seq_len, self.rank, self.world_size
             )
@@ -222,7 +222,7 @@ class TokenLoader:
         samples = state["samples"]
         step = self.batch_size * self.world_size if self.order == "build-nanogpt" else 1
         if not isinstance(samples, int) or not 0 <= samples < 2**62 or samples % step:
-            raise ValueError(f"the loader's state has samples {samples!r}")
+            raise ValueError(f"the loader's state has an impossible number of samples: {samples!r}")
         self.samples_consumed = samples
 
 
@@ -231,13 +231,13 @@ def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
     if not isinstance(path, Mapping):
         return [Dataset(path)], [1]
     if not path:
-        raise ValueError("a mix of no datasets")
+        raise ValueError("the mix contains no dataset")
     weights = mixing.integer_weights(list(path.values()))
     opened = sorted(zip(map(Dataset, path), weights, strict=True), key=lambda pair: pair[0].manifest.hash)
     for (one, _), (other, _) in itertools.pairwise(opened):
         if one.manifest.hash == other.manifest.hash:
             raise ValueError(
-                f"{one.path} and {other.path} are the same dataset: name it once, with its whole weight"
+                f"{one.path} and {other.path} are the same dataset: name it once, with the sum of the weights"
             )
     return [dataset for dataset, _ in opened], [weight for _, weight in opened]
 
@@ -251,19 +251,19 @@ class Prefetch:
         self._loader, self._depth = loader, depth
         self._position = loader.samples_consumed
         self._yielded: deque[Pair] = deque()  # and still valid, the oldest first
-        self._free: queue.SimpleQueue[Pair] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Pair | BaseException] = queue.SimpleQueue()
-        shape, dtype = (loader.batch_size, loader.seq_len), np.dtype(np.int64)
-        for _ in range(2 * depth):  # as many yielded as loaded
-            self._free.put(((allocate or np.empty)(shape, dtype), (allocate or np.empty)(shape, dtype)))
+        self._loading: deque[tuple[Future[None], Pair]] = deque()
         # The thread has a loader, and so open files, of its own, and no reference to this object, which can thus
-        # become garbage and stop it. It is a daemon since Python waits for others at exit before finalizers run.
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=_load, args=(copy.deepcopy(loader), self._free, self._ready, stop), daemon=True, name="prefetch"
-        )
-        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop)
-        thread.start()
+        # become garbage and stop it.
+        self._load = copy.deepcopy(loader).next_into
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._finalizer = weakref.finalize(self, _stop, self._pool)
+        shape, dtype = (loader.batch_size, loader.seq_len), np.dtype(np.int64)
+        make = allocate or np.empty
+        for _ in range(2 * depth):  # as many yielded as loaded
+            self._submit((make(shape, dtype), make(shape, dtype)))
+
+    def _submit(self, pair: Pair) -> None:
+        self._loading.append((self._pool.submit(self._load, *pair), pair))
 
     def __iter__(self) -> "Prefetch":
         return self
@@ -272,19 +272,19 @@ class Prefetch:
         if not self._finalizer.alive:
             raise ValueError("this prefetch is closed")
         if self._loader.samples_consumed != self._position:
-            raise ValueError(
-                "the loader was moved while it was prefetched: close the prefetch first, then begin another"
-            )
+            raise ValueError("the loader was used during a prefetch: close the prefetch first, then start another")
         if len(self._yielded) == self._depth:
-            self._free.put(self._yielded.popleft())
-        loaded = self._ready.get()
-        if isinstance(loaded, BaseException):
+            self._submit(self._yielded.popleft())
+        future, pair = self._loading.popleft()
+        try:
+            future.result()
+        except BaseException:
             self.close()
-            raise loaded
-        self._yielded.append(loaded)
+            raise
+        self._yielded.append(pair)
         self._position += self._loader.batch_size * self._loader.world_size
         self._loader.samples_consumed = self._position
-        return loaded
+        return pair
 
     def state(self) -> dict[str, Any]:
         """Return the loader's state after the batches that were yielded, not those loaded ahead."""
@@ -301,26 +301,7 @@ class Prefetch:
         self.close()
 
 
-def _load(
-    loader: TokenLoader,
-    free: "queue.SimpleQueue[Pair]",
-    ready: "queue.SimpleQueue[Pair | BaseException]",
-    stop: threading.Event,
-) -> None:
-    try:
-        while True:
-            pair = free.get()
-            if stop.is_set():
-                return
-            loader.next_into(*pair)
-            ready.put(pair)
-    except BaseException as error:  # the consumer raises it
-        ready.put(error)
-
-
-def _stop(thread: threading.Thread, free: "queue.SimpleQueue[Pair]", stop: threading.Event) -> None:
-    stop.set()
-    nothing = np.empty(0, np.int64)
-    free.put((nothing, nothing))  # wakes it
-    if thread is not threading.current_thread():  # which may be where the garbage was found
-        thread.join()
+def _stop(pool: ThreadPoolExecutor) -> None:
+    # The garbage may have been found in the thread itself, which cannot wait for its own end.
+    itself = threading.current_thread().name.startswith("prefetch")
+    pool.shutdown(wait=not itself, cancel_futures=True)

@@ -55,19 +55,12 @@ def build_nanogpt_starts(
 
 def mix(seed: int, stream: int) -> int:
     """Return a 64-bit seed of a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
-    return _mix_int(_mix_int(seed & _MASK64) ^ ((stream * 0x9E3779B97F4A7C15) & _MASK64))
+    numbers = np.array([seed & _MASK64, (stream * 0x9E3779B97F4A7C15) & _MASK64], np.uint64)
+    return int(_splitmix(_splitmix(numbers[:1]) ^ numbers[1:])[0])
 
 
-def _mix_int(value: int) -> int:
-    """Do SplitMix64's step on a number: https://prng.di.unimi.it/splitmix64.c."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Do the same on an array; uint64 arrays wrap around as C does."""
+def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Do SplitMix64's step, https://prng.di.unimi.it/splitmix64.c; uint64 arrays wrap around as C does."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -84,6 +77,6 @@ def _feistel(values: NDArray[np.uint64], bits: int, keys: list[int]) -> NDArray[
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     high, low = values >> shift, values & low_mask
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        high = high ^ (_mix_array(low ^ np.uint64(even)) & high_mask)
-        low = low ^ (_mix_array(high ^ np.uint64(odd)) & low_mask)
+        high = high ^ (_splitmix(low ^ np.uint64(even)) & high_mask)
+        low = low ^ (_splitmix(high ^ np.uint64(odd)) & low_mask)
     return (high << shift) | low

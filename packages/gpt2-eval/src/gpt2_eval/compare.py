@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_eval.hellaswag import METRICS
-from gpt2_eval.published import read_items
+from gpt2_eval.published import existing_file, read_items
 from gpt2_eval.report import ratio_standard_error
 
 SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")  # whichever model answers
@@ -23,25 +23,16 @@ SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "by
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of two models, `a` and `b`, on the same items.
-
-    Attributes:
-        a, b: the metric of each.
-        difference: b - a.
-        stderr: of the difference, from its values item by item.
-        changed: items that the two answer differently; None for losses, as the three below.
-        only_a, only_b: items that one of them has right and the other wrong.
-        p: of McNemar's exact test, two-sided, that the two are equally good.
-    """
+    """One metric of two models, `a` and `b`, on the same items."""
 
     a: float
     b: float
-    difference: float
-    stderr: float
-    changed: int | None = None
-    only_a: int | None = None
+    difference: float  # b - a
+    stderr: float  # of the difference, from its values item by item
+    changed: int | None = None  # items that the two answer differently; None for losses, as the three below
+    only_a: int | None = None  # items that only `a` has right
     only_b: int | None = None
-    p: float | None = None
+    p: float | None = None  # of McNemar's exact test, two-sided, that the two are equally good
 
     @property
     def better(self) -> str | None:
@@ -55,14 +46,14 @@ class Comparison:
 
 def verdict(metrics: Mapping[str, Comparison]) -> str:
     """Say in one sentence which model is better, and by which metrics."""
-    by = {side: ", ".join(name for name, one in metrics.items() if one.better == side) for side in "AB"}
-    if not by["A"] and not by["B"]:
-        return "No difference is shown at this size: chance alone may explain what there is."
-    if by["A"] and by["B"]:
-        text = f"A is better by {by['A']}, B by {by['B']}"
+    a, b = (", ".join(name for name, one in metrics.items() if one.better == side) for side in "AB")
+    if not a and not b:
+        return "No significant difference: chance alone may explain it."
+    if a and b:
+        text = f"A is better by {a}, B by {b}"
     else:
-        text = f"A is better than B by {by['A']}" if by["A"] else f"B is better than A by {by['B']}"
-    rest = "" if all(one.better for one in metrics.values()) else "; by the others no difference is shown"
+        text = f"A is better than B by {a}" if a else f"B is better than A by {b}"
+    rest = "" if all(one.better for one in metrics.values()) else "; the others show no significant difference"
     return f"{text}{rest} (at a level of 5 %)."
 
 
@@ -73,7 +64,7 @@ def compare(path_a: str | Path, path_b: str | Path) -> tuple[int, dict[str, Comp
         FileNotFoundError: there is no such file.
         ValueError: a file does not hold records, or the two hold those of different items.
     """
-    a, b = (_read(Path(path)) for path in (path_a, path_b))
+    a, b = (read_items(existing_file(path), lambda record: record)[0] for path in (path_a, path_b))
     if len(a) != len(b):
         raise ValueError(f"{path_a} has {len(a):,} items and {path_b} {len(b):,}: these are not the same items")
     for number, records in enumerate(zip(a, b, strict=True), 1):
@@ -86,12 +77,6 @@ def compare(path_a: str | Path, path_b: str | Path) -> tuple[int, dict[str, Comp
     if not names:
         raise ValueError(f"{path_a} and {path_b} have no metric in common")
     return len(a), {name: _compare(columns_a[name], columns_b[name]) for name in names}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    return read_items(path, lambda record: record)[0]
 
 
 class Column(NamedTuple):
@@ -107,7 +92,7 @@ def _columns(records: Sequence[dict[str, Any]], path: str) -> dict[str, Column]:
     first, columns, ones = records[0], dict[str, Column](), np.ones(len(records), dtype=np.int64)
 
     def answered(scores: Sequence[Any]) -> Column:
-        answers = np.array([int(np.argmax(score)) for score in scores])
+        answers = np.array([np.argmax(score) for score in scores])
         labels = np.array([record["label"] for record in records])
         return Column((answers == labels).astype(float), ones, answers)
 
@@ -146,10 +131,7 @@ def _compare(a: Column, b: Column) -> Comparison:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the chance of so uneven a split, or a worse one, of the items that only one of two models has right.
-
-    Exact and two-sided, if both are equally good: a binomial with 1/2 (McNemar 1947).
-    """
+    """Return the chance, for equal models, of so uneven a split of what only one has right (McNemar 1947)."""
     n = only_a + only_b
     ways = term = 1
     for k in range(min(only_a, only_b)):

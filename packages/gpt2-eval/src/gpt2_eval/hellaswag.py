@@ -12,19 +12,20 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_eval.encoding import Encoder, apart, gpt2_encoder, joint
-from gpt2_eval.models import LanguageModel
+from gpt2_eval.models import Encoder, LanguageModel, apart, gpt2_encoder, joint
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import HellaSwagResult, accuracy
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
+Array = NDArray[np.float64]
 # 10,042 items, on which all published numbers are.
 PUBLISHED = Published(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
@@ -41,34 +42,19 @@ TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 @dataclass(frozen=True)
 class HellaSwagItem:
-    """One question, tokenised for both protocols.
+    """One question, tokenised for both protocols."""
 
-    Attributes:
-        ind: the item's number in the published data.
-        label: index of the right ending, 0 to 3.
-        rows: protocol -> one row an ending.
-        chars: characters of each ending as lm-eval counts them: cleaned, without the blank before it.
-        bytes: the same in UTF-8.
-        hash: of its texts, by which `compare` knows that two models answered the same question.
-    """
-
-    ind: int
-    label: int
-    rows: dict[str, list[Row]]
-    chars: list[int]
+    ind: int  # its number in the published data
+    label: int  # index of the right ending, 0 to 3
+    rows: dict[str, list[Row]]  # protocol -> one row an ending
+    chars: list[int]  # of each ending as lm-eval counts them: cleaned, without the blank before it
     bytes: list[int]
-    hash: str
+    hash: str  # of its texts, by which `compare` knows that two models answered the same question
 
 
 @dataclass(frozen=True)
 class HellaSwag:
-    """Items of a file, tokenised once for any number of evaluations.
-
-    Attributes:
-        items: in the file's order.
-        total: items in the file; more than `items` under a limit.
-        sha256: of the whole file.
-    """
+    """Items tokenised once for any number of evaluations; `total` and `sha256` are of the whole file."""
 
     items: Sequence[HellaSwagItem]
     total: int
@@ -86,7 +72,7 @@ def load_hellaswag(
 
     Raises:
         OSError: no such file, or it cannot be downloaded.
-        ValueError: lines are not HellaSwag items with a label; the message names the first, and how many.
+        ValueError: lines are not HellaSwag items with a label.
     """
     file, sha256 = find_file(PUBLISHED, path)
     encoder = encoder or gpt2_encoder()
@@ -99,7 +85,6 @@ def evaluate_hellaswag(
     data: HellaSwag | str | Path,
     *,
     protocol: str = "both",
-    limit: int | None = None,
     **options: Unpack[ScoringOptions],
 ) -> HellaSwagResult:
     """Score `data`, a file or the items that `load_hellaswag` read, by one protocol or by both in one pass.
@@ -108,37 +93,29 @@ def evaluate_hellaswag(
 
     Args:
         protocol: "karpathy", "lm-eval" or "both".
-        limit: score the first so many items only; the result is then marked partial.
-        options: those of `score_items`, which is given an item of four rows for each protocol.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown protocol, bad data, or a model whose scores are not finite.
-        Interrupted: `stop` said True, here or on another rank.
+        options: those of `score_items`, and so are the errors, beside those of `load_hellaswag`.
     """
     if protocol not in (*METRICS, "both"):
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
     if not isinstance(data, HellaSwag):
-        data = load_hellaswag(data, limit=limit)
-    items = data.items[:limit]
+        data = load_hellaswag(data)
+    items = data.items
     start = time.perf_counter()
     rows = {name: [item.rows[name] for item in items] for name in METRICS if protocol in (name, "both")}
-    scored = score_items(model, [four for protocol_rows in rows.values() for four in protocol_rows], **options)
+    scored = score_items(model, list(chain.from_iterable(rows.values())), **options)
     sums = np.array([[row.logprob for row in four] for four in scored]).reshape(len(rows), len(items), 4)
     scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(rows)}
     labels = np.array([item.label for item in items])
-    block_size = model.config.block_size
     return HellaSwagResult(
+        task="hellaswag",
         items=len(items),
-        partial=len(items) < data.total,
+        total=data.total,
         data_sha256=data.sha256,
         metrics={
             name: {metric: accuracy(scores[name][kind], labels) for metric, kind in METRICS[name].items()}
             for name in rows
         },
-        truncated={
-            name: count_truncated([row for four in rows[name] for row in four], block_size) for name in rows
-        },
+        truncated={name: count_truncated(fours, model.config.block_size) for name, fours in rows.items()},
         seconds=time.perf_counter() - start,
         records=[
             {"ind": item.ind, "label": item.label, "hash": item.hash}
@@ -148,26 +125,17 @@ def evaluate_hellaswag(
     )
 
 
-def _scores(
-    protocol: str, items: Sequence[HellaSwagItem], sums: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
+def _scores(protocol: str, items: Sequence[HellaSwagItem], sums: Array) -> dict[str, Array]:
     """Divide the sums by the lengths of the endings: kind of score -> (items, 4)."""
     if protocol == "karpathy":
         tokens = [[len(row.continuation) for row in item.rows[protocol]] for item in items]
         return {"sum": sums, "mean": sums / tokens}
-    return {
-        "sum": sums,
-        "char": sums / [item.chars for item in items],
-        "byte": sums / [item.bytes for item in items],
-    }
+    chars, utf8 = [item.chars for item in items], [item.bytes for item in items]
+    return {"sum": sums, "char": sums / chars, "byte": sums / utf8}
 
 
 def clean(text: str) -> str:
-    """Return lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py).
-
-    The blanks are stripped before the tags go, so "[substeps] Many" becomes " Many"; text in brackets that is no
-    tag goes too; and three blanks become two.
-    """
+    """Return lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py)."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -176,15 +144,13 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     """Check and tokenise a record; a ValueError says what is wrong with it."""
     missing = [name for name in ("ind", *TEXTS, "endings") if name not in record]
     if record.get("label", "") == "":  # as the hub's copy of the test split has it
-        hint = "" if missing else " (the test split has none; use the validation split)"
-        missing.append(f"label{hint}")
+        missing.append("label (the test split has none; use the validation split)")
     if missing:
         raise ValueError(f"no {', '.join(missing)}")
     ind, label, endings = record["ind"], record["label"], record["endings"]
     texts = {name: record[name] for name in TEXTS}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{name} is not text")
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise ValueError(f"{wrong[0]} is not text")
     if type(ind) is not int:
         raise ValueError(f"ind {ind!r} is not a whole number")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
@@ -192,9 +158,8 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     if type(label) is bool or str(label) not in ("0", "1", "2", "3"):  # the hub's copy of the data has texts
         raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
     cleaned = [clean(ending) for ending in endings]
-    for number, ending in enumerate(cleaned):
-        if not ending:
-            raise ValueError(f"ending {number} is empty, or nothing but [tags]")
+    if "" in cleaned:
+        raise ValueError(f"ending {cleaned.index('')} is empty, or nothing but [tags]")
     context = clean(f"{texts['activity_label']}: {texts['ctx_a']} {texts['ctx_b'].capitalize()}")
     rows = {
         "karpathy": [apart(encoder, texts["ctx"], f" {ending}") for ending in endings],

@@ -14,40 +14,25 @@ from typing import Any, Unpack
 from lm_eval.api.model import TemplateLM
 
 from gpt2_eval.corpora import windows_of
-from gpt2_eval.encoding import Encoder, gpt2_encoder
+from gpt2_eval.models import gpt2_encoder
 from gpt2_eval.packing import Row
 from gpt2_eval.scoring import ScoringOptions, score_items
 from gpt2_model import EOT, GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A GPT as the harness wants it; the harness itself tokenises pairs.
-
-    Under torchrun every rank must evaluate: each scores its share, and all get the same results.
-
-    Args:
-        model: on its device, in eval mode.
-        options: those of `score_items`.
-    """
+    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun."""
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
         super().__init__()
         self.model, self.options = model, options
-        self.encoder: Encoder = gpt2_encoder()
 
-    @property
-    def eot_token_id(self) -> int:
-        """`<|endoftext|>`, which also stands for an empty context."""
-        return EOT
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The name under which the harness caches requests."""
-        return "gpt2"
+    eot_token_id = EOT  # also stands for an empty context
+    tokenizer_name = "gpt2"  # the name under which the harness caches requests
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids; GPT-2 has no special tokens to add."""
-        return self.encoder.begin(string)
+        """Return the ids of a text; GPT-2 has no special tokens to add."""
+        return gpt2_encoder().begin(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

@@ -2,21 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gpt2_eval.models import LanguageModel
 from gpt2_eval.published import short_hash
 from gpt2_eval.report import LossResult, perplexity_of, ratio_standard_error
-from gpt2_eval.resume import Score
-from gpt2_eval.scoring import Pass, compiled, device_of, require_finite, score_batches, token_scores
+from gpt2_eval.scoring import PassOptions, compiled, device_of, score_batches, token_scores
 from gpt2_model import EOT, get_tokenizer
 
 if TYPE_CHECKING:
@@ -34,31 +30,24 @@ def evaluate_loss(
     tokens: int = DEFAULT_TOKENS,
     seq_len: int | None = None,
     batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    autocast_dtype: torch.dtype | None = None,
     compile: bool = False,
-    resume: Path | None = None,
-    progress: bool = False,
-    stop: Callable[[], bool] | None = None,
+    **options: Unpack[PassOptions],
 ) -> LossResult:
     """Return the mean cross-entropy of the split's first `tokens` target tokens, in windows of `seq_len`.
 
-    The target tokens are numbers 1 to `tokens` of the split (number 0 has nothing before it); the last window may
-    be short. They are the same on any number of ranks and for any batch size: counted in batches, as build-nanogpt
-    and llm.c do, they would change with both.
+    These are numbers 1 to `tokens` (number 0 has nothing before it), on any number of ranks and for any batch
+    size: counted in batches, as build-nanogpt and llm.c do, they would change with both.
 
     Args:
         dataset: what `gpt2_data.open_dataset` returns.
         tokens: target tokens; all there are where the split is smaller (`LossResult.tokens` says how many).
         seq_len: tokens a window; the model's context if None.
-        batch_size: windows in a forward pass; 8 if None. It changes the speed and, in fp32, no more than the last
-            digits.
+        batch_size: windows in a forward pass; 8 if None. In fp32 it changes but the last digits.
         compile: run the model compiled, on batches of one shape: the last is filled up.
-        device, autocast_dtype, resume, progress, stop: as in `score_items`, and so are ranks and Interrupted.
+        options: autocast_dtype, resume, progress, stop: as in `score_items`; so are ranks and Interrupted.
 
     Raises:
-        ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or the loss is not
-            finite.
+        ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or a loss is NaN.
     """
     block_size = model.config.block_size
     seq_len = block_size if seq_len is None else seq_len
@@ -68,7 +57,6 @@ def evaluate_loss(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     num_targets = count_targets(dataset, split, tokens)
-    device = device_of(model, device)
     start = time.perf_counter()
     num_windows = -(-num_targets // seq_len)
     firsts = range(0, num_windows, batch_size)
@@ -77,38 +65,33 @@ def evaluate_loss(
     def score(number: int) -> dict[int, tuple[float, int]]:
         windows = batches[number]
         ids = dataset.read(split, windows.start * seq_len, min(windows.stop * seq_len, num_targets) + 1)
-        nats, text_bytes = _score_windows(model, ids, seq_len, device, batch_size if compile else None)
+        nats, text_bytes = _score_windows(model, ids, seq_len, batch_size if compile else None)
         return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
     scored = (dataset.manifest.hash, split, num_targets, seq_len)
-    how = Pass(device, autocast_dtype, resume, progress, stop)
-    records = score_batches(model, batches, score, how, scored=scored, unit="windows")
-    return _result(records, num_targets, tokens, seq_len, start, short_hash(dataset.manifest.hash, split))
-
-
-def _result(
-    records: Sequence[Score], num_targets: int, requested: int, seq_len: int, start: float, hash: str
-) -> LossResult:
-    """Sum (nats, bytes) of every window, in float64 and in order: the same on every rank."""
+    records = score_batches(model, batches, score, scored=scored, unit="windows", **options)
+    # Sums of (nats, bytes) of every window, in float64 and in order: the same on every rank.
     nats = np.array([window[0] for window in records])
-    require_finite(nats, "sequences")
     lengths = np.full(len(records), seq_len)
     lengths[-1] = num_targets - (len(records) - 1) * seq_len
     loss = float(nats.sum() / num_targets)
     total_bytes = sum(window[1] for window in records)
+    hash = short_hash(dataset.manifest.hash, split)
     return LossResult(
+        split=split,
+        dataset=dataset.manifest.hash,
         loss=loss,
         stderr=ratio_standard_error(nats, lengths),
         perplexity=perplexity_of(loss),
         bits_per_byte=float(nats.sum() / math.log(2) / total_bytes) if total_bytes else math.nan,
         tokens=num_targets,
-        tokens_requested=requested,
+        tokens_requested=tokens,
         sequences=len(records),
         seq_len=seq_len,
         seconds=time.perf_counter() - start,
         records=[
-            {"window": number, "hash": hash, "nats": nats, "tokens": int(length), "bytes": num_bytes}
-            for number, ((nats, num_bytes), length) in enumerate(zip(records, lengths, strict=True))
+            {"window": number, "hash": hash, "nats": nats, "tokens": length, "bytes": num_bytes}
+            for number, ((nats, num_bytes), length) in enumerate(zip(records, lengths.tolist(), strict=True))
         ],
     )
 
@@ -124,7 +107,7 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 
 
 def _score_windows(
-    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, device: torch.device, fill_to: int | None
+    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, fill_to: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return nats and bytes of the targets in each window of consecutive ids (targets + 1,), the last maybe short.
 
@@ -133,23 +116,19 @@ def _score_windows(
     limit = min(model.config.vocab_size, EOT + 1)
     if ids.max() >= limit:
         raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
-    num_targets = ids.size - 1
+    num_targets, device = ids.size - 1, device_of(model)
     window_of = np.arange(num_targets) // seq_len
     num_windows = int(window_of[-1]) + 1
     tokens = np.zeros((fill_to or num_windows) * seq_len, dtype=np.int64)
     tokens[:num_targets] = ids[:-1]
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
     batch = torch.from_numpy(tokens.reshape(-1, seq_len)).to(device)
-    hidden = model.hidden(batch) if fill_to is None else compiled(_hidden)(model, batch)
+    hidden = model.hidden(batch) if fill_to is None else compiled(type(model).hidden)(model, batch)
     # What pads the last window lies at the end of the flattened batch: cut off, it is never scored.
     log_probs, _ = token_scores(hidden.flatten(0, 1)[:num_targets], model.head_weight, targets)
     nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
     text_bytes = np.bincount(window_of, weights=bytes_per_token()[ids[1:]])
     return nats.astype(np.float64), text_bytes.astype(np.int64)
-
-
-def _hidden(model: LanguageModel, tokens: Tensor) -> Tensor:
-    return model.hidden(tokens)
 
 
 @cache

@@ -1,22 +1,57 @@
-"""What is evaluated: a GPT-2 of this project's, or any causal language model that transformers loads."""
+"""What is evaluated, and its tokenizer: a GPT-2, or any causal language model that transformers loads."""
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_eval.encoding import Encoder, gpt2_encoder
-from gpt2_eval.packing import Layout
-from gpt2_model import GPT
+from gpt2_eval.packing import Layout, Row
+from gpt2_model import EOT, GPT, get_tokenizer
 from gpt2_model.command import find_device
 
 
-class Sizes(NamedTuple):
-    """Longest sequence and number of token ids."""
+@dataclass(frozen=True)
+class Encoder:
+    """A model's tokenizer."""
 
+    begin: Callable[[str], list[int]]  # with what stands before a text (GPT-2: nothing, Llama: <s>)
+    go_on: Callable[[str], list[int]]  # of a text that continues another
+    prefix: int  # the id that stands for an empty context
+    is_gpt2: bool = False  # True for GPT-2's tokenizer, by which datasets for training are tokenised
+
+
+@cache
+def gpt2_encoder() -> Encoder:
+    """GPT-2's byte-pair encoding."""
+    encode = get_tokenizer().encode_ordinary
+    # An item's rows begin alike; nobody writes into these lists.
+    return Encoder(lru_cache(maxsize=8)(encode), encode, EOT, is_gpt2=True)
+
+
+def joint(encoder: Encoder, context: str, continuation: str) -> Row:
+    """Tokenise the whole, and cut it where the context's own tokens end; blanks that end it go over first.
+
+    Source: lm_eval/api/model.py (TemplateLM._encode_pair and loglikelihood), lm-evaluation-harness 0.4.13.
+    """
+    if not context:
+        ids = encoder.go_on(continuation)
+        # A continuation that begins with the prefix is not given it twice.
+        return Row(ids[:1], ids[1:]) if ids[:1] == [encoder.prefix] else Row([encoder.prefix], ids)
+    given, whole = encoder.begin(context.rstrip()), encoder.begin(context + continuation)
+    return Row(given or [encoder.prefix], whole[len(given) :])
+
+
+def apart(encoder: Encoder, context: str, continuation: str) -> Row:
+    """Tokenise each by itself. Source: render_example of build-nanogpt's hellaswag.py."""
+    return Row(encoder.begin(context) or [encoder.prefix], encoder.go_on(continuation))
+
+
+class Sizes(NamedTuple):
     block_size: int
     vocab_size: int
 
@@ -64,7 +99,7 @@ class HFModel(nn.Module):
 
     def hidden(self, tokens: Tensor, layout: Layout | None = None, /) -> Tensor:
         """(batch, time) ids -> (batch, time, width), or logits without a `head_weight`."""
-        assert layout is None, "transformers' models are not told what a token sees"
+        assert layout is None, "transformers' models do not support shared prefixes"
         if self.head_weight is None:
             return self.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
         return self._last_hidden(tokens)
@@ -77,13 +112,8 @@ LanguageModel = GPT | HFModel
 def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder]:
     """Load a model in fp32 onto a device; return it and its tokenizer.
 
-    Args:
-        model: what GPT.from_pretrained takes: a GPT-2 by name, folder or file.
-        hf: instead of it, what transformers' AutoModelForCausalLM takes: a hub name or a folder.
-
-    Raises:
-        ValueError: transformers is missing or cannot load it, or this machine has no such device.
-        OSError: there is no such model, or it cannot be read.
+    `model` is what GPT.from_pretrained takes; `hf`, instead of it, what transformers' AutoModelForCausalLM takes.
+    A ValueError or OSError says that there is no such model or device.
     """
     assert (model is None) != (hf is None)
     where = find_device(device)
@@ -107,14 +137,14 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
         ) from error
     wrapped = HFModel(loaded)
     if not wrapped.is_causal():
-        raise ValueError(f"{hf} is no causal language model: what it predicts depends on the tokens that follow")
+        raise ValueError(f"{hf} is not a causal language model: its predictions depend on later tokens")
     return wrapped, _encoder(tokenizer)
 
 
 def _encoder(tokenizer: Any) -> Encoder:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
-        raise ValueError("the model's tokenizer has neither a first nor a last token, to stand for no context")
+        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
     probe, gpt2 = "Hello,  world's café 豆腐 12345\n\n", gpt2_encoder()
     is_gpt2 = len(tokenizer) == 50257 and tokenizer.encode(probe) == gpt2.begin(probe)
     continue_text = partial(tokenizer.encode, add_special_tokens=False)

@@ -32,13 +32,7 @@ class Row:
 
 
 class RowScore(NamedTuple):
-    """The score of a continuation.
-
-    Attributes:
-        logprob: sum of the tokens' log-probabilities, nats.
-        greedy: each of its tokens is the likeliest where it stands.
-        last_greedy: its last token is.
-    """
+    """The score of a continuation: nats; and True if all its tokens, or its last, are the likeliest."""
 
     logprob: float
     greedy: bool
@@ -47,21 +41,13 @@ class RowScore(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One sequence of input ids for one row or more.
+    """One sequence of input ids for one row or more."""
 
-    Attributes:
-        rows: numbers of the rows.
-        tokens: ids.
-        positions: where in its row each stands.
-        branches: 0 for what the rows share, else 1, 2, ... for the rest of each.
-        scored: for each row, the places in the sequence whose output predicts its continuation.
-    """
-
-    rows: list[int]
+    rows: list[int]  # their numbers
     tokens: list[int]
-    positions: list[int]
-    branches: list[int]
-    scored: list[list[int]]
+    positions: list[int]  # where in its row each token stands
+    branches: list[int]  # 0 for what the rows share, else 1, 2, ... for the rest of each
+    scored: list[list[int]]  # for each row, the places whose output predicts its continuation
 
 
 def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[Pack]:
@@ -86,8 +72,7 @@ def _pack(numbers: Sequence[int], rows: Sequence[Row], inputs: Sequence[list[int
 
 
 def _common_prefix(inputs: Sequence[list[int]]) -> int:
-    # Of the least and the greatest: what these two share, all do.
-    low, high = min(inputs), max(inputs)
+    low, high = min(inputs), max(inputs)  # what these two share, all do
     pairs = enumerate(zip(low, high, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(low), len(high)))
 
@@ -113,20 +98,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packs in lines of one length; a line may hold several, which do not see each other.
+    """Packs in lines of one length; a line's packs do not see each other. Arrays: (lines, length)."""
 
-    Attributes:
-        packs: in the order of their lines.
-        starts: where each begins, counted over all lines.
-        tokens, positions, groups, branches: (lines, length); a group is the number of a pack in its line, -1 the
-            padding on the right.
-    """
-
-    packs: list[Pack]
-    starts: list[int]
+    packs: list[Pack]  # in the order of their lines
+    starts: list[int]  # where each begins, counted over all lines
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
-    groups: NDArray[np.int16]
+    groups: NDArray[np.int16]  # number of the pack in its line; -1 for the padding on the right
     branches: NDArray[np.int16]
 
     @property

@@ -16,25 +16,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Published:
-    """A file that published numbers are computed on.
+    """A file that published numbers are computed on."""
 
-    Attributes:
-        source: an address, or hf:REPO:CONFIG:SPLIT.
-        sha256: in hex; None where only the hub's own record of it is known.
-    """
-
-    source: str
-    sha256: str | None = None
+    source: str  # an address, or hf:REPO:CONFIG:SPLIT
+    sha256: str | None = None  # in hex; None where only the hub's own record of it is known
 
 
 def find_file(published: Published, path: str | Path | None = None) -> tuple[Path, str]:
     """Return the file at `path`, or the published one, downloaded once into the user's cache; and its SHA-256.
 
-    Raises:
-        FileNotFoundError: there is no file at `path`.
-        OSError: the download failed; the message says how to do without.
+    An OSError says that there is no such file, or that the download failed and how to do without.
     """
-    if path is None:
+    if path is not None:
+        file = existing_file(path)
+    else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
         try:
             file = fetch(published.source, cache, sha256=published.sha256)
@@ -43,13 +38,16 @@ def find_file(published: Published, path: str | Path | None = None) -> tuple[Pat
                 raise
             advice = f"Or download {published.source} yourself and give it as --data"
             raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
-    else:
-        file = Path(path)
-        if file.is_dir():
-            raise ValueError(f"{path} is a folder: name a file")
-        if not file.is_file():
-            raise FileNotFoundError(f"no file {path}")
     return file, sha256(file)
+
+
+def existing_file(path: str | Path) -> Path:
+    """Return the path of a file, or raise a ValueError for a folder, a FileNotFoundError for nothing."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    return Path(path)
 
 
 def short_hash(*parts: object) -> str:
@@ -60,9 +58,7 @@ def short_hash(*parts: object) -> str:
 def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | None = None) -> tuple[list[T], int]:
     """Parse the records of a .jsonl or .parquet file, or the first `limit`; return them and how many the file has.
 
-    Raises:
-        ValueError: a line is not a JSON object, `parse` raises a ValueError for a record, or the file holds
-            nothing. The message says what is wrong with the first, as FILE:7, and counts them.
+    A ValueError, by `parse` too, names the first line that is wrong as FILE:7, and counts all.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
@@ -95,7 +91,7 @@ def _records(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         try:
             records = pq.read_table(path).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is no good Parquet file: {error}") from None
+            raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
         for number, record in enumerate(records, 1):
             yield f"{path}: row {number}", record
         return

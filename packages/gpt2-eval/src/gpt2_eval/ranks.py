@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -37,12 +38,8 @@ def rank_and_world_size() -> tuple[int, int]:
 def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) -> list[T]:
     """Return the records 0 to total - 1 in order, on every rank, from the share that each rank has.
 
-    Records are gathered and not averages, so that no item counts twice or is lost without notice. A rank that was
-    interrupted comes here too: the others, which are here or on their way, would wait for it in vain.
-
-    Raises:
-        Interrupted: this rank or another was interrupted.
-        RuntimeError: a record is missing, or came from two ranks.
+    Records are gathered and not averages, so that no item counts twice or is lost without notice (RuntimeError). A
+    rank that was interrupted comes here too: the others would wait for it in vain. Then all raise Interrupted.
     """
     share = (interrupted, dict(own))
     _, world_size = rank_and_world_size()
@@ -50,10 +47,8 @@ def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) 
     if world_size > 1:
         dist.all_gather_object(shares, share)
     if any(stopped for stopped, _ in shares):
-        raise Interrupted("the evaluation was told to stop before it was through: there is no result")
-    parts = [part for _, part in shares]
-    indices = sorted(index for part in parts for index in part)
-    if indices != list(range(total)):
-        raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(indices)} with gaps")
-    merged = {index: record for part in parts for index, record in part.items()}
-    return [merged[index] for index in range(total)]
+        raise Interrupted("the evaluation was stopped before it finished: there is no result")
+    records = sorted((pair for _, part in shares for pair in part.items()), key=itemgetter(0))
+    if [index for index, _ in records] != list(range(total)):
+        raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(records)} with gaps")
+    return [record for _, record in records]

@@ -1,4 +1,4 @@
-"""Results: accuracies with standard errors, records of each item on disk, and the JSON that programs rely on."""
+"""Results, their standard errors, and what is written of them: JSON, and a record of each item."""
 
 import json
 import math
@@ -15,93 +15,74 @@ from gpt2_model.command import write_whole
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, such as an accuracy from 0 to 1.
-
-    Attributes:
-        stderr: its standard error; NaN for a single item.
-        ties: of an accuracy, items whose best score is shared by several choices; the lowest index is taken.
-    """
+    """A figure, such as an accuracy from 0 to 1."""
 
     value: float
-    stderr: float
-    ties: int | None = None
+    stderr: float  # NaN for a single item
+    ties: int | None = None  # of an accuracy, items whose best score several choices share; the first is taken
 
 
 @dataclass(frozen=True)
-class HellaSwagResult:
-    """What one model scored on HellaSwag.
+class TaskResult:
+    """What one model scored on a task.
 
     Attributes:
+        task: the task's name.
         items: number of items scored.
-        partial: items were left out by a limit, so that the numbers are not comparable.
+        total: number of items in the file; more than `items` under a limit.
         data_sha256: of the whole data file.
         metrics: protocol -> metric -> Estimate: `metrics["karpathy"]["acc_norm"].value`.
-        truncated: protocol -> rows (four an item) whose context was cut on the left to fit the model.
+        truncated: protocol -> rows whose context was cut on the left to fit the model.
         seconds: from the rows to the scores.
         records: one mapping an item, in the file's order; see `write_records`.
     """
 
+    task: str
     items: int
-    partial: bool
+    total: int
     data_sha256: str
     metrics: dict[str, dict[str, Estimate]]
     truncated: dict[str, int]
     seconds: float
     records: list[dict[str, Any]] = field(repr=False)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what is written as JSON. A protocol's `stderr` is that of its headline metric, `acc_norm`."""
-        result = {name: getattr(self, name) for name in ("items", "partial", "data_sha256", "seconds")}
-        for name, metrics in self.metrics.items():
-            headline = {"stderr": metrics["acc_norm"].stderr}
-            result[name] = headline | _metrics_dict(metrics, self.truncated[name])
-        return {"task": "hellaswag"} | result
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What one model scored on a task of tasks.py.
-
-    Attributes:
-        task: the task's name.
-        items, partial, data_sha256, seconds: as in HellaSwagResult.
-        metrics: by name.
-        truncated: rows whose context was cut on the left to fit the model.
-        records: one mapping an item: "item" (its number), "label", "hash" of its text, "sum" (log-likelihood of
-            each choice, nats), and "chars" and "bytes" of each, or "greedy" and "last_greedy" of a single one.
-    """
-
-    task: str
-    items: int
-    partial: bool
-    data_sha256: str
-    metrics: dict[str, Estimate]
-    truncated: int
-    seconds: float
-    records: list[dict[str, Any]] = field(repr=False)
+    @property
+    def partial(self) -> bool:
+        """True if a limit left items out, so that the numbers are not comparable."""
+        return self.items < self.total
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
+        return self._about() | self._figures("lm-eval")
+
+    def _about(self) -> dict[str, Any]:
         names = ("task", "items", "partial", "data_sha256", "seconds")
-        return {name: getattr(self, name) for name in names} | _metrics_dict(self.metrics, self.truncated)
+        return {name: getattr(self, name) for name in names}
+
+    def _figures(self, protocol: str) -> dict[str, Any]:
+        metrics = self.metrics[protocol]
+        return {
+            **{name: metric.value for name, metric in metrics.items()},
+            **{f"{name}_stderr": metric.stderr for name, metric in metrics.items()},
+            "ties": {name: metric.ties for name, metric in metrics.items() if metric.ties is not None},
+            "truncated": self.truncated[protocol],
+        }
 
 
-def _metrics_dict(metrics: Mapping[str, Estimate], truncated: int) -> dict[str, Any]:
-    return {
-        **{name: metric.value for name, metric in metrics.items()},
-        **{f"{name}_stderr": metric.stderr for name, metric in metrics.items()},
-        "ties": {name: metric.ties for name, metric in metrics.items() if metric.ties is not None},
-        "truncated": truncated,
-    }
+class HellaSwagResult(TaskResult):
+    """What one model scored on HellaSwag, by one protocol or both."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is written as JSON. A protocol's `stderr` is that of its headline metric, `acc_norm`."""
+        return self._about() | {
+            protocol: {"stderr": metrics["acc_norm"].stderr} | self._figures(protocol)
+            for protocol, metrics in self.metrics.items()
+        }
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean loss of a text, by what the mean is over: tokens, words, UTF-8 bytes.
-
-    Attributes:
-        stderr: of `nats_per_token`, over windows or pages.
-    """
+    """exp of the mean loss of a text, by what the mean is over; `stderr` is that of `nats_per_token`."""
 
     token: float
     word: float
@@ -116,24 +97,19 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class CorpusResult:
-    """What a model makes of a text as a whole.
+    """Perplexities of a text as a whole."""
 
-    Attributes:
-        stride: tokens by which the raw windows move on.
-        perplexities: protocol -> Perplexity.
-    """
-
-    corpus: str
+    task: str
     data_sha256: str
-    stride: int
-    perplexities: dict[str, Perplexity]
+    stride: int  # tokens by which the raw windows move on
+    perplexities: dict[str, Perplexity]  # by protocol
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
-        protocols = {name: asdict(perplexity) for name, perplexity in self.perplexities.items()}
-        about = {"task": self.corpus, "data_sha256": self.data_sha256, "stride": self.stride}
-        return about | protocols | {"seconds": self.seconds}
+        document = asdict(self)
+        perplexities: dict[str, Any] = document.pop("perplexities")
+        return document | perplexities
 
 
 @dataclass(frozen=True)
@@ -141,9 +117,10 @@ class LossResult:
     """Cross-entropy of a model on the first tokens of a split.
 
     Attributes:
+        split: the split's name.
+        dataset: SHA-256 that identifies the dataset, its manifest's `hash`.
         loss: nats per token.
-        stderr: standard error of `loss` over sequences (tokens of one sequence are not independent); NaN for a
-            single sequence.
+        stderr: of `loss`, over windows (tokens of one window are not independent); NaN for a single one.
         perplexity: exp(loss).
         bits_per_byte: bits per UTF-8 byte of the target text, in which `<|endoftext|>` has no bytes.
         tokens: target tokens scored.
@@ -154,6 +131,8 @@ class LossResult:
         records: one mapping a window: "window" (its number), "nats", "tokens" and "bytes".
     """
 
+    split: str
+    dataset: str
     loss: float
     stderr: float
     perplexity: float
@@ -167,14 +146,11 @@ class LossResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
-        return {name: value for name, value in vars(self).items() if name != "records"}
+        return {"task": "loss"} | {name: value for name, value in vars(self).items() if name != "records"}
 
 
 def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
-    """Return the accuracy of taking the highest score: scores (items, choices), labels (items,).
-
-    The standard error is sample deviation (Bessel) over sqrt(n), lm-evaluation-harness' `mean_stderr`.
-    """
+    """Return the accuracy of taking the highest score: scores (items, choices), labels (items,)."""
     best = scores.max(axis=1, keepdims=True)
     correct = (scores.argmax(axis=1) == labels).astype(np.float64)  # argmax takes the lowest index of equals
     ties = int(((scores == best).sum(axis=1) > 1).sum())
@@ -182,7 +158,7 @@ def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Return the standard error of a mean of independent values, sample deviation over sqrt(n); NaN below two."""
+    """Return sample deviation (Bessel) over sqrt(n), lm-evaluation-harness' `mean_stderr`; NaN below two."""
     return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
 
 
@@ -192,11 +168,7 @@ def perplexity_of(nats: float) -> float:
 
 
 def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[np.int64]) -> float:
-    """Return the standard error of sum(totals) / sum(weights); NaN below two.
-
-    With equal weights it is that of the mean of totals / weight. Source: Cochran 1977, "Sampling Techniques",
-    section 2.11, the ratio estimator.
-    """
+    """Return the standard error of sum(totals) / sum(weights); NaN below two (Cochran 1977, section 2.11)."""
     n = totals.size
     if n < 2:
         return math.nan

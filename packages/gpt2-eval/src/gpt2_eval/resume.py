@@ -39,12 +39,10 @@ def resuming(
 ) -> Iterator[tuple[dict[int, Score], Callable[[Mapping[int, Score]], None]]]:
     """Yield the scores on disk, by the number of the row or window, and a function that adds a batch's scores.
 
-    Args:
-        path: the file that is to be written in the end.
-        what: `fingerprint` of what is scored; scores of anything else are ignored, and overwritten.
-        rank, world_size: of the processes, all of which must call this.
+    `path` is the file that is to be written in the end, `what` the `fingerprint` of what is scored; scores of
+    anything else are ignored, and overwritten. Every rank must call this.
     """
-    known: dict[int, Score] = {}
+    known = dict[int, Score]()
     for file in _files(path):
         known |= _read(file, what)
     if world_size > 1:
@@ -67,7 +65,7 @@ def resuming(
 
 
 def _read(file: Path, what: str) -> dict[int, Score]:
-    known: dict[int, Score] = {}
+    known = dict[int, Score]()
     lines = file.read_bytes().split(b"\n")[:-1]  # the last may be cut off
     try:
         if lines and json.loads(lines[0]) == {"of": what}:

@@ -1,17 +1,17 @@
 """Items of (context, continuation) rows -> log-likelihoods, in batches and over ranks. Knows nothing of tasks."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -36,28 +36,21 @@ FIXED_LENGTH = 512
 LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
-class ScoringOptions(TypedDict, total=False):
-    """The options of `score_items`, which the functions that evaluate pass on."""
+class PassOptions(TypedDict, total=False):
+    """Options of every evaluation, which `score_items` explains."""
 
-    batch_size: int | None
-    device: torch.device | str | None
     autocast_dtype: torch.dtype | None
-    share_prefixes: bool | None
-    compile: bool
     resume: Path | None
     progress: bool
     stop: Callable[[], bool] | None
 
 
-@dataclass(frozen=True)
-class Pass:
-    """How batches are scored; `score_items` explains each option."""
+class ScoringOptions(PassOptions, total=False):
+    """The options of `score_items`, which the functions that evaluate pass on."""
 
-    device: torch.device
-    autocast_dtype: torch.dtype | None = None
-    resume: Path | None = None
-    progress: bool = False
-    stop: Callable[[], bool] | None = None
+    batch_size: int | None
+    share_prefixes: bool | None
+    compile: bool
 
 
 def score_items(
@@ -65,13 +58,9 @@ def score_items(
     items: Sequence[Sequence[Row]],
     *,
     batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    autocast_dtype: torch.dtype | None = None,
     share_prefixes: bool | None = None,
     compile: bool = False,
-    resume: Path | None = None,
-    progress: bool = False,
-    stop: Callable[[], bool] | None = None,
+    **options: Unpack[PassOptions],
 ) -> list[list[RowScore]]:
     """Score the continuation of each row given its context: a list of scores for each item, in their order.
 
@@ -82,13 +71,11 @@ def score_items(
 
     Args:
         batch_size: sequences in a forward pass, an item's rows being one where they share a beginning; None makes
-            it about 2,048 tokens on a CPU and 65,536 elsewhere. It changes the speed and, in fp32, no more than
-            the last digits of a score.
-        device: where the inputs go; the model's own device if None.
-        autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
+            it about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes but the last digits of a score.
         share_prefixes: None does so for gpt2_model's GPT, whose attention can be told what a token sees.
         compile: run the model compiled, on sequences of one length (several items in each), so that nothing is
             compiled again from one batch or evaluation to the next.
+        autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         resume: the file that the caller will write. Scores are written beside it after each batch, and those that
             a killed call wrote there are not computed again; `remove_scores` deletes them.
         progress: show progress on stderr: a bar on a terminal, elsewhere a line every half minute.
@@ -108,26 +95,29 @@ def score_items(
             )
         if max(max(row.context, default=EOT), max(row.continuation)) >= vocab_size:
             raise ValueError(f"row {index} has a token id beyond the model's vocabulary of {vocab_size}")
-    device = device_of(model, device)
-    batches = plan_batches(
-        model, items, batch_size=batch_size, device=device, share_prefixes=share_prefixes, compile=compile
-    )
+    batches = plan_batches(model, items, batch_size=batch_size, share_prefixes=share_prefixes, compile=compile)
 
     def score(number: int) -> dict[int, RowScore]:
-        return _score_batch(model, batches[number], rows, device, compile)
+        return _score_batch(model, batches[number], rows, compile)
 
-    how = Pass(device, autocast_dtype, resume, progress, stop)
-    records = score_batches(model, [batch.rows for batch in batches], score, how, scored=rows, unit="rows")
-    scores = [RowScore(nats, bool(greedy), bool(last)) for nats, greedy, last in records]
-    require_finite(np.array([score.logprob for score in scores]), "rows")
-    in_order = iter(scores)
-    return [[next(in_order) for _ in item] for item in items]
+    numbers = [batch.rows for batch in batches]
+    records = score_batches(model, numbers, score, scored=rows, unit="rows", **options)
+    scores = iter([RowScore(nats, bool(greedy), bool(last)) for nats, greedy, last in records])
+    return [[next(scores) for _ in item] for item in items]
 
 
 def score_batches(
-    model: LanguageModel, batches: Sequence[Sequence[int]], score: Callable[[int], Mapping[int, Score]], how: Pass,
-    *, scored: Iterable[object], unit: str,
-) -> list[Score]:  # fmt: skip
+    model: LanguageModel,
+    batches: Sequence[Sequence[int]],
+    score: Callable[[int], Mapping[int, Score]],
+    *,
+    scored: Iterable[object],
+    unit: str,
+    autocast_dtype: torch.dtype | None = None,
+    resume: Path | None = None,
+    progress: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> list[Score]:
     """Score batches, each on one of the ranks; return the scores 0, 1, ... of all that is in them, on every rank.
 
     Args:
@@ -137,21 +127,20 @@ def score_batches(
         unit: what is counted for the user, "rows".
     """
     rank, world_size = rank_and_world_size()
-    total = sum(len(batch) for batch in batches)
+    total = sum(map(len, batches))
     # Whole batches are dealt to the ranks: each holds the same rows, and so the same bits, on any number of them.
     # The same after a resume: a batch of which anything is missing is computed whole.
-    own: dict[int, Score] = {}
-    interrupted, known, keep = False, dict[int, Score](), None
+    own, known, keep, interrupted = dict[int, Score](), dict[int, Score](), None, False
     with ExitStack() as stack:
-        if how.resume is not None:
-            what = fingerprint(model.state_dict(), how.autocast_dtype, scored)
-            known, keep = stack.enter_context(resuming(how.resume, what, rank, world_size))
-            if known and how.progress:
+        if resume is not None:
+            what = fingerprint(model.state_dict(), autocast_dtype, scored)
+            known, keep = stack.enter_context(resuming(resume, what, rank, world_size))
+            if known and progress:
                 print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
-        stack.enter_context(evaluating(model, how.device, how.autocast_dtype))
+        stack.enter_context(evaluating(model, autocast_dtype))
         numbers = range(rank, len(batches), world_size)
-        for number in _with_progress(numbers, f"scoring {unit}") if how.progress else numbers:
-            if interrupted := how.stop is not None and how.stop():
+        for number in _with_progress(numbers, f"scoring {unit}") if progress else numbers:
+            if interrupted := stop is not None and stop():
                 break
             scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
             if len(scores) < len(batches[number]):
@@ -159,7 +148,14 @@ def score_batches(
                 if keep is not None:
                     keep(scores)
             own.update(scores)
-    return gather_records(own, total, interrupted)
+    records = gather_records(own, total, interrupted)
+    bad = [number for number, (nats, *_) in enumerate(records) if not math.isfinite(nats)]
+    if bad:  # it would lose every comparison and become an accuracy
+        raise ValueError(
+            f"{len(bad)} of {total} {unit} have a log-likelihood of NaN or infinity (the first is number "
+            f"{bad[0]}): the model's weights are damaged, or overflow in this precision"
+        )
+    return records
 
 
 def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
@@ -177,19 +173,19 @@ def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
         yield batch
 
 
-def count_truncated(rows: Sequence[Row], block_size: int) -> int:
+def count_truncated(items: Iterable[Iterable[Row]], block_size: int) -> int:
     """Count the rows that lose their first tokens to fit `block_size` inputs; a row's last token is no input."""
+    rows = chain.from_iterable(items)
     return sum((len(row.context) or 1) + len(row.continuation) - 1 > block_size for row in rows)
 
 
 def plan_batches(
-    model: LanguageModel, items: Sequence[Sequence[Row]], *, batch_size: int | None = None,
-    device: torch.device | str | None = None, share_prefixes: bool | None = None, compile: bool = False,
+    model: LanguageModel, items: Sequence[Sequence[Row]], *,
+    batch_size: int | None = None, share_prefixes: bool | None = None, compile: bool = False,
 ) -> list[Batch]:  # fmt: skip
-    """Plan the batches in which `score_items`, with the same options, computes these items.
+    """Plan the batches in which `score_items`, with the same options, computes these items: longest rows first.
 
-    Sorted by length: padding is then 2 % of HellaSwag's positions, not 38 % (batches of 64 rows in the file's
-    order). Longest first: what does not fit into memory fails at once.
+    Sorted, padding is 2 % of HellaSwag's positions, not 38 % (batches of 64 rows in the file's order).
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -204,7 +200,7 @@ def plan_batches(
     if not packs:
         return []
     # A model that gives logits gives them for all positions: 2 GB for 2,048 of them and a vocabulary of 256,000.
-    small = device_of(model, device).type == "cpu" or model.head_weight is None
+    small = device_of(model).type == "cpu" or model.head_weight is None
     max_tokens = CPU_BATCH_TOKENS if small else BATCH_TOKENS
     if compile:
         length = max(FIXED_LENGTH, -(-len(packs[0].tokens) // 128) * 128)
@@ -219,10 +215,9 @@ def plan_batches(
     return batches
 
 
-def _score_batch(
-    model: LanguageModel, batch: Batch, rows: Sequence[Row], device: torch.device, compile: bool
-) -> dict[int, RowScore]:
+def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compile: bool) -> dict[int, RowScore]:
     """Return the scores by the number of the row."""
+    device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
     if compile:
         layout = batch.layout(device)
@@ -251,7 +246,7 @@ def _laid_out_hidden(model: LanguageModel, tokens: Tensor, positions: Tensor, ma
 
 @cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function compiled, once in a process, for each shape of its arguments."""
+    """Return the function compiled, once in a process, for each shape of its arguments."""
     return torch.compile(function, dynamic=False)
 
 
@@ -282,17 +277,13 @@ def token_scores(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> tupl
 
 
 @contextmanager
-def evaluating(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the block in eval mode, without gradients, in exactly this precision; then restore the model's mode.
-
-    An autocast around the caller does not reach in. The cache of cast weights is off, since a training step that
-    found this function's inference tensors in it could not go backward through them.
-    """
+def evaluating(model: LanguageModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Run the block in eval mode, without gradients, in this precision whatever autocast is around the caller."""
     was_training = model.training
     model.train(False)
-    precision = torch.autocast(
-        device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
-    )
+    # A training step that found inference tensors in the cache of cast weights could not go backward through them.
+    kind = device_of(model).type
+    precision = torch.autocast(kind, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
     try:
         with torch.inference_mode(), precision:
             yield
@@ -300,19 +291,6 @@ def evaluating(model: LanguageModel, device: torch.device, autocast_dtype: torch
         model.train(was_training)
 
 
-def device_of(model: LanguageModel, device: torch.device | str | None) -> torch.device:
-    """Return `device`, or where the model's weights are, or the CPU for a model without any."""
-    if device is not None:
-        return torch.device(device)
-    weight = next(iter(model.parameters()), None)
-    return torch.device("cpu") if weight is None else weight.device
-
-
-def require_finite(scores: NDArray[np.float64], what: str) -> None:
-    """Raise a ValueError if a score is NaN or infinite: it would lose every comparison and become an accuracy."""
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise ValueError(
-            f"{bad.size} of {scores.size} {what} have a log-likelihood of NaN or infinity (the first is number "
-            f"{bad[0]}): the model's weights are damaged, or overflow in this precision"
-        )
+def device_of(model: LanguageModel) -> torch.device:
+    """Return where the model's weights are, or the CPU for a model without any."""
+    return next(model.parameters(), torch.empty(0)).device

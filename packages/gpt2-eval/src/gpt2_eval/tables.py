@@ -6,62 +6,57 @@ import click
 
 from gpt2_eval.compare import Comparison, verdict
 from gpt2_eval.corpora import CORPORA
-from gpt2_eval.report import CorpusResult, HellaSwagResult, LossResult, TaskResult
+from gpt2_eval.report import CorpusResult, LossResult, TaskResult
 from gpt2_eval.tasks import TASKS
 
-HELLASWAG_METRICS = {
-    ("karpathy", "acc"): "highest sum of log-probabilities; raw text (build-nanogpt, llm.c)",
-    ("karpathy", "acc_norm"): "highest mean per token; raw text",
-    ("lm-eval", "acc"): "highest sum; cleaned text (lm-evaluation-harness)",
-    ("lm-eval", "acc_norm"): "highest sum per character; cleaned text",
-    ("lm-eval", "acc_bytes"): "highest sum per UTF-8 byte; cleaned text",
+CHOICES = {
+    "karpathy acc": "highest sum of log-probabilities; raw text (build-nanogpt, llm.c)",
+    "karpathy acc_norm": "highest mean per token; raw text",
+    "lm-eval acc": "highest sum; lm-evaluation-harness' text",
+    "lm-eval acc_norm": "highest sum per character",
+    "lm-eval acc_bytes": "highest sum per UTF-8 byte",
 }
-TASK_METRICS = {
-    "acc": "highest sum of log-probabilities",
-    "acc_norm": "highest sum per character",
-    "acc_bytes": "highest sum per UTF-8 byte",
-}
-CLOZE_METRICS = {
-    "acc": "the model's likeliest tokens are the last word",
-    "acc_last_token": "its likeliest token, after all the others, is the word's last",
-    "perplexity": "per last word",
+LAST_WORD = {
+    "lm-eval acc": "the model's likeliest tokens are the last word",
+    "lm-eval acc_last_token": "its likeliest token, after all the others, is the word's last",
+    "lm-eval perplexity": "per last word",
 }
 
 
-def show_hellaswag(result: HellaSwagResult, total: int, how: str) -> None:
-    """Print a line for each metric; `total` is the number of items in the file, `how` the device and precision."""
-    click.echo(f"{'protocol':10}{'metric':11}{'accuracy':>8}{'stderr':>9}{'ties':>6}")
+def show_result(result: TaskResult | CorpusResult | LossResult, size: str | None, how: str) -> None:
+    """Print a result, with the paper's figures for a GPT-2 of this size; `how` names the device and precision."""
+    if isinstance(result, TaskResult):
+        _show_task(result, size, how)
+    elif isinstance(result, CorpusResult):
+        _show_corpus(result, size, how)
+    else:
+        _show_loss(result, how)
+
+
+def _show_task(result: TaskResult, size: str | None, how: str) -> None:
+    paper = TASKS[result.task].paper.get(size or "", {}) if result.task in TASKS else {}
+    heading = f"{'protocol':10}{'metric':15}{'value':>9}{'stderr':>9}{'ties':>6}"
+    click.echo(heading + (f"{'paper':>9}" if paper else ""))
     for protocol, metrics in result.metrics.items():
+        meaning = LAST_WORD if "perplexity" in metrics else CHOICES
         for name, metric in metrics.items():
+            scale, unit = (1, "  ") if name == "perplexity" else (100, " %")
+            value, ties = _figure(scale * metric.value, ".2f"), "" if metric.ties is None else metric.ties
+            line = f"{protocol:10}{name:15}{value:>7}{unit}{_error(scale * metric.stderr):>9}{ties:>6}"
+            if paper:
+                line += f"{scale * paper[name]:7.2f}{unit}" if name in paper else " " * 9
+            click.echo(f"{line}   {meaning[f'{protocol} {name}']}")
+        if rows := result.truncated[protocol]:
             click.echo(
-                f"{protocol:10}{name:11}{100 * metric.value:6.2f} %{_error(100 * metric.stderr):>9}{metric.ties:6}"
-                f"   {HELLASWAG_METRICS[protocol, name]}"
+                f"{protocol}: {rows:,} rows lost the beginning of their context, which is longer than the model's"
             )
-    for protocol, rows in result.truncated.items():
-        _show_truncated(rows, f"{protocol}: ")
-    click.echo(f"{result.items:,} items of HellaSwag in {result.seconds:.1f} s on {how}")
-    _show_partial(result, total)
-
-
-def show_task(result: TaskResult, total: int, size: str | None, how: str) -> None:
-    """Print a line for each metric; `size` is the model's, if it is one of GPT-2's, for the paper's figures."""
-    meaning = CLOZE_METRICS if "perplexity" in result.metrics else TASK_METRICS
-    paper = TASKS[result.task].paper.get(size or "", {})
-    click.echo(f"{'metric':15}{'value':>9}{'stderr':>9}" + (f"{'paper':>9}" if paper else ""))
-    for name, metric in result.metrics.items():
-        scale, unit = (1, "  ") if name == "perplexity" else (100, " %")
-        line = f"{name:15}{scale * metric.value:7.2f}{unit}{_error(scale * metric.stderr):>9}"
-        if paper:
-            line += f"{scale * paper[name]:7.2f}{unit}" if name in paper else " " * 9
-        click.echo(f"{line}   {meaning[name]}")
-    _show_truncated(result.truncated)
     click.echo(f"{result.items:,} items of {result.task} in {result.seconds:.1f} s on {how}")
-    _show_partial(result, total)
+    if result.partial:
+        click.secho(f"PARTIAL: the first {result.items:,} of {result.total:,} items; not comparable", fg="yellow")
 
 
-def show_corpus(result: CorpusResult, size: str | None, how: str) -> None:
-    """Print a line for each protocol and unit."""
-    corpus = CORPORA[result.corpus]
+def _show_corpus(result: CorpusResult, size: str | None, how: str) -> None:
+    corpus = CORPORA[result.task]
     click.echo(f"{'protocol':10}{'per':7}{'perplexity':>11}{'stderr':>11}{'paper':>9}{'count':>13}")
     for protocol, perplexity in result.perplexities.items():
         for unit in ("token", "word", "byte"):
@@ -74,20 +69,21 @@ def show_corpus(result: CorpusResult, size: str | None, how: str) -> None:
                 f"{f'{paper:.2f}' if paper else '':>9}{count:13,}"
             )
         click.echo(f"{protocol:10}{perplexity.bits_per_byte:.4f} bits per byte")
-    click.echo(f"{result.corpus}, stride {result.stride:,} (raw), in {result.seconds:.1f} s on {how}")
+    click.echo(f"{result.task}, stride {result.stride:,} (raw), in {result.seconds:.1f} s on {how}")
 
 
-def show_loss(result: LossResult, split: str, how: str) -> None:
-    """Print nats, perplexity and bits per byte."""
+def _show_loss(result: LossResult, how: str) -> None:
     click.echo(f"loss           {result.loss:.4f} {_error(result.stderr, '.4f')} nats per token")
     click.echo(f"perplexity     {result.perplexity:.2f}")
     click.echo(f"bits per byte  {_figure(result.bits_per_byte, '.4f')}")
     click.echo(
-        f"first {result.tokens:,} tokens of {split}, {result.sequences:,} windows of {result.seq_len:,}, "
+        f"first {result.tokens:,} tokens of {result.split}, {result.sequences:,} windows of {result.seq_len:,}, "
         f"in {result.seconds:.1f} s on {how}"
     )
     if result.tokens < result.tokens_requested:
-        click.secho(f"{split} is smaller than the {result.tokens_requested:,} tokens asked for", fg="yellow")
+        click.secho(
+            f"{result.split} is smaller than the {result.tokens_requested:,} tokens asked for", fg="yellow"
+        )
 
 
 def show_comparison(items: int, comparisons: Mapping[str, Comparison], a: str, b: str) -> None:
@@ -112,16 +108,6 @@ def show_other_file(sha256: str, published: str | None) -> None:
     known = "Not the published file" if published else "Not known to be the published file"
     hashes = f"SHA-256 {sha256[:12]}…" + (f", not {published[:12]}…" if published else "")
     click.secho(f"{known} ({hashes}): compare with numbers on this same file only", fg="yellow")
-
-
-def _show_truncated(rows: int, where: str = "") -> None:
-    if rows:
-        click.echo(f"{where}{rows:,} rows lost the left of their context, which the model cannot hold")
-
-
-def _show_partial(result: HellaSwagResult | TaskResult, total: int) -> None:
-    if result.partial:
-        click.secho(f"PARTIAL: the first {result.items:,} of {total:,} items; not comparable", fg="yellow")
 
 
 def _error(stderr: float, spec: str = ".2f") -> str:

@@ -1,7 +1,6 @@
 """Zero-shot tasks beside HellaSwag: each a small function from a record to a question; one engine scores them all.
 
-Prompts and metrics are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal. The files
-are those that it evaluates on.
+Prompts, metrics and files are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal.
 """
 
 import math
@@ -14,8 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_eval.encoding import Encoder, gpt2_encoder, joint
-from gpt2_eval.models import LanguageModel
+from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
 from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
@@ -26,17 +24,11 @@ LENGTHS: dict[str, Callable[[str], int]] = {"chars": len, "bytes": lambda text: 
 
 @dataclass(frozen=True)
 class Question:
-    """An item as text.
+    """An item as text."""
 
-    Attributes:
-        rows: (context, continuation) of each choice; a single one where a continuation is to be guessed.
-        label: index of the right choice.
-        choices: the texts by whose length acc_norm divides; empty where there is no acc_norm.
-    """
-
-    rows: list[tuple[str, str]]
-    label: int
-    choices: list[str]
+    rows: list[tuple[str, str]]  # context and continuation of each choice; one where there is none
+    label: int  # index of the right choice
+    choices: list[str]  # the texts by whose length acc_norm divides; empty where there is no acc_norm
 
 
 def _piqa(record: dict[str, Any]) -> Question:
@@ -84,23 +76,16 @@ def _lambada(record: dict[str, Any]) -> Question:
 
 
 def _choose(context: str, choices: Sequence[str], label: int, *, by_length: bool = True) -> Question:
-    rows = [(context, f" {choice}") for choice in choices]
-    return Question(rows, label, list(choices) if by_length else [])
+    return Question([(context, f" {choice}") for choice in choices], label, list(choices) if by_length else [])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and where it is published.
+    """What is asked and where it is published."""
 
-    Attributes:
-        question: a record of the file -> Question; KeyError, TypeError, ValueError or IndexError if it is none.
-        file: the published one.
-        paper: the model's size -> metric -> figure of the GPT-2 paper's Table 3 (Radford et al. 2019), in the
-            metric that comes nearest to it.
-    """
-
-    question: Callable[[dict[str, Any]], Question]
+    question: Callable[[dict[str, Any]], Question]  # of a record; it may fail in any way if the record is none
     file: Published
+    # The model's size -> the metric that comes nearest to it -> figure of Table 3 (Radford et al. 2019).
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -108,14 +93,13 @@ LAMBADA = Published(
     "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
     "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
 )
-TABLE_3_LAMBADA = {
-    "124M": {"perplexity": 35.13, "acc_last_token": 0.4599},
-    "350M": {"perplexity": 15.60, "acc_last_token": 0.5548},
-    "774M": {"perplexity": 10.87, "acc_last_token": 0.6012},
-    "1558M": {"perplexity": 8.63, "acc_last_token": 0.6324},
-}
 TASKS = {
-    "lambada": Task(_lambada, LAMBADA, TABLE_3_LAMBADA),
+    "lambada": Task(_lambada, LAMBADA, {
+        "124M": {"perplexity": 35.13, "acc_last_token": 0.4599},
+        "350M": {"perplexity": 15.60, "acc_last_token": 0.5548},
+        "774M": {"perplexity": 10.87, "acc_last_token": 0.6012},
+        "1558M": {"perplexity": 8.63, "acc_last_token": 0.6324},
+    }),
     "piqa": Task(_piqa, Published("hf:baber/piqa::validation")),
     "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test")),
     "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test")),
@@ -123,12 +107,12 @@ TASKS = {
     "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test")),
     "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation")),
     "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation")),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file; `total` counts its records, which may be more, and `sha256` is the whole file's."""
+    """The questions of a file; `total` and `sha256` are of the whole file."""
 
     task: str
     questions: list[Question]
@@ -141,7 +125,7 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
 
     Raises:
         OSError: there is no such file, or it cannot be downloaded.
-        ValueError: there is no such task, or records are not of it; the message names the first, and how many.
+        ValueError: there is no such task, or records are not of it.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
@@ -152,13 +136,12 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
         try:
             question = task.question(record)
             if not 0 <= question.label < len(question.rows):
-                raise ValueError(f"label {question.label} is none of the {len(question.rows)} choices")
+                raise ValueError(f"label {question.label} is not one of the {len(question.rows)} choices")
             if not all(continuation.strip() for _, continuation in question.rows):
                 raise ValueError("a continuation is empty")
-        except KeyError as error:
-            raise ValueError(f"not a record of {name}: no {error}") from None
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"not a record of {name}: {error}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"not a record of {name}: {why}") from None
         return question
 
     questions, total = read_items(file, parse, limit)
@@ -168,12 +151,11 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
 def evaluate_task(
     model: LanguageModel, data: Questions, *, encoder: Encoder | None = None, **options: Unpack[ScoringOptions]
 ) -> TaskResult:
-    """Score a task's questions.
+    """Score a task's questions; the encoder is GPT-2's if None, options and errors are those of `score_items`.
 
     A choice is measured by acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
     acc_norm (highest sum per character) and acc_bytes; a single continuation by acc (all its tokens are the
-    likeliest), acc_last_token (its last one is), and perplexity per continuation. The encoder is the model's
-    tokenizer, GPT-2's if None; options and errors are those of `score_items`.
+    likeliest), acc_last_token (its last one is), and perplexity per continuation.
     """
     start = time.perf_counter()
     encoder = encoder or gpt2_encoder()
@@ -191,10 +173,10 @@ def evaluate_task(
     return TaskResult(
         task=data.task,
         items=len(items),
-        partial=len(items) < data.total,
+        total=data.total,
         data_sha256=data.sha256,
-        metrics=_cloze_metrics(records) if "greedy" in records[0] else _choice_metrics(records),
-        truncated=count_truncated([row for item in items for row in item], model.config.block_size),
+        metrics={"lm-eval": _cloze_metrics(records) if "greedy" in records[0] else _choice_metrics(records)},
+        truncated={"lm-eval": count_truncated(items, model.config.block_size)},
         seconds=time.perf_counter() - start,
         records=records,
     )
@@ -220,8 +202,8 @@ def _choice_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
         return np.array([record[name] + [filler] * (most - len(record[name])) for record in records])
 
     sums = padded("sum", -math.inf)
-    metrics: dict[str, Estimate] = {"acc": accuracy(sums, labels)}
-    if all("chars" in record for record in records):
+    metrics = {"acc": accuracy(sums, labels)}
+    if "chars" in records[0]:
         metrics["acc_norm"] = accuracy(sums / padded("chars", 1), labels)
         metrics["acc_bytes"] = accuracy(sums / padded("bytes", 1), labels)
     return metrics

@@ -8,34 +8,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2_model.cache import KVCache as KVCache
-    from gpt2_model.config import PRESETS as PRESETS
-    from gpt2_model.config import GPTConfig as GPTConfig
-    from gpt2_model.config import flops_per_token as flops_per_token
-    from gpt2_model.generation import Completion as Completion
-    from gpt2_model.generation import Piece as Piece
-    from gpt2_model.generation import generate as generate
-    from gpt2_model.generation import stream as stream
-    from gpt2_model.model import GPT as GPT
-    from gpt2_model.tokenizer import EOT as EOT
-    from gpt2_model.tokenizer import get_tokenizer as get_tokenizer
+    from gpt2_model.cache import KVCache
+    from gpt2_model.config import PRESETS, GPTConfig, flops_per_token
+    from gpt2_model.generation import Completion, Piece, generate, stream
+    from gpt2_model.model import GPT
+    from gpt2_model.tokenizer import EOT, get_tokenizer
 
 __version__ = version("gpt2-model")
-
+__all__ = ["EOT", "GPT", "PRESETS", "Completion", "GPTConfig", "KVCache", "Piece", "flops_per_token", "generate",
+           "get_tokenizer", "stream"]  # fmt: skip
 _MODULE_OF = {
-    "PRESETS": "config",
-    "GPTConfig": "config",
-    "flops_per_token": "config",
-    "Completion": "generation",
-    "Piece": "generation",
-    "generate": "generation",
-    "stream": "generation",
-    "KVCache": "cache",
+    **dict.fromkeys(("PRESETS", "GPTConfig", "flops_per_token"), "config"),
+    **dict.fromkeys(("Completion", "Piece", "generate", "stream"), "generation"),
+    **dict.fromkeys(("EOT", "get_tokenizer"), "tokenizer"),
     "GPT": "model",
-    "EOT": "tokenizer",
-    "get_tokenizer": "tokenizer",
+    "KVCache": "cache",
 }
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

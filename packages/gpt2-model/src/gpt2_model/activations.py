@@ -13,7 +13,7 @@ HEAP_HOLES = 4.5
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes that one forward and backward pass takes for a while.
+    """Bytes that a forward and backward pass takes.
 
     Attributes:
         blocks: what the backward pass of the blocks needs and, under autocast, the matrices in bf16.
@@ -32,16 +32,8 @@ def activation_bytes(
     """Return what training on (batch, time) tokens takes beside weights, gradients and the optimizer's state.
 
     Counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them). CPU figures
-    are held to 10 % by tests/train; those of other devices are counted likewise.
-
-    Args:
-        config: the model's shape.
-        batch: sequences of a micro-batch.
-        time: tokens of a sequence.
-        device_type: "cpu", "cuda" or "mps".
-        bf16: True under bf16 autocast, False for fp32.
-        compiled: True under torch.compile.
-        checkpointing: GPT.activation_checkpointing.
+    are held to 10 % by tests/train; those of other devices are counted likewise. `bf16` is autocast's, `compiled`
+    torch.compile's, `checkpointing` GPT.activation_checkpointing.
     """
     rows, embedding = batch * time, 4 * config.vocab_size * config.n_embd
     layer = _layer_bytes(config, time, device_type, bf16)
@@ -50,8 +42,8 @@ def activation_bytes(
         blocks = config.n_layer * 4 * config.n_embd + layer
     copies = 2 * config.matrix_parameters if bf16 else 0
     if device_type == "cpu":
-        # The gradient of the projection, to which the embedding's is added; and a block of logits.
-        # In fp32 the padded copy of the projection; in bf16 it is one of those of all matrices.
+        # The gradient of the projection, to which the embedding's is added; a block of logits; and in fp32 the
+        # padded copy of the projection, which in bf16 is one of those of all matrices.
         size = 2 if bf16 else 4
         head = embedding + rows * 4 * config.n_embd + min(rows, ROWS) * config.vocab_size * size
         head += 0 if bf16 else embedding
@@ -65,11 +57,10 @@ def activation_bytes(
 def _layer_bytes(config: GPTConfig, time: int, device_type: str, bf16: bool) -> int:
     """Return the bytes that a block keeps of a token for the backward pass.
 
-    In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, and of the MLP's
-    middle what goes into the activation and what comes out. In bf16: the norms' inputs stay fp32, and the
-    attention's output is there twice, as it came and as it goes into the projection. Besides, the norms' means and
-    deviations, and a logarithm for each head. Flash attention keeps no matrix of scores; ours keeps, on a CPU in
-    bf16, that of probabilities, and not its output.
+    In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, the activation's
+    input and output. In bf16 the norms' inputs stay fp32, and the attention's output is there twice, before and
+    after its cast. Besides, the norms' means and deviations, and a logarithm for each head. Flash attention keeps
+    no matrix of scores; ours, on a CPU in bf16, keeps that of probabilities, and not its output.
     """
     width, inner = config.n_embd, config.mlp_dim
     if bf16 and takes_own(device_type, torch.bfloat16, time):

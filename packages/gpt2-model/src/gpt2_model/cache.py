@@ -11,19 +11,14 @@ from gpt2_model.model import GPT
 class KVCache:
     """Keys and values of the tokens so far, for rows of different lengths that all start at position 0.
 
-    Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it:
-    there is no left padding, no shifted position, no fully masked query (whose softmax would be NaN).
+    Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it.
 
     Args:
         model: the cache is for its layers and heads, on its device.
         batch: number of rows.
         capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
         dtype: of keys and values; by default the model's.
-        zeroed: False saves a pass over the memory where `extend` is never called: it multiplies what is masked by
-            0, and 0 * NaN is NaN.
-
-    Raises:
-        ValueError: a capacity beyond the model's context.
+        zeroed: False where `extend` is never called, which multiplies what is masked by 0, and 0 * NaN is NaN.
     """
 
     def __init__(
@@ -46,8 +41,8 @@ class KVCache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store (batch, n_head, time, head_dim) behind each row; return what a query may look at, and the mask.
 
-        The mask is None where plain causal attention is right: when the rows were empty. Otherwise all of the
-        cache is returned, masked: its shape is the same at every step, as a compiled step needs it.
+        The mask is None, for causal attention, when the rows were empty. Otherwise all of the cache is returned,
+        masked: its shape is the same at every step, as a compiled step needs it.
         """
         time = key.shape[2]
         if self.empty:
@@ -65,10 +60,6 @@ class KVCache:
         """Count `time` more tokens in every row."""
         self.lengths += time
         self.empty = False
-
-    def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Set how many tokens of each row are real, after right-padded prompts: the rest is overwritten."""
-        self.lengths.copy_(torch.tensor(lengths))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may be taken several times."""

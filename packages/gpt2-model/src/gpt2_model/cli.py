@@ -14,6 +14,7 @@ import cloup
 
 from gpt2_model import __version__
 from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
+from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
 if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
     from gpt2_model.model import GPT
@@ -25,13 +26,13 @@ one_line_errors = user_errors("use fewer samples (-n), --dtype int8 or -d cpu")
 @cloup.version_option(__version__, prog_name="gpt2-model")
 @cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Write text with GPT-2, show what a model is, and copy any GPT-2 into the Hugging Face format.
+    """Generate text with GPT-2, describe a model, and convert any GPT-2 to the Hugging Face format.
 
     \b
     MODEL is one of
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2 on the hub: owner/name[@revision]
       a Hugging Face model folder, such as a training checkpoint
-      a run's folder of gpt2-train, which stands for its newest checkpoint
+      a run folder of gpt2-train: its newest checkpoint
       a .safetensors or .bin file beside its config.json
       nanoGPT's ckpt.pt or llm.c's .bin
     """
@@ -45,57 +46,56 @@ def main(debug: bool) -> None:
                  help="Hub name, folder or file: see gpt2-model --help."),
     cloup.option("-f", "--file", type=click.File("rb"), help="File to read the prompt from; - is standard input."),
     cloup.option("-i", "--interactive", is_flag=True,
-                 help="Write in turns with the model; all that was written is the next prompt."),
+                 help="Write in turns with the model; the whole text so far is the next prompt."),
 )  # fmt: skip
 @cloup.option_group(
     "Sampling",
-    cloup.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, help="Samples of each prompt."),
+    cloup.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, help="Samples per prompt."),
     cloup.option("--temperature", default=1.0, help="Randomness; 0 takes the likeliest token each time."),
     cloup.option("--top-k", type=click.IntRange(min=0), default=50,
                  help="Sample from this many likeliest tokens; 0 for all."),
-    cloup.option("--top-p", default=1.0, help="Sample from the likeliest tokens with this probability together."),
-    cloup.option("--min-p", default=0.0, help="Drop tokens below this share of the likeliest one's probability."),
-    cloup.option("--repetition-penalty", default=1.0, help="Above 1, tokens that came before get less likely."),
+    cloup.option("--top-p", default=1.0, help="Sample from the fewest tokens that reach this probability."),
+    cloup.option("--min-p", default=0.0, help="Drop tokens below this share of the top token's probability."),
+    cloup.option("--repetition-penalty", default=1.0, help="Values above 1 make earlier tokens less likely."),
     cloup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text."),
 )  # fmt: skip
 @cloup.option_group(
     "Length and end",
-    cloup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Tokens to add at most."),
-    cloup.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears; repeatable."),
+    cloup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum of new tokens."),
+    cloup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated."),
     cloup.option("--stop-id", multiple=True, type=int,
-                 help="End at this token id, besides <|endoftext|> (50256); repeatable."),
+                 help="End at this token id, in addition to <|endoftext|> (50256); can be repeated."),
     cloup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half."),
 )  # fmt: skip
 @cloup.option_group(
     "Hardware",
     cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
     cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto",
-                 help="Type of the weights. auto: bf16 on CUDA, fp32 elsewhere; int8: quantised."),
+                 help="Precision of the weights; auto means bf16 on CUDA and fp32 elsewhere."),
     cloup.option("--compile/--no-compile", default=None,
-                 help="Compile a step. CPU: by default with a C compiler, 3 s once; CUDA: 30 s."),
+                 help="Compile the step. CPU: the default, needs a C compiler, 3 s once; CUDA: 30 s."),
 )  # fmt: skip
 @cloup.option_group(
     "Output",
     cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text."),
-    cloup.option("--logprobs", is_flag=True, help="Put each token's log-probability into --json."),
+    cloup.option("--logprobs", is_flag=True, help="With --json: add each token's log-probability."),
 )
 @one_line_errors
 def generate(
     prompts: tuple[str, ...], model: str, file: BinaryIO | None, interactive: bool, device: str, dtype: str,
     as_json: bool, top_k: int, stop_id: tuple[int, ...], **options: Any,
 ) -> None:  # fmt: skip
-    """Continue each PROMPT. Without one, continue a piped standard input, or write from nothing.
+    """Continue each PROMPT. Without one, continue the text piped to standard input, or write from nothing.
 
     \b
     gpt2-model generate -m gpt2 "Hello, I'm a language model,"
-    gpt2-model generate -m runs/a/checkpoints/step-00005000 -n 3 --seed 1 "The"
     gpt2-model generate -m gpt2-xl --dtype int8 --stop "." < beginning.txt
     """
     texts = _prompts(prompts, file, interactive)
     if interactive and (as_json or len(texts) > 1 or options["num_samples"] > 1):
         raise click.UsageError("--interactive takes at most one prompt, one sample, and no --json")
     if options["logprobs"] and not as_json:
-        raise click.UsageError("--logprobs are shown by --json only")
+        raise click.UsageError("--logprobs needs --json")
     from gpt2_model.sampling import Sampling
     from gpt2_model.tokenizer import EOT
 
@@ -136,19 +136,17 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
     try:
         text = file.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt in {file.name} is not UTF-8 text: byte {error.start} cannot be read"
-        ) from None
+        where = f"byte {error.start} cannot be read"
+        raise ValueError(f"the prompt in {file.name} is not UTF-8 text: {where}") from None
     return [text] if text else []
 
 
 def _is_piped() -> bool:
     """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return False
 
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
@@ -158,33 +156,29 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
 
     samples = options["num_samples"]
     alone = max(1, len(texts)) * samples == 1
-    waiting: dict[int, Completion] = {}
-    done = tokens = 0
-    started, context_full = 0.0, False
+    rows: dict[int, Completion] = {}
+    shown, started = 0, 0.0
     for piece in stream(gpt, texts or [[EOT]], **options):
         if not started:  # the first token is there, and with it nothing can be wrong any more
             started = time.perf_counter()
-            if alone and texts:
-                click.echo(texts[0], nl=False)
+            click.echo(texts[0] if alone and texts else "", nl=False)
         if alone:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
-        if row := piece.completion:
-            waiting[piece.row] = row
-            tokens += max(0, len(row.tokens) - 1)
-            context_full |= row.finish_reason == "length" and len(row.tokens) < options["max_new_tokens"]
-        while not alone and done in waiting:
-            row = waiting.pop(done)
-            sample = f", sample {done % samples + 1} of prompt {done // samples + 1}" if len(texts) > 1 else ""
-            click.secho(f"--- row {done}{sample}", dim=True)
-            click.echo((row.prompt if texts else "") + row.text)
-            done += 1
+        if piece.completion:
+            rows[piece.row] = piece.completion
+        while not alone and shown in rows:
+            sample = f", sample {shown % samples + 1} of prompt {shown // samples + 1}" if len(texts) > 1 else ""
+            click.secho(f"--- row {shown}{sample}", dim=True)
+            click.echo((rows[shown].prompt if texts else "") + rows[shown].text)
+            shown += 1
     if alone:
         click.echo()
-    if context_full:
+    by_length = [len(row.tokens) for row in rows.values() if row.finish_reason == "length"]
+    if min(by_length, default=options["max_new_tokens"]) < options["max_new_tokens"]:
         size = gpt.config.block_size
-        click.secho(f"(the model's context of {size} tokens is full; --slide continues)", dim=True, err=True)
-    if tokens:
+        click.secho(f"(the model's context of {size} tokens is full; add --slide to continue)", dim=True, err=True)
+    if tokens := sum(max(0, len(row.tokens) - 1) for row in rows.values()):
         speed = tokens / (time.perf_counter() - started)
         click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
 
@@ -196,13 +190,10 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
-
-    click.secho("What you type is added to the text as it is, spaces too.\n"
-                "An empty line lets the model continue.\n"
-                "/again: another continuation instead of the last. /reset: a new text.\n"
-                "Ctrl-C: enough of this answer. Ctrl-D: leave.", dim=True, err=True)  # fmt: skip
+    click.secho("What you type is added to the text as it is, spaces too. An empty line: the model continues.\n"
+                "/again replaces the last continuation. /reset starts a new text.\n"
+                "Ctrl-C stops this answer. Ctrl-D quits.", dim=True, err=True)  # fmt: skip
     before = text
-    seed = options.pop("seed")
     options["slide"] = True  # the text may outgrow the context
     click.echo(text, nl=False)
     while True:
@@ -217,17 +208,17 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
             text = before = ""
             continue
         if line.startswith("/") and line != "/again":
-            click.secho(f"{line.split()[0]} is not a command: there are /again and /reset", dim=True, err=True)
+            click.secho(f"{line.split()[0]} is not a command: use /again or /reset", dim=True, err=True)
             continue
         text = before if line == "/again" else text + line
         before = text
         click.echo(text, nl=False)
         with suppress(KeyboardInterrupt):
-            for piece in stream(gpt, [text] if text else [[EOT]], seed=seed, **options):
+            for piece in stream(gpt, [text] if text else [[EOT]], **options):
                 click.secho(piece.text, nl=False, bold=True)  # the model's words
                 sys.stdout.flush()
                 text += piece.text
-        seed += 1
+        options["seed"] += 1
 
 
 @main.command()
@@ -237,31 +228,19 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 def info(model: str, as_json: bool) -> None:
     """Show the shape and the cost of a model or a size.
 
-    \b
-    gpt2-model info runs/a
-    gpt2-model info 350M
     Sizes: 124M, 350M, 774M, 1558M, and the paper's names for them: 117M, 345M, 762M, 1542M.
     """
-    from dataclasses import asdict
-
-    from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
-
     progress: dict[str, Any] = {}
-    size = PAPER_NAMES.get(model, model)
-    if size in PRESETS:
-        config = PRESETS[size]
-    else:
+    config = PRESETS.get(PAPER_NAMES.get(model, model))
+    if config is None:
         from gpt2_model.checkpoints.load_save import inspect, read_progress
 
         model = find_model(model)
         config, progress = inspect(model), read_progress(model)
-    facts: dict[str, Any] = {
-        **progress,
-        **asdict(config),
-        "parameters": config.num_parameters,
-        "bytes_fp32": 4 * config.num_parameters,
-        "training_flops_per_token": flops_per_token(config, config.block_size),
-    }
+    facts = progress | vars(config)
+    facts["parameters"] = config.num_parameters
+    facts["bytes_fp32"] = 4 * config.num_parameters
+    facts["training_flops_per_token"] = flops_per_token(config, config.block_size)
     if as_json:
         print_json(facts)
         return
@@ -272,19 +251,14 @@ def info(model: str, as_json: bool) -> None:
 @main.command()
 @cloup.argument("model", type=PATH)
 @cloup.argument("out", type=click.Path(file_okay=False))
-@cloup.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
+@cloup.option("--overwrite", is_flag=True, help="Replace the model in OUT, if there is one.")
 @one_line_errors
 def convert(model: str, out: str, overwrite: bool) -> None:
-    """Write a model as a Hugging Face folder, in fp32.
-
-    \b
-    gpt2-model convert gpt2-medium my-folder
-    gpt2-model convert out/ckpt.pt from-nanogpt
-    """
+    """Write a model as a Hugging Face folder, in fp32: gpt2-model convert out/ckpt.pt from-nanogpt"""
     if not out:
         raise click.UsageError("OUT is empty: name a folder")
     if (Path(out) / "config.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a model already: name another folder, or give --overwrite")
+        raise ValueError(f"{out} already contains a model: choose another folder, or add --overwrite")
     gpt = _load(model, "cpu", "fp32")
     gpt.save_pretrained(out)
     click.echo(f"{gpt.config.num_parameters:,} parameters in {out}")

@@ -1,5 +1,6 @@
 """What a GPT-2 is made of: its sizes, the four published ones, and what they cost. No torch here."""
 
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,6 +11,9 @@ ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape and the maths of a GPT-2. The defaults are OpenAI's 124M.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the
+    fields of transformers' GPT2Config that change the function computed.
 
     Attributes:
         block_size: longest sequence, in tokens (`n_positions` in a Hugging Face config).
@@ -24,12 +28,6 @@ class GPTConfig:
         scale_attn_by_inverse_layer_idx: also divide them by the block's number, from 1 (Mistral's GPT-2s).
         reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
         tie_word_embeddings: the output projection is the token embedding.
-
-    Raises:
-        ValueError: a size that is not positive, `n_embd` not divisible by `n_head`, or an unknown activation.
-
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the
-    fields of transformers' GPT2Config that change the function computed.
     """
 
     block_size: int = 1024
@@ -46,20 +44,21 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
-            value = getattr(self, name)
-            if name == "n_inner" and value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                fits, needed = type(value) is bool, "true or false"
+            elif field.type is float:
+                fits, needed = type(value) in (float, int) and 0 < value < 1e9, "a number above 0"
+            elif field.type is str:
+                fits, needed = value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
+            else:
+                absent = value is None and field.name == "n_inner"
+                fits, needed = absent or (type(value) is int and value > 0), "a positive whole number"
+            if not fits:
+                raise ValueError(f"{field.name} must be {needed}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
-        if not self.layer_norm_epsilon > 0:
-            raise ValueError(f"layer_norm_epsilon must be above 0, not {self.layer_norm_epsilon!r}")
 
     @property
     def head_dim(self) -> int:
@@ -80,40 +79,25 @@ class GPTConfig:
     def num_parameters(self) -> int:
         """Parameters in all, embeddings counted once when tied: 124,439,808 for the default."""
         width = self.n_embd
-        embeddings = (self.vocab_size + self.block_size) * width
         head = 0 if self.tie_word_embeddings else self.vocab_size * width
-        biases = 5 * width + self.mlp_dim
-        norms = 4 * width
+        embeddings = (self.vocab_size + self.block_size) * width
+        biases, norms = 5 * width + self.mlp_dim, 4 * width
         return embeddings + head + self.matrix_parameters + self.n_layer * (biases + norms) + 2 * width
 
     def with_fields(self, assignments: Mapping[str, str]) -> "GPTConfig":
-        """Return a copy with fields replaced from text, as in `--model n_layer=4`.
-
-        Raises:
-            ValueError: an unknown field, or text that is not of the field's type.
-        """
-        known = {field.name: field.type for field in fields(self)}
-        for name in assignments:
-            if name not in known:
-                raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
-        return replace(self, **{name: _parse(name, text, known[name]) for name, text in assignments.items()})
+        """Return a copy with fields replaced from text, as in `--model n_layer=4`; ValueError if one is wrong."""
+        known = [field.name for field in fields(self)]
+        for name in sorted(assignments.keys() - known):
+            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(known)}")
+        return replace(self, **{name: _value(text) for name, text in assignments.items()})
 
 
-def _parse(name: str, text: str, kind: object) -> Any:
-    """Return the value of a field from text; `kind` is the field's annotation."""
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    if kind == int | None and text.lower() == "none":
-        return None
-    number = float if kind is float else int
+def _value(text: str) -> Any:
+    """Return the value that a word stands for: true, false, none, a number, or the word itself."""
     try:
-        return number(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number ({number.__name__}), not {text!r}") from None
+        return literal_eval(text.capitalize())
+    except (ValueError, SyntaxError):
+        return text
 
 
 PRESETS: Mapping[str, GPTConfig] = {
@@ -124,16 +108,15 @@ PRESETS: Mapping[str, GPTConfig] = {
 }
 # The paper's names; counted, the models have 124, 355, 774 and 1,558 million parameters.
 PAPER_NAMES = {"117M": "124M", "345M": "350M", "762M": "774M", "1542M": "1558M"}
-
+# OpenAI's models of these sizes, as the hub calls them.
 OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
-"""OpenAI's models of these sizes, as the hub calls them."""
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
     """Return floating-point operations of a training token, forward and backward: 803 million for 124M at 1,024.
 
-    6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal.
-    This is llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts
-    the masked half of attention too and comes out at 855 million: compare MFU only between equal counts.
+    6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal. This is
+    llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts the masked
+    half too and comes out at 855 million: compare MFU only between equal counts.
     """
     return 6 * config.num_parameters + 6 * config.n_layer * config.n_embd * seq_len

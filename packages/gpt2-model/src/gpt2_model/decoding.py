@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,32 +12,11 @@ from gpt2_model.cpu.int8 import Int8Matrix
 from gpt2_model.model import GPT
 
 
-class Decoder(Protocol):
-    """A model that remembers rows. Logits are (rows, vocab_size) in fp32, rows in the order of `select`."""
+def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDecoder | TorchDecoder":
+    """Return the fastest decoder for the model on its device, for rows of up to `capacity` tokens.
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Start a row for each prompt; return the logits of what follows it."""
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order; a row may be taken several times."""
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to each row; return the logits of what follows."""
-
-    def refill(self, row: int, tokens: Sequence[int]) -> None:
-        """Replace what a row holds by these tokens."""
-
-
-def make_decoder(model: GPT, capacity: int, compile: bool | None) -> Decoder:
-    """Return the fastest decoder for the model on its device.
-
-    Args:
-        capacity: longest row, in tokens.
-        compile: on the CPU, engine.c: None where it can be compiled, True or else an error. On CUDA True has
-            torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
-
-    Raises:
-        ValueError: `compile` is True, and cannot be.
+    `compile` means on the CPU engine.c: None where it can be compiled, True or else a ValueError. On CUDA True has
+    torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
     """
     device = model.device.type
     if device == "cpu" and compile is not False:
@@ -50,7 +28,7 @@ def make_decoder(model: GPT, capacity: int, compile: bool | None) -> Decoder:
     if device == "cpu" and isinstance(model.wte, Int8Matrix):
         model = dequantize(model)
     if compile and device not in ("cpu", "cuda"):
-        raise ValueError(f"cannot compile for {device}: leave compiling off there")
+        raise ValueError(f"cannot compile for {device}: turn compiling off (--no-compile)")
     return TorchDecoder(model, capacity, compiled=bool(compile))
 
 
@@ -61,15 +39,17 @@ def dequantize(model: GPT) -> GPT:
         plain = GPT(model.config)
     names = plain.state_dict().keys()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    weights |= {
-        f"{name}.weight": part.weight for name, part in model.named_modules() if isinstance(part, Int8Matrix)
-    }
+    matrices = ((name, part) for name, part in model.named_modules() if isinstance(part, Int8Matrix))
+    weights |= {f"{name}.weight": part.weight for name, part in matrices}
     plain.load_state_dict(weights, assign=True)
     return plain.requires_grad_(False).eval()
 
 
 class TorchDecoder:
-    """PyTorch, on any device. Compiled, the batch keeps its shape: rows that left are computed, but not read."""
+    """A model that remembers rows; logits are (rows, vocab_size) in fp32, rows in the order of `select`.
+
+    By PyTorch, on any device. Compiled, the batch keeps its shape: rows that left are computed, but not read.
+    """
 
     def __init__(self, model: GPT, capacity: int, compiled: bool = False) -> None:
         self._model, self._capacity, self._compiled = model, capacity, compiled
@@ -77,11 +57,13 @@ class TorchDecoder:
         self._step = _compiled_step(model.device.type) if compiled else _step
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start a row for each prompt; return the logits of what follows it."""
         self._rows = list(range(len(prompts)))
         self._cache, logits = self._fill(prompts)
         return logits
 
     def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order; a row may be taken several times."""
         if self._compiled and len(set(rows)) == len(rows):
             self._rows = [self._rows[row] for row in rows]
             return
@@ -89,6 +71,7 @@ class TorchDecoder:
         self._rows = list(range(len(rows)))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append a token to each row; return the logits of what follows."""
         full = torch.zeros(len(self._cache.lengths), 1, dtype=torch.long)
         full[self._rows, 0] = torch.tensor(tokens)
         if self._compiled:  # a row that left has no end of its own
@@ -99,6 +82,7 @@ class TorchDecoder:
         return logits if len(self._rows) == len(logits) else logits[self._rows]
 
     def refill(self, row: int, tokens: Sequence[int]) -> None:
+        """Replace what a row holds by these tokens."""
         filled, _ = self._fill([tokens])
         place = self._rows[row]
         self._cache.keys[:, place] = filled.keys[:, 0]
@@ -113,7 +97,7 @@ class TorchDecoder:
             tokens[place, : len(prompt)] = torch.tensor(prompt)
         cache = KVCache(self._model, len(prompts), self._capacity)
         hidden = self._model.hidden(tokens.to(device), cache)
-        cache.set_lengths(lengths)
+        cache.lengths.copy_(torch.tensor(lengths))  # what is beyond them is overwritten
         last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
         return cache, self._model.head(last).float()
 

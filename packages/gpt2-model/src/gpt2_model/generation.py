@@ -1,5 +1,6 @@
 """Text from a model: prompts in, completions out, all at once or as they come."""
 
+import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_model.decoding import Decoder, make_decoder
+from gpt2_model.cpu.engine import EngineDecoder
+from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
-from gpt2_model.tokenizer import EOT, TextDecoder, get_tokenizer
+from gpt2_model.tokenizer import EOT, PADDED, get_tokenizer
 
 P = ParamSpec("P")
-
-GPT2_IDS = 50257
-PADDED_IDS = 50304  # rounded up to a multiple of 64, as many train it: the 47 more are not tokens
+_CHARACTERS = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass
@@ -65,11 +65,15 @@ class _Row:
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
     cached: int  # number of its tokens that the decoder holds
     pending: str = ""  # text that may be the beginning of a stop string
-    characters: TextDecoder = field(default_factory=TextDecoder)
+    # A token is bytes: a character that ends in the next one waits; what is no UTF-8 becomes U+FFFD.
+    characters: codecs.IncrementalDecoder = field(default_factory=lambda: _CHARACTERS(errors="replace"))
 
-    def add_text(self, text: str, stop: Sequence[str], last: bool) -> str:
-        """Take new text; return what can be shown of it. A stop string ends the row."""
-        text = self.pending + text
+    def add_text(self, token: int | None, stop: Sequence[str], last: bool) -> str:
+        """Take a new token, if any; return what text can be shown. A stop string ends the row."""
+        tokenizer = get_tokenizer()
+        known = [token] if token is not None and token < tokenizer.n_vocab else []
+        data = tokenizer.decode_bytes(known)
+        text = self.pending + self.characters.decode(data, final=last)
         places = [place for string in stop if (place := text.find(string)) >= 0]
         overlap = 0
         if places:
@@ -108,31 +112,26 @@ def stream(
 ) -> Iterator[Piece]:
     """Continue each prompt `num_samples` times; yield text as it comes: whole characters, no part of a stop text.
 
-    The pieces of a row, put together, are its completion's text. Errors come at once, not with the first piece.
-
-    A row's random numbers depend on `seed` and the row's number alone, so its text does not change with the rows
-    beside it: on the CPU to the last bit of its logits, elsewhere as far as rounding lets the same token win.
-    Prompts of different lengths go in one batch; a finished row leaves it.
+    Errors come at once, not with the first piece. A row's random numbers depend on `seed` and the row's number
+    alone, so its text does not change with the rows beside it: on the CPU to the last bit of its logits, elsewhere
+    as far as rounding lets the same token win.
 
     Args:
         model: its vocabulary must be GPT-2's where prompts are text.
         prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
         num_samples: rows per prompt; the prompt is computed once.
-        first_row: number of the first row. So processes can share the samples of a prompt: 4 of them are 2 from
-            row 0 and 2 from row 2, under the same seed.
-        max_new_tokens: tokens to add; fewer where the model's context ends or it ends the text itself.
+        first_row: number of the first row, so that processes can share the samples of a prompt.
+        max_new_tokens: tokens to add; fewer if the context is full or the model ends the text.
         temperature: 0 takes the most likely token.
         top_k: sample from this many most likely tokens; None for all.
         top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
         min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
-        repetition_penalty: above 1, tokens of the prompt and the text are less likely to come again (Keskar et al.
-            2019); applied before everything else, also to the greedy choice.
+        repetition_penalty: above 1, tokens that came before are less likely (Keskar et al. 2019), greedily too.
         seed: another seed gives another text.
         stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
         stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
         logprobs: also return the log-probability of each token.
-        slide: at the end of the model's context, or after a prompt that fills it, take its second half as the new
-            beginning, rather than stop. (Positions are absolute: the half is computed again.)
+        slide: where the context is full, go on from its last half, which is computed again, rather than stop.
         compile: see `make_decoder`: by default the fastest way that starts at once.
 
     Raises:
@@ -145,16 +144,17 @@ def stream(
     if first_row < 0:
         raise ValueError(f"first_row must be at least 0, not {first_row}")
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list: [prompt] for one")
     size, context = model.config.vocab_size, model.config.block_size
     if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
-        raise ValueError(f"stop_ids {list(stop_ids)} do not all lie below the vocabulary's {size}")
+        raise ValueError(f"stop_ids {list(stop_ids)} must all be below the vocabulary size, {size}")
     rows: list[_Row] = []
+    tokenizer = get_tokenizer()
     for prompt in prompts:
         ids = _encode(prompt, model, slide)
-        text = _decode(ids)
+        text = tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
         if len(ids) >= context:
             ids = ids[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
@@ -174,9 +174,7 @@ def _at_once(stream: Callable[P, Iterator[Piece]]) -> Callable[P, list[Completio
         return sorted(rows, key=lambda row: row.row)
 
     generate.__name__ = generate.__qualname__ = "generate"
-    generate.__doc__ = (
-        "Return the completions of `stream`, all at once, by row; for arguments and errors see there."
-    )
+    generate.__doc__ = "Return the completions of `stream`, all at once, by row; its arguments and errors."
     return generate
 
 
@@ -208,10 +206,9 @@ def _run(
         adjusted = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
         noise = torch.from_numpy(np.array([row.numbers[step] for row in rows])).to(device)
         drawn = sample(adjusted, noise, sampling)
+        chosen = [0.0] * len(rows)
         if rows[0].completion.logprobs is not None:
             chosen = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0].tolist()
-        else:
-            chosen = [0.0] * len(rows)
         now = time.perf_counter() - started
         growing = []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn.tolist(), chosen, strict=True)):
@@ -226,13 +223,10 @@ def _run(
             rows = [rows[place] for place in growing]
             decoder.select(growing)
             seen = None if seen is None else seen[growing]
-        tokens = [row.context[-1] for row in rows]
         if seen is not None:
-            seen[torch.arange(len(rows), device=device), torch.tensor(tokens, device=device)] = True
-        _make_room(decoder, rows, context)
-        logits = decoder.step(tokens)
-        for row in rows:
-            row.cached += 1
+            last = torch.tensor([row.context[-1] for row in rows], device=device)
+            seen.scatter_(1, last[:, None], True)
+        logits = _step(decoder, rows, context)
         step += 1
 
 
@@ -241,63 +235,54 @@ def _advance(
 ) -> tuple[str, bool]:
     """Give a row its next token; return the text that can be shown, and True if the row is finished."""
     done = row.completion
-    drawn_before = len(done.tokens)
-    if drawn_before == 0:
+    if not done.tokens:
         done.seconds_to_first_token = now
     elif now > done.seconds_to_first_token:
-        done.tokens_per_second = drawn_before / (now - done.seconds_to_first_token)
+        done.tokens_per_second = len(done.tokens) / (now - done.seconds_to_first_token)
     if token in stop_ids:
         done.finish_reason = "stop"
-        return row.add_text(row.characters.end(), stop, last=True), True
+        return row.add_text(None, stop, last=True), True
     done.tokens.append(token)
     if done.logprobs is not None:
         done.logprobs.append(logprob)
     row.context.append(token)
     last = len(done.tokens) == len(row.numbers)
-    text = row.characters.add(token) + (row.characters.end() if last else "")
-    shown = row.add_text(text, stop, last)
+    shown = row.add_text(token, stop, last)
     return shown, last or done.finish_reason == "stop"
 
 
-def _make_room(decoder: Decoder, rows: list[_Row], context: int) -> None:
-    """Let a row that fills the context begin again with its last half."""
+def _step(decoder: EngineDecoder | TorchDecoder, rows: list[_Row], context: int) -> Tensor:
+    """Give the decoder each row's last token. A row that fills the context begins again with its last half."""
     for place, row in enumerate(rows):
         if row.cached == context:
             half = row.context[-(context // 2) - 1 : -1]
             decoder.refill(place, half)
             row.cached = len(half)
+        row.cached += 1
+    return decoder.step([row.context[-1] for row in rows])
 
 
 def _seen(rows: list[_Row], model: GPT) -> Tensor:
     """Return (rows, tokens that can be drawn), True for those of the prompt."""
-    seen = _only_tokens(torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool))
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
     for place, row in enumerate(rows):
-        seen[place, [token for token in row.context if token < seen.shape[1]]] = True
-    return seen.to(model.device)
+        seen[place, row.context] = True
+    return _only_tokens(seen).to(model.device)
 
 
 def _only_tokens(logits: Tensor) -> Tensor:
     """Leave out the columns that only round GPT-2's vocabulary up: no text has such tokens."""
-    return logits[:, :GPT2_IDS] if GPT2_IDS < logits.shape[1] <= PADDED_IDS else logits
+    return logits[:, : EOT + 1] if EOT < logits.shape[1] <= PADDED else logits
 
 
 def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt)
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
-        raise ValueError("a prompt is empty: for text from nothing give the command no prompt, and Python [[EOT]]")
-    if not 0 <= min(ids) <= max(ids) < size:
-        wrong = next(token for token in ids if not 0 <= token < size)
-        raise ValueError(f"prompt holds token id {wrong}; the model's vocabulary ends at {size - 1}")
+        raise ValueError("a prompt is empty: to write from nothing, give no prompt (in Python, [[EOT]])")
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}: shorten it, or "
-            "slide on from its last half (--slide)"
-        )
+        full = f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}"
+        raise ValueError(f"{full}: shorten it, or slide on from its last half (--slide)")
     return ids
-
-
-def _decode(ids: Sequence[int]) -> str:
-    """Return the text of ids; a model with its own vocabulary can draw ids that GPT-2's tokenizer lacks."""
-    tokenizer = get_tokenizer()
-    return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])

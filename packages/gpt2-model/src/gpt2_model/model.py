@@ -1,8 +1,8 @@
 """GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint.
 
 Read it from `GPT.forward` upwards: tokens -> embeddings -> blocks -> norm -> logits. `plain_attention` says in
-three lines what attention is. Two things lie elsewhere: faster ways on a CPU (cpu/training.py), and the keys and
-values of earlier tokens in generation (cache.py).
+three lines what attention is. Elsewhere are faster ways on a CPU (cpu/training.py), and the keys and values of
+earlier tokens in generation (cache.py).
 
 Tensors are named with their shapes, one letter for each dimension:
 
@@ -32,9 +32,8 @@ from gpt2_model.cpu.training import causal_attention, head_loss, look_up
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Return softmax(scale * q k^T) v, (B, H, T, D), as the kernels that CausalSelfAttention calls, but plainly.
 
-    Args:
-        scale: 1 / sqrt(D) in GPT-2.
-        mask: (B, 1, T, S), True where a query may look; None for causal attention, where S is T.
+    In GPT-2 the scale is 1 / sqrt(D). The mask, (B, 1, T, S), is True where a query may look; without one
+    attention is causal, and S is T.
     """
     if mask is None:  # each position sees itself and what came before
         mask = torch.ones(q_BHTD.shape[2], k_BHSD.shape[2], dtype=torch.bool, device=q_BHTD.device).tril()
@@ -60,19 +59,16 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """Where tokens stand and what they see, if not themselves and what came before: a KVCache is one."""
+    """The positions of tokens, and what they see beside plain causal attention; a KVCache is one.
 
-    def positions(self, time: int) -> Tensor:
-        """Return the positions of the next `time` tokens, (B, T)."""
+    `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these,
+    (B, H, T, D), and returns all that they may look at, (B, H, S, D), and the mask, (B, 1, T, S), or None for
+    causal attention. `advance` notes that all layers have computed `time` tokens.
+    """
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take the keys and values of these tokens; return all that they may look at, and the mask.
-
-        (B, H, T, D) twice -> (B, H, S, D) twice, and (B, 1, T, S) or None for causal attention.
-        """
-
-    def advance(self, time: int) -> None:
-        """Note that all layers have computed `time` tokens."""
+    def positions(self, time: int) -> Tensor: ...
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def advance(self, time: int) -> None: ...
 
 
 class CausalSelfAttention(nn.Module):
@@ -119,7 +115,6 @@ class MLP(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Return (B, T, C)."""
         h_BTI = self.activation(self.c_fc(x_BTC))
         return self.c_proj(h_BTI)  # type: ignore[no-any-return]
 
@@ -135,13 +130,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Return (B, T, C)."""
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache)
         return x_BTC + self.mlp(self.ln_2(x_BTC))  # type: ignore[no-any-return]
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding that is not drawn yet: nn.Embedding would, importing a compiler on "meta", 1.7 s."""
+    """Return an uninitialised embedding: nn.Embedding's own start imports a compiler on "meta" (1.7 s)."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
@@ -179,8 +173,7 @@ class GPT(nn.Module):
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                is_norm_weight = name.endswith("weight")
-                nn.init.constant_(parameter, 1.0 if is_norm_weight else 0.0)
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
             else:
                 std = 0.01 if name == "wpe.weight" else residual_std if "c_proj" in name else 0.02
                 nn.init.normal_(parameter, std=std)
@@ -191,15 +184,12 @@ class GPT(nn.Module):
         """Return logits and, with targets, the mean cross-entropy in nats per token.
 
         Args:
-            tokens: (B, T) int64 ids.
-            targets: (B, T) int64 ids that should follow each position; -100 counts for nothing.
+            tokens: (B, T) int64 ids, T at most config.block_size, else a ValueError.
+            targets: (B, T) int64 ids that should follow each position; -100 is ignored.
             return_logits: False in training, where nobody reads them: they need not be kept then.
 
         Returns:
             (logits (B, T, V) or None, loss () in fp32 or None).
-
-        Raises:
-            ValueError: more positions than `config.block_size`.
         """
         loss_only = targets is not None and not return_logits
         x_BTC, wte_VC = look_up(self.wte, tokens, share_gradient=loss_only)
@@ -208,20 +198,15 @@ class GPT(nn.Module):
         if targets is not None and loss_only:
             return None, head_loss(x_BTC, head_VC, targets)  # the same loss as below
         logits_BTV = F.linear(x_BTC, head_VC)
-        loss = None
-        if targets is not None:
-            # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
-            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
-        return (logits_BTV if return_logits else None), loss
+        if targets is None:
+            return logits_BTV, None
+        # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
+        return logits_BTV, F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
 
-        With a cache, `tokens` continue the rows that it holds, and are added to it; the caller sees to it that
-        they fit.
-
-        Raises:
-            ValueError: more tokens than `config.block_size`, and no cache.
+        With a cache, `tokens` continue the rows that it holds, and are added to it; they must fit.
         """
         return self._transform(self.wte(tokens), cache)
 
@@ -243,7 +228,7 @@ class GPT(nn.Module):
         return self.ln_f(x_BTC)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return logits over the vocabulary: (..., C) -> (..., V)."""
+        """Return the logits of hidden states: (..., C) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
 
     @property
@@ -260,16 +245,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
         """Load a Hugging Face folder, a weights file, another project's checkpoint, or a model of the hub.
 
-        A folder holds config.json and safetensors or .bin weights, whole or in shards; a .safetensors or .bin file
-        has its config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's
-        ckpt.pt and llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
-        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache.
-        Weights are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model
-        comes in eval mode, on the CPU.
+        A folder holds config.json and safetensors or .bin weights, whole or in shards; a weights file has its
+        config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's ckpt.pt and
+        llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
+        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache. Weights
+        are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model comes in
+        eval mode, on the CPU.
 
         Raises:
-            FileNotFoundError: no such folder, or no weights in it.
-            OSError: the hub cannot be reached, or a download broke off.
+            OSError: no such folder, no weights in it, or the hub cannot be reached.
             ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
         is_int8 = dtype == torch.int8
@@ -280,25 +264,15 @@ class GPT(nn.Module):
         del weights  # else quantize could not free one matrix after another
         if is_int8:
             quantize(model)
-        else:
-            model.requires_grad_(True)
         return model.eval()
 
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
-        """Return the config of what `from_pretrained` would load, checked likewise, but for the weights' values.
-
-        Raises:
-            FileNotFoundError, OSError, ValueError: see `from_pretrained`.
-        """
+        """Return the config of what `from_pretrained` would load, checked likewise but for the values."""
         return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load.
-
-        Raises:
-            ValueError: the model is quantised: its exact weights are those of the folder it came from.
-        """
+        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
         load_save.save(self.config, self.state_dict(), Path(folder))

@@ -9,11 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; see `generate` for what each means.
-
-    Raises:
-        ValueError: an option that means nothing; the message says what it may be.
-    """
+    """How a token is chosen; see `stream` for what each means. A value that means nothing is a ValueError."""
 
     temperature: float = 1.0
     top_k: int | None = 50
@@ -23,32 +19,29 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie between 0 and 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0, and 1 for none, not {self.repetition_penalty}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must lie between 0 and 2**64 - 1, not {self.seed}")
+        inf = float("inf")
+        for name, is_right, right in (
+            ("temperature", 0 <= self.temperature < inf, "0 (greedy) or a positive number"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < inf, "above 0, and 1 for none"),
+            ("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} must be {right}, not {getattr(self, name)}")
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray:
-    """Return the row's own random numbers, (count,) in [0, 1).
+    """Return the row's own random numbers, (count,) in [0, 1): the same in any batch, on any device.
 
-    One number per token, from a counter-based stream that (seed, row) alone choose: a row draws the same ones in
-    any batch, on any device. Source: Philox, Salmon et al. 2011, as numpy implements it.
+    Source: Philox, Salmon et al. 2011, as numpy implements it.
     """
     return np.random.Generator(np.random.Philox(key=[seed, row])).random(count, dtype=np.float32)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that were `seen`, (rows, vocab_size) bool, less likely: logits divided by the penalty where they
-    are positive, times it where they are negative (CTRL, Keskar et al. 2019, section 4.1)."""
+    """Make tokens that were `seen`, (rows, vocab_size) bool, less likely (CTRL, Keskar et al. 2019, 4.1)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -20,17 +20,14 @@ if TYPE_CHECKING:
 
 __version__ = version("gpt2-train")
 
-_MODULE_OF = {
-    "find_checkpoint": "checkpoint",
-    "verify_checkpoint": "checkpoint",
-    "RECIPES": "config",
-    "TrainConfig": "config",
-    "load_config": "config",
-    "World": "distributed",
-    "train": "loop",
-    "lr_at": "optimizer",
-    "make_optimizer": "optimizer",
+_NAMES = {
+    "checkpoint": ("find_checkpoint", "verify_checkpoint"),
+    "config": ("RECIPES", "TrainConfig", "load_config"),
+    "distributed": ("World",),
+    "loop": ("train",),
+    "optimizer": ("lr_at", "make_optimizer"),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 

@@ -5,10 +5,9 @@
                     trainer.json                        step, loader state, resolved config, versions
                     manifest.json                       size and SHA-256 of every file, written last
 
-A checkpoint is written under another name, flushed, and renamed: a kill leaves all of it or nothing. No format in
-use notices a flipped bit by itself, so the hashes are checked before any tensor is used. Nothing is pickled.
-There is no generator state: after the first weights nothing draws from one. The order of the data and the samples
-depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
+A checkpoint is written under another name, flushed, and renamed: a kill leaves all of it or nothing. Hashes are
+checked before any tensor is used; nothing is pickled. There is no generator state: the order of the data and the
+samples depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
 """
 
 import json
@@ -41,18 +40,13 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 def write_checkpoint(
     run: Path, step: int, model: GPT, optimizer: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]
 ) -> Path:
-    """Write checkpoints/step-<step> of a run, verify it, and return its path.
+    """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
-    Args:
-        model, optimizer: on the CPU; nothing may change them meanwhile.
-
-    Raises:
-        OSError: the disk is full or not writable, or does not give back what was written; the checkpoints that
-            were there are untouched.
+    Raises OSError, the older checkpoints untouched, if the disk is full or does not give back what was written.
     """
     folder = checkpoint_folder(run, step)
     if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
-        raise OSError(f"{run} is gone: the run's folder must stay while it trains")
+        raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     folder.parent.mkdir(exist_ok=True)
     remove_abandoned(run)
     temporary = folder.parent / f".tmp-{folder.name}"
@@ -63,17 +57,16 @@ def write_checkpoint(
         # safetensors makes files that only their owner may read.
         shutil.copymode(temporary / "config.json", temporary / "optimizer.safetensors")
         document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
-        _write_json(temporary / "trainer.json", document)
+        (temporary / "trainer.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         names = sorted(path.name for path in temporary.iterdir())
-        files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-            for name in names
-        }
-        _write_json(temporary / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+        paths = {name: temporary / name for name in names}
+        files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
+        manifest = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=2)
+        (temporary / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
         for name in [*names, "manifest.json", "."]:
             _fsync(temporary / name)
         if problems := verify_checkpoint(temporary):
-            raise OSError(f"the disk does not give back what was written: {problems[0]}")
+            raise OSError(f"what the disk returns is not what was written: {problems[0]}")
         if folder.exists():  # a damaged one of this step, or the run would have gone on from it
             _remove(folder)
         temporary.rename(folder)
@@ -81,11 +74,10 @@ def write_checkpoint(
     except (OSError, safetensors.SafetensorError) as error:
         # ignore_errors: the folder may be gone with all of the run
         shutil.rmtree(temporary, ignore_errors=True)
-        needed, free = 12 * model.config.num_parameters, shutil.disk_usage(existing(folder)).free
-        raise OSError(
-            f"cannot write {folder}: {error} (about {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free); "
-            "the checkpoints before it are untouched"
-        ) from error
+        needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(existing(folder)).free
+        sizes = f"about {needed:.3g} GB needed, {free:.3g} GB free"
+        text = f"cannot write {folder}: {error} ({sizes}); the checkpoints before it are untouched"
+        raise OSError(text) from error
     return folder
 
 
@@ -115,10 +107,8 @@ def verify_checkpoint(folder: Path) -> list[str]:
         return [f"{folder / 'manifest.json'} cannot be read: {type(error).__name__} {error}"]
     if version != FORMAT_VERSION:
         return [f"{folder} has checkpoint format {version}; this program reads {FORMAT_VERSION}"]
-    problems = []
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json"):
-        if name not in expected:
-            problems.append(f"{folder / 'manifest.json'} does not list {name}")
+    needed = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json")
+    problems = [f"{folder / 'manifest.json'} does not list {name}" for name in needed if name not in expected]
     for name, (size, digest) in expected.items():
         path = folder / name
         if not _FILE_NAME.fullmatch(name):
@@ -128,25 +118,19 @@ def verify_checkpoint(folder: Path) -> list[str]:
         elif path.stat().st_size != size:
             problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
         elif (actual := sha256(path)) != digest:
-            problems.append(
-                f"{path} is damaged: its SHA-256 is {actual[:12]}..., not the recorded {str(digest)[:12]}..."
-            )
+            problems.append(f"{path} is damaged: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
     return problems
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, whatever their state, lowest step first."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in folders if _STEP_FOLDER.fullmatch(path.name))
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if _STEP_FOLDER.fullmatch(path.name))
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint with the highest step that verifies, and what was wrong with those above it.
+    """Return the checkpoint of the highest step (clocks jump) that verifies, and what was wrong above it.
 
-    By step, not by time: clocks jump.
-
-    Raises:
-        CannotResume: one above it is of a newer program, which an older one must not undo.
+    Raises CannotResume if one above it is of a newer program, which an older one must not undo.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
@@ -164,10 +148,8 @@ def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CannotResume(
-            f"{folder} was written by a newer gpt2-train (checkpoint format {version}, this one reads "
-            f"{FORMAT_VERSION}): update gpt2-train, or choose another --out"
-        )
+        newer = f"a newer gpt2-train (checkpoint format {version}, this one reads {FORMAT_VERSION})"
+        raise CannotResume(f"{folder} was written by {newer}: update gpt2-train, or choose another --out")
 
 
 def choose_checkpoint(run: Path, resume: str) -> Path | None:
@@ -178,41 +160,35 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             `run`, or another run's, from which `run` begins until it has checkpoints of its own.
 
     Raises:
-        CannotResume: the one asked for is damaged or not the newest, all of them are, or "never" would write over
-            a run.
+        CannotResume: the one asked for is damaged or not the newest, all are, or "never" would write over a run.
     """
+    has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":
-        if checkpoints(run):
-            raise CannotResume(f"{run} holds a run, and --resume never was given: choose another --out")
+        if has_checkpoints:
+            raise CannotResume(f"{run} already contains a run, and --resume is never: choose another --out")
         return None
-    asked = Path(resume)
     inside = asked.absolute().parent == (run / "checkpoints").absolute()
-    if resume != "auto" and (inside or not checkpoints(run)):  # else resume our own
-        _refuse_newer(asked)
-        if not (asked / "manifest.json").exists():
-            raise CannotResume(
-                f"--resume {resume} is no checkpoint: name a folder like {checkpoint_folder(run, 5000)}"
-            )
-        newest = find_checkpoint(run)[0] if inside else None
-        if newest is not None and newest.name == asked.name:
-            return asked  # verified just now: gigabytes that need no more hashing
-        if problems := verify_checkpoint(asked):
-            raise CannotResume(f"cannot resume {resume}: {problems[0]}")
-        if newest is not None and newest.name > asked.name:
-            raise CannotResume(
-                f"{run} has gone on to {newest.name}: choose another --out, or move the checkpoints after "
-                f"{asked.name} away"
-            )
-        return asked
-    newest, problems = find_checkpoint(run)
-    if newest is None and problems:
-        raise CannotResume(
-            f"every checkpoint in {run} is damaged ({problems[0]}): repair one, choose another --out, or delete "
-            f"{run / 'checkpoints'} to begin again at step 0"
-        )
-    for problem in problems:
-        print(f"warning: {problem}; going back to {newest}", file=sys.stderr)
-    return newest
+    if resume == "auto" or (has_checkpoints and not inside):
+        newest, problems = find_checkpoint(run)
+        if newest is None and problems:
+            advice = f"repair one, choose another --out, or delete {run / 'checkpoints'} to begin again at step 0"
+            raise CannotResume(f"every checkpoint in {run} is damaged ({problems[0]}): {advice}")
+        for problem in problems:
+            print(f"warning: {problem}; resuming from {newest}", file=sys.stderr)
+        return newest
+    _refuse_newer(asked)
+    if not (asked / "manifest.json").exists():
+        example = checkpoint_folder(run, 5000)
+        raise CannotResume(f"--resume {resume} is not a checkpoint: name a folder like {example}")
+    newest = find_checkpoint(run)[0] if inside else None
+    if newest is not None and newest.name == asked.name:
+        return asked  # verified just now: gigabytes that need no more hashing
+    if problems := verify_checkpoint(asked):
+        raise CannotResume(f"cannot resume {resume}: {problems[0]}")
+    if newest is not None and newest.name > asked.name:
+        advice = f"choose another --out, or move the checkpoints after {asked.name} away"
+        raise CannotResume(f"{run} has gone on to {newest.name}: {advice}")
+    return asked
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -222,26 +198,16 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-class OptimizerFile:
-    """The optimizer's tensors of a verified checkpoint, by name; each is read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "optimizer.safetensors"
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safetensors.safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
+    """Return a tensor of the optimizer's state in a verified checkpoint."""
+    with safetensors.safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints.
+    """Delete all but the `keep` newest good checkpoints; damaged ones do not count.
 
-    Damaged ones do not count, so that they never push out a good one. A folder is renamed before it is emptied:
-    a kill in between leaves nothing that looks like a checkpoint.
-
-    Args:
-        verified: names of those that this process has read back already; gigabytes that need no more hashing.
-            Those that are checked here are added.
+    `verified` are names of those that this process has read back: gigabytes that need no more hashing.
     """
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
@@ -255,6 +221,7 @@ def prune(run: Path, keep: int, verified: set[str]) -> None:
 
 
 def _remove(folder: Path) -> None:
+    """Rename, then empty: a kill in between leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(f".tmp-old-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -262,13 +229,9 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Hold a run's folder, made if need be: two trainers in one folder would mix their checkpoints.
+    """Lock a run's folder, creating it if need be: two trainers in one folder would mix their checkpoints.
 
-    A folder that is new is removed again if the run fails before it writes anything.
-
-    Raises:
-        ValueError: another process holds it.
-        OSError: the folder cannot be made or written to.
+    A folder that is new is removed again if the run fails before it writes anything. Raises what `locked` raises.
     """
     is_new = not run.exists()
     with locked(run):
@@ -284,16 +247,13 @@ def hold_folder(run: Path) -> Iterator[None]:
 class Saver:
     """Saves a run while it trains on: a copy in host memory, then a thread that writes and verifies it.
 
-    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes a
-    parameter of rank 0's host memory, from the first save on: page-locked, for a GPU.
-
-    Attributes:
-        error: what went wrong in the thread, until `take_error` takes it.
+    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes of its
+    host's memory a parameter, from the first save on: page-locked, for a GPU.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
         self.run, self.keep, self.world = run, keep, world
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # of the thread, until `take_error`
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
         self._optimizer: dict[str, torch.Tensor] = {}
@@ -340,21 +300,15 @@ class Saver:
         try:
             for name, tensor in (*model.named_parameters(), *self._optimizer.items()):
                 if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"{name} is not finite at step {step}: the checkpoints before it are the last good ones"
-                    )
+                    raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
             self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
             prune(self.run, self.keep, self._verified)
         except Exception as error:  # whatever it is, the loop must learn of it
             self.error = error
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
 def _fsync(path: Path) -> None:
-    """Make the disk hold it, and the page cache forget it: what is read to verify it then comes from the disk."""
+    """Flush the file and drop it from the page cache, so that verifying it reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,30 +6,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import click
 import cloup
 from click.core import ParameterSource
 
 from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
-from gpt2_train import __version__
-from gpt2_train.config import (
-    CHOICES,
-    GROUPS,
-    RARE,
-    RECIPES,
-    CannotResume,
-    TrainConfig,
-    check_out,
-    load_config,
-    model_shape,
-)
+from gpt2_train import RECIPES, TrainConfig, __version__, load_config
+from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out, model_shape
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Command(cloup.Command):
@@ -44,63 +32,59 @@ class Command(cloup.Command):
 
 def _option(item: "Field[Any]") -> Any:
     """The flag of a field of TrainConfig; --model takes FIELD=VALUE."""
-    text, default, flag = item.metadata["help"], item.default, item.name.replace("_", "-")
+    text, default, flag = item.metadata["help"], cast(Any, item.default), item.name.replace("_", "-")
     if item.name == "model":
         return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
     flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
-    flags = ["-d", *flags] if item.name == "device" else flags
-    kind: Any = Size() if type(default) is int else type(default)
-    kind = click.Choice(CHOICES[item.name]) if item.name in CHOICES else kind
-    kind = PATH if item.name in PATHS else kind
-    shown: Any = format_size(default) if type(default) is int else default
-    if item.name == "min_lr":
-        shown = "6e-05; a tenth of --lr if --lr is lower"
+    flags += ["-d"] * (item.name == "device")
+    kind: Any = type(default)
+    shown: Any = default
+    if kind is int:
+        kind, shown = Size(), format_size(default)
+    elif item.name in CHOICES:
+        kind = click.Choice(CHOICES[item.name])
+    elif item.name in PATHS:
+        kind = PATH
+    elif item.name == "min_lr":
+        shown = "6e-05, or a tenth of --lr if --lr is below that"
     if shown not in ("", False):
         text += f"  [default: {shown}]"
     return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
 
-def _config_options() -> Callable[[F], F]:
-    """Decorate a command with a group of flags for each group of fields; rare flags are shown by --help-all."""
-
-    def decorate(command: F) -> F:
-        for group in reversed(GROUPS):
-            options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
-            command = cloup.option_group(group, *options)(command)
-        return command
-
-    return decorate
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command a group of flags for each group of fields; rare flags are shown by --help-all."""
+    for group in reversed(GROUPS):
+        options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
+        command = cloup.option_group(group, *options)(command)
+    return command
 
 
 def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    assert isinstance(ctx.command, Command)
-    for group in ctx.command.option_groups:
-        group.hidden = False
-        for option in group.options:
-            option.hidden = False
-    click.echo(ctx.get_help())
-    ctx.exit()
+    if wanted and not ctx.resilient_parsing:
+        for group in cast(Command, ctx.command).option_groups:
+            group.hidden = False
+            for option in group.options:
+                option.hidden = False
+        click.echo(ctx.get_help())
+        ctx.exit()
 
 
 @cloup.command(cls=Command, context_settings={**SETTINGS, "auto_envvar_prefix": "GPT2_TRAIN"})
 @cloup.option_group(
     "Start from",
     cloup.option("--recipe", type=click.Choice(RECIPES), help="Start from a published run's settings."),
-    cloup.option(
-        "--config", type=PATH, help="Read settings from a TOML file; a run's config.toml repeats the run."
-    ),
+    cloup.option("--config", type=PATH, help="Read settings from a TOML file, such as a run's config.toml."),
 )
-@_config_options()
+@_config_options
 @cloup.option_group(
     "What to do",
-    cloup.option("--dry-run", is_flag=True, help="Print the plan, make the checks of a start, train nothing."),
+    cloup.option("--dry-run", is_flag=True, help="Print the plan and run a start's checks, but train nothing."),
     cloup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document."),
     cloup.option("--debug", is_flag=True, help="Show the traceback of an error."),
     cloup.option(
         "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
-        help="Show all flags, also those that few need.",
+        help="Show all flags, including the rare ones.",
     ),
     cloup.version_option(__version__, prog_name="gpt2-train"),
 )  # fmt: skip
@@ -112,17 +96,17 @@ def main(
     """Train GPT-2 on a dataset folder; the same command resumes a run that was killed.
 
     \b
-    gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_head=4 --model n_embd=128
-    torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/fineweb-edu --out runs/a
+    gpt2-train --data data/pydocs --out runs/small --model n_layer=4 --model n_embd=192
+    torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data data/edu --out runs/a
 
-    A flag wins over its environment variable (GPT2_TRAIN_LR), that over --config, that over --recipe.
+    Flags override environment variables (GPT2_TRAIN_LR), which override --config, which overrides --recipe.
     """
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
         run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
-            raise click.UsageError("--json goes with --dry-run: a run writes its figures to metrics.jsonl")
+            raise click.UsageError("--json needs --dry-run: a run writes its figures to metrics.jsonl")
         if dry_run:
             ctx.exit(_print_plan(run, as_json))
         from gpt2_data import open_dataset
@@ -133,38 +117,33 @@ def main(
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full = out_of_memory(error)
+        full, message, rank = out_of_memory(error), one_line(error), os.environ.get("RANK", "0")
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
-        code, rank = 2 if isinstance(error, CannotResume) else 1, os.environ.get("RANK", "0")
-        if rank != "0" and not full:
-            sys.exit(code)  # rank 0 says it
-        message = one_line(error)
         if full:
-            message = (
-                f"out of memory on rank {rank} ({message[:200]}): use a smaller --micro-batch or "
-                "--activation-checkpointing; a run that has a checkpoint resumes with either"
-            )
+            advice = "use a smaller --micro-batch or --activation-checkpointing"
+            message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
+            message += "; a run that has a checkpoint resumes with either"
         elif isinstance(error, RuntimeError):
             message = f"another process of this run is gone ({message[:200]}); the same command resumes"
-        click.echo(f"Error: {message}", err=True)
-        sys.exit(code)
+        if rank == "0" or full:  # what all ranks meet, rank 0 says
+            click.echo(f"Error: {message}", err=True)
+        sys.exit(2 if isinstance(error, CannotResume) else 1)
 
 
 def _resolve(
     ctx: click.Context, recipe: str | None, config: str | None, assignments: tuple[str, ...],
     settings: dict[str, Any],
 ) -> TrainConfig:  # fmt: skip
-    """The run: flags and environment over the config file, that over the recipe."""
+    """Return the run's settings: flags and environment override the config file, which overrides the recipe."""
     try:
         keys = load_config(config, recipe)
         shape = keys.pop("model", {})
         for name, value in keys.items():
             if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
                 settings[name] = value
-        for name in ("data", "out"):
-            if not settings[name]:
-                raise click.UsageError(f"--{name} is missing")
+        if missing := [name for name in ("data", "out") if not settings[name]]:
+            raise click.UsageError(f"--{missing[0]} is missing")
         texts = {}
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
@@ -198,9 +177,7 @@ def _check_environment(command: click.Command) -> None:
     known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
     for name in sorted(os.environ):
         if name.startswith("GPT2_TRAIN_") and name not in known:
-            raise click.UsageError(
-                f"unknown environment variable {name}: it must be GPT2_TRAIN_ and a flag's name"
-            )
+            raise click.UsageError(f"unknown environment variable {name}: no flag has the name after GPT2_TRAIN_")
 
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:

@@ -1,5 +1,6 @@
 """What a run is: TrainConfig, the recipes it can start from, and the TOML it is written as. No torch here."""
 
+import json
 import math
 import os
 import tomllib
@@ -31,7 +32,6 @@ CHOICES = {
     "on_save_error": ("abort", "continue"),
 }
 
-
 # Groups of options in --help; and fields that few need, which --help-all shows.
 DATA, MODEL, BATCH, OPTIM = "Data and run folder", "Model", "Length and batch", "Optimisation"
 EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING = "Evaluation", "Checkpoints", "Hardware", "Faults", "Logging"
@@ -53,10 +53,9 @@ def _option(default: Any, group: str, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. Each field is a key of the TOML file and, with dashes, a flag of the command.
+    """A whole run. Each field is a key of config.toml, in this order, and, with dashes, a flag with this help.
 
     `model` holds GPTConfig fields that differ from the 124M defaults. A step is one update of the weights.
-    Each field is described by its help line. The order of the fields is that of config.toml.
 
     Raises:
         ValueError: values that are out of range or do not go together; the message says what would do.
@@ -69,12 +68,12 @@ class TrainConfig:
     micro_batch: str = _option("auto", BATCH, "Sequences a process computes at once; auto: the most that fit.")
     seq_len: int = _option(1024, BATCH, "Tokens of a training sequence.")
     order: str = _option("shuffled", DATA, "Order of the training sequences.")
-    optimizer: str = _option("adamw", OPTIM, "muon trains the blocks' matrices by Muon, the rest by AdamW.")
+    optimizer: str = _option("adamw", OPTIM, "muon uses Muon for the blocks' matrices and AdamW for the rest.")
     lr: float = _option(6e-4, OPTIM, "Peak learning rate.")
     min_lr: float = _option(math.nan, OPTIM, "Learning rate at the end.")
     warmup: int = _option(715, OPTIM, "Steps of linear warmup.")
-    schedule: str = _option("cosine", OPTIM, "Way from --lr down to --min-lr; wsd is warmup, stable, decay.")
-    decay_steps: int = _option(0, OPTIM, "Last steps, in which wsd falls; 0 means a fifth of all steps.")
+    schedule: str = _option("cosine", OPTIM, "Decay from --lr to --min-lr; wsd means warmup, stable, decay.")
+    decay_steps: int = _option(0, OPTIM, "Number of last steps in which wsd decays; 0 means a fifth of all.")
     weight_decay: float = _option(0.1, OPTIM, "Weight decay of matrices; biases and norms have none.")
     beta1: float = _option(0.9, OPTIM, "Decay of AdamW's mean of gradients.")
     beta2: float = _option(0.95, OPTIM, "Decay of AdamW's mean of squared gradients.")
@@ -83,34 +82,30 @@ class TrainConfig:
     seed: int = _option(0, OPTIM, "Seed of the initial weights, of the data's order and of the samples.")
     init: str = _option("", MODEL, "Hub name, model folder or run folder whose weights the run starts from.")
     precision: str = _option("auto", HARDWARE, "Number format; auto is bf16 where the processor has it.")
-    compile: str = _option("auto", HARDWARE, "Use torch.compile; auto means on CUDA.")
+    compile: str = _option("auto", HARDWARE, "Use torch.compile; auto compiles on CUDA only.")
     device: str = _option("auto", HARDWARE, "Device: cuda, mps, cpu or auto.")
-    activation_checkpointing: bool = _option(False, HARDWARE, "Save memory: compute activations twice.")
+    activation_checkpointing: bool = _option(False, HARDWARE, "Save memory by computing activations twice.")
     shard_optimizer: bool = _option(False, HARDWARE, "Spread the optimizer's state over the processes (ZeRO 1).")
-    grad_compression: str = _option("none", HARDWARE, "bf16 sends gradients between processes in bf16.")
+    grad_compression: str = _option("none", HARDWARE, "Precision of the gradients sent between processes.")
     deterministic: bool = _option(False, HARDWARE, "Use only CUDA kernels that give the same bits each time.")
     eval_every: int = _option(250, EVALUATION, "Steps between validations, which also write samples; 0 for never.")
-    eval_tokens: int = _option(10_485_760, EVALUATION, "Validation tokens, the same ones every time.")
+    eval_tokens: int = _option(10_485_760, EVALUATION, "Number of validation tokens, the same ones every time.")
     hellaswag: str = _option("", EVALUATION, "HellaSwag-format JSONL file to score at every validation.")
     sample_prompt: str = _option("Hello, I'm a language model,", EVALUATION, "Prompt that the samples continue.")
     num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
     checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
     keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
     resume: str = _option(
-        "auto", CHECKPOINTS, "auto (the newest good one in --out), never, or a checkpoint folder."
+        "auto", CHECKPOINTS, "auto: the newest good one in --out; never; or a checkpoint folder."
     )
-    on_save_error: str = _option("abort", CHECKPOINTS, "continue trains on if a checkpoint cannot be written.")
-    max_skips: int = _option(10, FAULTS, "Updates left out in a row, for numbers not finite, that end the run.")
-    spike_sigma: float = _option(
-        0.0, FAULTS, "Deviations above the last 128 steps (20 at least) that leave an update out; 0: none."
-    )
-    hang_seconds: float = _option(
-        300.0, FAULTS, "Seconds, and ten times the usual, after which a step hangs; 0: never."
-    )
+    on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
+    max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
+    spike_sigma: float = _option(0.0, FAULTS, "Deviations above 128 steps that leave an update out; 0: none.")
+    hang_seconds: float = _option(300.0, FAULTS, "Seconds (or ten usual times) until a step hangs; 0: never.")
     tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
     wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
-    profile: int = _option(0, LOGGING, "Steps to write a profiler's trace of, after the first ten; 0 for none.")
-    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0: from a table of GPUs.")
+    profile: int = _option(0, LOGGING, "Number of steps to profile, after the first ten; 0 for none.")
+    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0 looks up known GPUs.")
     model: Mapping[str, Any] = field(
         default_factory=dict, metadata={"group": MODEL, "help": "Change a field of the model's shape; repeatable."}
     )
@@ -125,12 +120,11 @@ class TrainConfig:
         rates = ("lr", "min_lr", "weight_decay", "eps", "grad_clip", "spike_sigma", "hang_seconds", "peak_tflops")
         for name in (*names, *rates):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must not be negative or infinite, and is {getattr(self, name)}")
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, and is {getattr(self, name)}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 and beta2 must be from 0 to below 1, not {self.beta1} and {self.beta2}")
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
             raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
         self._check_choices()
@@ -154,132 +148,105 @@ class TrainConfig:
 
 def model_shape(values: Mapping[str, Any]) -> GPTConfig:
     """Return the 124M shape with some fields replaced. Raises ValueError for an unknown field or a wrong value."""
-    known = {field.name for field in fields(GPTConfig)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"unknown model field {name!r}: choose from {', '.join(sorted(known))}")
+    known = sorted(field.name for field in fields(GPTConfig))
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"unknown model field {unknown[0]!r}: choose from {', '.join(known)}")
     return GPTConfig(**values)
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
-    """The keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
+    """Return the keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no such recipe, no valid TOML, an unknown key or a value of another type.
+    Raises OSError for a file that is not there, ValueError for no TOML, unknown keys and values of other types.
     """
     merged: dict[str, Any] = {}
-    if recipe is not None:
-        if recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-        merged = tomllib.loads(files(__package__).joinpath(f"recipes/{recipe}.toml").read_text(encoding="utf-8"))
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {path}")
+    for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path and Path(path)):
+        if not source:
+            continue
         try:
-            own = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            own = tomllib.loads(source.read_text(encoding="utf-8"))
         except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+            raise ValueError(f"{source} is not valid TOML: {error}") from None
         merged = {**merged, **own, "model": {**merged.get("model", {}), **own.get("model", {})}}
+    defaults = asdict(TrainConfig())
     for name, value in merged.items():
-        merged[name] = _checked(name, value, str(path or recipe))
+        if name not in defaults:
+            raise ValueError(f"{path or recipe}: unknown key {name!r}; known are {', '.join(defaults)}")
+        kind = type(defaults[name])
+        if type(value) is int and (kind is float or name == "micro_batch"):
+            merged[name] = kind(value)
+        elif type(value) is not kind:
+            raise ValueError(f"{path or recipe}: {name} must be a {kind.__name__}, not {value!r}")
     return merged
 
 
-def _checked(name: str, value: Any, source: str) -> Any:
-    defaults = asdict(TrainConfig())
-    if name not in defaults:
-        raise ValueError(f"{source}: unknown key {name!r}; known are {', '.join(defaults)}")
-    wanted = type(defaults[name])
-    if name == "micro_batch" and type(value) is int:
-        return str(value)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise ValueError(f"{source}: {name} must be a {wanted.__name__}, not {value!r}")
-    return value
-
-
 def to_toml(config: TrainConfig) -> str:
-    """The config as TOML, as `--config` reads it. Every key is written: tomorrow's defaults do not matter."""
-    lines = [f"{name} = {_toml(value)}" for name, value in asdict(config).items() if name != "model"]
-    model = {name: value for name, value in asdict(config.model_config).items() if value is not None}
-    return "\n".join([*lines, "", "[model]", *(f"{name} = {_toml(value)}" for name, value in model.items()), ""])
+    """Return the config as TOML, as `--config` reads it. It has every key: tomorrow's defaults do not matter."""
+    settings, shape = asdict(config), asdict(config.model_config)
+    del settings["model"]
+    return "\n".join([*_toml(settings), "", "[model]", *_toml(shape), ""])
 
 
-def _toml(value: str | int | float | bool) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or c in '"\\\x7f' else c for c in value)
-        return f'"{escaped}"'
-    return repr(value)
+def _toml(values: Mapping[str, Any]) -> list[str]:
+    """The lines of a table: JSON's numbers, booleans and strings are TOML's, but for DEL."""
+    known = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items() if value is not None}
+    return [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in known.items()]
 
 
 def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Fields of a resumed run that would change its maths, and those that do not, as "lr: 0.0006 -> 0.001".
-
-    `steps` is in neither: a run may go on for longer.
-    """
+    """Return the fields (but steps) that change a resumed run's maths, and the others: "lr: 0.0006 -> 0.001"."""
     after = asdict(replace(config, model=asdict(config.model_config)))
     defaults = asdict(TrainConfig())
     maths: list[str] = []
     harmless: list[str] = []
     for name in sorted(after.keys() - {"data", "out", "resume", "steps"}):
-        old = before.get(name, defaults[name])  # a field that the run's version did not have yet
-        if old == after[name]:
-            continue
+        old, new = before.get(name, defaults[name]), after[name]  # a run of an older version had fewer fields
         # Weights that a run began from bring their shape, unless one is asked for.
-        if name == "model" and config.init and not config.model:
+        if old == new or (name == "model" and config.init and not config.model):
             continue
+        change = f"{name}: {old} -> {new}"
         if name == "model":
-            shape = after["model"]
-            change = ", ".join(
-                f"{key}: {old.get(key)} -> {shape[key]}" for key in shape if old.get(key) != shape[key]
-            )
-        else:
-            change = f"{name}: {old} -> {after[name]}"
+            change = ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
         (harmless if name in FREE_TO_CHANGE else maths).append(change)
     return maths, harmless
 
 
+def sequences(config: TrainConfig, world_size: int) -> int:
+    """Return the sequences of each process in a batch. Raises ValueError if it does not divide into whole ones."""
+    unit = config.seq_len * world_size
+    rows, rest = divmod(config.batch_tokens, unit)
+    if rest:
+        parts = f"sequences of {config.seq_len:,} on {world_size} process{'es' * (world_size > 1)}"
+        advice = f"use --batch-tokens {max(1, round(config.batch_tokens / unit)) * unit}"
+        raise ValueError(f"a batch of {config.batch_tokens:,} tokens does not divide into {parts}: {advice}")
+    return rows
+
+
+def divisors(number: int, most: int) -> list[int]:
+    """Return the divisors of a number up to `most`, the largest first."""
+    return [n for n in range(min(number, most), 0, -1) if number % n == 0]
+
+
 def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
-    """(sequences a process computes at once, how many times it does so before an update).
+    """Return the sequences a process computes at once, and how many times it does so before an update.
 
-    Args:
-        largest: sequences that fit at once, for `micro_batch = "auto"`, which takes the largest divisor up to it.
-
-    Raises:
-        ValueError: the batch cannot be shared out in whole sequences; says what would do.
+    "auto" is the largest divisor of its sequences up to `largest`. Raises ValueError if they do not divide.
     """
-    if config.batch_tokens % (config.seq_len * world_size):
-        unit = config.seq_len * world_size
-        nearest = max(1, round(config.batch_tokens / unit)) * unit
-        raise ValueError(
-            f"a batch of {config.batch_tokens:,} tokens does not divide into sequences of {config.seq_len:,} "
-            f"on {world_size} process{'es' if world_size > 1 else ''}: use --batch-tokens {nearest}"
-        )
-    rows = config.batch_tokens // (config.seq_len * world_size)
-    if config.micro_batch == "auto":
-        micro = max(n for n in range(1, min(rows, max(1, largest)) + 1) if rows % n == 0)
-    else:
-        micro = int(config.micro_batch)
-        if rows % micro:
-            fits = [n for n in range(1, rows + 1) if rows % n == 0]
-            raise ValueError(
-                f"the {rows} sequences of each process do not divide into micro-batches of {micro}: "
-                f"use --micro-batch {max((n for n in fits if n <= micro), default=1)}"
-            )
+    rows = sequences(config, world_size)
+    wanted = max(1, largest) if config.micro_batch == "auto" else int(config.micro_batch)
+    micro = divisors(rows, wanted)[0]
+    if config.micro_batch != "auto" and micro != wanted:
+        parts, advice = f"micro-batches of {wanted}", f"use --micro-batch {micro}"
+        raise ValueError(f"the {rows} sequences of each process do not divide into {parts}: {advice}")
     return micro, rows // micro
 
 
 def check_out(out: Path) -> None:
     """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
     parent = existing(out)
-    if not parent.is_dir():
-        raise NotADirectoryError(f"--out {out}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out}: {parent} cannot be written to")
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        problem = "cannot be written to" if parent.is_dir() else "is not a folder"
+        raise OSError(f"--out {out}: {parent} {problem}")
 
 
 def existing(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """What a run writes to stderr: lines above a bar on a terminal, plain lines anywhere else.
 
 Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
-Intervals are of the monotonic clock, since the other one is set back now and then. That is also why tqdm is told
+Intervals use the monotonic clock, since the wall clock is set back now and then. That is also why tqdm is told
 when to draw: its own pace follows the clock of the day.
 """
 
@@ -9,15 +9,11 @@ import os
 import select
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from statistics import median
 from typing import Any, TextIO
 
 from tqdm import tqdm
-
-from gpt2_train.config import TrainConfig
 
 FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it trains
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
@@ -25,48 +21,48 @@ BAR_SECONDS = 0.1
 
 
 class Console:
-    """The terminal of rank 0.
+    """The terminal of rank 0, for a run of `steps` steps."""
 
-    Args:
-        config: for the number of steps and the time left.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.steps, self.time_left = config.steps, TimeLeft(config)
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.stream: TextIO | None = sys.stderr  # None where a shell closed it
         self.shown, self.last_line, self.last_bar = 0, -float("inf"), -float("inf")
+        self.first: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self.bar: tqdm[Any] | None = None
         self.on_terminal = False
-        self._quietly(self._look)
-
-    def _look(self) -> None:
-        self.on_terminal = self.stream is not None and self.stream.isatty()
+        with suppress(OSError, ValueError):  # a closed stream
+            self.on_terminal = self.stream is not None and self.stream.isatty()
 
     def _open_bar(self) -> None:
-        self.bar = tqdm(
-            total=self.steps,
-            file=self.stream,
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="{percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
-        )
+        form = "{percentage:3.0f}%|{bar}| {n}/{total}{postfix}"
+        self.bar = tqdm(total=self.steps, file=self.stream, dynamic_ncols=True, leave=False, bar_format=form)
 
     def step(self, row: dict[str, Any]) -> None:
         """Show a training row: as a line if one is due, and in the bar."""
-        now = time.monotonic()
-        seconds = self.time_left.after(row["step"], row["seconds"], now)
+        now, step = time.monotonic(), row["step"]
+        time_left = self._time_left(step, now)
         self.shown += 1
         due = now - self.last_line >= LINE_SECONDS[self.on_terminal]
-        if due or self.shown <= FIRST_STEPS or row["step"] == self.steps or "skipped" in row:
+        if due or self.shown <= FIRST_STEPS or step == self.steps or "skipped" in row:
             self.last_line = now
-            rest = "" if self.on_terminal or seconds is None else f"  {clock(seconds)} left"
+            rest = "" if self.on_terminal or not time_left else f"  {time_left}"
             self.say(step_line(row, self.steps) + rest)
         if self.on_terminal and self.bar is None:  # not before: what is said of the start needs none
             self._quietly(self._open_bar)
-        if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or row["step"] == self.steps):
-            self.last_bar, self.bar.n = now, row["step"]
-            self.bar.set_postfix_str("" if seconds is None else f"{clock(seconds)} left", refresh=False)
+        if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or step == self.steps):
+            self.last_bar, self.bar.n = now, step
+            self.bar.set_postfix_str(time_left, refresh=False)
             self._quietly(self.bar.refresh)
+
+    def _time_left(self, step: int, now: float) -> str:
+        """As "1:02:03 left", by the mean pace since this process's first step, evaluations and all."""
+        if self.first is None:
+            self.first = (step, now)  # it may have compiled: no pace
+            return ""
+        first_step, start = self.first
+        minutes, seconds = divmod(int((now - start) * (self.steps - step) / (step - first_step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
     def working(self, what: str) -> None:
         """Show on a terminal what takes a while: in the bar, or, before there is one, on a line."""
@@ -112,10 +108,7 @@ def _takes_more(stream: TextIO) -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is written to a dead stream from here on, by whomever, nowhere.
-
-    What is left in its buffer would fail once more at exit and make a good run's exit status 120.
-    """
+    """Send nowhere what anyone writes to a dead stream: its buffer would fail at exit, and make its status 120."""
     with suppress(OSError, ValueError, AttributeError):
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -123,79 +116,23 @@ def _discard(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-class TimeLeft:
-    """The seconds to the end of a run: its steps, and evaluations and checkpoints as long as those seen so far.
-
-    Medians of the last ones: a stall of an hour is not the pace.
-    """
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.steps, self.eval_every, self.save_every = config.steps, config.eval_every, config.checkpoint_every
-        self.recent: deque[float] = deque(maxlen=21)
-        self.evaluations: deque[float] = deque(maxlen=3)
-        self.checkpoints: deque[float] = deque(maxlen=3)
-        self.evaluating = 0.0  # since the step before
-        self.before: tuple[int, float] | None = None
-
-    def evaluated(self, seconds: float) -> None:
-        """Note an evaluation."""
-        self.evaluations.append(seconds)
-        self.evaluating += seconds
-
-    def after(self, step: int, seconds: float | None, now: float) -> float | None:
-        """Note a step, and return the seconds left; None as long as no step is known.
-
-        Args:
-            step: number of the step just done.
-            seconds: time it took; None for one that is not like the others.
-            now: the monotonic clock, before the step's evaluation and checkpoint.
-        """
-        if seconds is not None:
-            rest = 0.0  # spent between this step and the one before
-            if self.before is not None:
-                rest = max(0.0, now - self.before[1] - seconds - self.evaluating)
-            if self.before is not None and self.save_every and self.before[0] % self.save_every == 0:
-                self.checkpoints.append(rest)
-                rest = 0.0
-            self.recent.append(seconds + rest)
-        self.before, self.evaluating = (step, now), 0.0
-        if not self.recent:
-            return None
-        rest = (self.steps - step) * median(self.recent)
-        rest += _times(step, self.steps, self.eval_every) * median(self.evaluations or [0.0])
-        return rest + _times(step, self.steps, self.save_every) * median(self.checkpoints or [0.0])
-
-
-def _times(step: int, last: int, every: int) -> int:
-    """How many times remain for what is done every `every` steps and at the last."""
-    return last // every - (step - 1) // every + (last % every > 0) if every else 0
-
-
 def step_line(row: dict[str, Any], steps: int) -> str:
     """Return a training row as one line, without what is not known; 78 columns with five-digit steps on a GPU."""
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
-    for name, form in (("loss", "loss {:.4f}"), ("grad_norm", "norm {:.3f}"), ("lr", "lr {:.2e}")):
-        if row.get(name) is not None:
-            parts.append(form.format(row[name]))
+    forms = {"loss": "loss {:.4f}", "grad_norm": "norm {:.3f}", "lr": "lr {:.2e}"}
+    parts += [form.format(row[name]) for name, form in forms.items() if row.get(name) is not None]
     if row.get("tokens_per_second") is not None:
-        parts.append(f"{_short(row['tokens_per_second'])} tok/s")
+        parts.append(f"{short(row['tokens_per_second'])} tok/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
     if "skipped" in row:
-        parts.append(f"update left out: {row['skipped']}")
+        parts.append(f"update skipped: {row['skipped']}")
     return "  ".join(parts)
 
 
-def _short(number: float) -> str:
-    """A number in three or four digits: 950, 12.3k, 1.27M."""
-    for scale, letter in ((1e6, "M"), (1e3, "k")):
+def short(number: float) -> str:
+    """Return a number in three or four digits: 950, 12.3k, 1.27M, 10.0B."""
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= scale:
-            return f"{number / scale:.{2 if number < 10 * scale else 1 if number < 100 * scale else 0}f}{letter}"
-    return f"{number:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+            return f"{number / scale:,.{2 if number < 10 * scale else 1 if number < 100 * scale else 0}f}{letter}"
+    return f"{number:,.0f}"

@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_model.command import find_device, keep_buffers
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`.
+    """One process among `size`, over all nodes.
 
     Attributes:
         rank: this process, 0 to size - 1; rank 0 writes files and talks.
-        size: processes in all, over all nodes.
         device: where this process computes.
     """
 
@@ -40,26 +40,20 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def from_main(self, value: Any) -> Any:
-        """Return, on every rank, the value that rank 0 passes."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
     def on_main(self, work: Callable[[], T]) -> T:
         """Do the work on rank 0; return its result, or raise its error, on every rank: none is left waiting."""
-        result: Any = None
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None]
         if self.is_main:
             try:
-                result = work()
+                box = [work()]
             except (ValueError, OSError) as error:
-                result = error
-        result = self.from_main(result)
-        if isinstance(result, Exception):
-            raise result
-        return result  # type: ignore[no-any-return]
+                box = [error]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
         """Return, on every rank, the values of all ranks in their order."""
@@ -70,37 +64,27 @@ class World:
         return values
 
     def collect(self, own: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors, each of which one rank or every rank has, into rank 0's tensors of the same names.
-
-        Every rank must call it, with all names in `into`, in one order.
-        """
+        """Copy tensors, each of which one rank or all have, into rank 0's; all ranks call it, with all names."""
         owners: dict[str, int] = {}
         for rank, names in enumerate(self.gather(sorted(own))):
             for name in names:
                 owners.setdefault(name, rank)
         for name, target in into.items():
-            if owners[name] == 0:
-                if self.is_main:
-                    target.copy_(own[name], non_blocking=True)
-            elif owners[name] == self.rank:
-                dist.send(own[name].contiguous(), dst=0)
+            if self.is_main and owners[name] == 0:
+                target.copy_(own[name], non_blocking=True)
             elif self.is_main:
                 received = torch.empty(target.shape, dtype=target.dtype, device=self.device)
                 dist.recv(received, src=owners[name])
                 target.copy_(received)
+            elif owners[name] == self.rank:
+                dist.send(own[name].contiguous(), dst=0)
 
 
 def start(device: str = "auto", *, deterministic: bool = False) -> World:
-    """Join the run that torchrun's environment describes, or be its only process.
+    """Join the run of torchrun's environment, or be its only process. Raises ValueError for a device it lacks.
 
-    NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error.
-
-    Args:
-        deterministic: on CUDA, use only kernels whose sums have one order, so that a resumed run ends with the
-            same bits.
-
-    Raises:
-        ValueError: this machine has no such device.
+    NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error. With
+    `deterministic` CUDA uses only kernels whose sums have one order: a resumed run ends with the same bits.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if deterministic:
@@ -109,13 +93,11 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
     where = find_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if where.type == "cpu":
+    elif where.type == "cpu":
         keep_buffers()
     if size > 1:
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=10), store=_store_of_this_life(), rank=rank, world_size=size
-        )
+        dist.init_process_group(backend, timeout=PATIENCE, store=_store_of_this_life(), rank=rank, world_size=size)
     return World(rank, size, where)
 
 
@@ -129,17 +111,13 @@ def _store_of_this_life() -> Any:
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=10))  # type: ignore[attr-defined]
-    return dist.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
+    c10d: Any = dist
+    store = c10d.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    return c10d.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataParallel:
-    """Return the model as each of several processes calls it: its backward leaves the mean gradients of all.
-
-    Args:
-        compression: "none", or "bf16": gradients, and their sums on the way, are rounded to bf16; half the bytes.
-    """
+    """Return a model whose backward leaves the mean gradients of all processes, which "bf16" sends rounded."""
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compression == "bf16":
         parallel.register_comm_hook(None, _in_bf16)
@@ -169,7 +147,5 @@ def has_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
-        return any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
+    return device.type == "cpu" and any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))

@@ -24,13 +24,10 @@ FEWEST = 20  # with fewer steps a deviation means nothing
 
 
 class StopSignal:
-    """Notes the first signal that asks the run to save and end; the loop looks at it once a step.
+    """Notes the first signal that asks the run to save and end; the loop looks at its `number` once a step.
 
     A second SIGINT ends the process at once, which is safe since files appear whole or not at all. Within a second
     it counts as the same one: at a Ctrl-C the terminal sends it to all processes, and torchrun sends it again.
-
-    Attributes:
-        number: the signal's number, 0 if none came to this process.
     """
 
     def __init__(self) -> None:
@@ -39,7 +36,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Note the signals that come meanwhile, instead of dying of them."""
+        """Note signals while the block runs, instead of ending by them."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
@@ -53,14 +50,9 @@ class StopSignal:
         if not self.number:
             self.number, self._when = number, time.monotonic()
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                _say("finishing the step, then saving; Ctrl-C again ends at once")
-
-
-def _say(text: str) -> None:
-    """Write a line to stderr, unless a reader that does not read would hold us up."""
-    with suppress(OSError, ValueError):
-        if select.select([], [STDERR], [], 0.0)[1]:
-            os.write(STDERR, f"{text}\n".encode())
+                with suppress(OSError, ValueError):
+                    if select.select([], [STDERR], [], 0.0)[1]:  # else a reader that does not read holds us up
+                        os.write(STDERR, b"finishing the step, then saving; Ctrl-C again ends at once\n")
 
 
 class Watchdog:
@@ -71,7 +63,6 @@ class Watchdog:
     thread, which needs no lock, prints the stacks two seconds later and exits.
 
     Args:
-        rank: this process, for the message.
         seconds: time that any work may take; ten times the median of its last times is allowed, too. 0: no limit.
     """
 
@@ -81,6 +72,7 @@ class Watchdog:
         self._deadline = float("inf")
         self._what = ""
         self._closed = threading.Event()
+        self.close = self._closed.set
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -104,14 +96,10 @@ class Watchdog:
             self._deadline = float("inf")
         times.append(time.monotonic() - started)
 
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-
     def _watch(self) -> None:
         while not self._closed.wait(0.2):
             if time.monotonic() > self._deadline:
-                text = f"rank {self.rank}: {self._what}; the stacks of this process, then it ends:\n"
+                text = f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n"
                 os.write(STDERR, text.encode())
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)
                 sys.stdout.flush()
@@ -125,10 +113,8 @@ class Guard:
 
     Attributes:
         sigma: leave out a step more than this many deviations above the mean of the window; 0 for no such test.
-        losses: losses of the last steps that were not left out: an outlier must not widen what counts as usual.
-        norms: gradient norms of the same steps.
-        skips: updates left out in a row.
-        total_skips: updates left out in all.
+        losses, norms: those of the last steps not left out: an outlier must not widen what counts as usual.
+        skips, total_skips: updates left out in a row, and in all.
     """
 
     sigma: float = 0.0
@@ -140,15 +126,15 @@ class Guard:
     def judge(self, loss: float, norm: float) -> str | None:
         """Note a step; return why its update must be left out, or None if it may be made."""
         reason = self._reason(loss, norm)
-        if reason is not None:
+        if reason is None:
+            self.skips = 0
+            if self.sigma:
+                self.losses = [*self.losses, loss][-WINDOW:]
+                self.norms = [*self.norms, norm][-WINDOW:]
+        else:
             self.skips += 1
             self.total_skips += 1
-            return reason
-        self.skips = 0
-        if self.sigma:
-            self.losses = [*self.losses, loss][-WINDOW:]
-            self.norms = [*self.norms, norm][-WINDOW:]
-        return None
+        return reason
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -32,18 +32,15 @@ def train(config: TrainConfig) -> int:
         the step just finished has a checkpoint.
 
     Raises:
-        ValueError: a config, dataset, model and number of processes that do not go together; too many steps in a
-            row whose loss or gradient is not finite.
+        ValueError: settings that do not go together; too many steps in a row that are not finite.
         OSError: files that cannot be read or written.
     """
-    with StopSignal().listening() as stop:
+    with StopSignal().listening() as stop, ExitStack() as stack:
         world = distributed.start(config.device, deterministic=config.deterministic)
-        try:
-            with ExitStack() as stack:  # rank 0 holds the folder; all ranks learn if it cannot
-                world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
-                return _train(config, world, stop)
-        finally:
-            distributed.stop(world)
+        stack.callback(distributed.stop, world)
+        # Rank 0 holds the folder; all ranks learn if it cannot.
+        world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
+        return _train(config, world, stop)
 
 
 def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
@@ -92,10 +89,8 @@ def _update(run: Run) -> None:
         # One exchange a step: the mean loss and norm, whether a signal came to any process, or a save failed. From
         # here on all know the same numbers, and so decide alike.
         own = [loss_sum, norm, float(run.stop.number > 0), float(run.saver.error is not None)]
-        shared = world.sum(
-            torch.stack([torch.as_tensor(v, device=world.device).float() for v in own]) / world.size
-        )
-        loss, grad_norm, signals, failures = shared.tolist()
+        shared = torch.stack([torch.as_tensor(value, device=world.device).float() for value in own])
+        loss, grad_norm, signals, failures = world.sum(shared / world.size).tolist()
         reason = run.guard.judge(loss, grad_norm)
         if reason is None:
             # Clipping by a factor of 1 would pass over all gradients for nothing: 1 % of a CPU's step.
@@ -115,23 +110,15 @@ def _update(run: Run) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     row: dict[str, Any] = {
-        "step": run.step,
-        "tokens": run.step * config.batch_tokens,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "seconds": seconds,
-        "data_seconds": data_seconds,
-        "peak_memory": _peak_memory(world.device),
-    }
+        "step": run.step, "tokens": run.step * config.batch_tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr,
+        "seconds": seconds, "data_seconds": data_seconds, "peak_memory": _peak_memory(world.device),
+    }  # fmt: skip
     run.log.train(row if reason is None else {**row, "skipped": reason})
     if failures:
         _check_saving(run, may_go_on=config.on_save_error == "continue")
     if run.guard.skips >= config.max_skips:
-        raise ValueError(
-            f"step {run.step}: {run.guard.skips} updates in a row were left out ({reason}). The last checkpoint "
-            "is good: try a lower --lr or a longer --warmup with another --out"
-        )
+        advice = "The last checkpoint is good: try a lower --lr or a longer --warmup with another --out"
+        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason}). {advice}")
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:
@@ -162,37 +149,34 @@ def loss_of(config: TrainConfig, parallel: torch.nn.Module, x: torch.Tensor, y: 
 
 def _evaluation_is_due(run: Run) -> bool:
     """True at step 0, every `eval_every` steps and at the end; after a resume, too, if a kill came before it."""
-    if not run.config.eval_every or run.stopped_by or run.evaluated == run.step:
+    every = run.config.eval_every
+    if not every or run.stopped_by or run.evaluated == run.step:
         return False
-    return run.step % run.config.eval_every == 0 or run.step == run.config.steps
+    return run.step % every == 0 or run.step == run.config.steps
 
 
 def _evaluate(run: Run) -> None:
     """Measure validation loss and, with a file, HellaSwag, and write samples, shared out over the processes.
 
-    Where a step is compiled, so are these, on shapes of their own that do not vary; the samples are written by the
-    plain module, whose weights are the same. A signal ends it; the resumed run repeats it.
+    Where a step is compiled, so are the measures; the samples are written by the plain module, whose weights are
+    the same. A signal ends it; the resumed run repeats it.
     """
     config, started = run.config, time.perf_counter()
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
-    fast = compiled(config, run.world.device)
+    options: dict[str, Any] = {
+        "autocast_dtype": torch.bfloat16 if config.precision == "bf16" else None,
+        "compile": compiled(config, run.world.device),
+        "stop": lambda: run.stop.number > 0,
+    }
     row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
-
-    def stop() -> bool:
-        return run.stop.number > 0
-
     run.log.working(f"step {run.step}: validation")
     with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
         try:
             if run.dataset.tokens("val") > 1:
                 row["val_loss"] = evaluate_loss(
-                    run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
-                    autocast_dtype=dtype, compile=fast, stop=stop,
-                ).loss  # fmt: skip
+                    run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len, **options
+                ).loss
             if run.hellaswag is not None:
-                scores = evaluate_hellaswag(
-                    run.model, run.hellaswag, protocol="karpathy", autocast_dtype=dtype, compile=fast, stop=stop
-                )
+                scores = evaluate_hellaswag(run.model, run.hellaswag, protocol="karpathy", **options)
                 row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
             samples = _samples(run)
         except Interrupted:
@@ -211,11 +195,10 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     own = []
     if last > first:
-        pieces = stream(
+        for piece in stream(
             run.model, [config.sample_prompt], num_samples=last - first, first_row=first, max_new_tokens=32,
             seed=config.seed,
-        )  # fmt: skip
-        for piece in pieces:
+        ):  # fmt: skip
             if run.stop.number:
                 break
             if (text := piece.completion) is not None:
@@ -241,15 +224,10 @@ def _checkpoint_is_due(run: Run) -> bool:
 def _save(run: Run) -> None:
     """Begin a checkpoint of the state as it is now; training continues while it is written."""
     trainer = {
-        "updates": run.updates,
-        "processes": run.world.size,
-        "micro_batch": run.micro_batch,
-        "tokens": run.step * run.config.batch_tokens,
-        "loader": run.loader.state(),
-        "guard": asdict(run.guard),
-        "dataset": run.dataset.manifest.hash,
-        "config": asdict(run.config),
-    }
+        "updates": run.updates, "processes": run.world.size, "micro_batch": run.micro_batch,
+        "tokens": run.step * run.config.batch_tokens, "loader": run.loader.state(), "guard": asdict(run.guard),
+        "dataset": run.dataset.manifest.hash, "config": asdict(run.config),
+    }  # fmt: skip
     with run.watchdog.watching("checkpoint", run.step):
         run.saver.wait()
         _check_saving(run, may_go_on=run.config.on_save_error == "continue")
@@ -267,7 +245,7 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
         if error is not None and not may_go_on:
             raise error if isinstance(error, ValueError | OSError) else OSError(f"saving failed: {error!r}")
         if error is not None:
-            run.log.say(f"warning: {error}; training continues, as on_save_error asks for")
+            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

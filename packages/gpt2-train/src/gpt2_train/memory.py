@@ -3,14 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_train.config import TrainConfig, existing, micro_batches
+from gpt2_train.config import TrainConfig, divisors, existing, micro_batches, sequences
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import optimizer_bytes
 
@@ -19,6 +19,9 @@ MOST_TOKENS = 4096
 # Python, torch, the libraries of this package, and a step's small tensors: measured on Linux.
 PROGRAM = 270_000_000
 FILES_BYTES = 4_000_000  # of a checkpoint beside its tensors: vocabulary, settings, hashes
+# A group's limit and usage, and in its memory.stat the cached files, which make room when asked.
+CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
 CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 
 
@@ -27,8 +30,7 @@ class Memory:
     """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's.
 
     Attributes:
-        weights: the parameters in fp32.
-        gradients: as much again, or less where they come as the activations go.
+        weights, gradients: the parameters in fp32, and as much again, or less where they come as activations go.
         optimizer: this process's share of the optimizer's state.
         activations: what the backward pass of a micro-batch needs, and under autocast the weights in bf16.
         head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
@@ -36,6 +38,8 @@ class Memory:
         checkpoint_copy: weights and optimizer state in the memory of rank 0's host, from the first checkpoint on.
         program: Python, torch and the libraries.
         on_host: True if the device is the host.
+        device_bytes: bytes on the accelerator; without one, 0.
+        host_bytes: bytes on the host of rank 0; other ranks have no `checkpoint_copy`.
     """
 
     weights: int
@@ -47,25 +51,13 @@ class Memory:
     checkpoint_copy: int
     program: int
     on_host: bool
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes on the accelerator; without one, 0."""
-        return 0 if self.on_host else self._step + CUDA_CONTEXT
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes on the host of rank 0; other ranks have no `checkpoint_copy`."""
-        return self.checkpoint_copy + self.program + (self._step if self.on_host else 0)
+    device_bytes: int
+    host_bytes: int
 
     def needed_on_host(self) -> int:
-        """Return the bytes of all processes on this machine, rank 0 among them."""
-        step = 0 if self.on_host else self.device_bytes  # MPS shares the host's memory
-        return processes_here() * (self.host_bytes - self.checkpoint_copy + step) + self.checkpoint_copy
-
-    @property
-    def _step(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.heap
+        """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
+        copy = self.checkpoint_copy
+        return processes_here() * (self.host_bytes - copy + self.device_bytes) + copy
 
 
 def peak_memory(
@@ -74,10 +66,8 @@ def peak_memory(
 ) -> Memory:  # fmt: skip
     """Return the peak of training with `micro_batch` sequences at once on each of `world_size` processes.
 
-    Args:
-        device_type: "cpu", "cuda" or "mps". CPU figures are held to 10 % by a test; those of others are counted in
-            the same way, and measured by `choose_micro_batch` where it matters.
-        precision: "fp32" or "bf16".
+    CPU figures are held to 10 % by a test; those of other devices ("cuda", "mps") are counted in the same way, and
+    measured by `choose_micro_batch` where it matters. `precision` is "fp32" or "bf16".
     """
     blocks, head, heap = GPT.activation_bytes(
         shape, micro_batch, config.seq_len, device_type=device_type, bf16=precision == "bf16", compiled=compiled,
@@ -88,17 +78,13 @@ def peak_memory(
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
         gradients = 4 * shape.vocab_size * shape.n_embd
+    optimizer, copy = optimizer_bytes(config, shape, world_size), weights + optimizer_bytes(config, shape, 1)
+    step = weights + gradients + optimizer + blocks + head + heap
     return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer_bytes(config, shape, world_size),
-        activations=blocks,
-        head=head,
-        heap=heap,
-        checkpoint_copy=weights + optimizer_bytes(config, shape, 1),
-        program=PROGRAM,
-        on_host=on_host,
-    )
+        weights=weights, gradients=gradients, optimizer=optimizer, activations=blocks, head=head, heap=heap,
+        checkpoint_copy=copy, program=PROGRAM, on_host=on_host, device_bytes=0 if on_host else step + CUDA_CONTEXT,
+        host_bytes=copy + PROGRAM + (step if on_host else 0),
+    )  # fmt: skip
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -111,49 +97,32 @@ def available_memory(root: Path = Path("/")) -> int:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return free
-    for line in groups:
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
+        base, names = root / "sys/fs/cgroup", CGROUP_2
+        if "memory" in controllers.split(","):
+            base, names = base / "memory", CGROUP_1
+        elif controllers:
             continue
         # A limit of any group above counts. In a container the path is the host's, and only its end is there.
         inside = base / group.lstrip("/")
         for folder in (inside, *inside.parents):
-            if folder.is_relative_to(base):
-                free = min(free, _left_in_group(folder, *names))
+            with suppress(OSError, ValueError):  # no such file, or "max", which is no limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free = min(free, max(0, limit - used + int(stat.get(names[2], 0))))
     return free
-
-
-def _left_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
-    try:
-        most = int((folder / limit).read_text())  # "max" is none
-        used = int((folder / usage).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 2**63
-    return max(0, most - used + int(stat.get(reclaimable, 0)))  # cached files make room when asked
 
 
 def most_that_fit(
     config: TrainConfig, shape: GPTConfig, world_size: int, device_type: str, compiled: bool, precision: str,
     free: float,
 ) -> int:  # fmt: skip
-    """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does.
-
-    Raises:
-        ValueError: the batch does not divide over the processes.
-    """
-    _, rows = micro_batches(replace(config, micro_batch="1"), world_size, 1)
-    most = rows if device_type == "cuda" else max(1, MOST_TOKENS // config.seq_len)
-    for micro_batch in (n for n in range(min(rows, most), 0, -1) if rows % n == 0):
+    """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does."""
+    rows = sequences(config, world_size)
+    most = rows if device_type == "cuda" else min(rows, max(1, MOST_TOKENS // config.seq_len))
+    for micro_batch in divisors(rows, most):
         memory = peak_memory(config, shape, micro_batch, world_size, device_type, compiled, precision)
         if (memory.device_bytes if device_type == "cuda" else memory.needed_on_host()) <= free:
             return micro_batch
@@ -171,31 +140,32 @@ def choose_micro_batch(
     Args:
         try_one: one forward and backward pass of n sequences, without any exchange between processes: one that
             runs out of memory would leave the others waiting. It is called twice for each number, the second time
-            beside the gradients of the first, which are the caller's to clear in the end. Numbers are tried from
-            somewhat more than the estimate has room for, downwards. None: the estimate is believed, as it must be
-            where the system kills what needs too much memory.
+            beside the gradients of the first, which the caller clears in the end. None: the estimate is believed,
+            as it must be where the system kills what needs too much memory.
         reserve: bytes of the device to keep free in the trials for what is not there yet: the optimizer's state.
 
     Raises:
-        ValueError: the batch does not divide over the processes or into micro-batches, or not even one sequence
-            runs; says what would do.
+        ValueError: the batch cannot be shared out, or not even one sequence runs; says what would do.
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
-    kind = world.device.type
-    optimism = 1.0 if try_one is None else 1.2
-    largest = most_that_fit(config, shape, world.size, kind, compiled, precision, optimism * _free(world, shape))
-    largest = _least(world, max(1, largest))
-    rows = config.batch_tokens // (config.seq_len * world.size)
+    device, kind = world.device, world.device.type
+    if kind == "cuda":
+        free, taken = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device) + CUDA_CONTEXT
+    else:
+        free, taken = available_memory(), processes_here() * (PROGRAM + 4 * shape.num_parameters)
+    room = (free + taken) * (1.0 if try_one is None else 1.2)
+    most = max(1, most_that_fit(config, shape, world.size, kind, compiled, precision, room))
+    most = min(world.gather(most))
     if try_one is None:
-        return largest
-    kept_free = torch.empty(reserve, dtype=torch.uint8, device=world.device)
-    for micro_batch in (n for n in range(largest, 0, -1) if rows % n == 0):
-        if _least(world, _runs(try_one, micro_batch)):
+        return most
+    kept_free = torch.empty(reserve, dtype=torch.uint8, device=device)
+    for micro_batch in divisors(sequences(config, world.size), most):
+        if all(world.gather(_runs(try_one, micro_batch))):
             return micro_batch
     del kept_free
     raise ValueError(
-        f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {world.device}: use "
+        f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {device}: use "
         "--activation-checkpointing, a shorter --seq-len or a smaller model, or share the optimizer's state out "
         "over more processes with --shard-optimizer"
     )
@@ -212,20 +182,6 @@ def _runs(try_one: Callable[[int], None], micro_batch: int) -> bool:
     return False
 
 
-def _least(world: World, number: int) -> int:
-    least = torch.tensor([number], device=world.device)
-    if world.size > 1:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
-
-
-def _free(world: World, shape: GPTConfig) -> float:
-    """Bytes for a whole run on this process's device: what is free, and what the run itself has taken."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device) + CUDA_CONTEXT
-    return available_memory() + processes_here() * (PROGRAM + 4 * shape.num_parameters)
-
-
 def processes_here() -> int:
     """Return how many processes of the run share this machine's memory, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -238,29 +194,23 @@ def checkpoint_bytes(config: TrainConfig, shape: GPTConfig) -> int:
 
 def checkpoints_at_once(config: TrainConfig) -> int:
     """Return how many are on the disk at most: those to keep, and one that is written before the oldest goes."""
-    written = config.steps // config.checkpoint_every if config.checkpoint_every else 0
-    last = 1 if not config.checkpoint_every or config.steps % config.checkpoint_every else 0
-    return min(config.keep + 1, written + last)
+    written = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
+    return min(config.keep + 1, written)
 
 
 def check_space(run: Path, config: TrainConfig, shape: GPTConfig) -> None:
-    """Check that the checkpoints which will be there at once fit on the disk of the run's folder.
+    """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder.
 
     What the run has there counts as free: it makes room as new ones are written.
-
-    Raises:
-        OSError: they do not fit; says how much is needed and free.
     """
     each, number = checkpoint_bytes(config, shape), checkpoints_at_once(config)
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(run)).free
     if number * each > free + own:
-        fewer = " or a lower --keep" if config.keep > 1 else ""
-        raise OSError(
-            f"{run} will need {in_gb(number * each)} for {number} checkpoints of {in_gb(each)}, and "
-            f"{in_gb(free)} are free{f' beside the {in_gb(own)} it has' if own else ''}: free some, or choose "
-            f"another --out{fewer}"
-        )
+        needed = f"{in_gb(number * each)} for {number} checkpoints of {in_gb(each)}"
+        beside = f" beside the {in_gb(own)} it has" if own else ""
+        advice = "free some, or choose another --out" + " or a lower --keep" * (config.keep > 1)
+        raise OSError(f"{run} will need {needed}, and {in_gb(free)} are free{beside}: {advice}")
 
 
 def in_gb(size: float) -> str:

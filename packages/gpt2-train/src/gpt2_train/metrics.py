@@ -8,20 +8,21 @@ import json
 import math
 import os
 import re
-import time
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from statistics import median
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from gpt2_model import GPTConfig
 from gpt2_model.command import sync_folder, write_whole
 from gpt2_train.config import TrainConfig
 from gpt2_train.console import Console
-from gpt2_train.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers, in_one_line
+from gpt2_train.distributed import World
+from gpt2_train.trackers import Tracker, check_trackers, in_one_line, start_tensorboard, start_wandb
 
 # Dense bf16 with sums in fp32, TFLOP/s, of the makers' data sheets; the first that fits. Other GPUs, parts of one
 # (MIG) and the slower ones of the same name are not guessed at.
@@ -32,81 +33,74 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 GPU_SHARE = 0.40  # of the maker's peak: 124M reaches 38 % of it with llm.c on eight H100s, 56 % on eight A100s
 PRODUCT_SHARE = 0.70  # of the rate of a large matrix product, which a whole step reaches elsewhere
+EVALUATION_WORDS = (
+    ("val_loss", "validation loss {}", ".4f"), ("hellaswag_acc_norm", "HellaSwag {}", ".2%"),
+    ("seconds", "in {} s", ".1f"),
+)  # fmt: skip
 _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
-class RunLog:
-    """Everything that a run reports. Each rank has one; it does nothing on ranks where it is not enabled.
+class RunLog(AbstractContextManager["RunLog"]):
+    """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it.
 
     Args:
         config: the run, its precision resolved.
-        folder: the run's folder.
-        first_step: the step that training resumes from; rows of later steps are dropped. -1: a fresh start, no
-            row is kept.
-        world_size: processes of the run.
-        device: this process's device.
+        first_step: the step that training resumes from; later rows are dropped. -1: a fresh start, without rows.
         flops_per_token: llm.c's count, forward and backward.
-        enabled: True on rank 0.
 
     Attributes:
-        last_evaluation: step of the newest evaluation in the file, None if there is none. Only rank 0 knows it:
-            share it before deciding by it.
-
-    Raises:
-        ValueError: a tracker was asked for that is not installed, or, in a fresh run, does not start.
-        OSError: the files cannot be read or written; also from the methods that write them.
+        last_evaluation: step of the newest evaluation in the file, None if there is none, or on another rank.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, first_step: int, world_size: int, device: torch.device,
-        flops_per_token: int, enabled: bool,
-    ) -> None:  # fmt: skip
-        self.config, self.enabled, self.flops_per_token = config, enabled, flops_per_token
+        self, config: TrainConfig, folder: Path, first_step: int, world: World, flops_per_token: int
+    ) -> None:
+        self.config, self.folder, self.first_step, self.world = config, folder, first_step, world
+        self.flops_per_token, self.enabled = flops_per_token, world.is_main
         self.last_evaluation: int | None = None
         self.trackers: list[Tracker] = []
-        if not enabled:
-            return
+
+    def open(self) -> None:
+        """Repair the files of a run that was killed, open them, and start the trackers.
+
+        Raises OSError for files that cannot be read or written, as do the methods that write; ValueError for a
+        tracker that is not installed, or, in a fresh run, does not start.
+        """
+        config, folder = self.config, self.folder
         check_trackers(config)
-        evaluated, broken = _repair(folder, first_step)
+        evaluated, broken = _repair(folder, self.first_step)
         self.last_evaluation = max(evaluated, default=None)
         self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
         sync_folder(folder)
-        self.console = Console(config)
+        self.console = Console(config.steps)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
-        peak = peak_tflops(config, device)
-        self.peak = peak[1] * 1e12 * world_size if peak else None
+        peak = peak_tflops(config, self.world.device)
+        self.peak = peak[1] * 1e12 * self.world.size if peak else None
         if config.tensorboard:
-            self.trackers.append(TensorBoard(folder, first_step))
+            self.trackers.append(start_tensorboard(folder, self.first_step))
         if config.wandb:
-            self._start_wandb(folder, first_step)
-
-    def _start_wandb(self, folder: Path, first_step: int) -> None:
-        try:
-            self.trackers.append(WeightsAndBiases(self.config, folder, first_step))
-        except RuntimeError as error:
-            # Whoever starts a run wants to know. A resumed one, at night after a restart, trains without.
-            if first_step < 0:
-                raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
-            self.say(f"warning: {error}; the run continues without it")
+            try:
+                self.trackers.append(start_wandb(config, folder, self.first_step))
+            except RuntimeError as error:
+                # Whoever starts a run wants to know. A resumed one, at night after a restart, trains without.
+                if self.first_step < 0:
+                    raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
+                self.say(f"warning: {error}; the run continues without it")
 
     def train(self, row: dict[str, Any]) -> None:
-        """Record a step.
+        """Record a step: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory.
 
-        Args:
-            row: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory; where it applies
-                skipped (why the update was left out).
+        Where it applies, `skipped` says why the update was left out.
         """
         if not self.enabled:
             return
-        speed = None
-        if row["seconds"] > 0:
-            speed = self.config.batch_tokens / row["seconds"]
+        speed = self.config.batch_tokens / row["seconds"] if row["seconds"] > 0 else None
         used = None if speed is None or self.peak is None else speed * self.flops_per_token / self.peak
         row = finite({**row, "tokens_per_second": speed, "mfu": used})
         self.metrics.append(row)
         names = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds", "peak_memory")
-        self._track("scalars", row["step"], {f"train/{name}": row[name] for name in names if name in row})
+        self._log(row["step"], {f"train/{name}": row[name] for name in names})
         self.console.step(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
@@ -119,18 +113,12 @@ class RunLog:
         row = finite(row)
         self.metrics.append(row)
         self.last_evaluation = row["step"]
-        self.console.time_left.evaluated(row.get("seconds", 0.0))
+        names = ("val_loss", "hellaswag_acc_norm")
+        self._log(row["step"], {f"val/{name.removeprefix('val_')}": row.get(name) for name in names})
         parts = []
-        for name, title, form in (
-            ("val_loss", "validation loss", ".4f"),
-            ("hellaswag_acc_norm", "HellaSwag", ".2%"),
-            ("seconds", "in", ".1f"),
-        ):
+        for name, words, form in EVALUATION_WORDS:
             if name in row:
-                value = "not finite" if row[name] is None else format(row[name], form)
-                parts.append(f"{title} {value}" + " s" * (name == "seconds"))
-            if name in row and name != "seconds":
-                self._track("scalars", row["step"], {f"val/{name.removeprefix('val_')}": row[name]})
+                parts.append(words.format("not finite" if row[name] is None else format(row[name], form)))
         self.say(f"step {row['step']:,}: {'   '.join(parts)}")
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -158,37 +146,33 @@ class RunLog:
         if self.enabled:
             self.metrics.sync()
             self.samples.sync()
-            self._track("flush")
+            self._track(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """End the log; once is enough. Lines may still be said."""
-        if not self.enabled:
-            return
-        self.console.close()
-        self._track("close")
-        self.trackers = []
-        self.metrics.close()
-        self.samples.close()
+        if self.enabled:
+            self.console.close()
+            self._track(lambda tracker: tracker.close())
+            self.trackers = []
+            self.metrics.file.close()
+            self.samples.file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _track(self, method: str, *arguments: Any) -> None:
+    def _log(self, step: int, values: dict[str, float | None]) -> None:
+        known = {name: value for name, value in values.items() if value is not None}
+        self._track(lambda tracker: tracker.log(step, known))
+
+    def _track(self, tell: Callable[[Tracker], None]) -> None:
         """Tell the trackers; one that fails is dropped, and the run continues."""
         for tracker in list(self.trackers):
             try:
-                getattr(tracker, method)(*arguments)
+                tell(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                self.say(
-                    f"warning: {tracker.name} failed ({in_one_line(error)}): the run continues without it; "
-                    "metrics.jsonl has all rows"
-                )
+                failure = f"{tracker.name} failed ({in_one_line(error)}): the run continues without it"
+                self.say(f"warning: {failure}; metrics.jsonl has all rows")
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
@@ -198,9 +182,7 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] 
         return name, config.peak_tflops
     if device.type != "cuda" or config.precision != "bf16" or _OTHER_THAN_NAMED.search(name):
         return None
-    return next(
-        ((part, peak) for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(part)}\b", name)), None
-    )
+    return next((item for item in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(item[0])}\b", name)), None)
 
 
 def assumed_speed(
@@ -208,9 +190,7 @@ def assumed_speed(
 ) -> tuple[float | None, str]:
     """Return the operations a second to expect of one process, None if nothing is known; and where this is from.
 
-    Args:
-        config: the run, its precision resolved.
-        here: True if this machine has the device. One whose peak is not known is measured for a second.
+    A device that is `here`, on this machine, and whose peak is not known, is measured for a second.
     """
     share = GPU_SHARE if device.type == "cuda" else PRODUCT_SHARE
     if config.peak_tflops:
@@ -218,41 +198,26 @@ def assumed_speed(
     if not here:
         return None, "not known, since this machine has no such device: give --peak-tflops"
     if known := peak_tflops(config, device):
-        name, peak = known
-        return peak * 1e12 * share, f"{share:.0%} (assumed) of the {peak:,.0f} TFLOP/s of {name}"
-    rate = _product_rate(device, config.precision, shape)
-    return rate * PRODUCT_SHARE, (
-        f"{PRODUCT_SHARE:.0%} (assumed) of the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
-    )
-
-
-def _product_rate(device: torch.device, precision: str, shape: GPTConfig, seconds: float = 1.0) -> float:
-    """Operations a second of the product that a step has most of: activations by the MLP's first matrix."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return known[1] * 1e12 * share, f"{share:.0%} (assumed) of the {known[1]:,.0f} TFLOP/s of {known[0]}"
+    # The product that a step has most of: activations by the MLP's first matrix. `item` waits for the device.
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
     weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        (x @ weight).sum().item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * x.shape[0] * shape.n_embd * shape.mlp_dim / median(times)
+    names, threads = {"x": x, "weight": weight}, torch.get_num_threads()
+    timer = Timer("(x @ weight).sum().item()", globals=names, num_threads=threads)
+    rate = 2 * x.numel() * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
+    product = f"the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
+    return rate * PRODUCT_SHARE, f"{PRODUCT_SHARE:.0%} (assumed) of {product}"
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row as JSON can hold it: a number that is not finite is null, and `skipped` says what it was.
-
-    In a row that was not skipped, `not_finite` says it.
-    """
+    """Return the row with null for a number that is not finite; `skipped` or `not_finite` says what it was."""
     odd = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if not odd:
         return row
     values = ", ".join(f"{name} {row[name]}" for name in odd)
-    nulls: dict[str, Any] = {**row, **dict.fromkeys(odd)}
-    if "skipped" not in row:
-        return {**nulls, "not_finite": values}
-    return {**nulls, "skipped": f"{row['skipped']} ({values})"}
+    word = {"skipped": f"{row['skipped']} ({values})"} if "skipped" in row else {"not_finite": values}
+    return {**row, **dict.fromkeys(odd), **word}
 
 
 class _Lines:
@@ -260,71 +225,58 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise self._cannot(error) from None
-        self.close = weakref.finalize(self, os.close, self.descriptor)  # also when a run fails while it begins
+        with self._clear_error():
+            self.file = path.open("ab", buffering=0)
+        weakref.finalize(self, self.file.close)  # also when a run fails while it begins
 
     def append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
-        end = os.lseek(self.descriptor, 0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):  # a disk that fills up takes a part first, and fails then
-                written += os.write(self.descriptor, line[written:])
-        except OSError as error:
-            os.ftruncate(self.descriptor, end)
-            raise self._cannot(error) from None
+        end = self.file.seek(0, os.SEEK_END)
+        with self._clear_error():
+            try:
+                written = 0
+                while written < len(line):  # a disk that fills up takes a part first, and fails then
+                    written += os.write(self.file.fileno(), line[written:])
+            except OSError:
+                self.file.truncate(end)
+                raise
 
     def sync(self) -> None:
-        try:
-            os.fsync(self.descriptor)
-        except OSError as error:
-            raise self._cannot(error) from None
+        with self._clear_error():
+            os.fsync(self.file.fileno())
 
-    def _cannot(self, error: OSError) -> OSError:
-        text = f"{self.path} cannot be written ({error.strerror}): mend that, and the same command resumes"
-        return OSError(error.errno, text)
+    @contextmanager
+    def _clear_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = (
+                f"{self.path} cannot be written ({error.strerror}): fix that, then run the same command to resume"
+            )
+            raise OSError(error.errno, text) from None
 
 
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
     """Drop rows after first_step, samples without an evaluation, and lines that a kill cut short.
 
-    Returns:
-        The steps whose evaluation is still there, and the number of lines that were broken.
+    Returns the steps whose evaluation is still there, and the number of lines that were broken.
     """
-    rows, broken = _read(folder / "metrics.jsonl")
-    remaining = [(line, row) for line, row in rows if row["step"] <= first_step]
-    evaluated = {row["step"] for _, row in remaining if "loss" not in row}
-    samples, broken_samples = _read(folder / "samples.jsonl")
-    texts = [line for line, row in samples if row["step"] in evaluated]
-    _replace(folder / "metrics.jsonl", [line for line, _ in remaining])
-    _replace(folder / "samples.jsonl", texts)
-    return evaluated, broken + broken_samples
-
-
-def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """The lines that are rows, and how many are not. By bytes: a text may hold what str.splitlines cuts at."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    rows, broken = [], 0
-    for line in filter(None, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
+    evaluated: set[int] = set()
+    broken = 0
+    for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        content, lines = path.read_bytes() if path.exists() else b"", []
+        for line in filter(None, content.split(b"\n")):  # by bytes: str.splitlines cuts inside a text
             row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append((line + b"\n", row))
-        else:
-            broken += 1
-    return rows, broken
-
-
-def _replace(path: Path, lines: list[bytes]) -> None:
-    content = b"".join(lines)
-    if path.exists() and path.read_bytes() != content:
-        with write_whole(path) as file:
-            file.write(content)
+            with suppress(ValueError):
+                row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                broken += 1
+                continue
+            if path.name == "metrics.jsonl" and "loss" not in row and row["step"] <= first_step:
+                evaluated.add(row["step"])
+            if row["step"] in evaluated or (path.name == "metrics.jsonl" and row["step"] <= first_step):
+                lines.append(line + b"\n")
+        if (remaining := b"".join(lines)) != content:
+            with write_whole(path) as file:
+                file.write(remaining)
+    return evaluated, broken

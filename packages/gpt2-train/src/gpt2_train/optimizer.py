@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,16 +15,12 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def make_optimizer(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    model: nn.Module, *, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter 2019) with decay on matrices and embeddings, none on biases and norms.
+) -> torch.optim.AdamW:  # fmt: skip
+    """Return fused AdamW (Loshchilov and Hutter 2019), which decays matrices and embeddings, not biases and norms.
 
-    Fused: one kernel updates all tensors. Betas and eps are GPT-3's (Brown et al. 2020, appendix B).
+    Betas and eps are GPT-3's (Brown et al. 2020, appendix B).
     """
     groups = _decay_groups([p for p in model.parameters() if p.requires_grad], weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -34,36 +30,24 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
     """Return what updates a run's weights: AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) is torch's own, scaled to the size of AdamW's updates (Liu et al. 2025), so that one
-    learning rate and decay serve both.
-
-    Args:
-        sharded: each process keeps the state of some of the parameters only, updates these, and sends them to the
-            others (ZeRO stage 1, Rajbhandari et al. 2020). Every update is the same as unsharded, to the bit.
+    learning rate and decay serve both. Sharded, each process keeps the state of some of the parameters, updates
+    these, and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2020): the same updates, to the bit.
     """
-    parameters = list(model.named_parameters())
-    matrices = [p for name, p in parameters if name.startswith("h.") and p.ndim == 2]
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if name.startswith("h.") and p.ndim == 2 and config.optimizer == "muon"]
+    of_muon = set(matrices)
+    groups = _decay_groups([p for _, p in named if p not in of_muon], config.weight_decay)
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    if config.optimizer == "adamw":
-        wanted: list[tuple[Any, Any, dict[str, Any]]] = [(torch.optim.AdamW, [p for _, p in parameters], adamw)]
-    else:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError("--optimizer muon needs torch 2.9 or newer, for torch.optim.Muon")
-        of_muon = set(matrices)
-        rest = [p for _, p in parameters if p not in of_muon]
-        wanted = [(torch.optim.Muon, matrices, muon), (torch.optim.AdamW, rest, adamw)]
-    optimizers: Optimizers = []
-    for kind, own, settings in wanted:
-        groups = own if kind is not torch.optim.AdamW else _decay_groups(own, config.weight_decay)
-        optimizers.append(_sharded(groups, kind, settings) if sharded else kind(groups, **settings))
-    return optimizers
-
-
-def _sharded(groups: Any, kind: Any, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    wanted: list[tuple[Any, Any, dict[str, Any]]] = [(torch.optim.AdamW, groups, adamw)]
+    if config.optimizer == "muon":
+        muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        wanted.insert(0, (torch.optim.Muon, matrices, muon))
+    if not sharded:
+        return [kind(parameters, **settings) for kind, parameters, settings in wanted]
     with warnings.catch_warnings():  # its package compiles, as it is imported, what we do not use
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(groups, kind, **settings)
+    return [ZeroRedundancyOptimizer(parameters, kind, **settings) for kind, parameters, settings in wanted]
 
 
 def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -87,16 +71,11 @@ def own_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     return tensors
 
 
-def load_state(model: nn.Module, optimizers: Optimizers, updates: int, tensors: Any) -> None:
-    """Give each process's share of the state the values that were saved, bit for bit.
-
-    Args:
-        updates: number of updates that the state has seen.
-        tensors: looked up by name, by `[...]`; only the names of this process are.
-    """
+def load_state(model: nn.Module, optimizers: Optimizers, updates: int, saved: Callable[[str], Tensor]) -> None:
+    """Give this process's share of the state, after `updates` updates, the values saved by name, bit for bit."""
     for name, parameter, state in _states(model, [_local(optimizer) for optimizer in optimizers]):
         key = name.partition(".")[0]
-        state[parameter][key] = tensors[name].to(parameter.device)
+        state[parameter][key] = saved(name).to(parameter.device)
         if key != "momentum_buffer":  # fused AdamW keeps its count beside each parameter, in fp32
             state[parameter]["step"] = torch.tensor(float(updates), device=parameter.device)
 

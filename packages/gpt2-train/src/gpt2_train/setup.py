@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpt2_model import GPT, GPTConfig, flops_per_token
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
-from gpt2_train.config import CannotResume, TrainConfig, changed_fields, micro_batches, to_toml
+from gpt2_train.config import CannotResume, TrainConfig, changed_fields, sequences, to_toml
 from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import check_space, choose_micro_batch
@@ -24,8 +25,8 @@ from gpt2_train.optimizer import Optimizers, load_state, make_optimizers, optimi
 
 MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
 
+# loop.loss_of: a micro-batch is tried, and a run warmed up, by the very forward.
 LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""loop.loss_of, which is given to `set_up`: a micro-batch is tried, and a run warmed up, by the very forward."""
 
 
 @dataclass(kw_only=True)
@@ -35,14 +36,10 @@ class Run:
     Attributes:
         config: the settings, resolved: precision and the model's shape are known.
         parallel: the model as a step calls it: compiled, and wrapped by DDP.
-        loader: where the data stands; `batches` moves it.
-        micro_batch: sequences that this process computes at once.
-        accumulation: micro-batches of a step on each process.
-        stop: the signal that came to this process.
-        hellaswag: the items of config.hellaswag, None without them.
-        step: batches trained on: updates, and those left out.
-        updates: updates that were made.
-        stopped_by: a signal's number, once all processes know of it.
+        micro_batch, accumulation: sequences that this process computes at once, and how often it does in a step.
+        loader, batches: where the data stands, and the thread that moves it.
+        stop, stopped_by: the signal that came to this process, and its number once all processes know of it.
+        step, updates: batches trained on, and the updates that were made: some may have been left out.
         saved: the newest step that has a checkpoint, or whose checkpoint is being written.
         evaluated: the newest step that has been evaluated.
     """
@@ -72,15 +69,10 @@ class Run:
 
 
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
-    """Build a run, or read it from its newest good checkpoint.
-
-    Raises:
-        ValueError: a config, dataset, model and number of processes that do not go together.
-        CannotResume: a run is in the folder that cannot be resumed as asked.
-        OSError: files that cannot be read or written.
-    """
+    """Build a run, or read it from its newest good checkpoint. Raises what `loop.train` says."""
     folder, dataset = Path(config.out), open_dataset(config.data)
-    config = replace(config, precision=_precision(config, world))
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if distributed.has_bf16(world.device) else "fp32")
     world.on_main(lambda: checkpoint.remove_abandoned(folder))
     start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
@@ -102,10 +94,19 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
         # Two tensors: for one in both places torch.compile makes a graph that no step can use, and then another.
         loss_of(config, module, tokens, tokens.clone()).backward()  # type: ignore[no-untyped-call]
 
-    micro_batch = _micro_batch(config, state, model, world, lambda rows: one_pass(stepped, rows))
+    if config.micro_batch == "auto" and state.get("processes") == world.size:
+        micro_batch = int(state["micro_batch"])  # the same bits need the sums of the run before
+    else:
+        # On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+        micro_batch = choose_micro_batch(
+            config, model.config, world, partial(one_pass, stepped) if world.device.type == "cuda" else None,
+            compiled=compiled(config, world.device), precision=config.precision,
+            reserve=optimizer_bytes(config, model.config, world.size),
+        )  # fmt: skip
+        model.zero_grad(set_to_none=True)
     if start is not None:
-        load_state(model, optimizers, state["updates"], checkpoint.OptimizerFile(start))
-    _, accumulation = micro_batches(replace(config, micro_batch=str(micro_batch)), world.size, micro_batch)
+        load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start))
+    accumulation = sequences(config, world.size) // micro_batch
     parallel = stepped
     if world.size > 1:
         if compiled(config, world.device):
@@ -116,7 +117,8 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     loader = make_loader(config, micro_batch, world.rank, world.size)
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
     step = state.get("step", 0)
-    log = _open_log(config, world, model.config, step if state else -1)
+    log = RunLog(config, folder, step if state else -1, world, flops_per_token(model.config, config.seq_len))
+    world.on_main(log.open)
     run = Run(
         config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=parallel,
         optimizers=optimizers, loader=loader, micro_batch=micro_batch, accumulation=accumulation, log=log,
@@ -137,75 +139,55 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
 
 
 def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """Return the verified checkpoint to resume from, if it is of this run: same data, same maths. Writes nothing.
-
-    Raises:
-        CannotResume: it is not, or it is damaged, newer or beyond the last step; the message says what to do.
-    """
+    """Return the verified checkpoint to resume from; raise CannotResume if one is there that does not fit."""
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
         return None
     trainer = checkpoint.read_trainer_state(start)
     if trainer["dataset"] != dataset.manifest.hash:
         raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
-    changed, _ = changed_fields(trainer["config"], config)
-    if changed:
-        raise CannotResume(
-            f"{start} was trained with other settings ({'; '.join(changed)}): choose another --out, where --init "
-            "with this checkpoint begins from its weights"
-        )
+    if changed := changed_fields(trainer["config"], config)[0]:
+        advice = "choose another --out, where --init with this checkpoint begins from its weights"
+        raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): {advice}")
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
     return start
 
 
 def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: Path | None) -> None:
-    """Check that the model which a run begins with goes with its settings and its data.
-
-    Raises:
-        ValueError: another shape than asked for, too short a context, or too small a vocabulary.
-    """
+    """Raise ValueError if the model which a run begins with does not go with its settings or its data."""
     if config.model and shape != config.model_config:
         source = f"{start}" if start else f"--init {config.init}"
         raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for")
-    if config.seq_len > shape.block_size:
-        raise ValueError(
-            f"seq_len {config.seq_len} is longer than the context of {config.init or start}, {shape.block_size}: "
-            f"use --seq-len {shape.block_size}"
-        )
-    largest = max(shard.max_token for shard in dataset.manifest.shards)
-    if largest >= shape.vocab_size:
-        raise ValueError(
-            f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at "
-            f"{shape.vocab_size - 1:,}"
-        )
+    if config.seq_len > (longest := shape.block_size):
+        context = f"the context of {config.init or start}, {longest}"
+        raise ValueError(f"seq_len {config.seq_len} is longer than {context}: use --seq-len {longest}")
+    largest, last = max(shard.max_token for shard in dataset.manifest.shards), shape.vocab_size - 1
+    if largest > last:
+        raise ValueError(f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}")
 
 
 def make_loader(config: TrainConfig, micro_batch: int, rank: int, world_size: int) -> TokenLoader:
     """Return the training batches of a process. Raises ValueError if the data is too short for one sample."""
-    order: Any = config.order
     return TokenLoader(
         config.data, "train", micro_batch, config.seq_len, seed=config.seed, rank=rank, world_size=world_size,
-        order=order,
+        order=config.order,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Return what is unwise in a run though it can start, a line each."""
+    """Return what is unwise in a run that can start, a line each."""
     lines = []
     if 0 < config.warmup >= config.steps:
-        lines.append(
-            f"the learning rate never reaches its peak: --warmup {config.warmup} is as long as the run; "
-            f"try --warmup {config.steps // 10}"
-        )
+        advice = f"--warmup {config.warmup} is as long as the run; try --warmup {config.steps // 10}"
+        lines.append(f"the learning rate never reaches its peak: {advice}")
     if config.eval_every and not validation_tokens(config, dataset):
         lines.append("the dataset has no tokens for validation: gpt2-data build --val-tokens sets some apart")
     train_tokens = dataset.tokens("train")
     epochs = config.steps * config.batch_tokens / max(1, train_tokens)
     if epochs > MANY_EPOCHS:
         steps = max(1, 10 * train_tokens // config.batch_tokens)
-        advice = f"--steps {steps} is ten" if steps > 1 else "lower --batch-tokens, too"
-        lines.append(f"each text is seen {epochs:,.0f} times, and the model will learn it by heart: {advice}")
+        lines.append(f"each text is seen {epochs:,.0f} times, and learnt by heart: --steps {steps} is about ten")
     return lines
 
 
@@ -219,99 +201,52 @@ def compiled(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
-def _open_log(config: TrainConfig, world: World, shape: GPTConfig, first_step: int) -> RunLog:
-    """Rank 0's log; if it cannot be opened, all ranks learn why. The logs of the others do nothing."""
-
-    def make(enabled: bool) -> RunLog:
-        flops = flops_per_token(shape, config.seq_len)
-        return RunLog(config, Path(config.out), first_step, world.size, world.device, flops, enabled)
-
-    log = make(enabled=False)
-
-    def open_it() -> None:
-        nonlocal log
-        log = make(enabled=True)
-
-    world.on_main(open_it)
-    return log
-
-
-def _micro_batch(
-    config: TrainConfig, state: dict[str, Any], model: GPT, world: World, try_one: Callable[[int], None]
-) -> int:
-    """Sequences at once: those of the run before, whose sums the same bits need, if it had as many processes.
-
-    On a GPU the largest is found by trying, since what a kernel needs besides is not known.
-    """
-    if config.micro_batch == "auto" and state.get("processes") == world.size:
-        return int(state["micro_batch"])
-    chosen = choose_micro_batch(
-        config, model.config, world, try_one if world.device.type == "cuda" else None,
-        compiled=compiled(config, world.device), precision=config.precision,
-        reserve=optimizer_bytes(config, model.config, world.size),
-    )  # fmt: skip
-    model.zero_grad(set_to_none=True)
-    return chosen
-
-
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
-    """A forward and backward pass that trains nothing, where the first is not like the others.
+    """Do a pass that trains nothing, where the first is not like the others.
 
     It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks: with this, the first step after a resume is
-    already like any other.
+    anew, which changes the order of sums over three or more ranks: so the first step after a resume is like any
+    other.
     """
-    if run.world.size == 1 and not compiled(run.config, run.world.device):
-        return
-    if compiled(run.config, run.world.device):
+    compiles = compiled(run.config, run.world.device)
+    if compiles:
         run.log.say("compiling")
-    with run.watchdog.watching("warm-up", run.step):
-        one_pass(run.parallel, run.micro_batch)
-        run.model.zero_grad(set_to_none=True)
+    if compiles or run.world.size > 1:
+        with run.watchdog.watching("warm-up", run.step):
+            one_pass(run.parallel, run.micro_batch)
+            run.model.zero_grad(set_to_none=True)
 
 
 def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
     """Say what the run is, in short lines, and what differs from the run that it resumes."""
     config, say = run.config, run.log.say
     epochs = config.steps * config.batch_tokens / run.dataset.tokens("train")
-    say(
-        f"{run.model.config.num_parameters:,} parameters, {config.precision} on {run.world.size} x "
-        f"{run.world.device.type}"
-    )
+    parameters, device = run.model.config.num_parameters, run.world.device.type
+    say(f"{parameters:,} parameters, {config.precision} on {run.world.size} x {device}")
     say(f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {epochs:,.2f} epochs")
     say(f"{run.accumulation} x {run.micro_batch} x {config.seq_len} tokens a step on each process")
     if config.eval_every:
-        tokens = validation_tokens(config, run.dataset)
-        say(f"validation every {config.eval_every} steps, on {tokens:,} tokens (--eval-tokens)")
+        val_tokens = validation_tokens(config, run.dataset)
+        say(f"validation every {config.eval_every} steps, on {val_tokens:,} tokens (--eval-tokens)")
     for warning in warnings_of(config, run.dataset):
         say(f"warning: {warning}")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0":
+    if (restarts := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
         say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
     if start is None:
         return
     say(f"resuming from {start}")
     for change in changed_fields(state["config"], config)[1]:
-        say(f"{change}, which changes nothing in what is learnt but rounding, if that")
-    before = state["config"]["steps"]
-    if before != config.steps:
+        say(f"{change}, which changes at most the rounding")
+    if (before := state["config"]["steps"]) != config.steps:
         say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     for name, value in checkpoint.versions().items():
         if (old := state["versions"].get(name)) != value:
             say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
 
 
-def _precision(config: TrainConfig, world: World) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if distributed.has_bf16(world.device) else "fp32"
-
-
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
     """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
-    array: np.ndarray = torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
-    assert array.dtype == dtype
-    return array
+    return torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
 
 
 def _write_config(folder: Path, config: TrainConfig) -> None:

@@ -5,7 +5,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from gpt2_model.command import write_whole
 from gpt2_train.config import TrainConfig
 
 # Never written anywhere, though another's error message may quote one.
@@ -22,98 +23,68 @@ FINISH_SECONDS = 20.0
 UNPROFILED = 10  # steps: the first ones of a process compile, choose kernels and fill caches
 
 
-class TensorBoard:
-    """Event files in `folder`/tensorboard; of steps after `first_step`, only what is written from now on counts.
+@dataclass(frozen=True)
+class Tracker:
+    """Another place for a run's figures: `log` takes a step and its values by name."""
 
-    Raises:
-        ValueError: tensorboard is not installed.
-    """
+    name: str
+    log: Callable[[int, dict[str, float]], None]
+    flush: Callable[[], None]
+    close: Callable[[], None]
 
-    name = "TensorBoard"
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        _need("tensorboard", "--tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
+def start_tensorboard(folder: Path, first_step: int) -> Tracker:
+    """Write event files in `folder`/tensorboard; those of steps after `first_step` count no more."""
+    from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
-    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def flush(self) -> None:
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
+    return Tracker("TensorBoard", log, writer.flush, writer.close)
 
 
-class WeightsAndBiases:
-    """A run of project `config.wandb`, its files in `folder`/wandb; a resumed run resumes there too.
+def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
+    """Report to project `config.wandb`; a resumed run resumes there. Raises RuntimeError if it does not start."""
+    wandb: Any = import_module("wandb")
+    id_file = folder / "wandb-run-id"
+    if first_step < 0 or not id_file.exists():
+        with write_whole(id_file) as file:
+            file.write(secrets.token_hex(4).encode())
+    try:
+        run = wandb.init(
+            project=config.wandb,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=asdict(config),
+            # It would put its own streams before stdout and stderr, and copy what they carry.
+            settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
+        )
+    except Exception as error:
+        raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
 
-    Raises:
-        ValueError: wandb is not installed.
-        RuntimeError: it does not start.
-    """
-
-    name = "W&B"
-
-    def __init__(self, config: TrainConfig, folder: Path, first_step: int) -> None:
-        wandb = _need("wandb", "--wandb")
-        id_file = folder / "wandb-run-id"
-        if first_step < 0 or not id_file.exists():
-            temporary = folder / ".wandb-run-id.tmp"
-            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
-            temporary.replace(id_file)
-        try:
-            self.run = wandb.init(
-                project=config.wandb,
-                id=id_file.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                dir=str(folder),
-                config=asdict(config),
-                # It would put its own streams before stdout and stderr, and copy what they carry.
-                settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
-            )
-        except Exception as error:
-            raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
-
-    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
         # W&B takes no step twice. Steps that it knows already are from before a kill, and repeated bit for bit.
-        if step >= self.run.step:
-            self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
+        if step >= run.step:
+            run.log(values, step=step)
 
-    def flush(self) -> None:
-        """Do nothing: another process sends what W&B was given."""
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-Tracker = TensorBoard | WeightsAndBiases
+    return Tracker("W&B", log, lambda: None, run.finish)  # another process sends what W&B was given
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Import the trackers that the run asks for. Every rank can do it, and then all of them fail alike.
-
-    Raises:
-        ValueError: a package is missing; says how to install it.
-    """
-    if config.tensorboard:
-        _need("tensorboard", "--tensorboard")
-    if config.wandb:
-        _need("wandb", "--wandb")
-
-
-def _need(package: str, flag: str) -> Any:
-    module = None
-    with suppress(ImportError):
-        module = import_module(package)
-    # A folder of that name, as W&B leaves one where it runs, can be imported too, and is empty.
-    if module is None or getattr(module, "__version__", None) is None:
-        raise ValueError(f"{flag} needs a package that is not installed: pip install {package}")
-    return module
+    """Import the trackers that the run asks for. Raises ValueError if a package is missing."""
+    for package in ("tensorboard", "wandb"):
+        if not getattr(config, package):
+            continue
+        module = None
+        with suppress(ImportError):
+            module = import_module(package)
+        # A folder of that name, as W&B leaves one where it runs, can be imported too, and is empty.
+        if getattr(module, "__version__", None) is None:
+            raise ValueError(f"--{package} needs a package that is not installed: pip install {package}")
 
 
 def in_one_line(error: BaseException) -> str:
@@ -129,20 +100,11 @@ def in_one_line(error: BaseException) -> str:
 def profiling(
     folder: Path, steps: int, first: int, last: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Trace some steps of this process into `folder`/profile/steps-A-B.json.gz, in Chrome's trace format.
+    """Trace `steps` steps of this process into `folder`/profile/steps-A-B.json.gz, in Chrome's trace format.
 
-    The first ten steps are passed over, or, if that leaves too few, the first one. A run that stops in between has
-    its trace too.
-
-    Args:
-        folder: the run's folder.
-        steps: number of steps to trace; 0 for none.
-        first: the first step that this process is going to do.
-        last: the last one.
-        say: is given the trace's path, or why there is none: no reason to stop a run.
-
-    Yields:
-        What must be called after each step.
+    The process is going to do the steps `first` to `last`. The first ten of them are passed over, or, if that
+    leaves too few, the first one. A run that stops in between has its trace too; one that cannot be written is no
+    reason to stop a run. Yields what must be called after each step.
     """
     remaining = last - first + 1
     if steps == 0 or remaining < 1:
@@ -153,15 +115,14 @@ def profiling(
 
     def step_done() -> None:
         nonlocal done
-        done += 1
-        if done <= skipped + steps:
+        if done < skipped + steps:
+            done += 1
             tracer.step()
 
     def write(tracer: profile) -> None:
-        end = first + min(done, skipped + steps) - 1
-        if end < first + skipped:
+        if done <= skipped:
             return
-        path = folder / "profile" / f"steps-{first + skipped}-{end}.json.gz"
+        path = folder / "profile" / f"steps-{first + skipped}-{first + done - 1}.json.gz"
         temporary = path.with_name(f".tmp-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from gpt2_data import disk, tokenizer
 from gpt2_data.building import workers, workfolder
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import lay_out, shard_tasks
+from gpt2_data.building.cut_shards import lay_out, shard_tasks, write_shard
 from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
 from gpt2_data.building.plan import WORK, Plan, check_unchanged, make_plan, request_name
 from gpt2_data.building.tokenize_units import (
@@ -83,19 +82,12 @@ class _Run:
     backend: str
     progress: Progress
     started: float
+    request: str
     text_bytes: int = 0
 
     @functools.cached_property
     def plan(self) -> Plan:
         return make_plan(self.config)
-
-    @functools.cached_property
-    def request(self) -> str:
-        return request_name(self.config)
-
-    @property
-    def work(self) -> Path:
-        return self.config.out / WORK
 
     @functools.cached_property
     def tasks(self) -> list[UnitTask]:
@@ -105,20 +97,36 @@ class _Run:
         for unit in self.plan.units:
             hashed = tuple(path for path in unit.files if path in unhashed)
             unhashed.difference_update(hashed)
-            tasks.append(UnitTask(self.plan.name, unit, self.work, self.backend, hashed))
+            tasks.append(UnitTask(self.plan.name, unit, self.config.out / WORK, self.backend, hashed))
         return tasks
 
     def find_finished(self) -> Manifest | None:
         """Return the dataset, if it is built already; see workfolder.find_finished."""
         return workfolder.find_finished(self.config, self.request, lambda: self.plan)
 
-    def speed(self) -> float:
-        """Return the MB of text that were tokenized in a second."""
-        return round(self.text_bytes / 1e6 / (time.monotonic() - self.started), 3)
+    def result(self, manifest: Manifest | None, receipts: Sequence[Receipt], is_new: bool = True) -> BuildResult:
+        """Return what was built, or what a part did: the `receipts`."""
+        shards = () if manifest is None else manifest.shards
+        counts = workfolder.totals(receipts) if manifest is None else manifest.source
+        seconds = time.monotonic() - self.started
+        return BuildResult(
+            out=self.config.out,
+            tokens=sum(item.tokens for item in shards or receipts),
+            documents=counts["documents"],
+            shards=len(shards),
+            val_tokens=sum(shard.tokens for shard in shards if shard.split == "val"),
+            documents_empty=counts["documents_empty"],
+            documents_replaced=counts["documents_replaced"],
+            tokenizer=self.backend,
+            already_built=not is_new,
+            finished=manifest is not None,
+            seconds=round(seconds, 3),
+            text_mb_per_second=round(self.text_bytes / 1e6 / seconds, 3),
+        )
 
 
 def build(config: BuildConfig, progress: Progress = lambda status: None) -> BuildResult:
-    """Make the dataset that `config` describes from where an interrupted build was. A finished one stays as it is.
+    """Build the dataset that `config` describes, or resume its build. A finished dataset stays as it is.
 
     With more than one worker the calling script needs its `if __name__ == "__main__":`, for processes are spawned.
 
@@ -128,63 +136,53 @@ def build(config: BuildConfig, progress: Progress = lambda status: None) -> Buil
     Raises:
         ValueError, OSError: one line that says what to do.
     """
-    run = _Run(config, tokenizer.choose_backend(config.tokenizer), progress, time.monotonic())
     workfolder.check(config.out)
+    backend = tokenizer.choose_backend(config.tokenizer)
+    run = _Run(config, backend, progress, time.monotonic(), request_name(config))
     if (manifest := run.find_finished()) is not None:
-        return _result(run, manifest, already_built=True)
+        return run.result(manifest, [], is_new=False)
     if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
-        raise ValueError("there is no text in the source")
+        raise ValueError("the source contains no text")
     return _build_whole(run) if config.part is None else _build_part(run, *config.part)
 
 
 def _build_whole(run: _Run) -> BuildResult:
-    with workfolder.locked(run.config.out):
+    config, work = run.config, run.config.out / WORK
+    with workfolder.locked(config.out):
         if (manifest := run.find_finished()) is not None:  # by the build that held the lock before us
-            return _result(run, manifest, already_built=True)
-        workfolder.prepare(run.work, run.plan)
-        workfolder.check_space(run.plan, run.config)
+            return run.result(manifest, [], is_new=False)
+        workfolder.prepare(work, run.plan, alone=True)
+        workfolder.check_space(run.plan, config)
         receipts = _tokenize(run, run.tasks)
         check_unchanged(run.plan)
         if sum(receipt.tokens for receipt in receipts) == sum(receipt.documents for receipt in receipts):
-            shutil.rmtree(run.work)  # nothing but an EOT for each document
-            raise ValueError("there is no text in the source")
-        input_hashes = _input_hashes(run, receipts)
-        content = run.plan.content_hash(input_hashes)
-        shards = _write_shards(run, receipts, workfolder.shards_key(run.config, content))
-        source = workfolder.source_record(run.plan, input_hashes, content, receipts)
-        manifest = Manifest(tokenizer.identity(), source, workfolder.options(run.config), shards)
-        workfolder.append_history(
-            run.config,
-            {
-                "tokenizer": run.backend,
-                "request": run.request,
-                "seconds": round(time.monotonic() - run.started, 3),
-                "text_mb_per_second": run.speed(),
-                "dataset": manifest.hash,
-            },
-        )
-        with disk.write_whole(run.config.out / FILE_NAME, run.work) as file:
+            shutil.rmtree(work)  # nothing but an EOT for each document
+            raise ValueError("the source contains no text")
+        source = workfolder.source_record(run.plan, _input_hashes(run, receipts), receipts)
+        options = workfolder.options(config)
+        shards = _write_shards(run, receipts)
+        manifest = Manifest(tokenizer.identity(), source, options, shards)
+        result = run.result(manifest, receipts)
+        facts = {name: getattr(result, name) for name in ("tokenizer", "seconds", "text_mb_per_second")}
+        workfolder.append_history(config, facts | {"request": run.request, "dataset": manifest.hash})
+        with disk.write_whole(config.out / FILE_NAME, work) as file:
             file.write(manifest.to_bytes())
-        shutil.rmtree(run.work)
-        return _result(run, manifest)
+        shutil.rmtree(work)
+        return result
 
 
 def _build_part(run: _Run, number: int, count: int) -> BuildResult:
     """Do this part's share of the units; cut the shards if no part is still at work and nothing is missing."""
     with workfolder.shared(run.config.out, number, count):
-        workfolder.prepare_part(run.work, run.plan)
+        workfolder.prepare(run.config.out / WORK, run.plan, alone=False)
         workfolder.check_space(run.plan, run.config)
         share = run.tasks[len(run.tasks) * (number - 1) // count : len(run.tasks) * number // count]
         receipts = _tokenize(run, share)
     # The lock is let go before looking: of parts that end together, the last to let go sees all done.
-    if all(task.receipt_file.exists() for task in run.tasks):
+    if all(task.file("json").exists() for task in run.tasks):
         with contextlib.suppress(disk.Busy):  # another part looked, too, and cuts them
             return _build_whole(run)
-    totals = {
-        name: sum(getattr(receipt, name) for receipt in receipts)
-        for name in ("tokens", "documents", "documents_empty", "documents_replaced")
-    }
-    return _result(run, None, **totals)
+    return run.result(None, receipts)
 
 
 def _input_hashes(run: _Run, receipts: Sequence[Receipt]) -> list[str]:
@@ -200,84 +198,63 @@ def _input_hashes(run: _Run, receipts: Sequence[Receipt]) -> list[str]:
 
 def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
     """Return the receipts of all tasks in order; files are fetched meanwhile."""
-    total = sum(task.unit.text_bytes for task in tasks)
+    config, total = run.config, sum(task.unit.text_bytes for task in tasks)
     done = documents = tokens = 0
     run.progress(Status("tokenizing", 0, total))
-    with _Downloads(run.plan, run.config, [task for task in tasks if read_receipt(task) is None]) as downloads:
+    remote = {item.path: item.remote for item in run.plan.inputs if item.remote is not None}
+    waiting: dict[Path, set[int]] = {}  # a file to be fetched -> the units of it that are not tokenized
+    for task in tasks:
+        if task.unit.files[0] in remote and read_receipt(task, check_files=False) is None:
+            waiting.setdefault(Path(task.unit.files[0]), set()).add(task.unit.index)
+    # A file lies in the folder of its commit as in its repository.
+    fetched = [(remote[str(path)], Path(str(path).removesuffix(remote[str(path)].path))) for path in waiting]
+    ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
 
-        def note(task: UnitTask, result: tuple[Receipt, bool]) -> None:
-            nonlocal done, documents, tokens
-            receipt, is_new = result
-            done += task.unit.text_bytes
-            documents += receipt.documents
-            tokens += receipt.tokens
-            run.text_bytes += receipt.text_bytes * is_new
-            downloads.release(task)
-            run.progress(Status("tokenizing", done, total, documents, tokens))
+    def ready(task: UnitTask) -> bool:
+        path = Path(task.unit.files[0])
+        if task.unit.index not in waiting.get(path, ()) or downloader.ready(path):
+            return True
+        run.progress(Status("fetching", downloader.bytes_done, downloader.bytes_total, documents, tokens))
+        return False
 
-        def ready(task: UnitTask) -> bool:
-            if downloads.ready(task):
-                return True
-            run.progress(Status("fetching", *downloads.progress(), documents, tokens))
-            return False
+    def note(task: UnitTask, result: tuple[Receipt, bool]) -> None:
+        nonlocal done, documents, tokens
+        receipt, is_new = result
+        done += task.unit.text_bytes
+        documents += receipt.documents
+        tokens += receipt.tokens
+        run.text_bytes += receipt.text_bytes * is_new
+        path = Path(task.unit.files[0])
+        if task.unit.index in waiting.get(path, ()):
+            waiting[path].remove(task.unit.index)
+            if not waiting[path]:
+                downloader.release(path)
+        run.progress(Status("tokenizing", done, total, documents, tokens))
 
-        job = workers.Job(tokenize_unit, tokenize_carefully, document_at_work, note, ready)
+    job = workers.Job(tokenize_unit, tokenize_carefully, document_at_work, note, ready)
+    with Downloader(fetched, ahead, config.delete_downloads) as downloader:
         try:
-            if run.config.engine == "ray":
-                results = workers.run_on_ray(job, tasks, run.config.workers)
+            if config.engine == "ray":
+                results = workers.run_on_ray(job, tasks, config.workers)
             else:
-                results = workers.run(job, tasks, run.config.num_workers(total))
+                results = workers.run(job, tasks, config.num_workers(total))
         finally:
-            workfolder.remove_temporaries(run.work, [task.receipt_file.stem for task in tasks])
+            workfolder.remove_temporaries(config.out / WORK, [task.file("json").stem for task in tasks])
     return [receipt for receipt, _ in results]
-
-
-class _Downloads(contextlib.ExitStack):
-    """The files on the hub that the `wanted` units need, fetched in order in the background."""
-
-    def __init__(self, plan: Plan, config: BuildConfig, wanted: Iterable[UnitTask]) -> None:
-        super().__init__()
-        remote = {item.path: file for item, file in plan.remote}
-        self._wanted = {task.unit.index: task.unit.files[0] for task in wanted if task.unit.files[0] in remote}
-        self._uses = Counter(self._wanted.values())
-        # A file lies in the folder of its commit as in its repository.
-        files = [(file, Path(path.removesuffix(file.path))) for path, file in remote.items() if self._uses[path]]
-        ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
-        self._downloader = None
-        if files:
-            self._downloader = self.enter_context(Downloader(files, ahead, config.delete_downloads))
-
-    def ready(self, task: UnitTask) -> bool:
-        """True if the task's file is there, or is not needed. Raises the error that ended the fetching."""
-        path = self._wanted.get(task.unit.index)
-        return path is None or self._downloader is None or self._downloader.ready(Path(path))
-
-    def release(self, task: UnitTask) -> None:
-        """Note that the task is done; after the last task of a file the file may be deleted."""
-        path = self._wanted.get(task.unit.index)
-        if path is not None and self._downloader is not None:
-            self._uses[path] -= 1
-            if not self._uses[path]:
-                self._downloader.release(Path(path))
-
-    def progress(self) -> tuple[int, int]:
-        """Return the bytes on the disk, those of an earlier build counted, and the bytes of all files."""
-        assert self._downloader is not None
-        return self._downloader.bytes_done, self._downloader.bytes_total
 
 
 # --- phase B
 
 
-def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Shard, ...]:
+def _write_shards(run: _Run, receipts: Sequence[Receipt]) -> tuple[Shard, ...]:
     layout = lay_out(run.config, run.tasks, receipts)
-    cuts = shard_tasks(layout, run.config, run.work)
+    cuts = shard_tasks(layout, run.config)
     workfolder.remove_other_shards(run.config.out, [cut.file for cut in cuts])
     done = 0
     # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
     # to write. Twice as many as cores, since half of them wait for the disk.
     with ThreadPoolExecutor(2 * run.config.num_workers(2 * layout.num_tokens)) as pool:
-        futures = [pool.submit(workfolder.make_shard, cut, key) for cut in cuts]
+        futures = [pool.submit(write_shard, cut) for cut in cuts]
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 done += future.result().tokens
@@ -288,25 +265,3 @@ def _write_shards(run: _Run, receipts: Sequence[Receipt], key: str) -> tuple[Sha
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return tuple(future.result() for future in futures)
-
-
-def _result(run: _Run, manifest: Manifest | None, *, already_built: bool = False, **facts: int) -> BuildResult:
-    """Return what was built, or the `facts` of a part."""
-    if manifest is not None:
-        facts = {
-            "tokens": manifest.tokens("train") + manifest.tokens("val"),
-            "documents": manifest.documents("train") + manifest.documents("val"),
-            "documents_empty": manifest.source["documents_empty"],
-            "documents_replaced": manifest.source["documents_replaced"],
-        }
-    return BuildResult(
-        out=run.config.out,
-        shards=0 if manifest is None else len(manifest.shards),
-        val_tokens=0 if manifest is None else manifest.tokens("val"),
-        tokenizer=run.backend,
-        already_built=already_built,
-        finished=manifest is not None,
-        seconds=round(time.monotonic() - run.started, 3),
-        text_mb_per_second=run.speed(),
-        **facts,
-    )

@@ -70,7 +70,7 @@ class BuildConfig:
         if self.order is None:
             object.__setattr__(self, "order", "shuffled" if self.compat is None else "source")
         if not self.sources:
-            raise ValueError(f"no source given: known are {KNOWN}")
+            raise ValueError(f"no source given: choose from {KNOWN}")
         if not 0 < self.shard_size <= MAX_SHARD_TOKENS:
             raise ValueError(f"shard_size is {self.shard_size:,} tokens, must be 1 to {MAX_SHARD_TOKENS:,}")
         for name, least in ("val_tokens", 0), ("workers", 1), ("limit_docs", 1):
@@ -84,7 +84,7 @@ class BuildConfig:
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
         if self.part is not None and self.engine != "local":
-            raise ValueError(f"part and engine {self.engine}: each is a way to use many machines, choose one")
+            raise ValueError(f"part and engine {self.engine}: both spread the work over machines, choose one")
         if self.compat is not None and (self.val_tokens is not None or self.order != "source"):
             raise ValueError(f"compat {self.compat} decides val_tokens and order: leave them out")
 

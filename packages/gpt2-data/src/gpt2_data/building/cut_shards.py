@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gpt2_data import order
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.tokenize_units import Receipt, UnitTask
+from gpt2_data.formats import arrow
 from gpt2_data.formats.manifest import Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import OFFSET, TokenFile, TokenFiles
 
@@ -50,12 +51,10 @@ class ShardTask:
 
     layout: Layout
     folder: Path
-    work: Path
     split: str
     file: str
     start: int
     stop: int
-    format: str
 
 
 def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[Receipt]) -> Layout:
@@ -68,7 +67,7 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
     work = tasks[0].work
     source, positions, starts = work / "source.u64", work / "positions.u64", work / "starts.u64"
     with source.open("wb") as file:
-        num_documents = _write_sums(file, (np.fromfile(task.lengths_file, OFFSET) for task in tasks))
+        num_documents = _write_sums(file, (np.fromfile(task.file("u64"), OFFSET) for task in tasks))
     begins = _map(source)
     seed = config.seed if config.order == "shuffled" else None
     if seed is None:
@@ -91,9 +90,13 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
         if wanted is None and val > total // 2:  # a first document that is most of the source, or all of it
             val = 0
     if val >= total:
-        raise ValueError(_nothing_left(sums, wanted or 0))
+        proposal = total // 20 if int(np.searchsorted(sums, total // 20)) < num_documents else 0
+        raise ValueError(
+            f"nothing is left for training: the source has {total:,} tokens in {num_documents:,} documents and "
+            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents"
+        )
     units = tuple(
-        TokenFile(task.tokens_file, receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)
+        TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)
     )
     return Layout(units, positions, starts, num_documents, total, val, seed)
 
@@ -119,32 +122,13 @@ def _map(path: Path) -> NDArray[np.uint64]:
     return np.memmap(path, OFFSET, "r")
 
 
-def _nothing_left(sums: NDArray[np.uint64], val_tokens: int) -> str:
-    documents, tokens = len(sums) - 1, int(sums[-1])
-    proposal = tokens // 20
-    if proposal > 0:
-        proposal = round(proposal, 2 - len(str(proposal)))  # two digits are enough to type
-    if documents > 1 and int(np.searchsorted(sums, proposal)) >= documents:
-        proposal = 0
-    advice = f"try --val-tokens {proposal}"
-    if documents == 1:
-        advice = (
-            "a document is not split, so write the text as several documents (files, or lines of JSON), or cut it "
-            f"anywhere with --compat build-nanogpt --shard-size {max(proposal, 1)}, or do without: --val-tokens 0"
-        )
-    return (
-        f"nothing is left for training: the source has {tokens:,} tokens in {documents:,} documents and "
-        f"{val_tokens:,} are wanted for validation: {advice}"
-    )
-
-
-def shard_tasks(layout: Layout, config: BuildConfig, work: Path) -> list[ShardTask]:
+def shard_tasks(layout: Layout, config: BuildConfig) -> list[ShardTask]:
     """Cut the shards: validation's first, numbered as one series. A document may continue in the next shard."""
     tasks: list[ShardTask] = []
     for split, first, last in ("val", 0, layout.val_tokens), ("train", layout.val_tokens, layout.num_tokens):
         for start in range(first, last, config.shard_size):
             file, stop = shard_name(split, len(tasks), config.format), min(start + config.shard_size, last)
-            tasks.append(ShardTask(layout, config.out, work, split, file, start, stop, config.format))
+            tasks.append(ShardTask(layout, config.out, split, file, start, stop))
     return tasks
 
 
@@ -161,12 +145,12 @@ def write_shard(task: ShardTask) -> Shard:
     starts = sums[begin:end].astype(np.int64) - task.start
     tokens = _tokens(task, sums)
     ids = None
-    if task.format == "arrow":
+    if task.file.endswith(arrow.ENDING):
         continues = int(begin == end or starts[0] > 0)  # the first row is the rest of the document before
         numbers = np.arange(begin - continues, end)
         ids = document_ids(numbers, layout.num_documents, layout.seed)
-    path = task.folder / task.file
-    return write_documents(path, task.work, task.split, num_tokens, tokens, starts, ids)
+    work = layout.positions.parent
+    return write_documents(task.folder / task.file, work, task.split, num_tokens, tokens, starts, ids)
 
 
 def _tokens(task: ShardTask, sums: NDArray[np.uint64]) -> Iterator[NDArray[np.uint16]]:

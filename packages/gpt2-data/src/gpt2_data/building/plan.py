@@ -7,6 +7,7 @@ the bytes of a build the same everywhere and lets a restart use the units that a
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs, remote, streaming
+from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.hub import HubSource, Listing
 from gpt2_data.sources.web import WebFile
@@ -32,23 +33,21 @@ _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
 
 @dataclass(frozen=True)
 class Input:
-    """A file (or pydocs, or a stream) that documents come from.
-
-    Attributes:
-        path: where it is, or will be once it is fetched from the hub; for a stream its Listing as JSON.
-        name: without its folder: a dataset is the same wherever its sources lay.
-        sha256: if it is known without reading the file.
-        row_groups: of Parquet on the hub: (rows, bytes of text).
-    """
+    """A file (or pydocs, or a stream) that documents come from."""
 
     kind: str
-    path: str
-    name: str
+    path: str  # where it is, or will be once it is fetched from the hub; for a stream its Listing as JSON
+    name: str  # without its folder: a dataset is the same wherever its sources lay
     bytes: int
     mtime_ns: int = 0
-    sha256: str | None = None
+    sha256: str | None = None  # if it is known without reading the file
     remote: WebFile | None = None
-    row_groups: tuple[tuple[int, int], ...] = ()
+    row_groups: tuple[tuple[int, int], ...] = ()  # of Parquet on the hub: (rows, bytes of text)
+
+    @property
+    def known(self) -> list[object]:
+        """What it is known by without reading it: a local file by its size and time."""
+        return [self.kind, self.name, self.bytes, self.sha256 or self.mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -69,29 +68,25 @@ class Plan:
         """The number of bytes of text, roughly."""
         return sum(unit.text_bytes for unit in self.units)
 
-    @property
-    def remote(self) -> list[tuple[Input, WebFile]]:
-        """The inputs that have to be fetched."""
-        return [(item, item.remote) for item in self.inputs if item.remote is not None]
-
     @functools.cached_property
     def name(self) -> str:
-        """The name of this plan in the work folder; local files are known by their sizes and times."""
-        known = [[item.kind, item.name, item.bytes, item.sha256 or item.mtime_ns] for item in self.inputs]
-        return json_sha256({"inputs": known} | self._spec())
+        """The name of this plan in the work folder."""
+        return self._hash([item.known for item in self.inputs])
 
     def content_hash(self, hashes: list[str]) -> str:
         """Return a name that is equal exactly if all units' tokens are. `hashes` are the inputs' SHA-256."""
-        known = [[item.kind, sha256] for item, sha256 in zip(self.inputs, hashes, strict=True)]
-        return json_sha256({"inputs": known} | self._spec())
+        return self._hash([[item.kind, sha256] for item, sha256 in zip(self.inputs, hashes, strict=True)])
 
-    def _spec(self) -> dict[str, object]:
-        return {
-            "plan_version": PLAN_VERSION,
-            "tokenizer": tokenizer.identity(),
-            "units": [[unit.kind, len(unit.files), unit.start, unit.stop, unit.limit] for unit in self.units],
-            "columns": sorted({unit.column for unit in self.units}),
-        }
+    def _hash(self, inputs: list[list[Any]]) -> str:
+        return json_sha256(
+            {
+                "inputs": inputs,
+                "plan_version": PLAN_VERSION,
+                "tokenizer": tokenizer.identity(),
+                "units": [[unit.kind, len(unit.files), unit.start, unit.stop, unit.limit] for unit in self.units],
+                "columns": sorted({unit.column for unit in self.units}),
+            }
+        )
 
 
 def json_sha256(content: object) -> str:
@@ -103,19 +98,20 @@ def make_plan(config: BuildConfig) -> Plan:
     """Cut the source into units. Opens every file, reads none to its end but for --limit-docs. Writes nothing.
 
     Raises:
-        ValueError: a source that is none, is named twice or cannot be read.
+        ValueError: a source is unknown, is named twice or cannot be read.
         OSError: a file that cannot be read, a hub that does not answer.
     """
     inputs: list[Input] = []
     pins: dict[str, dict[str, Any]] = {}
     for source in config.sources:
-        wanted = hub.parse(source)
-        if wanted is None:
-            inputs += [local_input(kind, path) for kind, path in catalog.expand(source)]
-        else:
-            name, pins[name], listing = _pin(config, source, wanted)
-            inputs += _hub_inputs(config, source, listing, pins[name]["row_groups"])
-    _check_different(inputs)
+        on_hub = hub.parse(source)
+        inputs += local_inputs(source) if on_hub is None else _hub_inputs(config, source, on_hub, pins)
+    seen: set[str] = set()
+    for item in inputs:
+        real = item.path if item.kind == "stream" else os.path.realpath(item.path)
+        if real in seen:
+            raise ValueError(f"{item.name} is named twice: the dataset would contain its documents twice")
+        seen.add(real)
     units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
     if config.limit_docs is not None:
         units = list(_limited(units, config.limit_docs))
@@ -128,26 +124,17 @@ def request_name(config: BuildConfig) -> str:
     """Return a name of what is asked for: files by name, size and time; sources on the hub by name alone."""
     sources: list[object] = []
     for source in config.sources:
-        if hub.parse(source) is not None:
-            sources.append(source)
-            continue
-        for kind, path in catalog.expand(source):
-            item = local_input(kind, path)
-            sources.append([kind, item.name, item.bytes, item.sha256 or item.mtime_ns])
+        on_hub = hub.parse(source) is not None
+        sources += [source] if on_hub else [item.known for item in local_inputs(source)]
     return json_sha256(sources)
 
 
-def _check_different(inputs: Sequence[Input]) -> None:
-    seen: set[str] = set()
-    for item in inputs:
-        real = item.path if item.kind == "stream" else os.path.realpath(item.path)
-        if real in seen:
-            raise ValueError(f"{item.name} is named twice: its documents would stand twice in the dataset")
-        seen.add(real)
+def local_inputs(source: str) -> list[Input]:
+    """Return a source's files as they are on the disk now."""
+    return [_local_input(kind, path) for kind, path in catalog.expand(source)]
 
 
-def local_input(kind: str, path: str) -> Input:
-    """Return an input as it is on the disk now."""
+def _local_input(kind: str, path: str) -> Input:
     if kind == "pydocs":
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
@@ -160,27 +147,25 @@ def local_input(kind: str, path: str) -> Input:
 def check_unchanged(plan: Plan) -> None:
     """Raise ValueError if a file was touched since the plan was made."""
     for item in plan.inputs:
-        if item.remote is None and item.kind != "stream" and local_input(item.kind, item.path) != item:
+        if item.remote is None and item.kind != "stream" and _local_input(item.kind, item.path) != item:
             raise ValueError(f"{item.path} was changed during the build: run the same command again")
 
 
 # --- sources on the hub
 
 
-def _pin(config: BuildConfig, source: str, wanted: HubSource) -> tuple[str, dict[str, Any], Listing]:
-    """Return the pin's file name, the pin and its listing: an interrupted build's, or the hub's of today."""
+def _hub_inputs(
+    config: BuildConfig, source: str, on_hub: HubSource, pins: dict[str, dict[str, Any]]
+) -> Iterator[Input]:
+    """Yield a source's files, at the commit of an interrupted build or else of today, and note them in `pins`."""
     name = f"hub-{hashlib.sha256(f'{source} {config.column}'.encode()).hexdigest()[:16]}.json"
     try:
         pin = json.loads((config.out / WORK / name).read_bytes())
-        return name, {key: pin[key] for key in ("listing", "row_groups")}, Listing.from_json(pin["listing"])
+        listing, row_groups = Listing.from_json(pin["listing"]), pin["row_groups"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    listing = hub.list_files(wanted)
-    row_groups = [remote.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
-    return name, {"listing": listing.to_json(), "row_groups": row_groups}, listing
-
-
-def _hub_inputs(config: BuildConfig, source: str, listing: Listing, row_groups: list[Any]) -> Iterator[Input]:
+        listing = hub.list_files(on_hub)
+        row_groups = [hub.row_groups(file, config.column) for file in listing.files] if listing.parquet else []
+    pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)
         yield Input("stream", text, source, listing.size, sha256=hashlib.sha256(text.encode()).hexdigest())
@@ -204,88 +189,82 @@ def downloads(config: BuildConfig) -> Path:
 
 
 def _cut(inputs: Sequence[Input], column: str) -> Iterator[Unit]:
-    texts: list[Input] = []
-    for item in inputs:
-        if texts and (item.kind != "txt" or text_bytes(texts) >= UNIT_BYTES or len(texts) >= UNIT_FILES):
-            yield _txt_unit(texts)
-            texts = []
-        if item.kind == "txt":
-            texts.append(item)
-        elif item.kind == "parquet":
-            groups = item.row_groups or files.row_groups(item.path, column)
-            sizes, rows = [size for _, size in groups], [rows for rows, _ in groups]
-            yield from _cut_range(item, sizes, rows, UNIT_BYTES, column)
-        elif item.kind == "jsonl":
-            yield from _cut_jsonl(item, column)
-        elif item.kind == "pydocs":
-            lengths = [len(text) for _, text in pydocs.documents()]
-            yield from _cut_range(item, lengths, [1] * len(lengths), PYDOCS_UNIT_BYTES, column)
-        elif item.kind == "stream":
-            count = streaming.num_shards(Listing.from_json(json.loads(item.path)))
-            for i in range(count):
-                yield Unit(0, "stream", (item.path,), i, text_bytes=item.bytes // count, column=column)
-        else:
-            yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)
-    if texts:
-        yield _txt_unit(texts)
+    """Yield the units, not numbered yet."""
+    for kind, items in itertools.groupby(inputs, lambda item: item.kind):
+        if kind != "txt":
+            for item in items:
+                yield from _cut_file(item, Unit(0, kind, (item.path,), column=column))
+            continue
+        texts = list(items)  # many small files make a unit
+        sizes = [_text_bytes(item) for item in texts]
+        for start, stop in _ranges(sizes, UNIT_BYTES, UNIT_FILES):
+            paths = tuple(item.path for item in texts[start:stop])
+            yield Unit(0, "txt", paths, documents=len(paths), text_bytes=sum(sizes[start:stop]))
 
 
-def _txt_unit(texts: list[Input]) -> Unit:
-    paths = tuple(item.path for item in texts)
-    return Unit(0, "txt", paths, documents=len(paths), text_bytes=text_bytes(texts))
+def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
+    unit_bytes = UNIT_BYTES
+    if item.kind == "parquet":
+        documents = item.row_groups or files.row_groups(item.path, whole.column)
+    elif item.kind == "pydocs":
+        documents, unit_bytes = [(1, len(text)) for _, text in pydocs.documents()], PYDOCS_UNIT_BYTES
+    elif item.kind == "jsonl":
+        yield from _cut_lines(item, whole)
+        return
+    elif item.kind == "stream":
+        count = streaming.num_shards(Listing.from_json(json.loads(item.path)))
+        for i in range(count):
+            yield dataclasses.replace(whole, start=i, text_bytes=item.bytes // count)
+        return
+    else:
+        yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)
+        return
+    for start, stop in _ranges([size for _, size in documents], unit_bytes):
+        count, size = (sum(numbers) for numbers in zip(*documents[start:stop], strict=True))
+        yield dataclasses.replace(whole, start=start, stop=stop, documents=count, text_bytes=size)
 
 
-def text_bytes(items: list[Input]) -> int:
-    """Return about how many bytes of text there are in text files."""
-    return sum(item.bytes * (_COMPRESSION if files.is_compressed(item.path) else 1) for item in items)
-
-
-def _cut_range(
-    item: Input, sizes: Sequence[int], documents: Sequence[int], unit_bytes: int, column: str
-) -> Iterator[Unit]:
-    """Yield units of consecutive row groups or documents, each of as few as reach `unit_bytes`."""
+def _ranges(sizes: Sequence[int], unit_bytes: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of neighbours, as few as reach `unit_bytes` and no more than `most`."""
     start = total = 0
-    for i, size in enumerate(sizes, 1):
+    for stop, size in enumerate(sizes, 1):
         total += size
-        if total >= unit_bytes or i == len(sizes):
-            count = sum(documents[start:i])
-            yield Unit(0, item.kind, (item.path,), start, i, None, count, total, column)
-            start, total = i, 0
+        if total >= unit_bytes or stop - start == most or stop == len(sizes):
+            yield start, stop
+            start, total = stop, 0
 
 
-def _cut_jsonl(item: Input, column: str) -> Iterator[Unit]:
+def _text_bytes(item: Input) -> int:
+    return item.bytes * (_COMPRESSION if files.is_compressed(item.path) else 1)
+
+
+def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
     """Yield byte ranges that begin at line starts, or all of a compressed file, which is read from its start."""
     if files.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
-        yield Unit(0, "jsonl", (item.path,), text_bytes=text_bytes([item]), column=column)
+        yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
         return
     with open(item.path, "rb") as file:
         start = 0
         while start < item.bytes:
             file.seek(min(start + UNIT_BYTES, item.bytes))
             stop = files.next_line(file)
-            yield Unit(0, "jsonl", (item.path,), start, stop, text_bytes=stop - start, column=column)
+            yield dataclasses.replace(whole, start=start, stop=stop, text_bytes=stop - start)
             start = stop
 
 
 def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
     """Yield the units that hold the first `limit` documents, the last of them cut short."""
     for unit in units:
-        # Documents that no one counted are counted only just past the limit.
-        count = unit.documents if unit.documents is not None else _count(unit, limit + 1)
+        count = unit.documents
+        if count is None:  # nobody has counted them: do so only just past the limit
+            count = sum(batch.documents for batch in catalog.read(dataclasses.replace(unit, limit=limit + 1)))
         if count > limit:
-            share = int(unit.text_bytes * limit / count)
-            unit = dataclasses.replace(unit, documents=limit, text_bytes=share)
+            text = unit.text_bytes * limit // count
             if unit.kind == "txt":
-                unit = dataclasses.replace(unit, files=unit.files[:limit])
+                unit = dataclasses.replace(unit, documents=limit, text_bytes=text, files=unit.files[:limit])
             else:
-                unit = dataclasses.replace(unit, limit=limit)
+                unit = dataclasses.replace(unit, documents=limit, text_bytes=text, limit=limit)
         yield unit
         limit -= count
         if limit <= 0:
             return
-
-
-def _count(unit: Unit, limit: int) -> int:
-    if unit.kind == "jsonl":
-        return files.count_lines(unit.files[0], unit.start, unit.stop, limit)
-    return sum(batch.documents for batch in catalog.read(dataclasses.replace(unit, limit=limit)))

@@ -58,25 +58,14 @@ class UnitTask:
     backend: str
     hashed: tuple[str, ...] = ()
 
-    @property
-    def tokens_file(self) -> Path:
-        """The file of its tokens, EOT in front of each document: uint16 and nothing else."""
-        return self.work / f"unit-{self.unit.index:05d}.u16"
+    def file(self, ending: str) -> Path:
+        """Return one of its files.
 
-    @property
-    def lengths_file(self) -> Path:
-        """The file of its documents' lengths in tokens: u64 and nothing else."""
-        return self.work / f"unit-{self.unit.index:05d}.u64"
-
-    @property
-    def receipt_file(self) -> Path:
-        """The file of its receipt, which is written when those two are whole."""
-        return self.work / f"unit-{self.unit.index:05d}.json"
-
-    @property
-    def position_file(self) -> Path:
-        """The file of the number of the document at work, while the unit is tokenized carefully."""
-        return self.work / f"unit-{self.unit.index:05d}.at"
+        `u16`: the tokens, EOT in front of each document, as uint16 and nothing else. `u64`: the documents' lengths
+        in tokens. `json`: the receipt, written when those two are whole. `at`: the number of the document at work,
+        while the unit is tokenized carefully.
+        """
+        return self.work / f"unit-{self.unit.index:05d}.{ending}"
 
 
 def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
@@ -86,22 +75,15 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         careful: take one document at a time and note its number in the position file first, so that a document
             which kills this process can be named.
     """
-    if (receipt := valid_receipt(task)) is not None:
+    if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
     hashes = [sha256(Path(path)) for path in task.hashed]
-    tokens_crc = lengths_crc = num_tokens = 0
+    num_tokens = 0
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
     counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
-
-    def write_lengths() -> None:
-        nonlocal lengths_crc
-        data = pending.astype(OFFSET, copy=False).data
-        lengths_file.write(data)
-        lengths_crc = zlib.crc32(data, lengths_crc)
-
     with (
-        write_whole(task.tokens_file, durable=False) as tokens_file,
-        write_whole(task.lengths_file, durable=False) as lengths_file,
+        write_whole(task.file("u16"), durable=False) as tokens_file,
+        write_whole(task.file("u64"), durable=False) as lengths_file,
     ):
         for batch in _noted(task) if careful else catalog.read(task.unit):
             tokens, lengths = _encode(task, batch, counts["documents"])
@@ -109,29 +91,27 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 tokens = tokens[1:]
                 pending[-1] += len(tokens)
             else:
-                write_lengths()
+                lengths_file.write(pending.astype(OFFSET, copy=False).data)
                 pending = lengths
-            data = tokens.astype(TOKEN, copy=False).data
-            tokens_file.write(data)
-            tokens_crc = zlib.crc32(data, tokens_crc)
+            tokens_file.write(tokens.astype(TOKEN, copy=False).data)
             num_tokens += len(tokens)
             counts["documents"] += batch.documents
             counts["documents_empty"] += batch.empty
             counts["documents_replaced"] += len(batch.replaced)
             counts["text_bytes"] += batch.text_bytes
-        write_lengths()
+        lengths_file.write(pending.astype(OFFSET, copy=False).data)
     receipt = Receipt(
         plan=task.plan,
         unit=task.unit.index,
         tokens=num_tokens,
-        tokens_crc32=tokens_crc,
-        lengths_crc32=lengths_crc,
+        tokens_crc32=_crc32(task.file("u16")),
+        lengths_crc32=_crc32(task.file("u64")),
         sha256=hashes,
         **counts,
     )
-    with write_whole(task.receipt_file, durable=False) as file:
+    with write_whole(task.file("json"), durable=False) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
-    task.position_file.unlink(missing_ok=True)
+    task.file("at").unlink(missing_ok=True)
     return receipt, True
 
 
@@ -151,7 +131,7 @@ def _encode(task: UnitTask, batch: Batch, first: int) -> tuple[NDArray[np.uint16
 def _noted(task: UnitTask) -> Iterator[Batch]:
     """Yield the unit's documents one by one; their numbers stand in the position file before."""
     number = 0
-    with task.position_file.open("wb", buffering=0) as file:
+    with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
             if batch.continues:
                 yield batch
@@ -165,31 +145,22 @@ def _noted(task: UnitTask) -> Iterator[Batch]:
 def document_at_work(task: UnitTask) -> str:
     """Name the document at which a process died, for a message; the unit if nothing is known."""
     try:
-        number = int(task.position_file.read_bytes())
+        number = int(task.file("at").read_bytes())
     except (OSError, ValueError):
         return task.unit.name
     return catalog.document_name(task.unit, number)
 
 
-def read_receipt(task: UnitTask) -> Receipt | None:
-    """Return the receipt of this very unit, if there is one; its files are not looked at."""
+def read_receipt(task: UnitTask, check_files: bool) -> Receipt | None:
+    """Return the receipt of this very unit, if there is one, and if its files are whole by their hashes."""
     try:
-        receipt = Receipt(**json.loads(task.receipt_file.read_bytes()))
+        receipt = Receipt(**json.loads(task.file("json").read_bytes()))
+        hashes = receipt.tokens_crc32, receipt.lengths_crc32
+        whole = not check_files or hashes == (_crc32(task.file("u16")), _crc32(task.file("u64")))
     except (OSError, ValueError, TypeError):
         return None
     same = (receipt.plan, receipt.unit, len(receipt.sha256)) == (task.plan, task.unit.index, len(task.hashed))
-    return receipt if same else None
-
-
-def valid_receipt(task: UnitTask) -> Receipt | None:
-    """Return the receipt of this very unit, if its files are whole by their hashes."""
-    receipt = read_receipt(task)
-    try:
-        if receipt is not None and _crc32(task.tokens_file) == receipt.tokens_crc32:
-            return receipt if _crc32(task.lengths_file) == receipt.lengths_crc32 else None
-    except OSError:
-        pass
-    return None
+    return receipt if same and whole else None
 
 
 def _crc32(path: Path) -> int:

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ class Job(Generic[T, R]):
     def killed_twice(self, task: T) -> OSError:
         """Return the error of a task that kills whoever works on it."""
         return OSError(
-            f"{self.blame(task)}: the process at work on it died twice, as if killed for its memory or crashed: "
-            "mend or remove it, or try --workers 1"
+            f"{self.blame(task)}: the process that worked on it died twice (out of memory, or a crash): "
+            "fix or remove it, or try --workers 1"
         )
 
 
@@ -69,16 +69,19 @@ def run(job: Job[T, R], tasks: Sequence[T], workers: int) -> list[R]:
         job.done(tasks[i], result)
 
     waiting = list(range(len(tasks)))
-    if workers == 1 or len(tasks) <= 1:
+    if workers == 1 or len(tasks) <= 1:  # here
         for i, task in enumerate(tasks):
             while not job.ready(task):
                 time.sleep(_LOOKS_EVERY)
             finish(i, job.function(task))
         waiting = []
     while waiting:
-        suspects = _run_pool(job, tasks, waiting, min(workers, len(waiting)), finish)
-        for i in suspects:  # which of them killed the worker is not known
-            finish(i, _run_alone(job, tasks[i]))
+        for i in _run_pool(job, tasks, waiting, min(workers, len(waiting)), finish):
+            with _pool(1) as pool:
+                try:
+                    finish(i, pool.submit(job.again, tasks[i]).result())
+                except BrokenProcessPool:
+                    raise job.killed_twice(tasks[i]) from None
     return [results[i] for i in range(len(tasks))]
 
 
@@ -87,53 +90,40 @@ def _run_pool(
 ) -> list[int]:
     """Take tasks off `waiting` until it is empty or a worker dies; return the tasks that were running then."""
     running: dict[Future[R], int] = {}
-    pool = _pool(workers)
+    with _pool(workers) as pool:
+        try:
+            while waiting or running:
+                # No more than run at a time, so that few are suspects if a worker dies.
+                while len(running) < workers and (i := job.take_ready(tasks, waiting)) is not None:
+                    try:
+                        running[pool.submit(job.function, tasks[i])] = i
+                    except BrokenProcessPool:
+                        waiting.insert(0, i)
+                        raise
+                if not running:
+                    time.sleep(_LOOKS_EVERY)
+                idle = bool(waiting) and len(running) < workers
+                for future in wait(running, _LOOKS_EVERY if idle else None, FIRST_COMPLETED).done:
+                    result = future.result()
+                    finish(running.pop(future), result)
+        except BrokenProcessPool:
+            pool.shutdown(wait=True)
+    return sorted(running.values())
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Start processes; they are ended with the block, without waiting for work that nobody wants."""
+    # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        while waiting or running:
-            # No more than run at a time, so that few are suspects if a worker dies.
-            while len(running) < workers and (i := job.take_ready(tasks, waiting)) is not None:
-                try:
-                    running[pool.submit(job.function, tasks[i])] = i
-                except BrokenProcessPool:
-                    waiting.insert(0, i)
-                    raise
-            if not running:
-                time.sleep(_LOOKS_EVERY)
-            idle = bool(waiting) and len(running) < workers
-            for future in wait(running, _LOOKS_EVERY if idle else None, FIRST_COMPLETED).done:
-                result = future.result()
-                finish(running.pop(future), result)
-    except BrokenProcessPool:
-        pool.shutdown(wait=True)
-        return sorted(running.values())
+        yield pool
     except BaseException:
-        _terminate(pool)
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()  # Python before 3.14 has no public way to say so
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown(wait=False)  # the workers' end takes 0.2 s, in which the shards are begun
-    return []
-
-
-def _run_alone(job: Job[T, R], task: T) -> R:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(job.again, task).result()
-        except BrokenProcessPool:
-            raise job.killed_twice(task) from None
-        except BaseException:
-            _terminate(pool)
-            raise
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
-def _terminate(pool: ProcessPoolExecutor) -> None:
-    """Do not wait for work that nobody wants. Python before 3.14 has no public way to say so."""
-    for process in list((getattr(pool, "_processes", None) or {}).values()):
-        process.terminate()
 
 
 def _start_worker() -> None:

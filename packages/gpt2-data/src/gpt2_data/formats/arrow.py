@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data.formats import uint16
+from gpt2_data.formats.uint16 import Numbers, TokenFile
 
 ENDING = ".arrow"
 _ALIGN = 64
+_ID, _ROW = np.dtype("<i8"), np.dtype("<i4")
 _END_OF_STREAM = struct.pack("<2I", 0xFFFFFFFF, 0)
 
 # Two messages of Arrow's stream format, FlatBuffers of Message.fbs and Schema.fbs. The schema is the same in every
@@ -37,12 +39,10 @@ _SCHEMA = bytes.fromhex(
     "00000000"
 )
 _BATCH = struct.Struct("<32s q 24s q 16s 6q 8s 12q 32x")
-_BATCH_PARTS = (
-    bytes.fromhex("ffffffff0801000014000000000000000c001300100012000c0004000c000000"),
-    bytes.fromhex("140000000400030000000a00140004000c0010000a000000"),
-    bytes.fromhex("0c000000400000000000000003000000"),
-    bytes.fromhex("0000000006000000"),
-)
+_TO_BODY_BYTES = bytes.fromhex("ffffffff0801000014000000000000000c001300100012000c0004000c000000")
+_TO_ROWS = bytes.fromhex("140000000400030000000a00140004000c0010000a000000")
+_TO_NODES = bytes.fromhex("0c000000400000000000000003000000")
+_TO_BUFFERS = bytes.fromhex("0000000006000000")
 
 
 def header(num_tokens: int, num_rows: int) -> bytes:
@@ -52,8 +52,9 @@ def header(num_tokens: int, num_rows: int) -> bytes:
     nodes = num_rows, 0, num_rows, 0, num_tokens, 0  # length and nulls of id, of tokens and of tokens' items
     buffers = 0, 0, 0, ids[1], offsets[0], 0, *offsets, tokens[0], 0, *tokens  # position and length; no validity
     body_bytes = _up(sum(tokens), 8)
-    start, to_batch, to_nodes, to_buffers = _BATCH_PARTS
-    return _SCHEMA + _BATCH.pack(start, body_bytes, to_batch, num_rows, to_nodes, *nodes, to_buffers, *buffers)
+    return _SCHEMA + _BATCH.pack(
+        _TO_BODY_BYTES, body_bytes, _TO_ROWS, num_rows, _TO_NODES, *nodes, _TO_BUFFERS, *buffers
+    )
 
 
 def token_start(num_tokens: int, num_rows: int) -> int:
@@ -80,9 +81,9 @@ def write_shard(
     rows = len(starts)
     assert starts[0] == 0
     assert len(ids) == rows
-    head = header(num_tokens, rows)
-    offsets = np.append(starts, num_tokens).astype("<i4").tobytes()
-    front = head + _padded(ids.astype("<i8").tobytes(), _ALIGN) + _padded(offsets, _ALIGN)
+    front = header(num_tokens, rows)
+    for numbers in ids.astype(_ID), np.append(starts, num_tokens).astype(_ROW):
+        front += numbers.tobytes().ljust(_up(numbers.nbytes, _ALIGN), b"\0")
     trailer = bytes(_up(2 * num_tokens, 8) - 2 * num_tokens) + _END_OF_STREAM
     written = uint16.write(file, front, chunks, trailer)
     assert written.bytes == shard_bytes(num_tokens, rows), (written.bytes, num_tokens, rows)
@@ -91,38 +92,21 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ArrowShard:
-    """A shard that has the size and the header of its counts."""
+    """A shard that has the size and the header of its counts.
 
-    file: uint16.TokenFile
-    rows: int
+    Attributes:
+        rows: where each row begins, in tokens. The first may continue the last document of the shard before.
+        documents: of `rows`, those at which a document begins.
+    """
 
-    def row_starts(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Return where rows [start, stop) begin, in tokens."""
-        place = self._rows_at() + _parts(self.file.tokens, self.rows)[1][0]
-        return self._read(place, "<i4", start, self.rows if stop is None else stop)
-
-    def ids(self) -> NDArray[np.int64]:
-        """Return the id of each row."""
-        return self._read(self._rows_at(), "<i8", 0, self.rows)
-
-    def _rows_at(self) -> int:
-        return self.file.start - _parts(self.file.tokens, self.rows)[2][0]
-
-    def _read(self, place: int, kind: str, start: int, stop: int) -> NDArray[np.int64]:
-        dtype = np.dtype(kind)
-        with self.file.path.open("rb") as file:
-            file.seek(place + dtype.itemsize * start)
-            data = file.read(dtype.itemsize * (stop - start))
-        if len(data) != dtype.itemsize * (stop - start):
-            raise ValueError(f"{self.file.path}: cut short while it was read")
-        return np.frombuffer(data, dtype).astype(np.int64)
+    file: TokenFile
+    rows: Numbers
+    documents: Numbers
+    ids: Numbers
 
 
 def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
-    """Open a shard of that many tokens, with that many documents that start in it.
-
-    The first row may continue a document of the shard before. Raises ValueError or OSError, naming the file.
-    """
+    """Open a shard of so many tokens and of documents that start in it. Raises ValueError or OSError."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for rows in num_documents, num_documents + 1:
@@ -131,16 +115,17 @@ def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
             file.seek(0)
             wanted = header(num_tokens, rows)
             if file.read(len(wanted)) == wanted:
-                start = token_start(num_tokens, rows)
-                return ArrowShard(uint16.TokenFile(path, num_tokens, start), rows)
+                ids, offsets, tokens = (len(wanted) + start for start, _ in _parts(num_tokens, rows))
+                return ArrowShard(
+                    TokenFile(path, num_tokens, tokens),
+                    Numbers(path, rows, offsets, _ROW),
+                    Numbers(path, num_documents, offsets + _ROW.itemsize * (rows - num_documents), _ROW),
+                    Numbers(path, rows, ids, _ID),
+                )
     least = shard_bytes(num_tokens, max(num_documents, 1))
-    if size < least:
-        raise ValueError(
-            f"{path}: cut short: {num_tokens:,} tokens are {least:,} bytes or more, file has {size:,}"
-        )
-    raise ValueError(
-        f"{path}: not an Arrow shard of {num_tokens:,} tokens, {num_documents:,} documents as gpt2-data writes it"
-    )
+    problem = f"cut short: {least:,} bytes are the least, file has {size:,}: " if size < least else ""
+    what = f"{num_tokens:,} tokens, {num_documents:,} documents"
+    raise ValueError(f"{path}: {problem}not an Arrow shard of {what} as gpt2-data writes it")
 
 
 def _parts(num_tokens: int, num_rows: int) -> list[tuple[int, int]]:
@@ -152,7 +137,3 @@ def _parts(num_tokens: int, num_rows: int) -> list[tuple[int, int]]:
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _padded(data: bytes, multiple: int) -> bytes:
-    return data.ljust(_up(len(data), multiple), b"\0")

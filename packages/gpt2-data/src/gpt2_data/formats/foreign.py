@@ -10,7 +10,6 @@
 Nothing here is trusted: sizes are compared with the files before anything is allocated; no pickle is ever loaded.
 """
 
-import ast
 import functools
 import hashlib
 import itertools
@@ -18,7 +17,6 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +26,7 @@ from numpy.typing import NDArray
 
 from gpt2_data.formats import uint16
 from gpt2_data.formats.manifest import SPLITS, check_split
-from gpt2_data.formats.uint16 import TokenFile
+from gpt2_data.formats.uint16 import Numbers, TokenFile, TokenFiles, check_size
 from gpt2_data.tokenizer import EOT, VOCAB_SIZE
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
@@ -36,6 +34,7 @@ NPY_HEADER_BYTES = 128
 IDX_MAGIC = b"MMIDIDX\0\0"
 IDX_HEADER_BYTES = 34
 _IDX_UINT16 = 8
+_LENGTH, _NUMBER = np.dtype("<i4"), np.dtype("<i8")
 _SHARD = re.compile(r"(?:(.*)_)?(train|val)(?:_(\d{1,12}))?\.(npy|bin)")
 _SAMPLES, _SAMPLE_BYTES = 16, 16_384
 _CHUNK = 1_000_000
@@ -43,41 +42,34 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """A file of a foreign dataset. `max_token` is the largest id that reading accepts: the file is not read."""
+    """A file of a foreign dataset, and Megatron's index of it.
+
+    Attributes:
+        max_token: the largest id that reading accepts: nobody has looked at the file.
+    """
 
     split: str
-    file: str
-    tokens: int
-    max_token: int = VOCAB_SIZE - 1
+    file: TokenFile
+    index: Path | None = None
+    max_token = VOCAB_SIZE - 1
 
 
 @dataclass(frozen=True)
 class ForeignManifest:
-    """The description of a foreign dataset, in place of a dataset.json.
-
-    Attributes:
-        files: (split, file) in order.
-        indexes: Megatron's .idx, one a file.
-    """
+    """The description of a foreign dataset, in place of a dataset.json; its shards are in order."""
 
     format: str
-    files: tuple[tuple[str, TokenFile], ...]
-    indexes: tuple[Path, ...] = ()
+    shards: tuple[ForeignShard, ...]
     vocab_size = VOCAB_SIZE
 
-    @property
-    def shards(self) -> tuple[ForeignShard, ...]:
-        """Return the files as dataset.json would list them."""
-        return tuple(ForeignShard(split, file.path.name, file.tokens) for split, file in self.files)
-
-    def split(self, split: str) -> list[TokenFile]:
+    def split(self, split: str) -> list[ForeignShard]:
         """Return the files of a split in order. Raises ValueError for a split there cannot be."""
         check_split(split)
-        return [file for name, file in self.files if name == split]
+        return [shard for shard in self.shards if shard.split == split]
 
     def tokens(self, split: str) -> int:
         """Return the number of tokens of a split."""
-        return sum(file.tokens for file in self.split(split))
+        return sum(shard.file.tokens for shard in self.split(split))
 
     @functools.cached_property
     def hash(self) -> str:
@@ -87,8 +79,9 @@ class ForeignManifest:
         thousandth of a shard of 100M tokens. A file that was replaced, cut or swapped is noticed; a few flipped
         bits may not be. `gpt2-data convert` makes a dataset that can be verified.
         """
-        files = [[split, file.path.name, *_sampled(file.path)] for split, file in self.files]
-        files += [["index", path.name, *_sampled(path)] for path in self.indexes]
+        paths = [(shard.split, shard.file.path) for shard in self.shards]
+        paths += [("index", shard.index) for shard in self.shards if shard.index is not None]
+        files = [[split, path.name, *_sampled(path)] for split, path in paths]
         return hashlib.sha256(json.dumps([self.format, files]).encode()).hexdigest()
 
 
@@ -142,30 +135,23 @@ def _kind(path: Path) -> str:
             return "llmc"
     if path.name in ("train.bin", "val.bin"):
         return "nanogpt"
-    raise ValueError(f"{path}: a name as llm.c's shards have, but not their header: what it holds is not known")
+    raise ValueError(f"{path}: named like a shard of llm.c, but without its header: the contents are unknown")
 
 
 def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignManifest:
     """Put the files of each split in the order of their numbers, which must be of one series without a gap."""
-    openers: dict[str, Callable[[Path], TokenFile]] = {
-        "npy": check_npy,
-        "llmc": lambda path: TokenFile(path, uint16.check_shard(path)),
-        "nanogpt": _check_raw,
-    }
-    files: list[tuple[str, TokenFile]] = []
+    open_file = {"npy": check_npy, "llmc": uint16.check_shard, "nanogpt": _check_raw}[kind]
+    shards: list[ForeignShard] = []
     for split in SPLITS:
         here = sorted((match for match in matches if match[2] == split), key=lambda match: int(match[3] or 0))
-        prefixes = sorted({match[1] or "" for match in here})
-        if len(prefixes) > 1:
-            raise ValueError(
-                f"{folder} may be more than one dataset: its {split} files begin with {prefixes[0]!r} and "
-                f"{prefixes[1]!r}: keep one in a folder"
-            )
         for before, after in itertools.pairwise(here):
-            if int(after[3] or 0) != int(before[3] or 0) + 1:
-                raise ValueError(f"{folder}: {after.string} does not follow {before.string}: a shard is missing")
-        files += [(split, openers[kind](folder / match.string)) for match in here]
-    return ForeignManifest(kind, tuple(files))
+            if before[1] != after[1] or int(after[3] or 0) != int(before[3] or 0) + 1:
+                raise ValueError(
+                    f"{folder}: {after.string} does not follow {before.string}: a shard is missing, "
+                    "or there is more than one dataset: keep one in a folder"
+                )
+        shards += [ForeignShard(split, open_file(folder / match.string)) for match in here]
+    return ForeignManifest(kind, tuple(shards))
 
 
 def _check_raw(path: Path) -> TokenFile:
@@ -175,38 +161,29 @@ def _check_raw(path: Path) -> TokenFile:
     return TokenFile(path, size // 2, 0)
 
 
-# --- build-nanogpt
-
-
 def check_npy(path: Path) -> TokenFile:
     """Open a NumPy file of one row of uint16. Raises ValueError or OSError naming it.
 
-    Not by numpy.lib.format, which allocates what the header's length claims, up to 4 GB.
-
-    Layout: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    Only version 1 of its header, which is 64 KiB at most: numpy allocates what the header's length claims.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        magic = file.read(8)
-        version = magic[6] if len(magic) == 8 else 0
-        if magic[:6] != b"\x93NUMPY" or version not in (1, 2, 3):
-            raise ValueError(f"{path}: not a NumPy file (some projects give raw tokens that name)")
-        length = int.from_bytes(file.read(2 if version == 1 else 4), "little")
-        start = file.tell() + length
-        if length > 10_000 or start > size:
-            raise ValueError(f"{path}: a header of {length:,} bytes in a file of {size:,}")
-        text = file.read(length).decode("latin-1" if version < 3 else "utf-8", "replace")
-    try:
-        header = ast.literal_eval(text.strip())
-        kind, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        raise ValueError(f"{path}: its NumPy header cannot be read") from None
-    if kind != "<u2" or fortran is not False:
+        try:
+            version = np.lib.format.read_magic(file)
+        except ValueError:
+            version = None
+        if version != (1, 0):
+            raise ValueError(f"{path}: not a NumPy file of version 1 (some projects give raw tokens that name)")
+        try:
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception:  # of what Python's parser may raise, numpy catches a part
+            raise ValueError(f"{path}: its NumPy header cannot be read") from None
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype != uint16.TOKEN or fortran:
         order = ", columns first" if fortran else ""
-        raise ValueError(f"{path}: holds {str(kind)[:40]!r}{order}, not uint16 tokens ('<u2')")
-    if not (isinstance(shape, tuple) and len(shape) == 1 and type(shape[0]) is int and shape[0] > 0):
+        raise ValueError(f"{path}: holds {dtype.str!r}{order}, not uint16 tokens ('<u2')")
+    if len(shape) != 1 or shape[0] < 1:
         raise ValueError(f"{path}: its shape is {str(shape)[:40]}, not one row of tokens")
-    uint16.check_size(path, size, start + 2 * shape[0], f"{shape[0]:,} tokens")
+    check_size(path, size, start + 2 * shape[0], f"{shape[0]:,} tokens")
     return TokenFile(path, shape[0], start)
 
 
@@ -221,47 +198,36 @@ def npy_header(num_tokens: int) -> bytes:
 
 def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
     """Take files with `val` or `valid` in their names for validation, all others but `test` for training."""
-    pairs_of: dict[str, list[tuple[Path, Path]]] = {"train": [], "val": [], "test": []}
-    for pair in pairs:
-        words = set(re.split(r"[^a-z]+", pair[0].stem.lower()))
-        split = "val" if words & {"val", "valid", "validation"} else "test" if "test" in words else "train"
-        pairs_of[split].append(pair)
-    chosen = [(split, pair) for split in SPLITS for pair in pairs_of[split]]
-    if not chosen:
+    shards: dict[str, list[ForeignShard]] = {"train": [], "val": []}
+    for tokens, index in pairs:
+        words = set(re.split(r"[^a-z]+", tokens.stem.lower()))
+        split = "val" if words & {"val", "valid", "validation"} else "train"
+        if split == "val" or "test" not in words:
+            shards[split].append(ForeignShard(split, check_megatron(tokens, index), index))
+    if not any(shards.values()):
         raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
-    files = tuple((split, check_megatron(*pair)) for split, pair in chosen)
-    return ForeignManifest("megatron", files, tuple(index for _, (_, index) in chosen))
+    return ForeignManifest("megatron", (*shards["train"], *shards["val"]))
 
 
 def check_megatron(tokens: Path, index: Path) -> TokenFile:
     """Open a pair whose sequences are uint16 and fill the .bin in order. Raises ValueError or OSError."""
-    sequences, documents = _read_idx_header(index)
-    size = tokens.stat().st_size
-    position = 0
-    for start in range(0, sequences, _CHUNK):
-        count = min(_CHUNK, sequences - start)
-        lengths = _idx_array(index, "<i4", 4 * start, count)
-        ends = position + 2 * np.cumsum(lengths)
-        positions = _idx_array(index, "<i8", 4 * sequences + 8 * start, count)
-        if (lengths < 0).any() or ends[-1] > size or (positions != ends - 2 * lengths).any():
-            raise ValueError(f"{index}: its sequences do not lie one after the other in {tokens.name}: damaged")
-        position = int(ends[-1])
-    uint16.check_size(tokens, size, position, f"{position // 2:,} tokens")
-    if position == 0:
+    lengths, positions, documents = (numbers.read() for numbers in _open_idx(index))
+    ends = 2 * np.cumsum(lengths)
+    if (lengths < 0).any() or (positions != ends - 2 * lengths).any():
+        raise ValueError(f"{index}: its sequences do not lie one after the other in {tokens.name}: damaged")
+    count = int(lengths.sum())
+    check_size(tokens, tokens.stat().st_size, 2 * count, f"{count:,} tokens")
+    if count == 0:
         raise ValueError(f"{tokens}: holds no tokens")
-    before = 0
-    for start in range(0, documents, _CHUNK):
-        numbers = _idx_array(index, "<i8", 12 * sequences + 8 * start, min(_CHUNK, documents - start))
-        if (np.diff(numbers, prepend=before) < 0).any() or numbers[-1] > sequences:
-            raise ValueError(
-                f"{index}: its documents are out of order or outside the {sequences:,} sequences: damaged"
-            )
-        before = int(numbers[-1])
-    return TokenFile(tokens, position // 2, 0)
+    if (np.diff(documents, prepend=0, append=len(lengths)) < 0).any():
+        raise ValueError(
+            f"{index}: its documents are out of order or outside the {len(lengths):,} sequences: damaged"
+        )
+    return TokenFile(tokens, count, 0)
 
 
-def _read_idx_header(index: Path) -> tuple[int, int]:
-    """Return (sequences, entries that list documents), once they agree with the file's size."""
+def _open_idx(index: Path) -> tuple[Numbers, Numbers, Numbers]:
+    """Return an .idx's lengths, positions and documents, once its counts agree with its size."""
     with index.open("rb") as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(IDX_HEADER_BYTES)
     if len(header) < IDX_HEADER_BYTES or not header.startswith(IDX_MAGIC):
@@ -270,58 +236,49 @@ def _read_idx_header(index: Path) -> tuple[int, int]:
     if version != 1:
         raise ValueError(f"{index}: version {version}, this program reads version 1")
     if kind != _IDX_UINT16:
-        raise ValueError(f"{index}: number kind {kind}, not uint16 ({_IDX_UINT16}), which GPT-2's tokens are")
+        raise ValueError(f"{index}: its tokens are of kind {kind}; GPT-2's are uint16 ({_IDX_UINT16})")
     expected = IDX_HEADER_BYTES + 12 * sequences + 8 * documents
-    uint16.check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
-    return sequences, documents
+    check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
+    return (
+        Numbers(index, sequences, IDX_HEADER_BYTES, _LENGTH),
+        Numbers(index, sequences, IDX_HEADER_BYTES + 4 * sequences, _NUMBER),
+        Numbers(index, documents, IDX_HEADER_BYTES + 12 * sequences, _NUMBER),
+    )
 
 
-def _idx_array(index: Path, kind: str, position: int, count: int) -> NDArray[np.int64]:
-    """Read `count` numbers of an .idx from byte `position` behind the header on."""
-    return np.fromfile(index, kind, count, offset=IDX_HEADER_BYTES + position).astype(np.int64)
-
-
-def megatron_starts(description: ForeignManifest, split: str) -> NDArray[np.int64]:
-    """Return where each document of a split begins in its stream, in tokens; 8 bytes a document."""
-    starts, before = [np.empty(0, np.int64)], 0
-    for (name, file), index in zip(description.files, description.indexes, strict=True):
-        if name == split:
-            sequences, documents = _read_idx_header(index)
-            positions = _idx_array(index, "<i8", 4 * sequences, sequences) // 2
-            numbers = _idx_array(index, "<i8", 12 * sequences, documents)[:-1]
-            starts.append(positions[numbers[numbers < sequences]] + before)  # behind the last are empty ones
-            before += file.tokens
-    return np.concatenate(starts)
-
-
-def write_idx(file: BinaryIO, begins: NDArray[np.int64]) -> None:
-    """Write the .idx of one-document sequences; `begins` are in tokens, with the number of tokens at the end."""
-    count = len(begins) - 1
+def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
+    """Write the .idx of one-document sequences; `starts` are in tokens, with the number of tokens at the end."""
+    count = len(starts) - 1
     file.write(IDX_MAGIC + struct.pack("<QBQQ", 1, _IDX_UINT16, count, count + 1))
-    for start in range(0, count, _CHUNK):
-        file.write(np.diff(begins[start : start + _CHUNK + 1]).astype("<i4").data)
-    for start in range(0, count, _CHUNK):
-        file.write((2 * begins[start : min(start + _CHUNK, count)]).astype("<i8").data)
-    for start in range(0, count + 1, _CHUNK):
-        file.write(np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").data)
+    file.write(np.diff(starts).astype(_LENGTH).data)
+    file.write((2 * starts[:-1]).astype(_NUMBER).data)
+    file.write(np.arange(count + 1, dtype=_NUMBER).data)
 
 
 # --- documents
 
 
-def scanned_starts(
-    read: Callable[[NDArray[np.uint16], int], None], num_tokens: int, eot_behind: bool
-) -> NDArray[np.int64]:
-    """Find where documents begin: at each EOT, or if EOTs stand behind documents, after each but the last.
+def document_starts(kind: str, shard: ForeignShard) -> NDArray[np.int64]:
+    """Return where the documents of a file begin, in tokens: by Megatron's .idx, else at each EOT.
 
-    Reads the stream once and returns 8 bytes a document. `read` fills an array with tokens from a position on.
+    In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
     """
-    pieces = [np.zeros(int(eot_behind), np.int64)]
-    buffer = np.empty(min(_CHUNK, num_tokens), np.uint16)
-    for start in range(0, num_tokens, _CHUNK):
-        tokens = buffer[: num_tokens - start]
-        read(tokens, start)
-        pieces.append(np.flatnonzero(tokens == EOT) + start + int(eot_behind))
-    starts = np.concatenate(pieces)
-    inside: NDArray[np.int64] = starts[starts < num_tokens]
-    return inside
+    if shard.index is not None:
+        _, positions, documents = (numbers.read() for numbers in _open_idx(shard.index))
+        first = documents[:-1]
+        return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
+    starts = eots(shard.file)
+    if kind == "nanogpt" and not (len(starts) and starts[0] == 0):
+        starts = np.append(0, starts + 1)
+    return starts[starts < shard.file.tokens]
+
+
+def eots(file: TokenFile) -> NDArray[np.int64]:
+    """Read a file once and return where its EOTs are."""
+    reader = TokenFiles([file])
+    pieces = [np.empty(0, np.int64)]
+    for start in range(0, file.tokens, _CHUNK):
+        tokens = np.empty(min(_CHUNK, file.tokens - start), np.uint16)
+        reader.read_into(tokens, 0, start)
+        pieces.append(np.flatnonzero(tokens == EOT) + start)
+    return np.concatenate(pieces)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from gpt2_data import tokenizer
 from gpt2_data.disk import write_whole
 from gpt2_data.formats import arrow, uint16
-from gpt2_data.formats.arrow import ArrowShard
-from gpt2_data.formats.uint16 import TokenFile
+from gpt2_data.formats.uint16 import Numbers, TokenFile
 
 FILE_NAME = "dataset.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_PLAIN_NAME = re.compile(r"(?=.*[^.])[A-Za-z0-9._-]+")
 _SHARD_NAME = re.compile(r"(train|val)_\d{6,}\.(bin|docs|arrow)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -29,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def check_split(split: str) -> None:
     """Raise ValueError for a split there cannot be."""
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: there are {' and '.join(SPLITS)}")
+        raise ValueError(f"no split {split!r}: choose {' or '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def load(folder: Path) -> Manifest:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: not a valid dataset description: {what}") from None
     if manifest.to_bytes() != data:
-        raise ValueError(f"{path}: not as gpt2-data wrote it: totals or layout were changed")
+        raise ValueError(f"{path}: changed since gpt2-data wrote it: its totals or its layout are different")
     return manifest
 
 
@@ -149,56 +148,57 @@ def not_a_dataset(folder: Path, what: str, hint: str) -> str:
     return f"{folder} is not a {what}: there is no {FILE_NAME} in it{hint}"
 
 
-def shard_from_json(item: Any) -> Shard:
-    """Undo dataclasses.asdict. Raises KeyError or TypeError if `item` is no shard."""
-    return Shard(**item | {"docs": None if item["docs"] is None else Sidecar(**item["docs"])})
+def _typed(kind: Any, item: Any) -> Any:
+    """Make a dataclass of JSON, whose values must be of the fields' types."""
+    record = kind(**item)
+    for field in dataclasses.fields(kind):
+        value = getattr(record, field.name)
+        if not isinstance(value, field.type) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise ValueError(f"{field.name} {value!r}")
+    return record
 
 
 def _parse(content: Any) -> Manifest:
     version = content["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version!r}, this program reads version {FORMAT_VERSION}")
-    shards = tuple(shard_from_json(item) for item in content["shards"])
+    shards = tuple(
+        _typed(Shard, item | {"docs": item["docs"] and _typed(Sidecar, item["docs"])})
+        for item in content["shards"]
+    )
     manifest = Manifest(content["tokenizer"], content["source"], content["options"], shards)
+    vocab_size, eot = manifest.tokenizer["vocab_size"], manifest.tokenizer["eot"]
+    if not isinstance(vocab_size, int) or not 0 < vocab_size <= 2**16:
+        raise ValueError(f"vocab_size {vocab_size!r}")
+    if not isinstance(eot, int) or not 0 <= eot < vocab_size:
+        raise ValueError(f"eot {eot!r}")
+    for shard in shards:
+        _check_shard(shard, vocab_size)
     files = [name for shard in shards for name in shard.files]
     if len(set(files)) != len(files):
         raise ValueError("a file is listed twice")
-    vocab_size = manifest.tokenizer["vocab_size"]
-    if not _is_count(vocab_size, 2**16):
-        raise ValueError(f"vocab_size {vocab_size!r}")
-    if not _is_count(manifest.tokenizer["eot"], vocab_size - 1):
-        raise ValueError(f"eot {manifest.tokenizer['eot']!r}")
-    for shard in shards:
-        _check_shard(shard, vocab_size)
     return manifest
 
 
 def _check_shard(shard: Shard, vocab_size: int) -> None:
-    for name in shard.files:
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or not name.strip("."):
-            raise ValueError(f"file name {name!r} is not a plain name")
-    if shard.split not in SPLITS:
-        raise ValueError(f"{shard.file}: split {shard.split!r}")
-    for value in shard.sha256, shard.tokens_sha256, *([shard.docs.sha256] if shard.docs else []):
-        if not isinstance(value, str) or not _SHA256.fullmatch(value):
-            raise ValueError(f"{shard.file}: SHA-256 {value!r}")
-    if not _is_count(shard.tokens, uint16.MAX_SHARD_TOKENS) or shard.tokens == 0:
-        raise ValueError(f"{shard.file}: {shard.tokens!r} tokens")
-    if not _is_count(shard.documents, shard.tokens):
-        raise ValueError(f"{shard.file}: {shard.documents!r} documents")
-    if not _is_count(shard.max_token, vocab_size - 1):
-        raise ValueError(f"{shard.file}: token {shard.max_token!r} in a vocabulary of {vocab_size}")
+    hashes = [shard.sha256, shard.tokens_sha256] + ([shard.docs.sha256] if shard.docs else [])
+    for problem, ok in (
+        ("a file name that is not a plain name", all(map(_PLAIN_NAME.fullmatch, shard.files))),
+        (f"split {shard.split!r}", shard.split in SPLITS),
+        (f"{shard.tokens:,} tokens", 0 < shard.tokens <= uint16.MAX_SHARD_TOKENS),
+        (f"{shard.documents:,} documents", 0 <= shard.documents <= shard.tokens),
+        (f"token {shard.max_token} in a vocabulary of {vocab_size}", 0 <= shard.max_token < vocab_size),
+        (f"SHA-256 {hashes}", all(map(_SHA256.fullmatch, hashes))),
+    ):
+        if not ok:
+            raise ValueError(f"{shard.file!r}: {problem}")
     if shard.docs:
-        sizes = {(uint16.shard_bytes(shard.tokens), uint16.docs_bytes(shard.documents))}
+        sizes = [(uint16.shard_bytes(shard.tokens), uint16.docs_bytes(shard.documents))]
     else:  # a first row may continue a document of the shard before
         rows = {min(max(shard.documents + more, 1), shard.tokens) for more in (0, 1)}
-        sizes = {(arrow.shard_bytes(shard.tokens, n), 0) for n in rows}
+        sizes = [(arrow.shard_bytes(shard.tokens, n), 0) for n in rows]
     if (shard.bytes, shard.docs.bytes if shard.docs else 0) not in sizes:
-        raise ValueError(f"{shard.file}: sizes that do not fit its counts")
-
-
-def _is_count(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+        raise ValueError(f"{shard.file!r}: sizes that do not fit its counts")
 
 
 def tokenizer_problem(manifest: Manifest) -> str | None:
@@ -223,15 +223,25 @@ def is_shard_name(name: str) -> bool:
     return _SHARD_NAME.fullmatch(name) is not None
 
 
-def open_shard(folder: Path, shard: Shard) -> TokenFile | ArrowShard:
+def open_shard(folder: Path, shard: Shard) -> TokenFile:
     """Open a shard, once its size and header are those of dataset.json. Raises ValueError or OSError."""
     path = folder / shard.file
     if shard.docs is None:
-        return arrow.check_shard(path, shard.tokens, shard.documents)
-    count = uint16.check_shard(path)
-    if count != shard.tokens:
-        raise ValueError(f"{path}: {count:,} tokens, dataset.json says {shard.tokens:,}")
-    return TokenFile(path, count)
+        return arrow.check_shard(path, shard.tokens, shard.documents).file
+    file = uint16.check_shard(path)
+    if file.tokens != shard.tokens:
+        raise ValueError(f"{path}: {file.tokens:,} tokens, {FILE_NAME} says {shard.tokens:,}")
+    return file
+
+
+def open_documents(folder: Path, shard: Shard) -> Numbers:
+    """Return where a shard's documents begin, in tokens, once the header of the file that says so is right."""
+    if shard.docs is None:
+        return arrow.check_shard(folder / shard.file, shard.tokens, shard.documents).documents
+    offsets = uint16.check_docs(folder / shard.docs.file)
+    if offsets.count != shard.documents:
+        raise ValueError(f"{offsets.path}: {offsets.count:,} documents, {FILE_NAME} says {shard.documents:,}")
+    return offsets
 
 
 def write_documents(

@@ -9,7 +9,7 @@ that starts in the shard the offset of its first token, u64. Arrow shards have t
 
 import hashlib
 import os
-import sys
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,24 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """`count` numbers in one piece of a file that begins at byte `start`."""
+
+    path: Path
+    count: int
+    start: int
+    dtype: "np.dtype[Any]"
+
+    def read(self, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
+        """Return numbers [first, last). Raises ValueError if the file has become shorter."""
+        last = self.count if last is None else last
+        numbers = np.fromfile(self.path, self.dtype, last - first, offset=self.start + self.dtype.itemsize * first)
+        if len(numbers) != last - first:
+            raise ValueError(f"{self.path}: cut short while it was read")
+        return numbers.astype(np.int64)
+
+
+@dataclass(frozen=True)
 class Written:
     """Facts of a written file: its bytes, SHA-256 of what follows the header and of all, the largest value."""
 
@@ -49,17 +67,15 @@ class Written:
 def write_shard(file: BinaryIO, num_tokens: int, chunks: Iterable[NDArray[np.uint16]]) -> Written:
     """Write a shard of exactly `num_tokens`, which come in `chunks`."""
     assert 0 < num_tokens <= MAX_SHARD_TOKENS
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, num_tokens
-    written = write(file, header.tobytes(), chunks)
+    header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, num_tokens).ljust(SHARD_HEADER_BYTES, b"\0")
+    written = write(file, header, chunks)
     assert written.bytes == shard_bytes(num_tokens), (written.bytes, num_tokens)
     return written
 
 
 def write_docs(file: BinaryIO, offsets: NDArray[np.integer]) -> Written:
     """Write a sidecar: the token offsets, in the shard, of the documents that start in it."""
-    header = DOCS_MAGIC + np.array([DOCS_VERSION, len(offsets)], OFFSET).tobytes()
-    return write(file, header, [offsets], dtype=OFFSET)
+    return write(file, DOCS_MAGIC + struct.pack("<2Q", DOCS_VERSION, len(offsets)), [offsets], dtype=OFFSET)
 
 
 def write(
@@ -99,17 +115,16 @@ def docs_bytes(num_documents: int) -> int:
     return DOCS_HEADER_BYTES + OFFSET.itemsize * num_documents
 
 
-def check_shard(path: Path) -> int:
-    """Return the number of tokens that the header says, once it agrees with the size of the file.
+def check_shard(path: Path) -> TokenFile:
+    """Open a shard whose header agrees with the size of its file.
 
     Raises ValueError or OSError, naming the file. Nothing is allocated on the word of a header.
     """
     with path.open("rb") as file:
-        header = np.frombuffer(file.read(12), "<i4") if os.fstat(file.fileno()).st_size >= 12 else None
-        size = os.fstat(file.fileno()).st_size
-    if header is None or size < SHARD_HEADER_BYTES:
+        header, size = file.read(12), os.fstat(file.fileno()).st_size
+    if size < SHARD_HEADER_BYTES:
         raise ValueError(f"{path}: cut short: a shard has a header of {SHARD_HEADER_BYTES} bytes, file has {size}")
-    magic, version, count = (int(word) for word in header)
+    magic, version, count = struct.unpack("<3i", header)
     if magic != SHARD_MAGIC:
         raise ValueError(f"{path}: not a GPT-2 token shard: magic number is {magic}, not {SHARD_MAGIC}")
     if version != SHARD_VERSION:
@@ -117,21 +132,20 @@ def check_shard(path: Path) -> int:
     if count <= 0:
         raise ValueError(f"{path}: header says {count} tokens")
     check_size(path, size, shard_bytes(count), f"{count:,} tokens")
-    return count
+    return TokenFile(path, count)
 
 
-def check_docs(path: Path) -> int:
-    """Return the sidecar's number of documents, once it agrees with the file's size. Raises as check_shard."""
+def check_docs(path: Path) -> Numbers:
+    """Open a sidecar whose header agrees with the file's size. Raises as check_shard."""
     with path.open("rb") as file:
-        header = file.read(DOCS_HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    if len(header) < DOCS_HEADER_BYTES or header[:8] != DOCS_MAGIC:
+        header, size = file.read(DOCS_HEADER_BYTES), os.fstat(file.fileno()).st_size
+    if len(header) < DOCS_HEADER_BYTES or not header.startswith(DOCS_MAGIC):
         raise ValueError(f"{path}: not a sidecar of document offsets")
-    version, count = (int(word) for word in np.frombuffer(header[8:], OFFSET))
+    version, count = struct.unpack("<2Q", header[len(DOCS_MAGIC) :])
     if version != DOCS_VERSION:
         raise ValueError(f"{path}: sidecar version {version}, this program reads version {DOCS_VERSION}")
     check_size(path, size, docs_bytes(count), f"{count:,} documents")
-    return count
+    return Numbers(path, count, DOCS_HEADER_BYTES, OFFSET)
 
 
 def check_size(path: Path, size: int, expected: int, claim: str) -> None:
@@ -139,15 +153,6 @@ def check_size(path: Path, size: int, expected: int, claim: str) -> None:
     if size != expected:
         what = "cut short" if size < expected else "bytes after its end"
         raise ValueError(f"{path}: {what}: header says {claim} = {expected:,} bytes, file has {size:,}")
-
-
-def read_docs(path: Path, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-    """Return entries [start, stop) of a sidecar: offsets in tokens."""
-    stop = check_docs(path) if stop is None else stop
-    with path.open("rb") as file:
-        file.seek(docs_bytes(start))
-        data = file.read(OFFSET.itemsize * (stop - start))
-    return np.frombuffer(data, OFFSET).astype(np.int64)
 
 
 class TokenFiles:
@@ -171,22 +176,15 @@ class TokenFiles:
             if count == 0:
                 raise self._cut_short(number, offset)
             wanted, position = wanted[count:], position + count
-        if sys.byteorder == "big":
-            out.byteswap(inplace=True)
 
     def read_rows(self, out: NDArray[np.uint16], numbers: list[int], offsets: list[int]) -> None:
         """Fill row i of `out`, contiguous, with the tokens of file numbers[i] from token offsets[i] on."""
         data, row_bytes, end = out.reshape(-1).view(np.uint8).data, out[0].nbytes, 0
         for number, offset in zip(numbers, offsets, strict=True):
-            descriptor = self._open.get(number)
-            if descriptor is None:
-                descriptor = self._descriptor(number)
             position = self._files[number].start + TOKEN.itemsize * offset
             start, end = end, end + row_bytes
-            if os.preadv(descriptor, (data[start:end],), position) != row_bytes:
+            if os.preadv(self._descriptor(number), (data[start:end],), position) != row_bytes:
                 raise self._cut_short(number, offset)
-        if sys.byteorder == "big":
-            out.byteswap(inplace=True)
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpt2_data.disk import cores
-from gpt2_data.formats import foreign, manifest, uint16
-from gpt2_data.formats.arrow import ArrowShard
-from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard, Sidecar
+from gpt2_data import disk
+from gpt2_data.formats import arrow, foreign, manifest, uint16
+from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
 
 _BLOCK = 1 << 18  # bytes hashed and checked at once: what a core's cache holds
-_DAMAGED = "damaged: its SHA-256 is not the one in dataset.json"
+_DAMAGED = f"damaged: its SHA-256 is not the one in {FILE_NAME}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
         level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
             header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
             the vocabulary, and that an EOT stands at each document's start and nowhere else.
-        workers: threads, each at a shard of its own; every file is read once. None: one a core.
+        workers: threads, each at a shard of its own; every shard is read once. None: one a core.
 
     Raises:
         ValueError: there is no valid dataset.json. What is wrong with the files is in the report.
@@ -56,7 +54,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
     dataset = manifest.load(folder)
     problem = manifest.tokenizer_problem(dataset)
     problems = [] if problem is None else [problem]
-    with ThreadPoolExecutor(workers or cores()) as pool:  # hashlib and numpy work outside the interpreter's lock
+    with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
     listed = {name for shard in dataset.shards for name in shard.files}
@@ -69,98 +67,55 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
 
 def _shard_problems(folder: Path, shard: Shard, dataset: Manifest, level: str) -> list[str]:
     problems: list[str] = []
-    starts: NDArray[np.int64] | None = None
-    name = shard.file
+    for name in reversed(shard.files):  # the sidecar first
+        try:
+            if name == shard.file:
+                manifest.open_shard(folder, shard)
+            else:
+                manifest.open_documents(folder, shard)
+        except FileNotFoundError:
+            problems.append(f"{name}: missing")
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {str(error).removeprefix(f'{folder / name}: ')}")
+    if level == "fast" or any(problem.startswith(f"{shard.file}:") for problem in problems):
+        return problems
     try:
-        if shard.docs is not None:
-            name = shard.docs.file
-            starts = _checked_docs(folder, shard, shard.docs, level, problems)
-    except (ValueError, OSError) as error:
-        problems.append(_named(folder, name, error))
-    try:
-        opened = manifest.open_shard(folder, shard)
-        if level == "full":
-            problems += _content_problems(opened, starts, shard, dataset)
-    except (ValueError, OSError) as error:
-        problems.append(_named(folder, shard.file, error))
-    return problems
+        return problems + _content_problems(folder, shard, dataset, check_documents=not problems)
+    except (ValueError, OSError) as error:  # changed meanwhile
+        return [*problems, f"{shard.file}: {error}"]
 
 
-def _named(folder: Path, name: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{name}: missing"
-    return f"{name}: {str(error).removeprefix(f'{folder / name}: ')}"
-
-
-def _checked_docs(
-    folder: Path, shard: Shard, docs: Sidecar, level: str, problems: list[str]
-) -> NDArray[np.int64] | None:
-    """Return the document starts of a sidecar, for the level full."""
-    count = uint16.check_docs(folder / docs.file)
-    if count != shard.documents:
-        raise ValueError(f"{count:,} documents, dataset.json says {shard.documents:,}")
-    if level == "fast":
-        return None
-    data = (folder / docs.file).read_bytes()
-    if hashlib.sha256(data).hexdigest() != docs.sha256:
-        problems.append(f"{docs.file}: {_DAMAGED}")
-    return np.frombuffer(data[uint16.DOCS_HEADER_BYTES :], uint16.OFFSET).astype(np.int64)
-
-
-def _content_problems(
-    opened: uint16.TokenFile | ArrowShard, starts: NDArray[np.int64] | None, shard: Shard, dataset: Manifest
-) -> list[str]:
-    """Read the file once: its hash may be wrong, or right and its tokens as a faulty builder wrote them."""
+def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_documents: bool) -> list[str]:
+    """Read the shard once: its hash may be wrong, or right and its tokens as a faulty builder wrote them."""
     problems: list[str] = []
-    if isinstance(opened, ArrowShard):
-        file, rows = opened.file, opened.row_starts()
-        if rows[0] != 0 or opened.ids().min() < 0:
-            problems.append(f"{shard.file}: row starts or ids that cannot be: damaged")
-        starts = rows[opened.rows - shard.documents :]
-    else:
-        file = opened
-    check = _TokenCheck(file.tokens, starts, dataset)
+    file = manifest.open_shard(folder, shard)
+    starts = manifest.open_documents(folder, shard).read() if check_documents else np.empty(0, np.int64)
+    if shard.docs is None:
+        rows = arrow.check_shard(file.path, shard.tokens, shard.documents)
+        if rows.rows.read(0, 1) != 0 or rows.ids.read().min() < 0:
+            problems.append(f"{shard.file}: impossible row starts or ids: damaged")
+    elif check_documents and disk.sha256(folder / shard.docs.file) != shard.docs.sha256:
+        problems.append(f"{shard.docs.file}: {_DAMAGED}")
+    position = documents = 0
+    bad_id, fit = "", True
     digest = hashlib.sha256()
     with file.path.open("rb", buffering=0) as source:
         digest.update(source.read(file.start))
         buffer = memoryview(bytearray(_BLOCK))
         while count := source.readinto(buffer):
             digest.update(buffer[:count])
-            check.add(np.frombuffer(buffer[: count // 2 * 2], uint16.TOKEN))
+            # An Arrow file has more behind the tokens.
+            tokens = np.frombuffer(buffer[: count // 2 * 2], uint16.TOKEN)[: file.tokens - position]
+            if not bad_id and len(tokens) and int(tokens.max()) >= dataset.vocab_size:
+                at = int(np.argmax(tokens >= dataset.vocab_size))
+                bad_id = f"token {position + at:,} is {tokens[at]}, not below {dataset.vocab_size}"
+            eots = np.flatnonzero(tokens == dataset.tokenizer["eot"]) + position
+            fit = fit and np.array_equal(eots, starts[documents : documents + len(eots)])
+            position, documents = position + len(tokens), documents + len(eots)
     if digest.hexdigest() != shard.sha256:
         problems.append(f"{shard.file}: {_DAMAGED}")
-    if check.bad_id:
-        problems.append(f"{shard.file}: {check.bad_id}")
-    if starts is not None and not check.documents_fit():
-        where = shard.docs.file if shard.docs else shard.file
-        problems.append(f"{where}: document offsets do not fit the tokens of {shard.file}")
+    if bad_id:
+        problems.append(f"{shard.file}: {bad_id}")
+    if check_documents and not (fit and documents == len(starts)):
+        problems.append(f"{shard.files[-1]}: document offsets do not fit the tokens of {shard.file}")
     return problems
-
-
-class _TokenCheck:
-    """A check, block by block, that ids are in the vocabulary and EOTs just where documents start."""
-
-    def __init__(self, num_tokens: int, starts: NDArray[np.int64] | None, dataset: Manifest) -> None:
-        self._unread, self._position = num_tokens, 0
-        self._vocab_size, self._eot = dataset.vocab_size, dataset.tokenizer["eot"]
-        # In order, and all of them in the shard; else a look-up would not find them.
-        self._in_order = starts is None or bool((np.diff(starts, prepend=-1, append=num_tokens) > 0).all())
-        self._starts = starts if starts is not None and self._in_order else np.empty(0, np.int64)
-        self._eots = self._at_starts = 0
-        self.bad_id = ""
-
-    def add(self, block: NDArray[np.uint16]) -> None:
-        tokens = block[: self._unread]  # an Arrow file has more behind them
-        self._unread -= len(tokens)
-        if not self.bad_id and len(tokens) and int(tokens.max()) >= self._vocab_size:
-            at = int(np.argmax(tokens >= self._vocab_size))
-            self.bad_id = f"token {self._position + at:,} is {tokens[at]}, not below {self._vocab_size}"
-        first, last = np.searchsorted(self._starts, [self._position, self._position + len(tokens)])
-        self._eots += int(np.count_nonzero(tokens == self._eot))
-        at_starts = tokens[self._starts[first:last] - self._position]
-        self._at_starts += int(np.count_nonzero(at_starts == self._eot))
-        self._position += len(tokens)
-
-    def documents_fit(self) -> bool:
-        """True if there are as many EOTs as documents, each of which starts with one: so no EOT is elsewhere."""
-        return self._in_order and self._eots == self._at_starts == len(self._starts)

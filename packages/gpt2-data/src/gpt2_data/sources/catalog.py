@@ -1,8 +1,7 @@
 """Where documents come from: a name on the command line leads to inputs, a work unit of one to its documents.
 
-A source is read one unit at a time (plan.py cuts them), as a stream of batches, so that no big file is ever held
-whole. Every reader yields the documents in the source's own order. A new kind of file needs an entry in
-FILE_KINDS, a branch in _batches, a reader in files.py, and in plan.py a cut into units.
+A source is read one unit at a time (plan.py cuts them), as a stream of batches in the source's own order. A new
+kind of file needs an entry in FILE_KINDS, a branch in _batches, a reader in files.py, and a cut in plan.py.
 """
 
 import glob
@@ -74,7 +73,7 @@ def expand(source: str) -> list[tuple[str, str]]:
         raise ValueError(f"{source} is a folder: name the files in it, as in '{source.rstrip('/')}/*.parquet'")
     kind = next((kind for ending, kind in FILE_KINDS.items() if source.endswith(ending)), None)
     if kind is None:
-        raise ValueError(f"unknown source {source!r}: known are {KNOWN}")
+        raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise ValueError(f"no file matches {source!r}")
@@ -123,8 +122,7 @@ def _streamed(unit: Unit) -> Iterator[Part]:
     from gpt2_data.sources import hub, streaming
 
     listing = hub.Listing.from_json(json.loads(unit.files[0]))
-    for texts in streaming.documents(listing, unit.start, unit.column):
-        yield from map(Part, texts)
+    yield from map(Part, streaming.documents(listing, unit.start, unit.column))
 
 
 def document_name(unit: Unit, number: int) -> str:

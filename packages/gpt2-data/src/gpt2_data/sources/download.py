@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
 
+import httpx2
+
 from gpt2_data.disk import Busy, lock, sync_folder, write_whole
 from gpt2_data.disk import sha256 as sha256_of
 from gpt2_data.sources import hub, web
@@ -22,7 +24,7 @@ from gpt2_data.sources.web import WebFile
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 
-Progress = Callable[[int, int], object]  # (bytes on disk, bytes of the file)
+Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
 
 
 class _Wrong(Exception):
@@ -48,37 +50,42 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
         OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
     """
     on_hub = hub.parse(source)
-    if on_hub is None and not source.startswith(("http://", "https://")):
-        raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-    place = name or ("" if on_hub is not None else source.partition("?")[0].rpartition("/")[2])
-    if place and sha256 is not None:
-        path = folder / place
-        if path.is_file() and sha256_of(path) == sha256:
-            return path
-    if on_hub is not None:
+    if on_hub is None:
+        if not source.startswith(("http://", "https://")):
+            raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+        name = name or source.partition("?")[0].rpartition("/")[2]
+        if not name:
+            raise ValueError(f"{source}: this address names no file: give its name")
+    if name and sha256 is not None and (folder / name).is_file():
+        if sha256_of(folder / name) == sha256:
+            return folder / name
+        _receipt(folder / name).unlink(missing_ok=True)  # it may not tell that the file is damaged
+    if on_hub is None:
+        assert name is not None
+        file = WebFile(source, name, _size_of(source), sha256)
+    else:
         files = hub.list_files(on_hub).files
         if len(files) != 1:
             raise ValueError(f"{source} has {len(files)} files on the hub, not one")
-        place = place or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
-        file = dataclasses.replace(files[0], path=place, sha256=sha256 or files[0].sha256)
-    elif place:
-        file = WebFile(source, place, web.size_of(source), sha256)
-    else:
-        raise ValueError(f"{source}: this address names no file: give its name")
-    return download_file(file, folder, unreachable=web.UNREACHABLE)
+        name = name or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
+        file = dataclasses.replace(files[0], path=name, sha256=sha256 or files[0].sha256)
+    return download_file(file, folder)
+
+
+def _size_of(url: str) -> int:
+    def ask() -> int:
+        with web.get(url, {"Range": "bytes=0-0"}) as response:
+            if (size := web.span(response)[1]) is None:
+                raise OSError(f"{url}: the server does not say how long the file is")
+            return size
+
+    return web.Patience(url).call(ask)
 
 
 def download_file(
-    file: WebFile,
-    folder: Path,
-    progress: Progress | None = None,
-    stop: threading.Event | None = None,
-    unreachable: float | None = None,
+    file: WebFile, folder: Path, progress: Progress | None = None, stop: threading.Event | None = None
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
-
-    Args:
-        unreachable: seconds to try a server that does not answer, if not web.PATIENCE.
 
     Raises:
         OSError: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong content TRIES
@@ -89,18 +96,19 @@ def download_file(
     if is_done(path, file):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    patience = web.Patience(file.url, stop, unreachable)
+    patience = web.Patience(file.url, stop)
     with _locked(path.with_name(path.name + ".lock"), patience):
         if is_done(path, file):  # by another process meanwhile
             return path
-        if path.exists() and path.stat().st_size == file.size and sha256_of(path) == file.sha256:
-            _write_receipt(path, file, file.sha256)  # killed before the receipt, or put there by hand
-            return path
-        part = path.with_name(path.name + ".part")
-        digest = _download(file, part, progress, patience)
-        part.replace(path)
-        sync_folder(path.parent)
-        _write_receipt(path, file, digest)
+        digest = file.sha256
+        if digest is None or not path.exists() or sha256_of(path) != digest:
+            part = path.with_name(path.name + ".part")
+            digest = _download(file, part, progress, patience)
+            part.replace(path)
+            sync_folder(path.parent)
+        receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
+        with write_whole(_receipt(path)) as out:
+            out.write((json.dumps(receipt) + "\n").encode())
     return path
 
 
@@ -110,78 +118,48 @@ def is_done(path: Path, file: WebFile) -> bool:
         status, receipt = path.stat(), json.loads(_receipt(path).read_text())
     except (OSError, ValueError):
         return False
-    expected: dict[str, object] = {"size": file.size, "mtime_ns": status.st_mtime_ns}
+    expected: dict[str, object] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
-
-
-def remove(path: Path) -> None:
-    """Delete a fetched file and its receipt, if they are there."""
-    _receipt(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def _receipt(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _write_receipt(path: Path, file: WebFile, digest: str) -> None:
-    receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
-    with write_whole(_receipt(path)) as out:
-        out.write((json.dumps(receipt) + "\n").encode())
-
-
-def _hash_rest(file: BinaryIO, patience: web.Patience) -> "hashlib._Hash":
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        patience.check()
-        digest.update(block)
-    return digest
-
-
 @contextlib.contextmanager
 def _locked(path: Path, patience: web.Patience) -> Iterator[None]:
-    """Lock a file; the lock goes with the process, however it ends. NAME.lock stays, since to delete it races."""
+    """Wait for the lock of a file. NAME.lock stays, since to delete it races."""
     with path.open("a") as file:
         while True:
+            patience.progress()  # another's time is not ours
             try:
                 lock(file, f"{path} is locked")
                 break
             except Busy:
-                patience.check()
                 patience.stop.wait(0.2)
-        patience.progress()  # another's time is not ours
         yield
 
 
 def _download(file: WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
     """Complete `part` and return its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
-    link = web.Link(file.url)
-    problem = ""
-    for attempt in range(TRIES):
-        if attempt:
-            patience.wait(web.Again(problem))
+    for remaining in reversed(range(TRIES)):
         try:
             with part.open("ab+") as out:
-                digest = _receive(file, link, out, progress, patience)
-                out.flush()
-                os.fsync(out.fileno())
-            if file.sha256 in (None, digest):
-                return digest
-            problem = f"SHA-256 is {digest}, should be {file.sha256}"
+                return _receive(file, out, progress, patience)
         except _Wrong as wrong:
-            problem = str(wrong)
+            part.unlink()
+            if not remaining:
+                raise OSError(f"{file.url}: given up after {TRIES} downloads: {wrong}") from None
+            patience.wait(web.Again(str(wrong)))
         except OSError as error:
             if error.errno is not None and error.filename is None:
                 error.filename = str(part)  # a failing write does not say where
             raise
-        part.unlink()
-    raise OSError(f"{file.url}: given up after {TRIES} downloads: {problem}")
+    raise AssertionError
 
 
-def _receive(
-    file: WebFile, link: web.Link, out: BinaryIO, progress: Progress | None, patience: web.Patience
-) -> str:
+def _receive(file: WebFile, out: BinaryIO, progress: Progress | None, patience: web.Patience) -> str:
     """Append to `out` what is missing of the file, and return the SHA-256 of the whole.
 
     What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process
@@ -190,23 +168,22 @@ def _receive(
     out.seek(0)
     if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
         out.truncate(0)
-    digest = _hash_rest(out, patience)
-    size, etag = out.tell(), None
+    digest = hashlib.sha256()
+    while block := out.read(2**20):
+        digest.update(block)
+        patience.progress()
+    size, headers = out.tell(), dict[str, str]()
 
     def receive_more() -> None:
-        nonlocal size, etag
-        patience.check()
-        with link.open(size, etag=etag) as response:
-            first, total = web.span(response)
-            if total not in (None, file.size):
-                raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
-            if response.status_code == 416 or first != size:
-                raise _Wrong(f"the server does not go on at byte {size:,} of {file.size:,}")
+        nonlocal size
+        if size:  # each time by a new link to the store, for links expire
+            headers["Range"] = f"bytes={size}-"
+        with web.get(file.url, headers) as response:
+            _check_answer(response, file, size)
             tag = response.headers.get("ETag", "")
             if file.sha256 is None and tag.startswith('"'):  # a strong one stands for these very bytes
-                etag = tag
-            for block in web.blocks(response):
-                patience.check()
+                headers["If-Range"] = tag
+            for block in response.iter_raw():  # a size here would hold back, and lose, what came before a break
                 if size + len(block) > file.size:
                     raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
                 out.write(block)
@@ -214,27 +191,37 @@ def _receive(
                 size += len(block)
                 patience.progress()
                 if progress is not None:
-                    progress(size, file.size)
+                    progress(size)
         if size < file.size:
             raise web.Again(f"the connection closed after {size:,} of {file.size:,} bytes")
 
     if size < file.size:
         patience.call(receive_more)
+    out.flush()
+    os.fsync(out.fileno())
+    if file.sha256 not in (None, digest.hexdigest()):
+        raise _Wrong(f"SHA-256 is {digest.hexdigest()}, should be {file.sha256}")
     return digest.hexdigest()
 
 
+def _check_answer(response: httpx2.Response, file: WebFile, size: int) -> None:
+    """Raise _Wrong unless the response is the file's bytes from `size` on."""
+    first, total = web.span(response)
+    if total not in (None, file.size):
+        raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
+    if response.status_code == 416 or first != size:
+        raise _Wrong(f"the server does not resume at byte {size:,} of {file.size:,}")
+
+
 class Downloader:
-    """Fetches files in order in a background thread, while the caller works on those that are there.
+    """Fetches files, each into its folder, in order in a background thread, while the caller works on others.
 
     Args:
-        files: each with its folder.
-        ahead: how many files may be there that are not released; None: all.
+        ahead: the number of files that may be there and not released; None: all.
         delete: True deletes a file that is released.
 
-        with Downloader([(file, folder) for file in listing.files], ahead=2, delete=True) as downloader:
-            while not downloader.ready(path): ...      # raises what stopped the thread
-            ...
-            downloader.release(path)
+    Attributes:
+        bytes_done: on the disk; what an earlier run had fetched counts as soon as it is seen.
     """
 
     def __init__(
@@ -242,8 +229,7 @@ class Downloader:
     ) -> None:
         self.delete = delete
         self.files = {folder / file.path: (file, folder) for file, folder in files}
-        self.bytes_total = sum(file.size for file, _ in files)
-        self._complete = self._current = 0  # bytes of the files that are done, and of the one being fetched
+        self.bytes_done, self.bytes_total = 0, sum(file.size for file, _ in files)
         self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
         self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
@@ -251,76 +237,61 @@ class Downloader:
         self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
-    @property
-    def bytes_done(self) -> int:
-        """The bytes that are on the disk; what an earlier run had fetched counts as soon as it is seen."""
-        return self._complete + self._current
-
     def ready(self, path: Path) -> bool:
         """True if the file is there. Raises the thread's OSError if it never will be."""
         arrived = self._arrived[path]
-        if arrived.done():
-            arrived.result()
-        return arrived.done()
+        return arrived.done() and arrived.result() is None
 
     def release(self, path: Path) -> None:
         """Take note that a file is done with."""
         if self.delete:
-            remove(path)
+            _receipt(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         self._room.release()
-
-    def close(self) -> None:
-        """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
-        self._stop.set()
-        self._room.release()
-        self._thread.join(2.0)
 
     def __enter__(self) -> "Downloader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
+        self._stop.set()
+        self._room.release()
+        self._thread.join(2.0)
 
     def _run(self) -> None:
-        for path, (file, folder) in self.files.items():
-            self._room.acquire()
-            if self._stop.is_set():
-                return
-            try:
-                download_file(file, folder, self._note, self._stop)
-            except web.Stopped:
-                return
-            except BaseException as error:  # the caller's thread raises it
-                for arrived in self._arrived.values():
-                    if not arrived.done():
-                        arrived.set_exception(error)
-                return
-            self._complete, self._current = self._complete + file.size, 0
-            self._arrived[path].set_result(None)
+        complete = 0
 
-    def _note(self, done: int, _: int) -> None:
-        self._current = done
+        def note(size: int) -> None:
+            self.bytes_done = complete + size
+
+        try:
+            for path, (file, folder) in self.files.items():
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                download_file(file, folder, note, self._stop)
+                complete += file.size
+                note(0)
+                self._arrived[path].set_result(None)
+        except web.Stopped:
+            return
+        except BaseException as error:  # the caller's thread raises it
+            for arrived in self._arrived.values():
+                if not arrived.done():
+                    arrived.set_exception(error)
 
 
-TINYSHAKESPEARE = WebFile(
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "tinyshakespeare.txt",
-    1_115_394,
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
+TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def tinyshakespeare() -> Path:
-    """Have TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
+    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
-    path = cache / TINYSHAKESPEARE.path
-    if path.exists():
-        if sha256_of(path) == TINYSHAKESPEARE.sha256:
-            return path
-        remove(path)
+    path = cache / "tinyshakespeare.txt"
     try:
-        return download_file(TINYSHAKESPEARE, cache, unreachable=web.UNREACHABLE)
+        return fetch(TINYSHAKESPEARE, cache, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
     except OSError as error:
         if error.filename is not None:
             raise
-        raise OSError(f"{error}; or put {TINYSHAKESPEARE.url} at {path}") from error
+        raise OSError(f"{error}; or put {TINYSHAKESPEARE} at {path}") from error

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -21,8 +20,7 @@ from gpt2_data import tokenizer
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
-MAX_LINE = 1 << 27
-"""Bytes of a line: a small compressed file may stand for more than any memory holds."""
+MAX_LINE = 1 << 27  # bytes; a small compressed file may stand for more than any memory holds
 _LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NEAR_END = 1000  # bytes of a block in which a place to cut at is most often found
@@ -32,12 +30,7 @@ _SHOWN = 300  # characters of a list in a message
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A document or, of one too long to hold, a part: its tokens are those of its parts, one after the other.
-
-    Attributes:
-        replaced: True if bytes that are not UTF-8 became U+FFFD.
-        continues: True if it belongs to the document of the part before.
-    """
+    """A document or, of one too long to hold, a part. The fields are those of a Batch."""
 
     text: str | None
     replaced: bool = False
@@ -46,12 +39,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents, or of a long one a part.
+    """Documents, or one part of a long document.
 
     Attributes:
         texts: pyarrow string or large_string array: valid UTF-8, no nulls.
-        replaced: which of the texts had bytes that are not UTF-8, or surrogates without a partner: they became
-            U+FFFD.
+        replaced: texts in which bytes that are not UTF-8, or surrogates without a partner, became U+FFFD.
         continues: True if the only text belongs to the last document of the batch before.
     """
 
@@ -61,12 +53,12 @@ class Batch:
 
     @property
     def documents(self) -> int:
-        """How many documents begin in it."""
+        """The number of documents that begin in it."""
         return len(self.texts) - self.continues
 
     @property
     def empty(self) -> int:
-        """How many documents have no text; they are kept."""
+        """The number of documents without text; they are kept."""
         _, offsets = tokenizer.text_buffers(self.texts)
         return 0 if self.continues else int(np.count_nonzero(offsets[1:] == offsets[:-1]))
 
@@ -91,14 +83,12 @@ def gather(parts: Iterable[Part]) -> Iterator[Batch]:
     characters = 0
     for part in parts:
         size = len(part.text or "")
-        if some and (part.continues or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+        alone = part.continues or (some and some[0].continues)
+        if some and (alone or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
             yield _batch(some)
             some, characters = [], 0
         some.append(part)
         characters += size
-        if part.continues:
-            yield _batch(some)
-            some, characters = [], 0
     if some:
         yield _batch(some)
 
@@ -120,62 +110,57 @@ def _batch(parts: list[Part]) -> Batch:
 # --- Parquet
 
 
-def open_parquet(path: str, column: str) -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError."""
+def open_parquet(source: Any, column: str, name: str = "") -> Any:
+    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError.
+
+    `source` is a path, or what pyarrow reads from, which errors call `name`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = name or source
     try:
         # The column of a row group is read in pieces, since it may be gigabytes.
-        file = pq.ParquetFile(path, buffer_size=_READ, page_checksum_verification=True)
-        check_text_column(file.schema_arrow, column)
-        return file
-    except (pa.ArrowException, UnicodeDecodeError, KeyError, OSError) as error:
+        file = pq.ParquetFile(source, buffer_size=_READ, page_checksum_verification=True)
+        schema = file.schema_arrow
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
             raise
-        raise ValueError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def check_text_column(schema: Any, column: str) -> None:
-    """Raise ValueError unless an Arrow schema has this column of strings."""
-    import pyarrow as pa
-
+        raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
         hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"no column {column!r}; the columns are {listed(schema.names)}{hint}")
+        raise ValueError(f"{name}: no column {column!r}; the columns are {_listed(schema.names)}{hint}")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"column {column!r} holds {kind}, not strings")
+        raise ValueError(f"{name}: column {column!r} holds {kind}, not strings")
+    return file
 
 
-def row_groups(path: str, column: str) -> list[tuple[int, int]]:
+def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]]:
     """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer."""
-    with open_parquet(path, column) as file:
-        groups = row_groups_of(file.metadata, column)
-    for i, (rows, size) in enumerate(groups):
-        if not 0 <= rows < 2**31 or size < 0:
-            raise ValueError(f"{path}: row group {i} is damaged: {rows:,} rows of {size:,} bytes cannot be")
-    return groups
-
-
-def row_groups_of(metadata: Any, column: str) -> list[tuple[int, int]]:
-    """The same of a file whose footer is read."""
+    with open_parquet(source, column, name) as file:
+        metadata = file.metadata
     # Nested columns before it count for several leaves.
     number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    return [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
+    groups = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        rows, size = group.num_rows, group.column(number).total_uncompressed_size
+        if not 0 <= rows < 2**31 or size < 0:
+            where = f"{name or source}: row group {i}"
+            raise ValueError(f"{where} is damaged: {rows:,} rows of {size:,} bytes are impossible")
+        groups.append((rows, size))
+    return groups
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
     """Yield the documents of row groups [start, stop)."""
     import pyarrow as pa
 
+    sizes = row_groups(path, column)
     with open_parquet(path, column) as file:
-        sizes = row_groups_of(file.metadata, column)
         for group in range(start, stop):
             rows, size = sizes[group]
             at_once = max(1, min(8 * _BATCH_PARTS, 4 * BLOCK * rows // max(size, 1)))
@@ -193,14 +178,11 @@ def _from_column(column: Any) -> Batch:
         column = column.dictionary_decode()
     if column.null_count:
         column = column.fill_null("")
-    replaced: tuple[int, ...] = ()
     try:
         column.validate(full=True)  # Arrow does not look at what it stores
     except pa.ArrowInvalid:
-        pairs = [_decode(data) for data in column.cast(pa.large_binary()).to_pylist()]
-        column = pa.array([text for text, _ in pairs], pa.large_string())
-        replaced = tuple(i for i, (_, bad) in enumerate(pairs) if bad)
-    return Batch(column, replaced)
+        return _batch([Part(*_decode(data)) for data in column.cast(pa.large_binary()).to_pylist()])
+    return Batch(column, ())
 
 
 # --- JSON lines
@@ -208,12 +190,9 @@ def _from_column(column: Any) -> Batch:
 
 def open_bytes(path: str) -> BinaryIO:
     """Open a file, decompressed if its name says so. A cut-short stream raises OSError on reading."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
-    if codec is None:
-        return open(path, "rb")
     import pyarrow as pa
 
-    raw = cast(io.RawIOBase, pa.input_stream(path, compression=codec))
+    raw = cast(io.RawIOBase, pa.input_stream(path, compression="detect"))
     return cast(BinaryIO, io.BufferedReader(raw, BLOCK))
 
 
@@ -228,7 +207,8 @@ def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
         if not line.isspace():
             part = _json_part(line, key)
             if isinstance(part, str):
-                raise ValueError(f"{path}:{_lines_before(path, start) + number}: {part}")
+                before = sum(1 for _ in _lines(path, 0, start)) if start else 0
+                raise ValueError(f"{path}:{before + number}: {part}")
             yield part
 
 
@@ -269,29 +249,16 @@ def _json_part(line: bytes, key: str) -> Part | str:
         return f"a JSON object is wanted, this is {type(row).__name__}"
     if key not in row:
         hint = "" if key != "text" else ": name the key of the text with --column"
-        return f"no key {key!r}; the keys are {listed(row)}{hint}"
+        return f"no key {key!r}; the keys are {_listed(row)}{hint}"
     if not isinstance(row[key], str | None):
         return f"{key!r} holds {type(row[key]).__name__}, not a string"
     return Part(row[key], replaced)
 
 
-def listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Join names for a message; a file may have any number."""
-    text = ""
-    for name in names:
-        if len(text) + len(name) > _SHOWN:
-            return f"{text or name[:_SHOWN]} ..."
-        text += f", {name}" if text else name
-    return text or "(none)"
-
-
-def _lines_before(path: str, position: int) -> int:
-    """Count the lines of the file before a byte; done only to name a faulty one."""
-    count = 0
-    with open_bytes(path) as file:
-        for _ in range(-(-position // BLOCK)):
-            count += file.read(min(BLOCK, position - file.tell())).count(b"\n")
-    return count
+    text = ", ".join(names) or "(none)"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def count_lines(path: str, start: int, stop: int, limit: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from gpt2_data.sources import files as readers
 from gpt2_data.sources import web
 from gpt2_data.sources.web import WebFile
 
@@ -25,6 +26,7 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(
     rf"hf:(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[^\s:@]+))?(?::(?P<config>[^\s:]*)(?::(?P<split>\w[\w.]*))?)?"
 )
+_FOOTER = 1 << 16  # bytes of a Parquet file's end that are asked for first; FineWeb-Edu's footers have 3 MB
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,22 @@ def parse(text: str) -> HubSource | None:
     return HubSource(match["repo"], match["revision"], match["config"] or None, match["split"] or "train")
 
 
+def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
+    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer alone.
+
+    Raises:
+        ValueError: the file is no Parquet, or `column` holds no strings.
+        OSError: the file is not reached.
+    """
+    import pyarrow as pa
+
+    footer = web.read_range(file.url, max(0, file.size - _FOOTER), file.size)
+    size = 8 + int.from_bytes(footer[-8:-4], "little")
+    if len(footer) < size <= file.size:
+        footer = web.read_range(file.url, file.size - size, file.size)
+    return readers.row_groups(pa.BufferReader(footer), column, file.path)
+
+
 # --- which files
 
 
@@ -106,8 +124,7 @@ def list_files(source: HubSource) -> Listing:
         ValueError: no such dataset, config or split; the known ones are named.
         OSError: not allowed, or not reached.
     """
-    patience = web.Patience(f"hub dataset {source.repo}", unreachable=web.UNREACHABLE)
-    info = patience.call(lambda: _dataset_info(source))
+    info = web.Patience(f"hub dataset {source.repo}").call(lambda: _dataset_info(source))
     siblings = {row.rfilename: row for row in info.siblings or []}
     names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
     configs = (info.card_data.get("configs") if info.card_data else None) or []
@@ -137,16 +154,10 @@ def _dataset_info(source: HubSource) -> Any:
         raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{what} has no revision {source.revision!r}") from error
-    except errors.GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/datasets/{source.repo}"
-        raise OSError(f"{what} is gated: ask for access at {page}, then {web.LOGIN}") from error
-    except errors.RepositoryNotFoundError as error:  # the hub does not tell a private dataset from none
-        raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
     except errors.HfHubHTTPError as error:
-        web.raise_again(error.response)
-        if "credentials" in (error.server_message or ""):
-            raise OSError(f"{what}: the hub does not know your token: {web.LOGIN} anew") from error
-        raise OSError(f"{what}: the hub refuses (HTTP {error.response.status_code})") from error
+        if type(error) is errors.RepositoryNotFoundError:  # the hub does not tell a private dataset from none
+            raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
+        raise web.refusal(error.response, what) from error
     except json.JSONDecodeError as error:
         raise web.Again("the hub answers with something that is not JSON") from error
 
@@ -154,25 +165,21 @@ def _dataset_info(source: HubSource) -> Any:
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
     """Return the config as the card has it, and the files of each split."""
     known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
+    there_are = f"there are: {', '.join(known)}" if known else "it has none"
     config = source.config
     if config is None and known:
         marked = [name for name, entry in known.items() if entry.get("default")]
         config = next(iter([*marked, *(["default"] if "default" in known else []), *known]))
         if len(known) > 1 and not marked and config != "default":
-            raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {_named(known)}")
+            raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {there_are}")
     if config in known:
         return config, _card_splits(source, known[config], names)
     if config is None or (config == "default" and not known):
         return None, _splits_by_name(names)
     for folder in (f"data/{config}/", f"{config}/"):  # a config that the card leaves out
-        inside = [name for name in names if name.startswith(folder)]
-        if inside:
-            return None, _splits_by_name(inside, folder)
-    raise ValueError(f"hf:{source.repo}: no config {config!r}; {_named(known)}")
-
-
-def _named(known: dict[str, Any]) -> str:
-    return f"there are: {', '.join(known)}" if known else "it has none"
+        if splits := _splits_by_name(names, folder):
+            return None, splits
+    raise ValueError(f"hf:{source.repo}: no config {config!r}; {there_are}")
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
@@ -180,14 +187,15 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
 
     data_files is a string, a list, or a list of splits.
     """
+    from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # huggingface_hub requires it
+
     base = str(entry.get("data_dir") or "").strip("/")
     base = f"{base}/" if base else ""
     given = entry.get("data_files")
     if given is None:
-        return _splits_by_name([name for name in names if name.startswith(base)], base)
-    rows = given if isinstance(given, list) else [given]
+        return _splits_by_name(names, base)
     patterns: dict[str, list[Any]] = {}
-    for row in rows:
+    for row in given if isinstance(given, list) else [given]:
         split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
         patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
     splits = {}
@@ -195,19 +203,9 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
         for pattern in globs:
             if not isinstance(pattern, str) or "://" in pattern:
                 raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
-        regex = re.compile("|".join(_glob(base + pattern.removeprefix("./")) for pattern in globs))
-        splits[split] = [name for name in names if regex.fullmatch(name)]
+        regexes = [re.compile(glob_translate(base + pattern.removeprefix("./"))) for pattern in globs]
+        splits[split] = [name for name in names if any(regex.fullmatch(name) for regex in regexes)]
     return splits
-
-
-def _glob(pattern: str) -> str:
-    """Turn a glob into a regular expression: `*` stays in a folder, `**` does not."""
-    parts = {"**/": r"(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    regex = ""
-    for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern):
-        sets = piece.replace("[!", "[^", 1) if len(piece) > 1 else re.escape(piece)
-        regex += parts.get(piece, sets)
-    return regex
 
 
 _KEYWORDS = {
@@ -222,6 +220,7 @@ _NO_DATA = re.compile(
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     """Return the files of each split by their names: data/train-00000-of-00002*, folders or files named train."""
+    names = [name for name in names if name.startswith(folder)]
     sharded: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
@@ -233,8 +232,7 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
         splits = {}
         for split, words in _KEYWORDS.items():
             regex = re.compile(where.format(words))
-            inside = [name for name in names if regex.fullmatch(name.removeprefix(folder))]
-            if inside:
+            if inside := [name for name in names if regex.fullmatch(name.removeprefix(folder))]:
                 splits[split] = inside
         if splits:
             return splits
@@ -244,7 +242,7 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
 def _one_kind(names: list[str]) -> list[str]:
     """Leave out a licence or a picture among Parquet files, as `datasets` does."""
     endings = Counter(PurePosixPath(name).suffix for name in names)
-    if endings and max(endings, key=lambda ending: endings[ending]) == ".parquet":
+    if endings and endings.most_common(1)[0][0] == ".parquet":
         return [name for name in names if name.endswith(".parquet")]
     return names
 
@@ -255,7 +253,7 @@ def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFi
 
     parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{repo}: {path!r} is no path of a file in a dataset")
+        raise ValueError(f"{repo}: {path!r} is not a valid path of a dataset's file")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"{repo}: {path}: {size!r} is no size")
     url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"

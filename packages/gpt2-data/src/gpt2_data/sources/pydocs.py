@@ -7,26 +7,22 @@ import functools
 import hashlib
 import re
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
-# The last two: topics.py, which is the help topics once more, and the generated tables of a hundred code pages.
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",
-    "pydoc_data",
-    "encodings",
-}
+_FOLDERS = "site-packages|dist-packages|__pycache__|test|tests|idle_test|config-[^/]*"
+# pydoc_data is the help topics once more, encodings are generated tables of a hundred code pages, and
+# _sysconfigdata says how this Python was compiled, with its paths.
+_SKIPPED = re.compile(rf"(?:.*/)?(?:(?:{_FOLDERS}|pydoc_data|encodings)/.*|_sysconfigdata[^/]*)")
 _INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 
 
 @functools.cache
 def documents() -> tuple[tuple[str, str], ...]:
     """Return (id, text) of each document in a fixed order; ids are such as `source:json/decoder.py`."""
-    return (*_topics(), *_sources())
+    from pydoc_data.topics import topics
+
+    return (*((f"topic:{name}", text) for name, text in sorted(topics.items())), *_sources())
 
 
 @functools.cache
@@ -41,32 +37,15 @@ def sha256() -> str:
     return digest.hexdigest()
 
 
-def _topics() -> list[tuple[str, str]]:
-    from pydoc_data.topics import topics
-
-    return [(f"topic:{name}", text) for name, text in sorted(topics.items())]
-
-
-def _sources() -> list[tuple[str, str]]:
+def _sources() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    documents = []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        folders = name.parts[:-1]
-        if _SKIPPED_FOLDERS.intersection(folders) or any(folder.startswith("config-") for folder in folders):
-            continue
-        if name.name.startswith("_sysconfigdata"):  # how this Python was compiled, with its paths
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if _SKIPPED.fullmatch(name):
             continue
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = (root / name).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if text:  # some __init__.py are empty
-            documents.append((f"source:{name.as_posix()}", _INDENTATION.sub(_as_tabs, text)))
-    return documents
-
-
-def _as_tabs(spaces: re.Match[str]) -> str:
-    """A tab for each four spaces. To GPT-2's vocabulary nearly each space of an indentation is a token of its own:
-    such were 39 % of all tokens."""
-    return "\t" * (len(spaces[0]) // 4)
+            # A tab for each four spaces: to GPT-2 nearly each space of an indentation is a token, 39 % of all.
+            yield f"source:{name}", _INDENTATION.sub(lambda spaces: "\t" * (len(spaces[0]) // 4), text)

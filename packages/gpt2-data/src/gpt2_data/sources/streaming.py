@@ -20,8 +20,8 @@ def num_shards(listing: Listing) -> int:
         return int(_open(listing).num_shards)
 
 
-def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[list[str | None]]:
-    """Yield the documents of a shard, in batches and in order; null is None.
+def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
+    """Yield the documents of a shard in order; null is None.
 
     Raises:
         ValueError: the column is missing or holds no strings, the data cannot be read, or `datasets` is not
@@ -31,41 +31,33 @@ def documents(listing: Listing, shard: int, column: str = "text") -> Iterator[li
     with _one_line_errors(listing):
         opened = _open(listing)
         part = opened.shard(num_shards=opened.num_shards, index=shard)
-        names = opened.column_names
-        if names is not None and column not in names:
-            raise ValueError(_no_column(listing, column, names))
-        if names is not None:
+        if opened.column_names is not None and column in opened.column_names:
             part = part.select_columns([column])  # the others need not be decoded
         for batch in part.iter(batch_size=BATCH):
             if column not in batch:
-                raise ValueError(_no_column(listing, column, batch))
-            texts = list(batch[column])
-            for text in texts:
+                raise _Refused(f"no column {column!r}; the columns are {', '.join(batch)}")
+            for text in batch[column]:
                 if not isinstance(text, str | None):
-                    kind = type(text).__name__
-                    raise ValueError(f"hub dataset {listing.repo}: column {column!r} holds {kind}, not strings")
-            yield texts
-
-
-def _no_column(listing: Listing, column: str, names: Any) -> str:
-    return f"hub dataset {listing.repo}: no column {column!r}; the columns are {', '.join(names)}"
+                    raise _Refused(f"column {column!r} holds {type(text).__name__}, not strings")
+                yield text
 
 
 @functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
 def _open(listing: Listing) -> Any:
     try:
         import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"hub dataset {listing.repo} is not Parquet: pip install 'gpt2-data[datasets]' to read it"
-        ) from error
-    if listing.config is not None:  # its options, such as a CSV's separator, are in the card
-        name, files = listing.config, None
-    else:
-        name, files = None, {listing.split: [file.path for file in listing.files]}
+    except ImportError:
+        raise _Refused("it is not Parquet: pip install 'gpt2-data[datasets]' to read it") from None
+    name, files = listing.config, None  # its options, such as a CSV's separator, are in the card
+    if name is None:
+        files = {listing.split: [file.path for file in listing.files]}
     return datasets.load_dataset(
         listing.repo, name=name, data_files=files, split=listing.split, revision=listing.commit, streaming=True
     )
+
+
+class _Refused(Exception):
+    """Says what is wrong in one line."""
 
 
 @contextlib.contextmanager
@@ -73,9 +65,9 @@ def _one_line_errors(listing: Listing) -> Iterator[None]:
     """Turn the dozen kinds that `datasets` raises, some of many lines, into one of two, in one line."""
     try:
         yield
+    except _Refused as error:
+        raise ValueError(f"hub dataset {listing.repo}: {error}") from error
     except Exception as error:
-        if type(error) is ValueError and str(error).startswith("hub dataset"):
-            raise
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"hub dataset {listing.repo}: `datasets` cannot read it: {first}") from error

@@ -15,12 +15,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2_model.config import GPTConfig
+
 # JSON and pickles take up to 60 times their size once read. The header of the largest GPT-2 has 70 kB, its
 # pickle 60 kB; a config.json with many labels may have a few MB. safetensors allows a header of 100 MB, which took
 # 1.7 GB to read.
 MAX_JSON = 10_000_000
 _MAX_PICKLE = 1_000_000
+_TOO_LONG = f"its list of tensors is longer than {_MAX_PICKLE:,} bytes"
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def tensor_shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint. Without a module: that of a hostile config is too large even empty."""
+    width, inner = config.n_embd, config.mlp_dim
+    sizes = ((3 * width, width), (width, width), (inner, width), (width, inner))
+    norms = ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
+    block: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (width,))
+    for name, (rows, columns) in zip(PROJECTIONS, sizes, strict=True):
+        block[name] = (columns, rows) if in_out else (rows, columns)
+        block[name.replace("weight", "bias")] = (rows,)
+    shapes = {"wte.weight": (config.vocab_size, width), "wpe.weight": (config.block_size, width)}
+    layers = {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    last = {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, width)}
+    return {**shapes, **layers, **last, **head}
 
 
 def short(value: Any) -> str:
@@ -29,12 +51,16 @@ def short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file.
+def checked_config(path: Path, **fields: Any) -> GPTConfig:
+    """Return the GPTConfig that a file asks for; if there can be none, the ValueError names the file."""
+    try:
+        return GPTConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error)[:200]}") from None
 
-    Raises:
-        ValueError: too large, not valid JSON, not an object, a key that comes twice, or a number above 64 bits.
-    """
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file; a key that comes twice or a number above 64 bits is a ValueError."""
 
     def whole(digits: str) -> int:
         if len(digits) > 19:  # 64 bits
@@ -50,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return entries
 
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} is larger than any {path.name} of a GPT-2 ({MAX_JSON:,} bytes)")
+        raise ValueError(f"{path} is too large for a GPT-2's {path.name}: the limit is {MAX_JSON:,} bytes")
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=once, parse_int=whole)
     except (ValueError, RecursionError) as error:
@@ -61,39 +87,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, mapped.
-
-    Raises:
-        ValueError: a header that is not one, or does not describe exactly the bytes that follow it.
-    """
+    """Return the tensors of a .safetensors file, mapped; the library checks its header against its bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_JSON:
-        raise ValueError(f"{path} is damaged or no safetensors file: its header has {length:,} bytes")
+        raise ValueError(f"{path} is damaged or not a safetensors file: its header has {length:,} bytes")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"{path} is damaged or no safetensors file: {short(reason)}") from None
+        raise ValueError(f"{path} is damaged or not a safetensors file: {short(reason)}") from None
 
 
 def read_torch(path: Path) -> dict[Any, Any]:
-    """Return what torch.save wrote: a dict of tensors, or of more; mapped where the format allows it (torch 1.6).
-
-    Raises:
-        ValueError: a damaged file, one that holds more than tensors and plain values, or another format.
-    """
+    """Return what torch.save wrote, a dict of tensors and plain values; mapped where the format allows it."""
     with path.open("rb") as file:
         start = file.read(len(_LEGACY))
     zipped = start.startswith(_ZIP)
     if not zipped and start != _LEGACY:
-        raise ValueError(f"{path} is no weights file of safetensors, torch.save or llm.c; nothing was run")
+        raise ValueError(f"{path} is not a weights file of safetensors, torch.save or llm.c; nothing was run")
     try:
-        if zipped:
-            _check_zip(path)
-        else:
-            _check_legacy(path)
+        (_check_zip if zipped else _check_legacy)(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
@@ -114,7 +129,7 @@ def _check_zip(path: Path) -> None:
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("it is a compressed archive, which torch.save never writes")
     if any(member.file_size > _MAX_PICKLE for member in members if member.filename.endswith(".pkl")):
-        raise ValueError(f"its list of tensors is longer than {_MAX_PICKLE:,} bytes")
+        raise ValueError(_TOO_LONG)
 
 
 def _check_legacy(path: Path) -> None:
@@ -124,17 +139,13 @@ def _check_legacy(path: Path) -> None:
         for part in ("magic", "version", "system", "object", "storages"):
             for _, argument, position in pickletools.genops(file):
                 if position is not None and position > _MAX_PICKLE:
-                    raise ValueError(f"its list of tensors is longer than {_MAX_PICKLE:,} bytes")
+                    raise ValueError(_TOO_LONG)
                 if part == "object" and type(argument) is int and argument > size:
                     raise ValueError(f"a tensor of {argument:,} values in a file of {size:,} bytes")
 
 
 def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Return `content` if it is dense tensors by name, in memory, which all fit in the file.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return `content` if it is dense tensors by name, in memory, which all fit in the file; else ValueError."""
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path} holds {short(name)}: {type(tensor).__name__}, not only tensors by name")
@@ -148,37 +159,24 @@ def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """Return the tensors of all files that an index names (model.safetensors.index.json), mapped.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: no index, a shard that is not a file beside it, or one with other tensors than the index says.
-    """
-    names_in: dict[str, set[str]] = {}
-    for name, shard in shard_names(index).items():
-        names_in.setdefault(shard, set()).add(name)
-    for shard in names_in:
-        if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{index} names {shard}, which is not beside it")
+    """Return the tensors of all files that an index names (model.safetensors.index.json), mapped."""
+    shard_of = shard_names(index)
+    paths = [index.parent / shard for shard in sorted(set(shard_of.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{index} names {path.name}, which is not beside it")
     tensors: dict[str, Tensor] = {}
-    for shard, names in names_in.items():
-        path = index.parent / shard
-        shard_tensors = (
-            read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
-        )
-        if shard_tensors.keys() != names:
-            odd = sorted(shard_tensors.keys() ^ names)[0]
-            raise ValueError(f"{path} does not hold what {index.name} says: {short(odd)} is only in one of them")
-        tensors.update(shard_tensors)
+    for path in paths:
+        part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
+        if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
+            reason = f"{short(odd[0])} is only in one of them"
+            raise ValueError(f"{path} does not hold what {index.name} says: {reason}")
+        tensors.update(part)
     return tensors
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """Return an index as tensor name -> file name, each a plain name.
-
-    Raises:
-        ValueError: no index, or a name with a path in it.
-    """
+    """Return an index as tensor name -> file name, each a plain name."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map")

@@ -4,23 +4,20 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gpt2_model.checkpoints.files import read_json, shard_names, short
+from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, vocabulary_file
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
 
-# GPTConfig's names for the fields that are called otherwise in config.json; first the one that we write.
-_HF_NAMES = {
+# The names in config.json of GPTConfig's fields; first the one that we write.
+_NAMES: dict[str, tuple[str, ...]] = {field.name: (field.name,) for field in fields(GPTConfig)} | {
     "block_size": ("n_positions", "max_position_embeddings"),
     "n_embd": ("n_embd", "hidden_size"),
     "n_layer": ("n_layer", "num_hidden_layers"),
@@ -37,9 +34,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "quantization_config": (None,),
     "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
+    # The bodies of these are GPT-2 and nothing else; their further heads are left out.
+    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], ["GPT2DoubleHeadsModel"], [], None),
 }
-# The bodies of these are GPT-2 and nothing else; their further heads are left out.
-_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel")
 # Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
 # output formats, defaults of generate(), and what old versions of transformers wrote.
 _HARMLESS = """
@@ -64,77 +61,38 @@ scale_attn_by_layer_idx
 #   nothing ever read it: codeparrot was trained without.
 
 
-# Sizes are checked by GPTConfig itself.
-_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    float: ((float, int), "a number"),
-    str: ((str,), "text"),
-}
-
-
 def read_config(path: Path) -> GPTConfig:
-    """Return the GPTConfig in a Hugging Face config.json.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or a field that asks for a function that GPT does not compute, or that is not known.
-    """
+    """Return the GPTConfig in a config.json; a field that is unknown or asks for more than GPT is a ValueError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no model folder: it has no config.json")
+        raise FileNotFoundError(f"{path.parent} is not a model folder: it has no config.json")
     raw = read_json(path)
-    _refuse_other_functions(raw, path)
+    for name in sorted(raw.keys() & _NEUTRAL):
+        if raw[name] not in _NEUTRAL[name]:
+            needed = " or ".join(map(repr, _NEUTRAL[name])).removesuffix(" or None")
+            raise ValueError(f"{path}: {name} = {short(raw[name])} is not supported (needs {needed})")
+    for name in sorted(raw.keys() - set(chain(*_NAMES.values(), _NEUTRAL, _HARMLESS))):
+        given = f"unknown field {short(name)} = {short(raw[name])}"
+        raise ValueError(f"{path}: {given} may change what the model computes; remove it if it does not")
     values = {}
-    for field in fields(GPTConfig):
-        names = [name for name in _HF_NAMES.get(field.name, (field.name,)) if name in raw]
-        if not names:
-            continue
-        value = raw[names[0]]
-        if any(raw[name] != value for name in names[1:]):
-            given = " but ".join(f"{name} = {short(raw[name])}" for name in names)
+    for field, names in _NAMES.items():
+        present = [name for name in names if name in raw]
+        if any(raw[name] != raw[present[0]] for name in present[1:]):
+            given = " but ".join(f"{name} = {short(raw[name])}" for name in present)
             raise ValueError(f"{path} contradicts itself: {given}")
-        types, in_words = _TYPES.get(field.type, ((type(value),), ""))
-        if type(value) not in types or not abs(value if float in types else 0) < 1e9:  # NaN and infinity neither
-            raise ValueError(f"{path}: {names[0]} must be {in_words}, not {short(value)}")
-        values[field.name] = value
-    try:
-        return GPTConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:200]}") from None
-
-
-def _refuse_other_functions(raw: dict[str, Any], path: Path) -> None:
-    for name, neutral in _NEUTRAL.items():
-        if name in raw and raw[name] not in neutral:
-            raise ValueError(
-                f"{path}: {name} = {short(raw[name])} is not GPT-2 as built here (needs {neutral[0]!r})"
-            )
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list) or not all(name in _ARCHITECTURES for name in architectures):
-        raise ValueError(
-            f"{path}: architectures = {short(architectures)} is not GPT-2 as built here "
-            f"(needs one of {', '.join(_ARCHITECTURES)})"
-        )
-    ours = {name for field in fields(GPTConfig) for name in _HF_NAMES.get(field.name, (field.name,))}
-    unknown = sorted(raw.keys() - ours - _NEUTRAL.keys() - {*_HARMLESS, "architectures"})
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown field {short(unknown[0])} = {short(raw[unknown[0]])} may change what the model "
-            "computes; remove it if it does not"
-        )
+        if present:
+            values[field] = raw[present[0]]
+    return checked_config(path, **values)
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
     """Return a config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM architectures."""
-    ours = {_HF_NAMES.get(f.name, (f.name,))[0]: getattr(config, f.name) for f in fields(GPTConfig)}
     special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **ours,
+        **{names[0]: getattr(config, field) for field, names in _NAMES.items()},
         "n_ctx": config.block_size,
-        "attn_pdrop": 0.0,  # dropout as in our training: none
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # as in our training: none
         "initializer_range": 0.02,
         "bos_token_id": special,
         "eos_token_id": special,
@@ -149,13 +107,13 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     OpenAI's two files, and the same as one tokenizer.json, in which `<|endoftext|>` is a special token: else
     llama.cpp takes it for text.
     """
-    merges = vocabulary_file("vocab.bpe").decode("utf-8")
-    vocab = json.loads(vocabulary_file("encoder.json"))
+    merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     return {
-        "vocab.json": vocabulary_file("encoder.json"),
-        "merges.txt": merges.encode("utf-8"),
+        "vocab.json": vocab,
+        "merges.txt": merges,
         "tokenizer.json": {
             "version": "1.0",
             "truncation": None,
@@ -172,30 +130,25 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
                 "continuing_subword_prefix": "",
                 "end_of_word_suffix": "",
                 "fuse_unk": False,
-                "vocab": vocab,
-                "merges": [line for line in merges.splitlines()[1:] if line],
+                "vocab": json.loads(vocab),
+                "merges": [line for line in merges.decode().splitlines()[1:] if line],
             },
         },
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
             "model_max_length": config.block_size,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+            **special,
         },
-        "special_tokens_map.json": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "special_tokens_map.json": special,
     }
 
 
 def download(name: str) -> Path:
     """Download "owner/model" or "owner/model@revision" into Hugging Face's cache; return the folder there.
 
-    huggingface_hub caches, resumes (until five tries in a row bring nothing), obeys HF_HOME and HF_HUB_OFFLINE,
-    and draws a bar on a terminal. Short names ("gpt2") stay as they are: the hub knows where they moved, and other
-    programs have them in the cache under these names too.
-
-    Raises:
-        FileNotFoundError: the hub has no such model, it may not be read, or the hub cannot be reached.
-        OSError: the download broke off.
+    Short names ("gpt2") stay as they are: the hub knows where they moved, and caches hold them under these names.
+    What the hub says becomes one line: a FileNotFoundError, or an OSError if the download broke off.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # half a second, and only needed here
     from huggingface_hub.utils.logging import set_verbosity_error
@@ -205,30 +158,26 @@ def download(name: str) -> Path:
     with _errors_of_one_line(name):
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
         commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
-
-        def get(file: str) -> Path:
-            return Path(hf_hub_download(repository, file, revision=commit))
-
+        get = partial(hf_hub_download, repository, revision=commit)
         # Cached ones first: they need no network. Else the best one that the hub has.
         cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
-        weights = next((Path(path) for path in cached if isinstance(path, str)), None) or _first(get)
-        if weights.suffix == ".json":
-            for shard in sorted(set(shard_names(weights).values())):
+        weights = next((path for path in cached if isinstance(path, str)), None) or _first(get)
+        if weights.endswith(".json"):
+            for shard in sorted(set(shard_names(Path(weights)).values())):
                 get(shard)
     return config.parent
 
 
-def _first(get: Callable[[str], Path]) -> Path:
+def _first(get: Callable[[str], str]) -> str:
     """Download the best weights file that the model has."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in WEIGHTS_FILES[:-1]:
         try:
             return get(file)
-        except LocalEntryNotFoundError:  # cannot be reached, which took it 23 seconds to find out
-            raise
-        except EntryNotFoundError:
-            continue
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, which took it 23 s to see
+                raise
     return get(WEIGHTS_FILES[-1])
 
 
@@ -238,12 +187,12 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     login = "`hf auth login` or set HF_TOKEN"
-    absent = f"is neither a local model folder nor a model on the hub (such as {', '.join(HUB_NAMES)})"
-    unreachable = "is no local model folder, not in Hugging Face's cache, and the hub cannot be reached"
+    absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
+    unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
     messages = {  # the first that fits
         errors.LocalEntryNotFoundError: unreachable,
-        errors.EntryNotFoundError: "on the hub is no model folder: it lacks config.json or weights",
-        errors.RevisionNotFoundError: "is no revision of this model on the hub",
+        errors.EntryNotFoundError: "on the hub lacks config.json or weights",
+        errors.RevisionNotFoundError: "is not a revision of this model on the hub",
         errors.GatedRepoError: f"is gated: ask for access on its page on the hub, then {login}",
         errors.RepositoryNotFoundError: f"{absent}; if it is private, {login}",
         errors.HFValidationError: absent,

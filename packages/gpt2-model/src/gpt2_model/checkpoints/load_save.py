@@ -1,13 +1,12 @@
 """Any checkpoint to (GPTConfig, tensors), and these to a Hugging Face folder.
 
-A checkpoint differs from our module in two ways. Most keep the four projections of a block as OpenAI did,
-(in, out), "Conv1D"; nn.Linear keeps (out, in): they are transposed. And names may carry a prefix ("transformer.")
-or name buffers that hold no weights (the causal mask). Everything else is equal, name by name.
+Most checkpoints keep the four projections of a block as OpenAI did, (in, out), "Conv1D"; they are transposed for
+nn.Linear, (out, in). Names may carry a prefix ("transformer.") or be those of buffers (the causal mask).
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,14 +14,13 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import read_json, read_safetensors, read_shards, read_torch, short, state_dict
+from gpt2_model.checkpoints import files
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.command import newest_checkpoint, write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
-from gpt2_model.tokenizer import EOT
+from gpt2_model.tokenizer import EOT, PADDED
 
-_PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
@@ -31,7 +29,7 @@ _PREFIX = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+")
 
 
 class _Checkpoint(NamedTuple):
-    """A model on disk, whose names, shapes and types are known and whose values are not read yet."""
+    """A model on disk, whose values are not read yet."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -40,17 +38,13 @@ class _Checkpoint(NamedTuple):
 
 
 def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the config and the state dict of what GPT.from_pretrained names, in `dtype`.
-
-    Raises:
-        ValueError, OSError: see GPT.from_pretrained.
-    """
+    """Return the config and the state dict, in `dtype`, of what GPT.from_pretrained names; errors as there."""
     checkpoint = _open(str(name_or_path))
     tensors = _fitting(checkpoint)
 
     def own(name: str) -> Tensor:
         # A copy: the map would change with the file. One pass does the transposing and the conversion as well.
-        stored = tensors[name].t() if name.endswith(_PROJECTIONS) and checkpoint.in_out else tensors[name]
+        stored = tensors[name].t() if name.endswith(files.PROJECTIONS) and checkpoint.in_out else tensors[name]
         return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
     with ThreadPoolExecutor(2) as pool:  # transposing takes twice the time of copying; a second thread makes it up
@@ -65,13 +59,9 @@ def inspect(name_or_path: str | Path) -> GPTConfig:
 
 
 def read_progress(model: str) -> dict[str, int]:
-    """Return the step and the tokens so far, as the trainer.json of a training checkpoint says; else {}.
-
-    Raises:
-        ValueError: a trainer.json that holds no JSON object.
-    """
+    """Return the step and the tokens so far, as the trainer.json of a training checkpoint says; else {}."""
     path = Path(model) / "trainer.json"
-    state = read_json(path) if path.is_file() else {}
+    state = files.read_json(path) if path.is_file() else {}
     return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
 
 
@@ -90,12 +80,9 @@ def _open(name: str) -> _Checkpoint:
 
 
 def _open_folder(folder: Path) -> _Checkpoint:
-    for name in WEIGHTS_FILES:
-        if (folder / name).is_file():
-            config = read_config(folder / "config.json")
-            if name.endswith(".json"):
-                return _Checkpoint(config, read_shards(folder / name), folder / name, in_out=True)
-            return _open_file(folder / name)
+    for path in (folder / name for name in WEIGHTS_FILES):
+        if path.is_file():
+            return _open_file(path)
     if checkpoint := newest_checkpoint(folder):
         return _open_folder(checkpoint)
     raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} in it")
@@ -103,24 +90,24 @@ def _open_folder(folder: Path) -> _Checkpoint:
 
 def _open_file(path: Path) -> _Checkpoint:
     """Open a file by its content, since a .bin is torch's or llm.c's."""
-    if path.suffix == ".safetensors":
-        return _Checkpoint(read_config(path.parent / "config.json"), read_safetensors(path), path, in_out=True)
+    if path.suffix in (".safetensors", ".json"):
+        config = read_config(path.parent / "config.json")
+        tensors = files.read_safetensors(path) if path.suffix == ".safetensors" else files.read_shards(path)
+        return _Checkpoint(config, tensors, path, in_out=True)
     with path.open("rb") as file:
         start = file.read(len(LLMC_MAGIC))
     if start == LLMC_MAGIC:
         return _Checkpoint(*read_llmc(path), path, in_out=False)
-    content = read_torch(path)
+    content = files.read_torch(path)
     if "model_args" in content:
         return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
-    return _Checkpoint(read_config(path.parent / "config.json"), state_dict(content, path), path, in_out=True)
+    return _Checkpoint(
+        read_config(path.parent / "config.json"), files.state_dict(content, path), path, in_out=True
+    )
 
 
 def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
-    """Return the tensors under our names, exactly those of the config; their values are not read.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, there twice, of another shape, or not of floating-point numbers.
-    """
+    """Return the tensors under our names, exactly those of the config; their values are not read."""
     config, stored, source, in_out = checkpoint
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -128,24 +115,22 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         if _NO_WEIGHT.search(bare):
             continue
         if bare in tensors:
-            raise ValueError(f"{source} holds {short(bare)} twice, under different prefixes")
+            raise ValueError(f"{source} holds {files.short(bare)} twice, under different prefixes")
         tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
-        raise ValueError(f"{source} holds {len(tensors)} tensors, the config speaks of {config.n_layer} layers")
-    expected = dict(_shapes(config, in_out))
+        raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {config.n_layer} layers")
+    expected = files.tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(
-            f"{source} does not hold this model's weights: {len(missing)} missing"
-            f"{f' ({missing[0]}, ...)' if missing else ''}, {len(unknown)} unknown"
-            f"{f' ({short(unknown[0])}, ...)' if unknown else ''}"
-        )
+        lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
+        adds = f"{len(unknown)} unknown" + (f" ({files.short(unknown[0])}, ...)" if unknown else "")
+        raise ValueError(f"{source} does not contain exactly this model's weights: {lacks}, {adds}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
         if tensors[name].dtype not in _DTYPES:
-            raise ValueError(f"{source}: {name} holds {tensors[name].dtype}, GPT-2s fp32, fp16 or bf16")
+            raise ValueError(f"{source}: {name} is {tensors[name].dtype}; it must be fp32, fp16 or bf16")
     # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
     embedding = tensors["wte.weight"]
     if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
@@ -153,44 +138,18 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def _shapes(config: GPTConfig, in_out: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the tensors of a checkpoint. Without a module: that of a hostile config is too large even empty."""
-    width, inner = config.n_embd, config.mlp_dim
-    yield "wte.weight", (config.vocab_size, width)
-    yield "wpe.weight", (config.block_size, width)
-    for layer in range(config.n_layer):
-        for part, (rows, columns) in {
-            "attn.c_attn": (3 * width, width),
-            "attn.c_proj": (width, width),
-            "mlp.c_fc": (inner, width),
-            "mlp.c_proj": (width, inner),
-        }.items():
-            yield f"h.{layer}.{part}.weight", (columns, rows) if in_out else (rows, columns)
-            yield f"h.{layer}.{part}.bias", (rows,)
-        for norm in ("ln_1", "ln_2"):
-            yield f"h.{layer}.{norm}.weight", (width,)
-            yield f"h.{layer}.{norm}.bias", (width,)
-    yield "ln_f.weight", (width,)
-    yield "ln_f.bias", (width,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, width)
-
-
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a Hugging Face folder. Each file appears whole under its name or not at all.
-
-    Args:
-        weights: GPT.state_dict().
-    """
+    """Write a model, `weights` its files.state_dict(), as a Hugging Face folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
-    # Up to 50,304, the next multiple of 128, rows beyond GPT-2's 50,257 are padding. Any other size is another
-    # vocabulary, whose files we do not have.
-    files = tokenizer_files(config) if EOT < config.vocab_size <= 50304 else {}
-    files["generation_config.json"] = {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
-    files["config.json"] = hf_config(config)
-    for name, content in files.items():
+    # Any other size is another vocabulary, whose files we do not have.
+    contents = tokenizer_files(config) if EOT < config.vocab_size <= PADDED else {}
+    contents["generation_config.json"] = (
+        {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
+    )
+    contents["config.json"] = hf_config(config)
+    for name, content in contents.items():
         if isinstance(content, dict):
             content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
         with write_whole(folder / name) as file:
@@ -202,7 +161,7 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
-        shape = list(weight.shape)[:: -1 if name.endswith(_PROJECTIONS) else 1]
+        shape = list(weight.shape)[:: -1 if name.endswith(files.PROJECTIONS) else 1]
         stored_name = name if name == "lm_head.weight" else f"transformer.{name}"
         header[stored_name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
         end += 4 * weight.numel()
@@ -211,4 +170,4 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for name, weight in weights.items():
         tensor = weight.detach().to("cpu", torch.float32)
-        file.write((tensor.t() if name.endswith(_PROJECTIONS) else tensor).contiguous().numpy().data)
+        file.write((tensor.t() if name.endswith(files.PROJECTIONS) else tensor).contiguous().numpy().data)

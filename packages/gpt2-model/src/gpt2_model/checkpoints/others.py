@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import short, state_dict
+from gpt2_model.checkpoints.files import checked_config, short, state_dict, tensor_shapes
 from gpt2_model.config import GPTConfig
-from gpt2_model.tokenizer import EOT
+from gpt2_model.tokenizer import EOT, PADDED
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
 _LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version; both pad the vocabulary
 _LLMC_HEADER = 1024  # bytes: 256 int32
-_TRUE, _PADDED = EOT + 1, 50304  # GPT-2's vocabulary, and rounded up to a multiple of 64 and of 128
+_LLMC_PARTS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 _NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
@@ -26,34 +26,27 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     A vocabulary of 50,304 comes back as GPT-2's 50,257. The 47 rows more are padding: they take part in nanoGPT's
     softmax, but stand for no token, and training drove their probability to nothing.
 
-    Its GELU has been the exact one since mid-2023; a checkpoint does not say when it was made. One without `bias`
-    in its model_args is older than that, and has the tanh approximation.
-
-    Raises:
-        ValueError: not such a file.
+    Its GELU has been the exact one since mid-2023. A checkpoint without `bias` in its model_args is older than
+    that, and has the tanh approximation.
     """
     arguments = dict(content["model_args"])
     model = content.get("model")
     names = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    if not names <= arguments.keys() <= names | {"bias", "dropout"} or not isinstance(model, dict):
-        odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
-        raise ValueError(f"{path} is no checkpoint of nanoGPT as known here: see {short(odd or 'model')}")
+    odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
+    if odd or not isinstance(model, dict):
+        raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd or 'model')}")
     activation = "gelu" if "bias" in arguments else "gelu_new"
-    try:
-        config = GPTConfig(**{name: arguments[name] for name in names}, activation_function=activation)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:200]}") from None
+    config = checked_config(path, **{name: arguments[name] for name in names}, activation_function=activation)
     tensors = state_dict(model, path)
     if arguments.get("bias") is False:  # a bias of zero is the same function
-        weights = [name for name in tensors if name.endswith(".weight") and not name.endswith(_NO_BIAS)]
-        for name in weights:
+        for name in [name for name in tensors if name.endswith(".weight") and not name.endswith(_NO_BIAS)]:
             zeros = torch.zeros(1).expand(tensors[name].shape[0] if tensors[name].ndim else 0)
             tensors.setdefault(name.removesuffix("weight") + "bias", zeros)
-    if config.vocab_size == _PADDED:
-        config = replace(config, vocab_size=_TRUE)
+    if config.vocab_size == PADDED:
+        config = replace(config, vocab_size=EOT + 1)
         for name, tensor in tensors.items():
-            if name.endswith(("wte.weight", "lm_head.weight")) and tensor.shape[0] == _PADDED:
-                tensors[name] = tensor[:_TRUE]
+            if name.endswith(("wte.weight", "lm_head.weight")) and tensor.shape[0] == PADDED:
+                tensors[name] = tensor[: EOT + 1]
     return config, tensors
 
 
@@ -62,9 +55,6 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 
     256 int32, then the parameters, those of one kind for all layers together. Rows that pad the vocabulary, to
     50,304 for GPT-2's, are left out.
-
-    Raises:
-        ValueError: another version, or a size that does not fit the header.
     """
     with path.open("rb") as file:
         header = file.read(_LLMC_HEADER)
@@ -73,40 +63,17 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     _, version, time, vocab, depth, heads, width, padded = struct.unpack("<8i", header[:32])
     if version not in _LLMC_DTYPES:
         raise ValueError(f"{path} is of version {version}: write it again with a present llm.c (3: fp32, 5: bf16)")
-    try:
-        config = GPTConfig(block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:200]}") from None
+    config = checked_config(path, block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
     dtype = _LLMC_DTYPES[version]
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (padded, width),
-        "wpe.weight": (time, width),
-        "ln_1.weight": (depth, width),
-        "ln_1.bias": (depth, width),
-        "attn.c_attn.weight": (depth, 3 * width, width),
-        "attn.c_attn.bias": (depth, 3 * width),
-        "attn.c_proj.weight": (depth, width, width),
-        "attn.c_proj.bias": (depth, width),
-        "ln_2.weight": (depth, width),
-        "ln_2.bias": (depth, width),
-        "mlp.c_fc.weight": (depth, 4 * width, width),
-        "mlp.c_fc.bias": (depth, 4 * width),
-        "mlp.c_proj.weight": (depth, width, 4 * width),
-        "mlp.c_proj.bias": (depth, width),
-        "ln_f.weight": (width,),
-        "ln_f.bias": (width,),
-    }
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    size, actual = _LLMC_HEADER + dtype.itemsize * sum(sizes), path.stat().st_size
+    parameters = config.num_parameters + (padded - vocab) * width
+    size, actual = _LLMC_HEADER + dtype.itemsize * parameters, path.stat().st_size
     if padded < vocab or size != actual:
         raise ValueError(f"{path} has {actual:,} bytes, {size:,} by its header")
+    shapes = tensor_shapes(config, in_out=False) | {"wte.weight": (padded, width)}
+    kinds = [f"{part}.{kind}" for part in _LLMC_PARTS for kind in ("weight", "bias")]
+    layered = [f"h.{layer}.{kind}" for kind in kinds for layer in range(depth)]
+    names = ["wte.weight", "wpe.weight", *layered, "ln_f.weight", "ln_f.bias"]
     values = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
-    pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], sizes)
-    tensors = {}
-    for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
-        tensor = piece.view(shape)
-        if name.startswith(("ln_1", "attn", "ln_2", "mlp")):
-            tensors.update({f"h.{layer}.{name}": part for layer, part in enumerate(tensor)})
-        else:
-            tensors[name] = tensor[:vocab] if name == "wte.weight" else tensor
-    return config, tensors
+    pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], [math.prod(shapes[name]) for name in names])
+    tensors = {name: piece.view(shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+    return config, tensors | {"wte.weight": tensors["wte.weight"][:vocab]}

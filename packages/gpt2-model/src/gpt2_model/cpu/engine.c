@@ -1,13 +1,11 @@
 // GPT-2's forward pass with a key-value cache, for CPUs: one call a token instead of some 170 calls of PyTorch.
 //
 // Decoding reads every weight once a token, so its limit is the memory's speed (benchmarks/ has what is reached). A
-// weight is read once for up to eight rows, as fp32, bf16 or int8, and each product is shared out among threads.
+// weight is read once for up to eight rows, and each product is shared out among threads. Each number of the result
+// is added up in an order of its own, whatever other rows are in the call and however many threads there are.
 //
-// Each number of the result is added up in an order of its own, whatever other rows are in the call and however
-// many threads there are: a row's logits are bit-equal in any batch.
-//
-// Plain C with the vector extensions of GCC and Clang, which map 16 floats to AVX-512, AVX2 or NEON. Compiled and
-// called by engine.py, which holds the structs of these two files once more.
+// The vector extensions of GCC and Clang map 16 floats to AVX-512, AVX2 or NEON. engine.py compiles and calls this,
+// and holds the structs of these two files once more.
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -23,8 +21,10 @@
 #define PAUSE() ((void)0)
 #endif
 
+typedef struct { const float *weight, *bias; } Norm;
+
 typedef struct {
-    const float *ln_1, *ln_1_bias, *ln_2, *ln_2_bias;
+    Norm ln_1, ln_2;
     Matrix c_attn, attn_c_proj, c_fc, mlp_c_proj;
     double attention_scale;
 } Layer;
@@ -34,18 +34,19 @@ typedef struct {
     double epsilon;
     const Layer *layers;
     Matrix wte, head;
-    const float *wpe, *ln_f, *ln_f_bias;
+    const float *wpe;
+    Norm ln_f;
 } Model;
 
 typedef struct {
     int64_t rows;              // tokens in this call: any mix of sequences and positions
+    int64_t batch, capacity;   // of the cache
+    int64_t groups;            // runs of rows of one sequence
     const int64_t *tokens;     // (rows,)
     const int64_t *sequences;  // (rows,) which row of the cache
     const int64_t *positions;  // (rows,)
-    float *keys, *values;      // (n_layer, batch, n_head, capacity, head_dim)
-    int64_t batch, capacity;
-    int64_t groups;            // runs of rows of one sequence
     const int64_t *starts;     // (groups + 1,) each one's first row, and the end of all
+    float *keys, *values;      // (n_layer, batch, n_head, capacity, head_dim)
     float *logits;             // (groups, vocab_size), of each one's last row
 } Call;
 
@@ -55,12 +56,12 @@ typedef struct {  // where activations lie during a call
     Prepared prepared;
 } Scratch;
 
-// The threads that work on a call. A thread that waits spins for some 100 us, then sleeps: with OpenMP, which goes on
-// spinning, one neighbour on two cores made a step 30 times as long.
+// The threads of a call. One that waits spins for some 100 us, then sleeps: with OpenMP, which goes on spinning, one
+// neighbour on two cores made a step 30 times as long.
 typedef struct {
     int threads;
-    _Atomic int64_t next;  // of the present loop: what nobody has taken yet
-    _Atomic int arrived, round, stopped;
+    _Atomic int64_t next;  // of the loop that all share: what nobody has taken yet
+    _Atomic int started, arrived, round, stopped;
     pthread_mutex_t mutex;
     pthread_cond_t released;
     pthread_t workers[256];
@@ -70,14 +71,14 @@ typedef struct {
     Scratch scratch;
 } Team;
 
-typedef void Alone(Team *team, const float *weight, const float *bias);
+typedef void Alone(Team *team, const Norm *norm);
 
-// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a
-// wait costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
-static void meet(Team *team, Alone *alone, const float *weight, const float *bias) {
+// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a wait
+// costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
+static void meet(Team *team, Alone *alone, const Norm *norm) {
     const int round = team->round;
     if (atomic_fetch_add(&team->arrived, 1) == team->threads - 1) {
-        if (alone) alone(team, weight, bias);
+        if (alone) alone(team, norm);
         team->arrived = 0;
         team->next = 0;
         pthread_mutex_lock(&team->mutex);
@@ -95,22 +96,19 @@ static void meet(Team *team, Alone *alone, const float *weight, const float *bia
     pthread_mutex_unlock(&team->mutex);
 }
 
-// Take the next `size` of a loop that all threads share; past its end, `meet`.
-static inline int64_t take(Team *team, int64_t size) { return atomic_fetch_add(&team->next, size); }
-
 enum { STORE, ADD, ACTIVATE };
 
-static inline void put(const float *sums, int64_t apart, const float *bias, int rows, int outs, float *y,
-                       int64_t stride, int then) {
+static inline void put(const Matrix *m, const float *sums, int64_t apart, int64_t first, int rows, int outs, float *y,
+                       int then) {
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outs; o++) {
-            const float value = sums[r * apart + o] + (bias ? bias[o] : 0.0f);
-            y[r * stride + o] = then == ADD ? y[r * stride + o] + value : value;
+            const float value = sums[r * apart + o] + (m->bias ? m->bias[first + o] : 0.0f);
+            float *to = y + r * m->outs + first + o;
+            *to = then == ADD ? *to + value : value;
         }
 }
 
-// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these outputs' weights
-// pass by, which from the second eight rows on come from the second cache.
+// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these weights pass by.
 static inline __attribute__((always_inline)) void outputs(const Matrix *m, const float *x, Prepared p,
                                                           int64_t begin, int64_t end, float *y, int64_t rows,
                                                           int then) {
@@ -122,16 +120,14 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
     for (; first + O <= end; first += O) {                                                        \
         if (TYPE == INT8) tile_int8(m, p, row, first / LANES, R, sums);                           \
         else tile_floats(m, x, p, row, first, R, O, sums);                                        \
-        put(sums, O, m->bias ? m->bias + first : NULL, R, O, y + row * m->outs + first, m->outs, then); \
+        put(m, sums, O, first, R, O, y + row * m->outs, then);                                    \
     }
         enum { MANY = TYPE == INT8 ? LANES : OUTS };
         if (now == 8) TILES(8, MANY)
         else if (now == 4) TILES(4, MANY)
         else if (now == 2) TILES(2, MANY)
         else TILES(1, MANY)
-        if (first == end) continue;
-        const float *bias = m->bias ? m->bias + first : NULL;  // fewer than that are left: one by one
-        for (int64_t r = row; r < row + now; r++) {
+        for (int64_t r = row; r < row + now && first < end; r++) {  // fewer than that are left: one by one
             if (TYPE == INT8) tile_int8(m, p, r, first / LANES, 1, sums);
             else
                 for (int64_t o = first; o < end; o++) {
@@ -139,20 +135,19 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
                     tile_floats(m, x, p, r, o, 1, 1, padded);
                     sums[o - first] = padded[0];
                 }
-            put(sums, LANES, bias, 1, (int)(end - first), y + r * m->outs + first, m->outs, then);
+            put(m, sums, LANES, first, 1, (int)(end - first), y + r * m->outs, then);
         }
     }
 }
 
-// y = x W^T + bias, added to y, or through the activation. Each output's weights are read by one thread, and once
-// for eight rows. The threads must meet after it.
+// y = x W^T + bias, added to y, or through the activation. The threads must meet after it.
 static void linear(Team *team, const Matrix *m, const float *x, float *y, int then) {
     // Large shares for few rows, since the first bytes of each come without a prefetch: a tenth more tokens/s in int8.
     // Small ones for many, so that the second eight rows find the weights in the second cache.
     const int64_t rows = team->rows, unit = OUTS * LANES, large = m->outs / (4 * team->threads * unit) * unit;
     const int64_t share = rows <= ROWS && large > unit ? large : unit;
     const Prepared p = team->scratch.prepared;
-    for (int64_t begin, end; (begin = take(team, share)) < m->outs;) {
+    for (int64_t begin, end; (begin = atomic_fetch_add(&team->next, share)) < m->outs;) {
         end = begin + share < m->outs ? begin + share : m->outs;
         outputs(m, x, p, begin, end, y, rows, then);
         for (int64_t r = 0; then == ACTIVATE && r < rows; r++)
@@ -199,30 +194,27 @@ static void attend(const float *query, const float *keys, const float *values, i
 }
 
 static void prepare(Team *team, const float *x, int64_t width) {
-    for (int64_t r = 0; r < team->rows; r++) {
-        if (TYPE == INT8) to_steps(x + r * width, width, r, team->scratch.prepared);
-        if (TYPE == BF16) to_pairs(x + r * width, width, r, team->scratch.prepared);
-    }
+    for (int64_t r = 0; r < team->rows && TYPE != FP32; r++)
+        (TYPE == INT8 ? to_steps : to_pairs)(x + r * width, width, r, team->scratch.prepared);
 }
 
-static void prepare_normed(Team *team, const float *unused, const float *unused_too) {
-    (void)unused, (void)unused_too;
+static void prepare_normed(Team *team, const Norm *unused) {
     prepare(team, team->scratch.normed, team->model->n_embd);
 }
 
-static void prepare_inner(Team *team, const float *unused, const float *unused_too) {
-    (void)unused, (void)unused_too;
+static void prepare_inner(Team *team, const Norm *unused) {
     prepare(team, team->scratch.inner, team->model->n_inner);
 }
 
-static void normalise(Team *team, const float *weight, const float *bias) {
+static void normalise(Team *team, const Norm *norm) {
     const int64_t n = team->model->n_embd;
+    const double epsilon = team->model->epsilon;
     for (int64_t r = 0; r < team->rows; r++)
-        layer_norm(team->scratch.stream + r * n, weight, bias, n, team->model->epsilon, team->scratch.normed + r * n);
-    prepare_normed(team, NULL, NULL);
+        layer_norm(team->scratch.stream + r * n, norm->weight, norm->bias, n, epsilon, team->scratch.normed + r * n);
+    prepare_normed(team, NULL);
 }
 
-static void embed(Team *team, const float *weight, const float *bias) {
+static void embed(Team *team, const Norm *norm) {
     const Model *model = team->model;
     const int64_t n = model->n_embd, fours = (n + 3) / 4;
     for (int64_t r = 0; r < team->rows; r++) {
@@ -236,16 +228,16 @@ static void embed(Team *team, const float *weight, const float *bias) {
             team->scratch.stream[r * n + k] = value + position[k];
         }
     }
-    normalise(team, weight, bias);
+    normalise(team, norm);
 }
 
-// Rows that follow each other in one sequence are one share of a head, in order: each row's keys and values go into
-// the cache before it and the rows after it look there.
+// Rows of one sequence are one share of a head, in order: each row's keys and values go into the cache before it and
+// the rows after it look there.
 static void attention(Team *team, int64_t layer, float *scores) {
     const Model *model = team->model;
     const Call *call = team->call;
     const int64_t n = model->n_embd, heads = model->n_head, width = n / heads, cached = call->capacity * width;
-    for (int64_t share; (share = take(team, 1)) < call->groups * heads;) {
+    for (int64_t share; (share = atomic_fetch_add(&team->next, 1)) < call->groups * heads;) {
         const int64_t group = share / heads, head = share % heads;
         for (int64_t r = call->starts[group]; r < call->starts[group + 1]; r++) {
             const float *query = team->scratch.qkv + r * 3 * n + head * width;
@@ -260,7 +252,7 @@ static void attention(Team *team, int64_t layer, float *scores) {
 }
 
 // In the last layer only the last row of each group goes on: its logits are wanted. No row is lost before it moves.
-static void choose(Team *team, const float *unused, const float *unused_too) {
+static void choose(Team *team, const Norm *unused) {
     const int64_t n = team->model->n_embd;
     for (int64_t i = 0; i < team->call->groups; i++) {
         const int64_t from = (team->call->starts[i + 1] - 1) * n;
@@ -268,47 +260,42 @@ static void choose(Team *team, const float *unused, const float *unused_too) {
         memmove(team->scratch.normed + i * n, team->scratch.normed + from, n * sizeof(float));
     }
     team->rows = team->call->groups;
-    prepare_normed(team, unused, unused_too);
+    prepare_normed(team, unused);
 }
 
 static void forward(Team *team, int thread) {
     const Model *model = team->model;
     const Scratch *s = &team->scratch;
     float *scores = s->scores + thread * (team->call->capacity / LANES + 1) * LANES;
-    meet(team, embed, model->layers[0].ln_1, model->layers[0].ln_1_bias);
+    meet(team, embed, &model->layers[0].ln_1);
     for (int64_t i = 0; i < model->n_layer; i++) {
         const Layer *layer = &model->layers[i];
         const int last = i + 1 == model->n_layer;
         linear(team, &layer->c_attn, s->normed, s->qkv, STORE);
-        meet(team, NULL, NULL, NULL);
+        meet(team, NULL, NULL);
         attention(team, i, scores);
-        meet(team, last ? choose : prepare_normed, NULL, NULL);
+        meet(team, last ? choose : prepare_normed, NULL);
         linear(team, &layer->attn_c_proj, s->normed, s->stream, ADD);
-        meet(team, normalise, layer->ln_2, layer->ln_2_bias);
+        meet(team, normalise, &layer->ln_2);
         linear(team, &layer->c_fc, s->normed, s->inner, ACTIVATE);
-        meet(team, prepare_inner, NULL, NULL);
+        meet(team, prepare_inner, NULL);
         linear(team, &layer->mlp_c_proj, s->inner, s->stream, ADD);
-        meet(team, normalise, last ? model->ln_f : layer[1].ln_1, last ? model->ln_f_bias : layer[1].ln_1_bias);
+        meet(team, normalise, last ? &model->ln_f : &layer[1].ln_1);
     }
     linear(team, &model->head, s->normed, team->call->logits, STORE);
-    meet(team, NULL, NULL, NULL);
+    meet(team, NULL, NULL);
 }
 
-typedef struct { Team *team; int thread; } Seat;
-
 static void *work(void *argument) {
-    Seat seat = *(Seat *)argument;
-    free(argument);
-    for (;;) {
-        meet(seat.team, NULL, NULL, NULL);
-        if (seat.team->stopped) return NULL;
-        forward(seat.team, seat.thread);
-    }
+    Team *team = argument;
+    const int thread = 1 + atomic_fetch_add(&team->started, 1);
+    for (meet(team, NULL, NULL); !team->stopped; meet(team, NULL, NULL)) forward(team, thread);
+    return NULL;
 }
 
 void gpt2_stop(Team *team) {
     team->stopped = 1;
-    meet(team, NULL, NULL, NULL);
+    meet(team, NULL, NULL);
     for (int i = 1; i < team->threads; i++) pthread_join(team->workers[i], NULL);
     pthread_mutex_destroy(&team->mutex);
     pthread_cond_destroy(&team->released);
@@ -323,37 +310,32 @@ Team *gpt2_start(const Model *model, int threads) {
     pthread_mutex_init(&team->mutex, NULL);
     pthread_cond_init(&team->released, NULL);
     team->threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
-    for (int i = 1; i < team->threads; i++) {
-        Seat *seat = malloc(sizeof(Seat));
-        if (seat) *seat = (Seat){team, i};
-        if (seat && !pthread_create(&team->workers[i], NULL, work, seat)) continue;
-        free(seat);
-        team->threads = i;  // those already waiting read it again
-    }
+    for (int i = 1; i < team->threads; i++)
+        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // those that wait read it again
     return team;
 }
 
 // Tokens in, logits out, keys and values into the cache. Every row's keys are written before any is read, so that
 // the tokens of one sequence may come in one call, in order. Returns 0, or 1 when there is no memory.
 int gpt2_forward(Team *team, const Call *call) {
-    enum { PARTS = 9 };
-    const Model *model = team->model;
-    const size_t n = model->n_embd, inner = model->n_inner, rows = call->rows;
+    const size_t n = team->model->n_embd, inner = team->model->n_inner, rows = call->rows;
     const size_t widest = ((inner > n ? inner : n) + 3) / 4 * 4, scores = (call->capacity / LANES + 1) * LANES;
-    const size_t bytes[PARTS] = {rows * n * 4, rows * n * 4, rows * 3 * n * 4, rows * inner * 4,
-                                 team->threads * scores * 4, rows * 4, rows * widest, rows * widest, rows * widest * 4};
-    char *parts[PARTS], *memory;
-    size_t total = 0;
-    for (int i = 0; i < PARTS; i++) total += (bytes[i] + 63) / 64 * 64;
-    if (!(memory = aligned_alloc(64, total))) return 1;
-    parts[0] = memory;
-    for (int i = 1; i < PARTS; i++) parts[i] = parts[i - 1] + (bytes[i - 1] + 63) / 64 * 64;
-    team->scratch = (Scratch){(float *)parts[0], (float *)parts[1], (float *)parts[2], (float *)parts[3],
-                              (float *)parts[4],
-                              {(float *)parts[5], (uint8_t *)parts[6], (uint8_t *)parts[7], parts[8]}};
+    const size_t bytes = 4 * (team->threads * scores + rows * (5 * n + inner + 1)) + 6 * rows * widest;
+    float *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!memory) return 1;
+    Scratch *s = &team->scratch;
+    s->scores = memory;  // first, since they are read as whole vectors
+    s->stream = s->scores + team->threads * scores;
+    s->normed = s->stream + rows * n;
+    s->qkv = s->normed + rows * n;
+    s->inner = s->qkv + rows * 3 * n;
+    s->prepared.pairs = (char *)(s->inner + rows * inner);
+    s->prepared.high = (uint8_t *)s->prepared.pairs + 4 * rows * widest;
+    s->prepared.low = s->prepared.high + rows * widest;
+    s->prepared.step = (float *)(s->prepared.low + rows * widest);
     team->call = call;
     team->rows = call->rows;
-    meet(team, NULL, NULL, NULL);  // the workers wait there
+    meet(team, NULL, NULL);  // the workers wait there
     forward(team, 0);
     free(memory);
     return 0;

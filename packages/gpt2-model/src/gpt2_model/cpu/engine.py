@@ -1,7 +1,6 @@
 """engine.c from Python: compiled once by the machine's own C compiler, then one call per token.
 
-Where there is no compiler, generation runs on PyTorch's operations instead: fp32 at about two thirds of the speed,
-int8 as the fp32 that it is turned back into.
+Without a compiler generation runs on PyTorch's operations, at about two thirds of the speed; int8 as fp32.
 """
 
 import ctypes
@@ -13,8 +12,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from ctypes import c_double, c_int64, c_void_p
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -37,141 +38,118 @@ class Unavailable(RuntimeError):
 
 
 def weight_type(model: GPT) -> torch.dtype:
-    """Return the type in which the model's matrices are stored: fp32, bf16, or int8 after `quantize`."""
+    """Return the type in which the model's matrices are stored, int8 after `quantize`."""
     return torch.int8 if isinstance(model.wte, Int8Matrix) else model.wte.weight.dtype
 
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s.
-
-    Raises:
-        Unavailable: no compiler, or one that fails.
-    """
+    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
     if dtype not in TYPES:
-        raise Unavailable(f"the CPU engine has no {dtype}")
-    installed = filter(None, map(shutil.which, ("cc", "gcc", "clang")))
-    try:
-        compiler = shlex.split(os.environ.get("CC", "")) or [*installed][:1]
-    except ValueError as error:
-        raise Unavailable(f"CC={os.environ['CC']!r} is no command: {error}") from None
-    if not compiler:
-        raise Unavailable("there is no C compiler (cc, gcc or clang)")
+        raise Unavailable(f"the CPU engine does not support {dtype}")
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler, f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
-    # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
-    identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
-    name = f"engine-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     try:
+        compile = shlex.split(os.environ.get("CC", "")) or [compiler]
+        command = [*compile, f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
+        # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
+        identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
         with _cache_folder() as folder:
-            path = Path(folder, name)
+            path = Path(folder, f"engine-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so")
             if not path.exists():
                 _compile(command, path)
             engine = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"the engine could not be compiled or loaded: {error}") from None
-    engine.gpt2_start.restype = ctypes.c_void_p
-    engine.gpt2_start.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    engine.gpt2_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    engine.gpt2_stop.argtypes = [ctypes.c_void_p]
-    engine.gpt2_stop.restype = None
+    except (OSError, ValueError) as error:  # ValueError: quotes in CC that do not end
+        raise Unavailable(f"no C compiler (CC, cc, gcc or clang) could compile the engine: {error}") from None
+    engine.gpt2_start.restype = c_void_p
+    engine.gpt2_start.argtypes = [c_void_p, ctypes.c_int]
+    engine.gpt2_forward.argtypes = [c_void_p, c_void_p]
+    engine.gpt2_stop.argtypes = [c_void_p]
     return engine
 
 
 def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    flags = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return next(flags, platform.processor())
+    info = Path("/proc/cpuinfo")  # which Linux has
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
     """Return the user's cache folder if nobody else may write there, else one that goes after the loading."""
-    try:
+    with suppress(OSError, RuntimeError):  # no home is a RuntimeError
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user numbers
         if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return nullcontext(folder)
-    except (OSError, RuntimeError):  # no home at all is a RuntimeError
-        pass
     return tempfile.TemporaryDirectory(prefix="gpt2-model-")
 
 
 def _compile(command: list[str], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
         done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise OSError(f"{command[0]}: {' '.join((done.stderr or 'failed').split())[-300:]}")
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "sums", "bias")),
-        *((name, ctypes.c_int64) for name in ("outs", "ins")),
-    )
+    _fields_ = _fields(c_void_p, "weight scale sums bias") + _fields(c_int64, "outs ins")
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = _fields(c_void_p, "weight bias")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("ln_1", "ln_1_bias", "ln_2", "ln_2_bias")),
-        *((name, _Matrix) for name in ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")),
-        ("attention_scale", ctypes.c_double),
+        _fields(_Norm, "ln_1 ln_2")
+        + _fields(_Matrix, "c_attn attn_c_proj c_fc mlp_c_proj")
+        + _fields(c_double, "attention_scale")
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_embd", "n_inner", "activation")),
-        ("epsilon", ctypes.c_double),
-        ("layers", ctypes.POINTER(_Layer)),
-        *((name, _Matrix) for name in ("wte", "head")),
-        *((name, ctypes.c_void_p) for name in ("wpe", "ln_f", "ln_f_bias")),
+        _fields(c_int64, "n_layer n_head n_embd n_inner activation")
+        + _fields(c_double, "epsilon")
+        + _fields(ctypes.POINTER(_Layer), "layers")
+        + _fields(_Matrix, "wte head")
+        + _fields(c_void_p, "wpe")
+        + _fields(_Norm, "ln_f")
     )
 
 
 class _Call(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("tokens", "sequences", "positions", "keys", "values")),
-        *((name, ctypes.c_int64) for name in ("batch", "capacity", "groups")),
-        *((name, ctypes.c_void_p) for name in ("starts", "logits")),
+    _fields_ = _fields(c_int64, "rows batch capacity groups") + _fields(
+        c_void_p, "tokens sequences positions starts keys values logits"
     )
 
 
 class EngineDecoder:
-    """Decoding (see decoding.Decoder) by engine.c. A row's logits are bit-equal whatever rows are beside it.
+    """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
 
-    Nothing large is copied: the engine gets pointers to the model's weights.
-
-    Args:
-        model: on the CPU, in fp32, bf16 or int8; not to be changed while the decoder lives.
-        capacity: longest row, in tokens.
-
-    Raises:
-        Unavailable: see `library`.
+    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
+    while the decoder lives. Raises `Unavailable`, see `library`.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:
         self._library = library(weight_type(model))
         self._model, self._capacity = model, capacity
         self._rows: list[int] = []  # row of the cache for each of ours
-        self._lengths: list[int] = []
         self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, model.h, strict=True):
             assert isinstance(block, Block)
-            layer.ln_1, layer.ln_1_bias = self._floats(block.ln_1.weight), self._floats(block.ln_1.bias)
-            layer.ln_2, layer.ln_2_bias = self._floats(block.ln_2.weight), self._floats(block.ln_2.bias)
+            layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
             layer.c_attn, layer.attn_c_proj = self._matrix(block.attn.c_attn), self._matrix(block.attn.c_proj)
             layer.c_fc, layer.mlp_c_proj = self._matrix(block.mlp.c_fc), self._matrix(block.mlp.c_proj)
             layer.attention_scale = block.attn.scale
@@ -187,8 +165,7 @@ class EngineDecoder:
             wte=wte,
             head=wte if model.lm_head is None else self._matrix(model.lm_head),
             wpe=self._floats(model.wpe.weight),
-            ln_f=self._floats(model.ln_f.weight),
-            ln_f_bias=self._floats(model.ln_f.bias),
+            ln_f=self._norm(model.ln_f),
         )
         self._team = self._library.gpt2_start(ctypes.addressof(self._pointers), torch.get_num_threads())
         if not self._team:
@@ -220,46 +197,40 @@ class EngineDecoder:
 
     def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
-        pieces = [
-            (row, ids[start : start + PREFILL])
-            for row, ids in zip(rows, tokens, strict=True)
-            for start in range(0, len(ids), PREFILL)
-        ]
+        calls: list[list[tuple[int, Sequence[int]]]] = [[]]
+        for row, ids in zip(rows, tokens, strict=True):
+            for start in range(0, len(ids), PREFILL):
+                piece = ids[start : start + PREFILL]
+                if sum(len(other) for _, other in calls[-1]) + len(piece) > PREFILL:
+                    calls.append([])
+                calls[-1].append((row, piece))
         last: dict[int, Tensor] = {}  # row -> its logits so far
-        while pieces:
-            count, total = 1, len(pieces[0][1])
-            while count < len(pieces) and total + len(pieces[count][1]) <= PREFILL:
-                total += len(pieces[count][1])
-                count += 1
-            now, pieces = pieces[:count], pieces[count:]
-            last |= zip([row for row, _ in now], self._call(now), strict=True)
+        for call in calls:
+            last |= zip([row for row, _ in call], self._call(call), strict=True)
         return torch.stack([last[row] for row in rows])
 
     def _call(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Append tokens to rows, (row, ids) each; return the logits that follow, (pieces, vocab_size) in fp32."""
-        tokens: list[int] = []
-        sequences: list[int] = []
-        positions: list[int] = []
-        starts = [0]
+        tokens = [token for _, ids in pieces for token in ids]
+        sequences = [self._rows[row] for row, ids in pieces for _ in ids]
+        positions = [self._lengths[row] + place for row, ids in pieces for place in range(len(ids))]
+        starts = [0, *accumulate(len(ids) for _, ids in pieces)]
+        assert max(positions) < self._capacity
         for row, ids in pieces:
-            start, end = self._lengths[row], self._lengths[row] + len(ids)
-            assert end <= self._capacity
-            tokens += ids
-            sequences += [self._rows[row]] * len(ids)
-            positions += range(start, end)
-            starts.append(len(tokens))
-            self._lengths[row] = end
+            self._lengths[row] += len(ids)
         arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
-        addresses = [ctypes.addressof(array) for array in arrays]
         logits = torch.empty(len(pieces), self._model.config.vocab_size)
         keys, values = self._cache.keys, self._cache.values
         call = _Call(
-            len(tokens), *addresses[:3], keys.data_ptr(), values.data_ptr(), keys.shape[1], keys.shape[3],
-            len(pieces), addresses[3], logits.data_ptr(),
+            len(tokens), keys.shape[1], keys.shape[3], len(pieces), *map(ctypes.addressof, arrays),
+            keys.data_ptr(), values.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
         if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
             raise MemoryError
         return logits
+
+    def _norm(self, norm: nn.LayerNorm) -> _Norm:
+        return _Norm(self._floats(norm.weight), self._floats(norm.bias))
 
     def _floats(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()

@@ -30,7 +30,7 @@ typedef struct {
 
 // Rows of activations as a product wants them beside the plain fp32.
 // int8 weights: in steps of 16 bits, x = step * (256 * high + low - 32768). The products are then sums of whole
-// numbers, exact and fast (AVX-512's vpdpbusd); 16 bits lose nothing that the weights' 8 have not lost before.
+// numbers, exact and fast (AVX-512's vpdpbusd).
 // bf16 weights: 32 at a time, the 16 of even number before the 16 of odd, as one shift and one mask yield the
 // weights; or as bf16 where the processor multiplies pairs of it.
 typedef struct {
@@ -82,10 +82,7 @@ static inline void add_up_all(const floats *x, int count, float *y) {
 }
 
 static inline float bf16_to_float(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return (union { uint32_t bits; float value; }){(uint32_t)x << 16}.value;
 }
 
 // e to the x to within 2e-7 of itself: 2^n by the exponent's bits, the rest by its series on [-ln2/2, ln2/2].
@@ -106,27 +103,13 @@ static inline floats exponential(floats x) {
 }
 
 static inline floats activate(floats x, int64_t kind) {
-    switch (kind) {
-        case GELU_NEW:  // x/2 (1 + tanh z) = x / (1 + exp(-2z))
-            return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
-        case GELU:
-            for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
-            return x;
-        case RELU: return larger(x, (floats){0});
-        case SILU: return x / (1.0f + exponential(-x));
-        default:
-            for (int i = 0; i < LANES; i++) x[i] = tanhf(x[i]);
-            return x;
-    }
-}
-
-static inline float dot(const float *a, const float *b, int64_t n) {
-    floats sums = {0};
-    float rest = 0;
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) sums += *(const floats_at *)(a + k) * *(const floats_at *)(b + k);
-    for (; k < n; k++) rest += a[k] * b[k];
-    return add_up(sums) + rest;
+    // x/2 (1 + tanh z) = x / (1 + exp(-2z))
+    if (kind == GELU_NEW) return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+    if (kind == SILU) return x / (1.0f + exponential(-x));
+    if (kind == RELU) return larger(x, (floats){0});
+    for (int i = 0; i < LANES; i++)
+        x[i] = kind == GELU ? 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f)) : tanhf(x[i]);
+    return x;
 }
 
 // y[i] = x . rows[i] for up to 4 rows of n, one after another in memory.
@@ -153,7 +136,8 @@ static inline void layer_norm(const float *x, const float *weight, const float *
     for (; k < n; k++) rest += x[k];
     const float mean = (add_up(sums) + rest) / (float)n;
     for (k = 0; k < n; k++) y[k] = x[k] - mean;
-    const float scale = (float)(1.0 / sqrt(dot(y, y, n) / (double)n + epsilon));
+    dots(y, y, n, 1, &rest);
+    const float scale = (float)(1.0 / sqrt(rest / (double)n + epsilon));
     for (k = 0; k < n; k++) y[k] = y[k] * scale * weight[k] + bias[k];
 }
 

@@ -10,8 +10,8 @@ PANEL, GROUP = 16, 4  # outputs side by side, and inputs of each: what one vecto
 class Int8Matrix(nn.Module):
     """A linear layer, or an embedding, whose weights are whole numbers times one scale for each output.
 
-    The scale is the largest weight of the row over 127, so rounding moves a weight by at most half of it
-    (LLM.int8(), Dettmers et al. 2022, without its outlier columns: activations here stay at 16 bits or more).
+    The scale is the largest weight of the row over 127 (LLM.int8(), Dettmers et al. 2022, without its outlier
+    columns: activations here stay at 16 bits or more).
 
     Attributes:
         packed: (panels, groups, 16, 4) int8: 16 outputs by 4 inputs lie together, padded with zeros.
@@ -43,28 +43,23 @@ class Int8Matrix(nn.Module):
 
 
 class Int8Linear(Int8Matrix):
-    """x -> x W^T + bias, in x's type."""
+    """x -> x W^T + bias, (..., ins) -> (..., outs) in x's type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., ins) -> (..., outs)."""
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class Int8Embedding(Int8Matrix):
-    """ids -> rows of W."""
+    """ids -> rows of W, (...) -> (..., ins) in fp32."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape -> that shape and (ins,), fp32."""
         rows = self.packed[ids // PANEL, :, ids % PANEL].flatten(-2)
         return (rows * self.scale[ids][..., None])[..., : self.ins]
 
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put int8 in the place of a GPT's matrices, all but the positions, one by one; it can then only be run.
-
-    The loss on text moves by less than 0.1 % (tests/model/test_quantize.py).
-    """
+    """Replace a GPT's matrices, except the positions, by int8, in place; it can then only be run, not trained."""
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or name == "wte"]
     for name in names:
         matrix = model.get_submodule(name)

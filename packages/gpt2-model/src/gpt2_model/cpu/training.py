@@ -1,8 +1,6 @@
-"""Training on a CPU: attention in bf16, the loss without all logits, and one gradient for the tied embedding.
+"""Training on a CPU: attention in bf16, the loss without all logits, and one gradient for the tied embedding."""
 
-Each of the three functions takes its own way where that is faster, and torch's operations everywhere else.
-"""
-
+import math
 from typing import Any
 
 import torch
@@ -18,17 +16,10 @@ LONGEST = 1024  # positions; beyond that the probabilities, whose number is quad
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return softmax(scale * query key^T) value, in which no position sees what follows it.
 
-    On a CPU in bf16, up to 1,024 positions, if there will be a backward, in products of its own, large enough for
-    the matrix units: both passes take 0.65 of the time for 4 x 256 positions and 12 heads, and a step of 124M 7 to
-    10 % less (torch 2.13, whose kernel multiplies smaller tiles). In fp32, where it would gain nothing, on a GPU,
-    and beyond 1,024: torch's kernel.
-
-    Args:
-        query, key, value: (batch, heads, time, head_dim).
-        scale: factor of each product of query and key.
-
-    Returns:
-        The same shape. It can be differentiated once.
+    All are (batch, heads, time, head_dim). Training on a CPU in bf16, up to 1,024 positions, computes products of
+    its own, large enough for the matrix units: both passes take 0.65 of the time for 4 x 256 positions and 12
+    heads, and a step of 124M 7 to 10 % less (torch 2.13, whose kernel multiplies smaller tiles). Everything else
+    takes torch's kernel. The result can be differentiated once.
     """
     trains = torch.is_grad_enabled() and query.requires_grad
     if trains and takes_own(query.device.type, query.dtype, query.shape[2]):
@@ -52,14 +43,13 @@ def _blocks(time: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-# An operator, so that the compiler calls it: traced, each block of each layer is written out, and 124M takes 109 s
-# to compile instead of 49 at 256 tokens, more than 200 at 1,024.
+# An operator, so that the compiler calls it: traced block by block, 124M takes 109 s to compile instead of 49 at
+# 256 tokens, more than 200 at 1,024.
 @torch.library.custom_op("gpt2_model::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute the attention of a block of queries at a time, over the keys that the block may see.
+    """Return the attention, a block of queries at a time, and the probabilities in bf16, which the backward needs.
 
-    Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16, and so would be its
-    probability. The probabilities are kept, in bf16.
+    Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16.
     """
     shape, probabilities = query.shape, _room(query)
     query, key, value = (part.reshape(-1, *shape[2:]) for part in (query, key, value))
@@ -79,8 +69,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
-    The probabilities' gradient is rounded to bf16, which is no more than its factors already are: against fp64 the
-    results are 0.8 to 1.3 times as far off as those of torch's kernel, and it takes three quarters of the time.
+    The probabilities' gradient is rounded to bf16, as its factors already are: against fp64 the results are 0.8 to
+    1.3 times as far off as those of torch's kernel, and it takes three quarters of the time.
     """
     shape = query.shape
     grad, query, key, value = (part.reshape(-1, *shape[2:]) for part in (grad, query, key, value))
@@ -104,10 +94,9 @@ def _room(query: Tensor) -> Tensor:
 
 def _split(probabilities: Tensor, shape: torch.Size) -> list[Tensor]:
     """Return views of each block's probabilities, (batch * heads, queries, keys)."""
-    rows = shape[0] * shape[1]
-    shapes = [(rows, end - start, end) for start, end in _blocks(shape[2])]
-    parts = torch.split(probabilities, [rows * queries * keys for _, queries, keys in shapes])
-    return [part.view(block_shape) for part, block_shape in zip(parts, shapes, strict=True)]
+    shapes = [(shape[0] * shape[1], end - start, end) for start, end in _blocks(shape[2])]
+    parts = torch.split(probabilities, [math.prod(block) for block in shapes])
+    return [part.view(block) for part, block in zip(parts, shapes, strict=True)]
 
 
 @_attention.register_fake
@@ -134,29 +123,22 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return F.cross_entropy of the logits F.linear(hidden, weight), which nobody else needs.
+    """Return F.cross_entropy of the logits F.linear(hidden, weight), without keeping the logits.
 
     On a CPU in blocks of rows, equal up to rounding: 2.2 times as fast for n_embd 128 (2,048 rows, one thread:
     1.03 s instead of 2.23), since softmax and its gradient pass once over a block instead of five times over all
-    logits; beside the gradients it needs a block, 206 MB in fp32, and a copy of the weight. Under autocast the
-    products are bf16; softmax, sums and gradients are always fp32. torch.compile takes it into its graph.
+    logits. Under autocast the products are bf16; softmax, sums and gradients are always fp32.
 
     Args:
         hidden: (..., n_embd).
         weight: (vocab_size, n_embd).
-        targets: (...) int64; -100 counts for nothing.
+        targets: (...) int64; -100 is ignored.
 
     Returns:
         () in fp32: mean nats per counted target, NaN if there is none. It can be differentiated once.
-
-    Raises:
-        ValueError: there are no rows.
-        RuntimeError: another target below 0, or one beyond the vocabulary.
     """
-    targets = targets.flatten()
-    device = hidden.device.type
+    targets, device = targets.flatten(), hidden.device.type
     if device != "cpu":
-        # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
         return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, -2), targets)
     if not len(targets):
         raise ValueError("hidden has no rows: there is nothing to take a mean of")
@@ -166,10 +148,9 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss, whose gradients are computed in the forward, while a block of logits is there: it can be dropped.
+    """The loss, whose gradients are computed in the forward, in the buffer of a block of logits.
 
-    Softmax, loss and the gradient of the logits take one buffer, in place. Source of the idea: llm.c's
-    fused_classifier; the blocks are those of chunked cross-entropy losses (torchtitan, Liger).
+    Source of the idea: llm.c's fused_classifier; the blocks are those of chunked losses (torchtitan, Liger).
     """
 
     @staticmethod
@@ -177,7 +158,12 @@ class _HeadLoss(torch.autograd.Function):
         trains = any(ctx.needs_input_grad)
         if trains:  # the weight's gradient is a sum over blocks, and so fp32
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
-        hidden, padded = hidden.to(dtype), _padded(weight, dtype)
+        # GPT-2's 50,257 is odd: most rows of logits would begin in the middle of a vector. The forward product in
+        # fp32 takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. So rows of zeros are
+        # added up to a multiple of 64, whose logits nobody reads: 10 ms of 124M's 700.
+        hidden, padded = hidden.to(dtype), weight.to(dtype)
+        if len(weight) % 64:
+            padded = F.pad(padded, (0, 0, 0, -len(weight) % 64))
         counted = (targets != -100).float()
         share = counted / counted.sum()  # of each row in the mean
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -201,22 +187,10 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad * grad, weight_grad.mul_(grad), None, None
 
 
-def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight in `dtype`, with rows of zeros up to a multiple of 64, whose logits nobody reads.
-
-    GPT-2's 50,257 is odd: most rows of logits would begin in the middle of a vector. The forward product in fp32
-    takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. The copy is 10 ms of 124M's 700.
-    """
-    weight, missing = weight.to(dtype), -len(weight) % 64
-    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
-
-
 def _to_gradients(logits: Tensor, target: Tensor, share: Tensor) -> Tensor:
-    """Return the loss () of logits (rows, vocab_size), which become its gradient; target and share are (rows, 1).
-
-    A few rows at a time, which stay in a cache: with n_embd 128 in bf16 the whole loss takes 0.86 times as long.
-    The compiler makes fewer passes by itself.
-    """
+    """Return the loss () of logits (rows, vocab_size), which become its gradient; the others are (rows, 1)."""
+    # A few rows at a time stay in a cache: with n_embd 128 in bf16 the whole loss takes 0.86 times as long. The
+    # compiler makes fewer passes by itself.
     rows = len(logits) if torch.compiler.is_compiling() else 32
     loss = logits.new_zeros((), dtype=torch.float32)
     for start in range(0, len(logits), rows):
@@ -244,19 +218,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begin: bool) -> 
 
 
 def look_up(embedding: nn.Embedding, tokens: Tensor, share_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of tokens, and the weight for a tied output projection.
+    """Return the embeddings of tokens, (..., n_embd), and the weight for a tied output projection.
 
     By itself autograd makes two gradients of the weight's size, of which the embedding's is mostly zeros, and adds
     them. If `share_gradient`, on a CPU, the rows of the one are added into the other: for 124M a step needs 154 MB
     less, and in bf16 1.4 % less time if it is compiled, else 0.5 %. The gradient that comes back through the
-    returned weight must then be a tensor of its own, as head_loss's is.
-
-    Args:
-        embedding: weight (vocab_size, n_embd).
-        tokens: any shape, int64.
-
-    Returns:
-        (tokens' shape and (n_embd,), (vocab_size, n_embd)). If shared, they can be differentiated once.
+    returned weight must then be a tensor of its own, as head_loss's is; both can be differentiated once.
     """
     if share_gradient and tokens.device.type == "cpu" and torch.is_grad_enabled():
         return _LookUp.apply(embedding.weight, tokens)  # type: ignore[no-any-return,no-untyped-call]

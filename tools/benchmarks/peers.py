@@ -1,0 +1,205 @@
+"""What is timed of others: training steps, generation, and scores of HellaSwag. One that is missing is absent."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+
+from benchmarks.cases import KINDS, Work, keep_buffers, random_model, stepping, writing
+from benchmarks.data import model_folder
+from benchmarks.harness import Bench, Ready
+from gpt2_eval import load_hellaswag, score_items
+from gpt2_model import GPTConfig
+
+EOT = 50256
+Scores = list[list[float]]
+
+
+def library(name: str) -> Any:
+    """A package that may not be installed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{name.partition('.')[0]} is not installed") from None
+
+
+def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
+    """transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
+    step, transformers = Work(device=bench.device, **work), library("transformers")
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = step.sizes | {"n_positions": step.sizes["block_size"]}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops)).to(step.device).train()
+    stepped = torch.compile(model, dynamic=False) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return stepping(step, model, optimizer, lambda x, y: stepped(x, labels=x, use_cache=False).loss)
+
+
+def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> Ready:
+    """nanoGPT's or build-nanogpt's model and optimizer, from a clone, compiled on a GPU."""
+    step = Work(device=bench.device, **work)
+    if clone == "nanoGPT":
+        sys.path.insert(0, folder)
+        module = library("model")
+        config = module.GPTConfig(**step.sizes, vocab_size=50304, dropout=0.0, bias=True)
+    else:  # the model alone: imported, the file downloads and trains
+        text = (Path(folder) / "train_gpt2.py").read_text(encoding="utf-8").partition("\nimport tiktoken")[0]
+        module = sys.modules[clone] = ModuleType(clone)  # dataclasses look there
+        module.__dict__["master_process"] = False  # it would print
+        exec(text.replace("from hellaswag import", "# "), module.__dict__)
+        config = module.GPTConfig(**step.sizes, vocab_size=50304)
+    model = module.GPT(config).to(step.device)
+    betas = [(0.9, 0.95)] if clone == "nanoGPT" else []
+    optimizer = model.configure_optimizers(0.1, 1e-4, *betas, step.device)
+    stepped: Any = torch.compile(model) if step.device == "cuda" else model
+    torch.set_float32_matmul_precision("high")  # both do
+    return stepping(step, model, optimizer, lambda x, y: stepped(x, y)[1])
+
+
+def products(bench: Bench, work: Mapping[str, Any]) -> Ready:
+    """The matrix products of a step alone: each matrix forward, the gradient of its input, and its own."""
+    step = Work(device=bench.device, **work)
+    config, kind = step.config, KINDS[step.precision]
+    width, hidden, rows = config.n_embd, config.mlp_dim, step.batch * step.seq_len
+    layer = [(3 * width, width), (width, width), (hidden, width), (width, hidden)]
+    shapes = [*layer * config.n_layer, (config.vocab_size, width)]
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=step.device).to(kind)
+
+    weights = [new(*shape) for shape in shapes]  # each its own, so that none is still in a cache
+    sides = {side: new(rows, side) for shape in shapes for side in shape}
+    # Into memory that is there: to get it for each call took an eighth of the head's products.
+    results = {side: torch.empty_like(tensor) for side, tensor in sides.items()}
+    gradients = {shape: torch.empty(shape, device=step.device, dtype=kind) for shape in set(shapes)}
+
+    def call() -> None:
+        for weight, (out, into) in zip(weights, shapes, strict=True):
+            torch.mm(sides[into], weight.t(), out=results[out])
+            torch.mm(sides[out], weight, out=results[into])
+            torch.mm(sides[out].t(), sides[into], out=gradients[out, into])
+        if step.device == "cuda":
+            torch.cuda.synchronize()
+
+    return Ready(call, rows, f"matrix {step.precision}", 6.0 * rows * sum(a * b for a, b in shapes))
+
+
+def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
+    """transformers' generate."""
+    if precision == "int8":
+        raise ValueError("no int8 for CPUs")
+    folder, transformers = model_folder(bench, fields), library("transformers")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=KINDS[precision]).to(bench.device)
+    model.generation_config.eos_token_id = None  # no end, and none to be masked at each token
+
+    def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+        ids = torch.tensor(prompts, device=bench.device)
+        options = {"do_sample": True, "top_k": 50, "max_new_tokens": count, "pad_token_id": EOT}
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return cast(list[list[int]], tokens[:, ids.shape[1] :].tolist())
+
+    return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
+
+
+def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
+    """CTranslate2 with the same weights."""
+    ct2, folder = library("ctranslate2"), bench.place("ctranslate2")
+    kind = str(KINDS[precision]).removeprefix("torch.")
+    if kind not in ct2.get_supported_compute_types(bench.device):
+        raise ValueError(f"no {kind} on this machine")
+    if not folder.exists():
+        library("transformers").utils.logging.disable_progress_bar()
+        converter = library("ctranslate2.converters").TransformersConverter(str(model_folder(bench, fields)))
+        converter.convert(str(folder))
+    model = ct2.Generator(str(folder), device=bench.device, compute_type=kind, intra_threads=bench.threads)
+    words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+
+    def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+        texts = [[words[token] for token in prompt] for prompt in prompts]
+        lengths = {"max_length": count, "min_length": count, "include_prompt_in_result": False}
+        return [one.sequences_ids[0] for one in model.generate_batch(texts, sampling_topk=50, **lengths)]
+
+    return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
+
+
+def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[str, int]) -> Ready:
+    """Items of HellaSwag by ours, build-nanogpt's method or lm-evaluation-harness: seconds an item.
+
+    Ours scores all of them in a call, as a user would; others, whose speed does not hang on how many there are, a
+    part in each round.
+    """
+    items = load_hellaswag(data or None, limit=count).items
+    contenders = {"build-nanogpt": _plain, "harness": _harness}
+    score = contenders.get(method, _ours)(bench, fields, method)
+    size = len(items) if method in ("karpathy", "lm-eval") else -(-len(items) // bench.rounds)
+    starts = cycle(range(0, len(items), size))
+    score(items[:12])  # to warm up
+
+    def call() -> dict[str, Any]:
+        start = next(starts)
+        part = items[start : start + size]
+        started = time.perf_counter()
+        scores = score(part)
+        seconds = (time.perf_counter() - started) / len(part)
+        return {"seconds": seconds, "answer": {f"score of item {start + i}": row for i, row in enumerate(scores)}}
+
+    return Ready(call, 1, warm_up=0)
+
+
+def _ours(bench: Bench, fields: Mapping[str, int], protocol: str) -> Callable[[Sequence[Any]], Scores]:
+    keep_buffers()
+    model, kind = random_model(bench, fields), torch.bfloat16 if bench.device == "cuda" else None
+
+    def score(items: Sequence[Any]) -> Scores:
+        scored = score_items(model, [item.rows[protocol] for item in items], autocast_dtype=kind)
+        return [[row.logprob for row in rows] for rows in scored]
+
+    return score
+
+
+def _plain(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
+    """One item at a time: its four rows, padded to the longest, through the whole model; then the mask."""
+    transformers, device = library("transformers"), bench.device
+    model = transformers.GPT2LMHeadModel.from_pretrained(model_folder(bench, fields)).to(device).eval()
+
+    @torch.no_grad()
+    def score(item: Any) -> list[float]:
+        rows = item.rows["karpathy"]
+        longest = max(len(row.context) + len(row.continuation) for row in rows)
+        tokens, mask = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids = [*row.context, *row.continuation]
+            tokens[i, : len(ids)] = torch.tensor(ids)
+            mask[i, len(row.context) : len(ids)] = 1
+        tokens, mask = tokens.to(device), mask.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(tokens).logits
+        flat = logits[:, :-1].contiguous().flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(flat, tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        return (-(losses * mask[:, 1:]).sum(1)).tolist()
+
+    return lambda items: [score(item) for item in items]
+
+
+def _harness(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
+    """lm-evaluation-harness' own model class, given the very rows: it sorts, batches by 16 and scores them."""
+    kind, folder = "bfloat16" if bench.device == "cuda" else "float32", str(model_folder(bench, fields))
+    model = library("lm_eval.models.huggingface").HFLM(
+        pretrained=folder, device=bench.device, dtype=kind, batch_size=16
+    )
+
+    def score(items: Sequence[Any]) -> Scores:
+        rows = [row for item in items for row in item.rows["lm-eval"]]
+        requests = [((str(i), ""), row.context, row.continuation) for i, row in enumerate(rows)]
+        flat = [logprob for logprob, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
+        return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+
+    return score
