@@ -51,11 +51,12 @@ def test_on_another_number_of_ranks(tmp_path, runs, path, shard) -> None:
     changes |= {"shard_optimizer": True} if shard else {}
     for ranks, stop in zip(path, (8, 16, 24), strict=True):
         tokens = tmp_path / f"tokens-{stop}"
-        faults = [("record_tokens", {"path": str(tokens)}), ("change_nothing", {"folder": str(out), "rank": 1})]
+        faults = [("change_nothing", {"folder": str(out), "rank": rank}) for rank in range(1, ranks)]
+        faults.append(("record_tokens", {"path": str(tokens)}))
         if stop != 24:
             faults.append(("in_update", {"step": stop, "do": "SIGTERM", "rank": ranks - 1}))
-        code = runs.run(out, *faults, ranks=ranks, **changes)
-        assert code == (0 if stop == 24 else 143), runs.said(out)
+        codes = runs.codes(runs.begin(out, *faults, ranks=ranks, **changes))
+        assert codes == [0 if stop == 24 else 143] * ranks, runs.said(out)
         seen.update(tokens_of_steps(tokens, ranks))
     assert seen == tokens_of_steps(tmp_path / "tokens", 1)
     assert_close(out, whole, ("loss", "val_loss"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt2_model import GPT, GPTConfig
-from gpt2_train import TrainConfig, lr_at
+from gpt2_train import TrainConfig, lr_at, make_optimizer
 from gpt2_train.optimizer import load_state, make_optimizers, own_state, state_shapes
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=16)
@@ -65,6 +65,21 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
         *(f"momentum_buffer.{name}" for name in of_muon),
         *(f"{key}.{name}" for name in of_adamw for key in ("exp_avg", "exp_avg_sq")),
     }
+
+
+def test_decay_is_on_matrices_only() -> None:
+    groups = make_optimizer(GPT(SHAPE), lr=1.0, weight_decay=0.1).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [{p.ndim for p in group["params"]} for group in groups] == [{2}, {1}]
+    assert sum(len(group["params"]) for group in groups) == 2 + 2 * 12 + 2
+
+
+def test_muons_updates_are_of_the_size_of_adamws() -> None:
+    def moved(optimizer: str) -> float:
+        start, end = (trained(optimizer, steps)[0].h[1].mlp.c_fc.weight for steps in (0, 4))
+        return (end - start).square().mean().sqrt().item()
+
+    assert 0.2 < moved("muon") / moved("adamw") < 5
 
 
 def test_schedules() -> None:

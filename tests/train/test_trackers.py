@@ -125,3 +125,20 @@ def test_a_missing_package_is_named_at_the_start(tmp_path, monkeypatch, name) ->
             check_trackers(TrainConfig(**settings))
         with pytest.raises(ValueError, match=f"--{name} needs .* pip install {name}$"):
             open_log(tmp_path, **settings)
+
+
+def test_secrets_are_in_no_file_and_not_given_to_wandb(tmp_path, monkeypatch, wandb, capfd) -> None:
+    """tests/faults/test_train_hangs.py has it for whole runs, which W&B, absent there, takes no part in."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "0123456789" + name)
+    with open_log(tmp_path, tensorboard=True, wandb="gpt2") as log:
+        write_run(log, 1, 5)
+        (run,) = wandb.runs.values()
+        run.fails = ConnectionError("0123456789WANDB_API_KEY or 0123456789HF_TOKEN is refused")
+        write_run(log, 6, 6)
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) >= 4
+    assert [name for name, content in files.items() if b"0123456789" in content] == []
+    said = "".join(capfd.readouterr())
+    assert "<WANDB_API_KEY> or <HF_TOKEN> is refused" in said
+    assert "0123456789" not in said + repr(run.settings) + repr(run.rows)
