@@ -140,7 +140,7 @@ def test_a_finished_dataset_is_left_alone(make, texts, tmp_path, files_of):
     result = build(BuildConfig([source], folder, **config))
     assert result.already_built
     assert result.tokens == len(stored(folder, "train")[0])
-    with pytest.raises(ValueError, match="its shard_size is 1000, not 900"):
+    with pytest.raises(ValueError, match="its shard_size is 1000, 900 is wanted"):
         build(BuildConfig([source], folder, **(config | {"shard_size": 900})))
     with pytest.raises(ValueError, match="its source differs"):
         build(BuildConfig([tmp_path / "other.jsonl"], folder, **config))

@@ -210,7 +210,7 @@ def change(folder, **changes):
         ("tokenizer__vocab_size", 10**6, "vocab_size 1000000"),
         ("tokenizer", {"vocab_size": 50257}, "eot"),
         ("tokenizer__eot", 50257, "eot 50257"),
-        ("totals__train__tokens", 1, "totals or layout were changed"),
+        ("totals__train__tokens", 1, "its totals or its layout are different"),
     ],
 )
 def test_a_manifest_is_not_trusted(folder, path, value, message):

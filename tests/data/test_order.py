@@ -137,7 +137,7 @@ def test_build_nanogpts_order_refuses_what_it_cannot_go_on_from(make, texts):
             ValueError, match=f"has {field} 2, this loader .*, which the order build-nanogpt depends on"
         ):
             other.restore(state)
-    with pytest.raises(ValueError, match="has samples 3"):
+    with pytest.raises(ValueError, match="an impossible number of samples: 3"):
         loader.restore(state | {"samples": 3})
     # Here the reference would end in an error in mid-run: a rank's batch is not in the shard.
     with pytest.raises(ValueError, match=r"train_000000\.bin has 1,000 tokens, and .* needs 1,001 in each shard"):

@@ -62,7 +62,7 @@ def test_verdict(tmp_path):
     )
     worse, close = (Comparison(2.0, 2.1, 0.1, stderr) for stderr in (0.05, 0.06))
     assert verdict({"loss": worse}).startswith("A is better than B by loss")
-    assert verdict({"loss": close, "x": Comparison(1, 2, 1, math.nan)}).startswith("No difference")
+    assert verdict({"loss": close, "x": Comparison(1, 2, 1, math.nan)}).startswith("No significant difference")
     assert verdict({"acc": better, "nats": worse}).startswith("A is better by nats, B by acc")
 
 

@@ -317,7 +317,7 @@ def test_stops_before_the_batch_that_it_was_asked_at_and_resumes(evaluate, model
         out = tmp_path / str(wanted)
         batches.clear()
         asked.clear()
-        with pytest.raises(Interrupted, match="told to stop"):
+        with pytest.raises(Interrupted, match="stopped before it finished"):
             evaluate(stop=lambda wanted=wanted: asked.append(1) or len(asked) > wanted, resume=out)
         assert (len(batches), len(asked)) == (wanted, wanted + 1)
         assert evaluate(resume=out) == whole  # to the bit

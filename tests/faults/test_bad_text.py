@@ -274,7 +274,7 @@ def test_parquet_whose_footer_claims_what_cannot_be(tmp_path, parquet):
     chunk = metadata.row_group(1).column(0)
     path = tmp_path / "claims.parquet"
     for old, new, message in [
-        (200, 2**40, "row group 0 is damaged: 1,099,511,627,776 rows of .* cannot be"),
+        (200, 2**40, "row group 0 is damaged: 1,099,511,627,776 rows of .* are impossible"),
         (chunk.total_compressed_size, 2**40, "row group 1 cannot be read"),
         (chunk.dictionary_page_offset, 2**40, "row group 1"),
         (chunk.dictionary_page_offset, chunk.dictionary_page_offset - 9, "row group . cannot be read"),

@@ -64,7 +64,7 @@ OFFSET, JSON, SIZE = "invalid offset for tensor", "invalid JSON in header", "ove
 SHAPE = "invalid shape, data type, or offset"
 SAFETENSORS = {
     "dtype_unknown": (entry(WTE, dtype="F7"), JSON),
-    "dtype_integers": (entry(WTE, dtype="I32"), "wte.weight holds torch.int32, GPT-2s fp32, fp16 or bf16"),
+    "dtype_integers": (entry(WTE, dtype="I32"), "wte.weight is torch.int32; it must be fp32, fp16 or bf16"),
     "dtype_of_eighths": (entry(WTE, dtype="F8_E4M3", shape=[100, 128]), r"shape \(100, 128\), the config says"),
     "bytes_as_weights": (entry(WTE, dtype="U8", shape=[12800]), r"shape \(12800,\)"),
     "bool_as_weights": (entry("transformer.ln_f.bias", dtype="BOOL", shape=[128]), r"shape \(128,\)"),
@@ -267,9 +267,9 @@ def test_a_storage_that_claims_more_than_the_file(folder) -> None:
         ({"a": torch.zeros(3, device="meta")}, "on meta|holds more than tensors"),
         (
             {WTE: torch.zeros(100, 32, dtype=torch.int64)},
-            "wte.weight holds torch.int64, GPT-2s fp32, fp16 or bf16",
+            "wte.weight is torch.int64; it must be fp32, fp16 or bf16",
         ),
-        ({WTE: torch.zeros(100, 32).cfloat()}, "wte.weight holds torch.complex64, GPT-2s fp32, fp16 or bf16"),
+        ({WTE: torch.zeros(100, 32).cfloat()}, "wte.weight is torch.complex64; it must be fp32, fp16 or bf16"),
     ],
 )
 def test_a_bin_of_something_else(folder, content, message) -> None:

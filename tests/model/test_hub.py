@@ -214,7 +214,7 @@ MISSING = {
     "gated": ("gated/model", "gated/model is gated: ask for access on its page on the hub, then `hf auth login`"),
     "revision": ("a/b@v2", "a/b@v2 is not a revision of this model on the hub"),
     "no_weights": ("no/weights", "no/weights on the hub lacks config.json or weights"),
-    "no_config": ("no/config", "no/config on the hub is no model folder"),
+    "no_config": ("no/config", "no/config on the hub lacks config.json or weights"),
     "no_name": ("a b", "a b is neither a local model folder nor a model on the hub"),
 }  # fmt: skip
 

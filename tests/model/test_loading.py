@@ -73,11 +73,11 @@ def test_what_transformers_writes_today(tmp_path) -> None:
 UNKNOWN = {
     "rope": ({"rope_theta": 10000.0}, "unknown field 'rope_theta' = 10000.0 may change what the model computes"),
     "alibi": ({"use_alibi": True}, "unknown field 'use_alibi'"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not GPT-2"),
-    "positions": ({"position_embedding_type": "rotary"}, "position_embedding_type = 'rotary' is not GPT-2"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not supported"),
+    "positions": ({"position_embedding_type": "rotary"}, "position_embedding_type = 'rotary' is not supported"),
     "pruned": ({"pruned_heads": {"0": [1]}}, "pruned_heads = "),
     "code": ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map = "),
-    "cross": ({"add_cross_attention": True}, "add_cross_attention = True is not GPT-2"),
+    "cross": ({"add_cross_attention": True}, "add_cross_attention = True is not supported"),
     "encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder = True"),
     "architecture": ({"architectures": ["GPT2ForSequenceClassification"]}, "architectures = .*GPT2ForSequence"),
     "model": ({"model_type": "gpt_neo"}, "model_type = 'gpt_neo'"),
@@ -258,7 +258,7 @@ def test_nanogpt_drops_the_rows_that_pad_gpt2s_vocabulary(tmp_path) -> None:
 
 def test_nanogpt_with_arguments_of_a_fork_is_refused(tmp_path) -> None:
     save_nano(tmp_path / "ckpt.pt", *nano(), bias=True, vocab_size=100, rotary=True)
-    with pytest.raises(ValueError, match="is no checkpoint of nanoGPT as known here: see .'rotary'"):
+    with pytest.raises(ValueError, match="is not a nanoGPT checkpoint of a known layout: see .'rotary'"):
         GPT.from_pretrained(tmp_path / "ckpt.pt")
 
 

@@ -79,7 +79,7 @@ def test_a_vocabulary_of_its_own_gets_no_gpt2_tokenizer(folder) -> None:
 BROKEN = {
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
     "no_config": (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
-    "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not GPT-2"),
+    "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not supported"),
     "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
     "activation": (
         lambda f: edit_config(f, activation_function="mish"),
@@ -172,5 +172,5 @@ def test_a_runs_folder_stands_for_its_newest_whole_checkpoint(tiny_hf_folder, tm
     facts = json.loads(result.stdout)
     assert (facts["step"], facts["tokens"], facts["n_layer"]) == (10, 5120, 1)
     assert result.stderr.endswith(
-        "taking its newest checkpoint, " + str(tmp_path / "run/checkpoints/step-00000010\n")
+        "using its newest checkpoint, " + str(tmp_path / "run/checkpoints/step-00000010\n")
     )

@@ -129,7 +129,7 @@ def test_init_brings_its_shape(dataset, tmp_path) -> None:
         ({"model": {}, "init": "gpt2-nosuch"}, "gpt2-nosuch"),
         ({"model": {}, "init": "START", "seq_len": 64}, "longer than the context of START, 32: use --seq-len 32"),
         ({"out": "DONE", "lr": 0.5}, "was trained with other settings (lr: 0.01 -> 0.5)"),
-        ({"out": "DONE", "resume": "never"}, "holds a run, and --resume never was given"),
+        ({"out": "DONE", "resume": "never"}, "already contains a run, and --resume is never"),
     ],
 )
 def test_what_stops_a_start_stops_the_dry_run(dataset, tmp_path, monkeypatch, changes, message) -> None:
@@ -165,7 +165,7 @@ def test_what_is_unwise_is_a_warning(dataset, tmp_path) -> None:
 def test_json_is_for_dry_runs(dataset, tmp_path) -> None:
     result = CliRunner().invoke(main, [*flags(dataset, tmp_path / "run"), "--json"])
     assert result.exit_code == 2
-    assert "--json goes with --dry-run" in result.output
+    assert "--json needs --dry-run" in result.output
 
 
 def test_ranks_print_one_plan(dataset, tmp_path) -> None:

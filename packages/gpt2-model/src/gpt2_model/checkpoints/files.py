@@ -169,7 +169,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     for path in paths:
         part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
-            reason = f"{short(odd[0])} is only in one of them"
+            reason = f"{short(odd[0])} is in only one of them"
             raise ValueError(f"{path} does not hold what {index.name} says: {reason}")
         tensors.update(part)
     return tensors
