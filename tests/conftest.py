@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that may not be there
+# A job in a shell's background ignores Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker of pytest-xdist a core; the models are tiny
 
 

@@ -369,6 +369,6 @@ for path in {[str(path) for path in folders.values()]}:
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     values = "1,000,000,000,000 values"
-    reasons = ("speaks of 1000000000 layers", "more than it has", values, "invalid offset for tensor")
+    reasons = ("the config has 1000000000 layers", "more than it has", values, "invalid offset for tensor")
     lines = result.stdout.splitlines()
     assert [reason in line for reason, line in zip(reasons, lines, strict=True)] == [True] * 4, result.stderr

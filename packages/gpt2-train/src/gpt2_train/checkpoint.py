@@ -187,7 +187,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         raise CannotResume(f"cannot resume {resume}: {problems[0]}")
     if newest is not None and newest.name > asked.name:
         advice = f"choose another --out, or move the checkpoints after {asked.name} away"
-        raise CannotResume(f"{run} has gone on to {newest.name}: {advice}")
+        raise CannotResume(f"{run} already has {newest.name}: {advice}")
     return asked
 
 

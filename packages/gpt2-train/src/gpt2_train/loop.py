@@ -242,10 +242,13 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
 
     def check() -> None:
         error = run.saver.take_error()
-        if error is not None and not may_go_on:
-            raise error if isinstance(error, ValueError | OSError) else OSError(f"saving failed: {error!r}")
-        if error is not None:
-            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
+        if error is None:
+            return
+        if not isinstance(error, ValueError | OSError):
+            error = OSError(f"saving failed: {error!r}")
+        if not may_go_on:
+            raise error
+        run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

@@ -255,7 +255,7 @@ def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFi
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{repo}: {path!r} is not a valid path of a dataset's file")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{repo}: {path}: {size!r} is no size")
+        raise ValueError(f"{repo}: {path}: {size!r} is not a valid size")
     url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"
     return WebFile(url, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
 
