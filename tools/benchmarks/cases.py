@@ -48,7 +48,7 @@ def random_model(bench: Bench, fields: Mapping[str, int] | None = None, **option
 
 def keep_buffers() -> None:
     """Keep a CPU's large tensors' memory from step to step, as gpt2-train and gpt2-eval do."""
-    inner("gpt2_model.cpu.allocator", "gpt2_model.allocator").keep_buffers()
+    inner("gpt2_model.command", "gpt2_model.allocator").keep_buffers()
 
 
 @dataclass(frozen=True)
