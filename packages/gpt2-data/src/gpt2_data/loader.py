@@ -32,7 +32,7 @@ _PLANNED = 16384
 
 
 class TokenLoader:
-    """An endless iterator of batches (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
+    """Iterate endlessly over batches (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
 
     Args:
         path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample.
@@ -243,7 +243,7 @@ def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
 
 
 class Prefetch:
-    """A loader's batches, loaded ahead by a thread. Use it as a context manager, or call `close`."""
+    """Load a loader's batches ahead in a thread. Use it as a context manager, or call `close`."""
 
     def __init__(self, loader: TokenLoader, depth: int, allocate: Allocate | None) -> None:
         if depth < 1:

@@ -1,4 +1,4 @@
-"""What a build will amount to, before it is begun."""
+"""Estimate the size and the time of a build before it begins."""
 
 import functools
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a build will do: its source cut into fixed work units.
+"""Plan a build: cut its source into fixed work units.
 
 How a source is cut depends on the source and the constants here, never on workers or machines: that is what makes
 the bytes of a build the same everywhere and lets a restart use the units that are done.
@@ -46,7 +46,7 @@ class Input:
 
     @property
     def known(self) -> list[object]:
-        """What it is known by without reading it: a local file by its size and time."""
+        """Return what identifies it without reading it: for a local file its size and time."""
         return [self.kind, self.name, self.bytes, self.sha256 or self.mtime_ns]
 
 

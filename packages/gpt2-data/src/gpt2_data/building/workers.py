@@ -1,4 +1,4 @@
-"""Where the tasks of a build run: in processes here, or on a Ray cluster. Either may die without the build."""
+"""Run the tasks of a build in processes here, or on a Ray cluster. Either may die without the build."""
 
 import contextlib
 import logging
