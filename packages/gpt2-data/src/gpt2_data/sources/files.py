@@ -7,7 +7,6 @@ Python strings: the tokenizers take UTF-8, and making a str of each document cos
 import codecs
 import contextlib
 import io
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -259,12 +258,6 @@ def _listed(names: Iterable[str]) -> str:
     """Join names for a message; a file may have any number."""
     text = ", ".join(names) or "(none)"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
-
-
-def count_lines(path: str, start: int, stop: int, limit: int) -> int:
-    """Count the documents in bytes [start, stop) of a JSON lines file, no further than `limit`."""
-    documents = (1 for line in _lines(path, start, stop) if not line.isspace())
-    return sum(itertools.islice(documents, limit))
 
 
 # --- text files
