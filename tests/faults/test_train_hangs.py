@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from train_faults import good_steps, rows, wait_for_step
+from fork_server import Child, rank_variables
+from train_faults import PLANTED, command_line, good_steps, planted, rows, wait_for_step
 
 LIMITS = {"hang_seconds": 2}
 
@@ -49,6 +50,20 @@ def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
     assert children[1].wait(20) != 0
     assert good_steps(out)[-1] in (15, 18)
     runs.must_finish_as_whole(out, ranks=2)
+
+
+def test_a_bug_on_a_rank_does_not_wait_for_one_that_hangs(tmp_path, runs) -> None:
+    """Python would, as it ends: it frees the process group, which waits for the answer to what is under way."""
+    out, (first, second) = tmp_path / "run", rank_variables(2)
+    stop = ("in_update", {"step": 8, "do": "SIGSTOP"})
+    stopped = Child(command_line(runs.data, out), runs.log(out), [stop], **first)
+    failed = planted(
+        [["in_update", {"step": 8, "do": "bug in an exchange"}]], runs.data, out, "-c", PLANTED, **second
+    )
+    assert failed.returncode == 1
+    assert "RuntimeError: planted" in failed.stderr
+    stopped.send(signal.SIGKILL)
+    assert stopped.wait() == -9
 
 
 def test_a_save_that_hangs(tmp_path, runs) -> None:
