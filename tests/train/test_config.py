@@ -80,18 +80,18 @@ def test_a_second_dataset_is_refused() -> None:
 
 def test_help_has_groups_and_the_defaults_a_person_types() -> None:
     usual, full = (CliRunner().invoke(main, [flag]).output for flag in ("--help", "--help-all"))
-    assert "[default: 10Mi]" in usual
-    assert "[default: 524288]" in usual
-    assert "--spike-sigma" not in usual
-    assert "--spike-sigma" in full
-    for group in ("Data and run folder:", "Model:", "Optimisation:", "Hardware:"):
-        assert group in usual
+    groups = ("Data and run folder:", "Model:", "Optimisation:", "Hardware:")
+    defaults = ("[default: 512Ki]", "[default: 10Mi]", "[default: 0.0006]")
+    for text in (*groups, *defaults, "--steps SIZE", "--keep INTEGER", "--seed INTEGER"):
+        assert text in usual
+    assert ("--spike-sigma" in usual, "--spike-sigma" in full) == (False, True)
+    assert "[default: 300]" in full
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be a finite number of at least 1, not 0"),
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0, not nan"),
         ({"lr": 1e-5, "min_lr": 6e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),

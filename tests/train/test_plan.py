@@ -12,7 +12,7 @@ from tiny_run import TINY, flags
 from train_faults import SETTINGS, SHAPE
 
 import gpt2_train.memory
-from gpt2_model import GPT, PRESETS, flops_per_token
+from gpt2_model import GPT, flops_per_token
 from gpt2_train import RECIPES, TrainConfig, load_config, train
 from gpt2_train.cli import main
 from gpt2_train.memory import check_space, checkpoint_bytes, checkpoints_at_once, most_that_fit, peak_memory
@@ -49,7 +49,7 @@ def test_figures(dataset, tmp_path, monkeypatch) -> None:
     assert plan["flops"] == flops_per_token(shape, 16) * 12 * 128
     assert plan["flops_per_second"] == pytest.approx(0.7 * 1e9)
     assert plan["hours"] == pytest.approx(plan["flops"] / (2 * 0.7 * 1e9) / 3600)
-    assert plan["memory"]["host_bytes"] == peak_memory(config, shape, 4, 2, "cpu", False, "fp32").host_bytes
+    assert plan["memory"]["host_bytes"] == peak_memory(config, 4, 2, "cpu").host_bytes
     assert plan["checkpoints_at_once"] == 3  # steps 4, 8, 12; four could be there
     assert plan["problems"] == []
     assert not (tmp_path / "run").exists()
@@ -59,7 +59,7 @@ def test_lines_and_a_measured_speed(dataset, tmp_path) -> None:
     result = dry_run(dataset, tmp_path / "run")
     assert result.exit_code == 0, result.output
     for fact in ("12 of 64 tokens, 768 in all", "1 on cpu, fp32", "1 x 4 x 16 tokens on each process",
-                 "6 N + 6 L C T", "with --activation-checkpointing", "copy for checkpoints 0.1 MB",
+                 "6 N + 6 L C T", "activations 0.1 MB", "copy for checkpoints 0.1 MB",
                  "3 at once: 12.4 MB of", "GFLOP/s of a matrix product, measured here"):  # fmt: skip
         assert fact in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 100
@@ -85,8 +85,7 @@ def test_checkpoint_size_is_that_of_a_checkpoint(dataset, tmp_path) -> None:
     settings = {**TINY, "steps": 1, "model": {**SHAPE, "vocab_size": 50257}}  # with the vocabulary's files
     train(TrainConfig(**settings, data=str(dataset), out=str(tmp_path)))
     written = sum(path.stat().st_size for path in (tmp_path / "checkpoints/step-00000001").iterdir())
-    config = TrainConfig(**settings)
-    assert checkpoint_bytes(config, config.model_config) == pytest.approx(written, rel=0.05)
+    assert checkpoint_bytes(TrainConfig(**settings)) == pytest.approx(written, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -178,21 +177,21 @@ def test_ranks_print_one_plan(dataset, tmp_path) -> None:
 
 
 def test_space_for_the_checkpoints_that_will_be_there(tmp_path, monkeypatch) -> None:
-    config = TrainConfig(steps=100, checkpoint_every=10, keep=2)
-    shape, each = PRESETS["124M"], checkpoint_bytes(config, PRESETS["124M"])
+    out = tmp_path / "new"
+    config = TrainConfig(out=str(out), steps=100, checkpoint_every=10, keep=2)
+    each = checkpoint_bytes(config)
     free_disk(monkeypatch, 3 * each)
-    check_space(tmp_path / "new", config, shape)
-    assert not (tmp_path / "new").exists()
+    check_space(config)
+    assert not out.exists()
     free_disk(monkeypatch, 3 * each - 1)
-    with pytest.raises(
-        OSError, match="will need 4.49 GB for 3 checkpoints of 1.50 GB, and 4.49 GB are free: free some"
-    ):
-        check_space(tmp_path / "new", config, shape)
+    message = "will need 4.49 GB for 3 checkpoints of 1.50 GB, and 4.49 GB are free: free some"
+    with pytest.raises(OSError, match=message):
+        check_space(config)
     # What the run's own take is given back as they are pruned.
-    folder = tmp_path / "new/checkpoints/step-00000010"
+    folder = out / "checkpoints/step-00000010"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"0")
-    check_space(tmp_path / "new", config, shape)
+    check_space(config)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +213,9 @@ def recipe_table() -> list[str]:
         for kind, precision, checkpointing in (
             ("cuda", "bf16", False), ("cuda", "bf16", True), ("cpu", "fp32", False)
         ):  # fmt: skip
-            settings = replace(config, activation_checkpointing=checkpointing)
-            case = (1, kind, kind == "cuda", precision)
-            free = 0.95 * 80e9 if kind == "cuda" else float("inf")
-            micro_batch = most_that_fit(settings, config.model_config, *case, free)
-            memory = peak_memory(settings, config.model_config, micro_batch, *case)
+            settings = replace(config, activation_checkpointing=checkpointing, precision=precision)
+            micro_batch = most_that_fit(settings, 1, kind, 0.95 * 80e9 if kind == "cuda" else float("inf"))
+            memory = peak_memory(settings, micro_batch, 1, kind)
             size = memory.device_bytes if kind == "cuda" else memory.host_bytes
             cells.append(f"{micro_batch} x {config.seq_len:,}: {size / 1e9:.1f} GB")
         lines.append(f"| {' | '.join(cells)} |")

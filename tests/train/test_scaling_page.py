@@ -14,7 +14,7 @@ H100_PEAK = 989e12
 PUBLISHED = {"124M": 0.140, "350M": 0.348, "774M": 1.7, "1558M": 2.75}  # seconds of a step on eight GPUs
 MEMORY = 0.95 * 80e9  # as the README's table has it
 
-CONFIGS = {name: TrainConfig(**load_config(recipe=name)) for name in PUBLISHED}
+CONFIGS = {name: TrainConfig(**load_config(recipe=name), precision="bf16") for name in PUBLISHED}
 
 
 def published(name: str) -> float:
@@ -30,7 +30,7 @@ def half_of_peak(name: str) -> float:
 def times(name: str, speed: float, gpus: int) -> tuple[float, float]:
     """Seconds of a step's computation, and of the backward of its last micro-batch."""
     config = CONFIGS[name]
-    fit = most_that_fit(config, config.model_config, gpus, "cuda", True, "bf16", MEMORY)
+    fit = most_that_fit(config, gpus, "cuda", MEMORY)
     _, accumulation = micro_batches(config, gpus, fit)
     step = config.batch_tokens / gpus / speed
     return step, 2 / 3 * step / accumulation

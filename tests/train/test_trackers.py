@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,7 +14,7 @@ from gpt2_train.trackers import check_trackers
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path) -> None:
-    with open_log(tmp_path, tensorboard=True) as log:
+    with closing(open_log(tmp_path, tensorboard=True)) as log:
         write_run(log, 1, 12)
     killed = open_log(tmp_path, first_step=10, tensorboard=True)
     for step in range(11, 14):
@@ -22,12 +23,12 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path) -> None:
     newest = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     killed.close()
     os.truncate(newest, newest.stat().st_size - 5)  # killed while it was written
-    with open_log(tmp_path, first_step=10, tensorboard=True) as log:
+    with closing(open_log(tmp_path, first_step=10, tensorboard=True)) as log:
         write_run(log, 11, 15)
     assert scalars(tmp_path, "train/loss") == [(step, pytest.approx(10 / step)) for step in range(1, 16)]
     assert scalars(tmp_path, "val/loss") == [(5, 3.0), (10, 3.0), (15, 3.0)]
     assert scalars(tmp_path, "train/tokens_per_second")[0] == (1, 2000.0)
-    with open_log(tmp_path, tensorboard=True) as log:  # a fresh start in the same folder
+    with closing(open_log(tmp_path, tensorboard=True)) as log:  # a fresh start in the same folder
         write_run(log, 1, 2)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2]
 
@@ -67,9 +68,9 @@ def wandb(monkeypatch):
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, wandb) -> None:
-    with open_log(tmp_path, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, wandb="gpt2")) as log:
         write_run(log, 1, 12)
-    with open_log(tmp_path, first_step=10, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, first_step=10, wandb="gpt2")) as log:
         write_run(log, 11, 15)
     (run,) = wandb.runs.values()
     assert run.finished
@@ -110,7 +111,7 @@ def test_wandb_that_does_not_start_ends_a_fresh_run_alone(tmp_path, wandb, capsy
     ) as caught:
         open_log(tmp_path, wandb="gpt2")
     assert "\n" not in str(caught.value)
-    with open_log(tmp_path, first_step=3, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, first_step=3, wandb="gpt2")) as log:
         log.train(train_row(4))
     assert "warning: W&B does not start" in capsys.readouterr().err
 
@@ -131,7 +132,7 @@ def test_secrets_are_in_no_file_and_not_given_to_wandb(tmp_path, monkeypatch, wa
     """tests/faults/test_train_hangs.py has it for whole runs, which W&B, absent there, takes no part in."""
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "0123456789" + name)
-    with open_log(tmp_path, tensorboard=True, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, tensorboard=True, wandb="gpt2")) as log:
         write_run(log, 1, 5)
         (run,) = wandb.runs.values()
         run.fails = ConnectionError("0123456789WANDB_API_KEY or 0123456789HF_TOKEN is refused")
