@@ -250,12 +250,6 @@ def move_folder(step, to):
     at(step, lambda: os.rename(out(), to))
 
 
-def limit_at(step, size):
-    """From a step on no file may grow beyond `size` bytes: a write fails in the middle, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    at(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
-
-
 def no_descriptors(step):
     """From a step on no file can be opened."""
     at(step, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)))

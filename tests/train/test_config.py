@@ -72,12 +72,6 @@ def test_the_rate_at_the_end_follows_a_low_peak() -> None:
     assert [TrainConfig(lr=lr).min_lr for lr in (6e-4, 1e-4, 6e-5, 3e-5)] == [6e-5, 6e-5, 6e-5, 3e-5 / 10]
 
 
-def test_a_second_dataset_is_refused() -> None:
-    result = CliRunner().invoke(main, ["--data", "a", "--data", "b", "--out", "o"])
-    assert result.exit_code == 2
-    assert "--data is given more than once: a run trains on one dataset" in result.output
-
-
 def test_help_has_groups_and_the_defaults_a_person_types() -> None:
     usual, full = (CliRunner().invoke(main, [flag]).output for flag in ("--help", "--help-all"))
     groups = ("Data and run folder:", "Model:", "Optimisation:", "Hardware:")
@@ -126,11 +120,18 @@ def test_bad_files_are_refused(tmp_path, text, message) -> None:
     assert message in result.output
 
 
-def test_a_mistyped_variable_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("GPT2_TRAIN_STEPSS", "3")
-    result = CliRunner().invoke(main, ["--data", "d", "--out", str(tmp_path / "o")])
-    assert result.exit_code == 2
-    assert "unknown environment variable GPT2_TRAIN_STEPSS" in result.output
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        ("--data again", {}, "--data is given more than once: a run trains on one dataset"),
+        ("--json", {}, "--json needs --dry-run"),
+        ("--model n_layer", {}, "--model 'n_layer' must be FIELD=VALUE"),
+        ("", {"GPT2_TRAIN_STEPSS": "3"}, "unknown environment variable GPT2_TRAIN_STEPSS"),
+    ],
+)
+def test_wrong_usage(words, env, message) -> None:
+    result = CliRunner().invoke(main, ["--data", "d", "--out", "o", *words.split()], env=env)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
 
 
 def test_flag_before_environment_before_file_before_recipe(dataset, tmp_path, monkeypatch) -> None:

@@ -10,7 +10,6 @@ import torch
 from run_rows import open_log, rows_of, train_row, write_run
 
 from gpt2_model import PRESETS, flops_per_token
-from gpt2_train import metrics
 from gpt2_train.config import TrainConfig
 from gpt2_train.metrics import peak_tflops
 
@@ -183,9 +182,3 @@ def test_flush_has_rows_on_the_disk_or_fails(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(Input/output error\)"):
         log.flush()
-
-
-def test_the_table_of_peaks_is_read_from_the_narrow_to_the_wide() -> None:
-    names = list(metrics.PEAK_TFLOPS)
-    for number, name in enumerate(names):
-        assert not [wide for wide in names[:number] if name.startswith(f"{wide} ")], name

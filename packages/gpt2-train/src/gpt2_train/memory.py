@@ -27,30 +27,20 @@ CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's.
+    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's."""
 
-    Attributes:
-        weights, gradients: the parameters in fp32, and as much again, or less where they come as activations go.
-        optimizer: this process's share of the optimizer's state.
-        activations: what the backward pass of a micro-batch needs, and under autocast the weights in bf16.
-        head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
-        heap: holes between tensors that the allocator cannot use.
-        checkpoint_copy: weights and optimizer state in the memory of rank 0's host, from the first checkpoint on.
-        program: Python, torch and the libraries.
-        device_bytes: bytes on the accelerator; without one, 0.
-        host_bytes: bytes on the host of rank 0; other ranks have no `checkpoint_copy`.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    head: int
-    heap: int
-    checkpoint_copy: int
-    program: int
-    device_bytes: int
-    host_bytes: int
+    weights: int  # in fp32
+    gradients: int  # as much again, or less where they come as activations go
+    optimizer: int  # this process's share of the optimizer's state
+    activations: int  # what the backward pass of a micro-batch needs, and under autocast the weights in bf16
+    head: int  # logits or blocks of them, the loss, and the gradients of output projection and token embedding
+    heap: int  # holes between tensors that the allocator cannot use
+    checkpoint_copy: (
+        int  # weights and optimizer state in the memory of rank 0's host, from the first checkpoint on
+    )
+    program: int  # Python, torch and the libraries
+    device_bytes: int  # on the accelerator; without one, 0
+    host_bytes: int  # on the host of rank 0; other ranks have no `checkpoint_copy`
 
     def needed_on_host(self) -> int:
         """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
@@ -125,16 +115,12 @@ def most_that_fit(config: TrainConfig, world_size: int, device_type: str, free: 
 def choose_micro_batch(config: TrainConfig, world: World, try_one: Callable[[int], None] | None) -> int:
     """Return the sequences that a process computes at once: `config.micro_batch`, or for "auto" the most that fit.
 
-    All processes get the same number: the least that any of them has room for.
+    All processes get the same number: the least that any of them has room for. `try_one` does a forward and
+    backward pass of n sequences, without any exchange: a process that runs out of memory would leave the others
+    waiting. It is called twice for each number, the second time beside the gradients of the first. Without it the
+    estimate is believed, as it must be where the system kills what needs too much.
 
-    Args:
-        try_one: one forward and backward pass of n sequences, without any exchange between processes: one that
-            runs out of memory would leave the others waiting. It is called twice for each number, the second time
-            beside the gradients of the first, which the caller clears in the end. None: the estimate is believed,
-            as it must be where the system kills what needs too much memory.
-
-    Raises:
-        ValueError: the batch cannot be shared out, or not even one sequence runs; says what would do.
+    Raises ValueError if the batch cannot be shared out, or not even one sequence runs.
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]

@@ -43,9 +43,7 @@ _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 class RunLog:
     """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it.
 
-    Args:
-        config: the run, its precision and the model's shape resolved.
-        first_step: the step that training resumes from; later rows are dropped. -1: a fresh start, without rows.
+    Training resumes from `first_step`: later rows are dropped. At -1 it starts afresh, and drops all.
     """
 
     def __init__(self, config: TrainConfig, first_step: int, world: World) -> None:
@@ -56,12 +54,8 @@ class RunLog:
     def open(self) -> int | None:
         """Repair the files of a run that was killed, open them, and start the trackers.
 
-        Returns:
-            The step of the newest evaluation in the files, None if there is none.
-
-        Raises:
-            OSError: files that cannot be read or written; the methods that write raise it, too.
-            ValueError: a tracker that is not installed, or, in a fresh run, does not start.
+        Returns the step of the newest evaluation in the files. Raises OSError for files that cannot be read or
+        written, as do the methods that write; ValueError for a tracker that is not installed or does not start.
         """
         config, folder = self.config, Path(self.config.out)
         check_trackers(config)
@@ -88,10 +82,7 @@ class RunLog:
         return max(evaluated, default=None)
 
     def train(self, row: dict[str, Any]) -> None:
-        """Record a step: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory.
-
-        Where it applies, `skipped` says why the update was left out.
-        """
+        """Record a step; where it applies, `skipped` says why its update was left out."""
         if not self.enabled:
             return
         speed = self.config.batch_tokens / row["seconds"] if row["seconds"] > 0 else None
@@ -103,20 +94,18 @@ class RunLog:
         self.console.step(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Record an evaluation: step, tokens, val_loss and hellaswag_acc_norm where they were measured, seconds.
-
-        Its samples come before it: without this row, they are dropped when the run is resumed.
-        """
+        """Record an evaluation, after its samples: without this row, they are dropped when the run is resumed."""
         if not self.enabled:
             return
         row = finite(row)
         self.metrics.append(row)
         names = ("val_loss", "hellaswag_acc_norm")
         self._log(row["step"], {f"val/{name.removeprefix('val_')}": row.get(name) for name in names})
-        parts = []
-        for name, words, form in EVALUATION_WORDS:
-            if name in row:
-                parts.append(words.format("not finite" if row[name] is None else format(row[name], form)))
+        parts = [
+            words.format("not finite" if row[name] is None else format(row[name], form))
+            for name, words, form in EVALUATION_WORDS
+            if name in row
+        ]
         self.say(f"step {row['step']:,}: {'   '.join(parts)}")
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -196,8 +185,8 @@ def assumed_speed(config: TrainConfig, device: torch.device, here: bool) -> tupl
     shape, dtype = config.model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32
     x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
     weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
-    names, threads = {"x": x, "weight": weight}, torch.get_num_threads()
-    timer = Timer("(x @ weight).sum().item()", globals=names, num_threads=threads)
+    operands = {"x": x, "weight": weight}
+    timer = Timer("(x @ weight).sum().item()", globals=operands, num_threads=torch.get_num_threads())
     rate = 2 * x.numel() * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
     product = f"the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
     return rate * PRODUCT_SHARE, f"{PRODUCT_SHARE:.0%} (assumed) of {product}"
@@ -227,9 +216,8 @@ class _Lines:
         end = self.file.seek(0, os.SEEK_END)
         with self._clear_error():
             try:
-                written = 0
-                while written < len(line):  # a disk that fills up takes a part first, and fails then
-                    written += os.write(self.file.fileno(), line[written:])
+                while line:  # a disk that fills up takes a part first, and fails then
+                    line = line[os.write(self.file.fileno(), line) :]
             except OSError:
                 self.file.truncate(end)
                 raise
@@ -243,10 +231,8 @@ class _Lines:
         try:
             yield
         except OSError as error:
-            text = (
-                f"{self.path} cannot be written ({error.strerror}): fix that, then run the same command to resume"
-            )
-            raise OSError(error.errno, text) from None
+            advice = "fix that, then run the same command to resume"
+            raise OSError(error.errno, f"{self.path} cannot be written ({error.strerror}): {advice}") from None
 
 
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:

@@ -31,41 +31,30 @@ LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], to
 
 @dataclass(kw_only=True)
 class Run:
-    """What a step works on.
+    """What a step works on."""
 
-    Attributes:
-        config: the settings, resolved: precision and the model's shape are known.
-        parallel: the model as a step calls it: compiled, and wrapped by DDP.
-        micro_batch, accumulation: sequences that this process computes at once, and how often it does in a step.
-        loader, batches: where the data stands, and the thread that moves it.
-        stop, stopped_by: the signal that came to this process, and its number once all processes know of it.
-        step, updates: batches trained on, and the updates that were made: some may have been left out.
-        saved: the newest step that has a checkpoint, or whose checkpoint is being written.
-        evaluated: the newest step that has been evaluated.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # resolved: precision and the model's shape are known
     world: World
     folder: Path
     dataset: Dataset
     model: GPT
-    parallel: torch.nn.Module
+    parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
     optimizers: Optimizers
-    loader: TokenLoader
-    micro_batch: int
-    accumulation: int
+    loader: TokenLoader  # where the data stands
+    batches: Prefetch = field(init=False)  # the thread that moves it
+    micro_batch: int  # sequences that this process computes at once
+    accumulation: int  # how often it does in a step
     log: RunLog
     saver: Saver
     guard: Guard
     watchdog: Watchdog
-    stop: StopSignal
+    stop: StopSignal  # the signal that came to this process
+    stopped_by: int = 0  # its number, once all processes know of it
     hellaswag: HellaSwag | None
-    batches: Prefetch = field(init=False)
-    step: int
-    updates: int
-    stopped_by: int = 0
-    saved: int
-    evaluated: int | None
+    step: int  # batches trained on
+    updates: int  # those that changed the weights: some may have been left out
+    saved: int  # the newest step that has a checkpoint, or whose checkpoint is being written
+    evaluated: int | None  # the newest step that has been evaluated
 
 
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:

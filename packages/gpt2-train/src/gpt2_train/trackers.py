@@ -100,11 +100,10 @@ def in_one_line(error: BaseException) -> str:
 def profiling(
     folder: Path, steps: int, first: int, last: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Trace `steps` steps of this process into `folder`/profile/steps-A-B.json.gz, in Chrome's trace format.
+    """Trace some of the steps `first` to `last` into `folder`/profile/steps-A-B.json.gz, in Chrome's format.
 
-    The process is going to do the steps `first` to `last`. The first ten of them are passed over, or, if that
-    leaves too few, the first one. A run that stops in between has its trace too; one that cannot be written is no
-    reason to stop a run. Yields what must be called after each step.
+    The first ten are passed over, or, if that leaves too few, the first one. A run that stops in between has its
+    trace too; one that cannot be written is no reason to stop a run. Yields what must be called after each step.
     """
     remaining = last - first + 1
     if steps == 0 or remaining < 1:
