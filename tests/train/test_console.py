@@ -27,13 +27,11 @@ class Terminal:
         monkeypatch.setattr(sys, "stderr", self.file)
 
     def read(self) -> str:
-        text = b""
-        try:
+        pieces = []
+        with suppress(BlockingIOError):
             while piece := os.read(self.master, 65536):
-                text += piece
-        except BlockingIOError:
-            return text.decode()
-        return text.decode()
+                pieces.append(piece)
+        return b"".join(pieces).decode()
 
     def close(self) -> None:
         self.monkeypatch.undo()

@@ -85,7 +85,6 @@ def test_checkpoint_size_is_that_of_a_checkpoint(dataset, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"data": "nowhere"}, "nowhere"),
-        ({"batch_tokens": 72}, "a batch of 72 tokens does not divide into sequences of 16 on 1 process: use"),
         ({"micro_batch": "3"}, "do not divide into micro-batches of 3"),
         ({"seq_len": 8192, "batch_tokens": 8192, "micro_batch": "1", "model": {"block_size": 8192}},
          "a sample of seq_len 8192 needs 8,193"),
@@ -109,6 +108,7 @@ def test_a_failed_check_is_a_line_and_exit_1(dataset, tmp_path, changes, message
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"batch_tokens": 72}, "a batch of 72 tokens does not divide into sequences of 16 on 1 process: use"),
         ({"model": {}, "init": "gpt2-nosuch"}, "gpt2-nosuch"),
         ({"model": {**SHAPE, "n_layer": 3}, "init": "START"}, "has another shape than --model"),
         ({"model": {}, "init": "START", "seq_len": 64}, "longer than the context of START, 32: use --seq-len 32"),

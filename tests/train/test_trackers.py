@@ -85,9 +85,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, wandb) -> None:
     assert len(wandb.runs) == 2  # a fresh start is another run
 
 
-def test_wandb_that_fails_on_the_way_stops_nothing_and_tells_no_secret(
-    tmp_path, wandb, capfd, monkeypatch
-) -> None:
+def test_wandb_that_fails_stops_nothing_and_tells_no_secret(tmp_path, wandb, capfd, monkeypatch) -> None:
     """tests/faults/test_train_hangs.py has secrets of whole runs, which W&B, absent there, takes no part in."""
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "0123456789" + name)
@@ -98,8 +96,8 @@ def test_wandb_that_fails_on_the_way_stops_nothing_and_tells_no_secret(
         write_run(log, 2, 6)
     said = capfd.readouterr().err
     assert [line for line in said.splitlines() if "warning" in line] == [
-        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY> or <HF_TOKEN>): the run continues without "
-        "it; metrics.jsonl has all rows"
+        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY> or <HF_TOKEN>): the run continues "
+        "without it; metrics.jsonl has all rows"
     ]
     assert len(rows_of(tmp_path)) == 7
     files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
