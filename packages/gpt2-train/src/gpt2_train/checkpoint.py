@@ -197,10 +197,7 @@ def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints; damaged ones do not count.
-
-    `verified` are names of those that this process has read back: gigabytes that need no more hashing.
-    """
+    """Delete all but the `keep` newest good checkpoints; those in `verified`, by name, need no more hashing."""
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
         return
@@ -221,10 +218,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Lock a run's folder, creating it if need be: two trainers in one folder would mix their checkpoints.
-
-    A folder that is new is removed again if the run fails before it writes anything. Raises what `locked` raises.
-    """
+    """Lock a run's folder, made if need be, and removed again if the run fails before it writes anything."""
     is_new = not run.exists()
     with locked(run):
         try:
@@ -244,7 +238,7 @@ class Saver:
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
         self.run, self.keep, self.world = run, keep, world
-        self.error: Exception | None = None  # of the thread, until `take_error`
+        self.error: Exception | None = None  # of the thread; the loop takes it
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
         self._optimizer: dict[str, torch.Tensor] = {}
@@ -272,11 +266,6 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def take_error(self) -> Exception | None:
-        """Return what went wrong since the last call."""
-        error, self.error = self.error, None
-        return error
-
     def _allocate(self, model: GPT, optimizers: Optimizers) -> None:
         def empty(shape: torch.Size) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, pin_memory=self.world.device.type == "cuda")
@@ -294,8 +283,10 @@ class Saver:
                     raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
             self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
             prune(self.run, self.keep, self._verified)
-        except Exception as error:  # whatever it is, the loop must learn of it
+        except (ValueError, OSError) as error:
             self.error = error
+        except Exception as error:  # whatever it is, the loop must learn of it
+            self.error = OSError(f"saving failed: {error!r}")
 
 
 def _fsync(path: Path) -> None:

@@ -97,9 +97,7 @@ class TrainConfig:
     num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
     checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
     keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
-    resume: str = _option(
-        "auto", CHECKPOINTS, "auto: the newest good one in --out; never; or a checkpoint folder."
-    )
+    resume: str = _option("auto", CHECKPOINTS, "auto: the newest good one in --out; never; or the path of one.")
     on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
     max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
     spike_sigma: float = _option(0.0, FAULTS, "Skip updates this many deviations above the last 128; 0: never.")

@@ -242,14 +242,11 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
     """End the run on all ranks if a checkpoint could not be written, or say so."""
 
     def check() -> None:
-        error = run.saver.take_error()
-        if error is None:
-            return
-        if not isinstance(error, ValueError | OSError):
-            error = OSError(f"saving failed: {error!r}")
-        if not may_go_on:
+        error, run.saver.error = run.saver.error, None
+        if error is not None and not may_go_on:
             raise error
-        run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
+        if error is not None:
+            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

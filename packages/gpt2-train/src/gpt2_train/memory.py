@@ -74,10 +74,7 @@ def peak_memory(config: TrainConfig, micro_batch: int, world_size: int, device_t
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of host memory that a process may still take, as the kernel and its cgroup say.
-
-    Without /proc (macOS) it is all the memory of the machine, since nothing tells how much is free.
-    """
+    """Return the bytes of host memory that a process may still take; without /proc (macOS) all of the machine."""
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])

@@ -206,9 +206,7 @@ class _Lines:
     """A file that rows are appended to. It stays open: a process that is short of descriptors loses nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._clear_error():
-            self.file = path.open("ab", buffering=0)
+        self.path, self.file = path, path.open("ab", buffering=0)
         weakref.finalize(self, self.file.close)  # also when a run fails while it begins
 
     def append(self, row: dict[str, Any]) -> None:
@@ -240,8 +238,7 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
 
     Returns the steps whose evaluation is still there, and the number of lines that were broken.
     """
-    evaluated: set[int] = set()
-    broken = 0
+    evaluated, broken = set[int](), 0
     for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
         content, lines = path.read_bytes() if path.exists() else b"", []
         for line in filter(None, content.split(b"\n")):  # by bytes: str.splitlines cuts inside a text

@@ -179,9 +179,8 @@ def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
     """Do a pass that trains nothing, where the first is not like the others.
 
-    It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks: so the first step after a resume is like any
-    other.
+    It compiles, which no step's time should have in it. And after its first backward pass DDP lays its buckets out
+    anew, which changes the order of sums over three or more ranks.
     """
     compiles = run.config.compiles(run.world.device.type)
     if compiles:

@@ -54,15 +54,12 @@ def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
         with write_whole(id_file) as file:
             file.write(secrets.token_hex(4).encode())
     try:
+        # Its console would put its own streams before stdout and stderr, and copy what they carry.
+        settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
         run = wandb.init(
-            project=config.wandb,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(folder),
-            config=asdict(config),
-            # It would put its own streams before stdout and stderr, and copy what they carry.
-            settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
-        )
+            project=config.wandb, id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
+            config=asdict(config), settings=settings,
+        )  # fmt: skip
     except Exception as error:
         raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
 
