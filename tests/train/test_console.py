@@ -64,7 +64,7 @@ def test_on_a_terminal_a_line_a_second_above_a_bar(tmp_path, monkeypatch) -> Non
     # The clock of the day goes back, and the bar moves on: each step is 0.25 s after the one before.
     assert [int(bar.split("| ")[1].split("/")[0]) for bar in bars if " left" in bar][-1] == 100
     assert " 50%|" in said
-    assert "50/100, 0:12 left" in said
+    assert "50/100, 00:12 left" in said
     log.close()
     log.say("after the bar")
     assert terminal.read().endswith("after the bar\r\n")
@@ -82,7 +82,7 @@ def test_in_a_pipe_plain_lines_every_ten_seconds(tmp_path, monkeypatch, capsys) 
     assert "%|" not in said
     lines = said.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 2, 3, *range(13, 100, 10), 100]
-    assert lines[3] == ("step  13/100  loss 0.7692  norm 1.000  lr 1.00e-03  1.00k tok/s  1:27 left")
+    assert lines[3] == ("step  13/100  loss 0.7692  norm 1.000  lr 1.00e-03  1.00k tok/s  01:27 left")
 
 
 def test_a_line_of_a_long_run_fits_80_columns(tmp_path, capsys) -> None:
@@ -183,4 +183,4 @@ def test_time_left_is_of_the_mean_pace_with_evaluations_in_it(tmp_path, monkeypa
     assert "left" not in first
     # 96 steps of 2 s and 10 evaluations of 30 s since step 51: 492 s, and 53 of 96 steps are to come.
     assert last.startswith("step 147/200")
-    assert last.endswith("  4:31 left")
+    assert last.endswith("  04:31 left")

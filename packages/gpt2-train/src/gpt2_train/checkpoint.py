@@ -128,7 +128,7 @@ def checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """Return the checkpoint of the highest step (clocks jump) that verifies, and what was wrong above it.
 
-    Raises CannotResume if one above it is of a newer program, which an older one must not undo.
+    Raises CannotResume if one above it is of a newer program: it must not be undone.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
@@ -267,14 +267,13 @@ class Saver:
             self._thread = None
 
     def _allocate(self, model: GPT, optimizers: Optimizers) -> None:
-        def empty(shape: torch.Size) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, pin_memory=self.world.device.type == "cuda")
-
+        pin = self.world.device.type == "cuda"
         with torch.device("meta"):
             self._model = GPT(model.config)
-        weights = {name: empty(tensor.shape) for name, tensor in model.state_dict().items()}
+        weights = {name: torch.empty(tensor.shape, pin_memory=pin) for name, tensor in model.state_dict().items()}
         self._model.load_state_dict(weights, assign=True)
-        self._optimizer = {name: empty(shape) for name, shape in state_shapes(model, optimizers).items()}
+        shapes = state_shapes(model, optimizers)
+        self._optimizer = {name: torch.empty(shape, pin_memory=pin) for name, shape in shapes.items()}
 
     def _write(self, step: int, model: GPT, trainer: Mapping[str, Any]) -> None:
         try:

@@ -155,7 +155,9 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             own = tomllib.loads(source.read_text(encoding="utf-8"))
         except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are
             raise ValueError(f"{source} is not valid TOML: {error}") from None
-        merged = {**merged, **own, "model": {**merged.get("model", {}), **own.get("model", {})}}
+        if isinstance(own.get("model"), dict):
+            own["model"] = merged.get("model", {}) | own["model"]
+        merged |= own
     defaults = asdict(TrainConfig())
     for name, value in merged.items():
         if name not in defaults:
@@ -185,8 +187,7 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
     """Return the fields (but steps) that change a resumed run's maths, and the others: "lr: 0.0006 -> 0.001"."""
     after = asdict(replace(config, model=asdict(config.model_config)))
     defaults = asdict(TrainConfig())
-    maths: list[str] = []
-    harmless: list[str] = []
+    maths, harmless = list[str](), list[str]()
     for name in sorted(after.keys() - {"data", "out", "resume", "steps"}):
         old, new = before.get(name, defaults[name]), after[name]  # a run of an older version had fewer fields
         # Weights that a run began from bring their shape, unless one is asked for.

@@ -1,8 +1,7 @@
 """What a run writes to stderr: lines above a bar on a terminal, plain lines anywhere else.
 
 Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
-Intervals use the monotonic clock, since the wall clock is set back now and then. That is also why tqdm is told
-when to draw: its own pace follows the clock of the day.
+Intervals use the monotonic clock: the clock of the day, which tqdm's own pace follows, is set back now and then.
 """
 
 import os
@@ -59,9 +58,7 @@ class Console:
             self.first = (step, now)  # it may have compiled: no pace
             return ""
         first_step, start = self.first
-        minutes, seconds = divmod(int((now - start) * (self.steps - step) / (step - first_step)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+        return f"{tqdm.format_interval((now - start) * (self.steps - step) / (step - first_step))} left"
 
     def working(self, what: str) -> None:
         """Show a word on a terminal: in the bar, or, before there is one, on a line."""

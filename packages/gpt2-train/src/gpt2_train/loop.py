@@ -24,8 +24,8 @@ from gpt2_train.trackers import profiling
 def train(config: TrainConfig) -> int:
     """Train the run in `config.out`, or resume it.
 
-    A step is one batch: an update of the weights, unless its loss or gradient was not finite. The same call
-    resumes a run that was killed: it ends with the same weights, bit for bit, as one that was not.
+    A step is one batch: an update of the weights, unless its loss or gradient was not finite. A run that was
+    killed and resumed ends with the same weights, bit for bit, as one that was not.
 
     Returns:
         0 when all steps are done; 128 + the signal's number when SIGTERM, SIGINT or SIGUSR1 asked for an end: then
@@ -243,9 +243,9 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
 
     def check() -> None:
         error, run.saver.error = run.saver.error, None
-        if error is not None and not may_go_on:
+        if error and not may_go_on:
             raise error
-        if error is not None:
+        if error:
             run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)

@@ -171,11 +171,9 @@ def checkpoints_at_once(config: TrainConfig) -> int:
 
 
 def check_space(config: TrainConfig) -> None:
-    """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder.
-
-    What the run has there counts as free: it makes room as new ones are written.
-    """
+    """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder."""
     run, each, number = Path(config.out), checkpoint_bytes(config), checkpoints_at_once(config)
+    # What the run has there counts as free: it makes room as new ones are written.
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(run)).free
     if number * each > free + own:

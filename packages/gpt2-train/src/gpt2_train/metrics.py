@@ -41,12 +41,10 @@ _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
 class RunLog:
-    """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it.
-
-    Training resumes from `first_step`: later rows are dropped. At -1 it starts afresh, and drops all.
-    """
+    """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it."""
 
     def __init__(self, config: TrainConfig, first_step: int, world: World) -> None:
+        # first_step: where training resumes; later rows are dropped. -1: it starts afresh, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
         self.trackers: list[Tracker] = []

@@ -95,15 +95,13 @@ def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.
 
 
 def optimizer_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of state on a process: AdamW has two fp32 moments, Muon one, for the blocks' matrices.
-
-    Shared out, whole tensors go to the processes, so that one has at least the token embedding's.
-    """
+    """Return the bytes of state on a process: AdamW has two fp32 moments, Muon one, for the blocks' matrices."""
     shape = config.model_config
     muon = shape.matrix_parameters if config.optimizer == "muon" else 0
     total = 8 * shape.num_parameters - 4 * muon
     if not config.shard_optimizer:
         return total
+    # Whole tensors go to the processes, so that one has at least the token embedding's.
     return max(-(-total // world_size), 8 * shape.vocab_size * shape.n_embd)
 
 

@@ -23,7 +23,6 @@ from gpt2_train.metrics import assumed_speed
 from gpt2_train.setup import check_shape, make_loader, starting_point, validation_tokens, warnings_of
 from gpt2_train.trackers import check_trackers
 
-FORMULA = "6 N + 6 L C T a token (llm.c)"
 ASSUMED_GPU_BYTES = 80_000_000_000  # for a plan made where there is no GPU
 LONG_HOURS = 72.0
 
@@ -111,7 +110,7 @@ def _work(
         "train_tokens": train_tokens,
         "val_tokens": dataset.tokens("val") if dataset else None,
         "epochs": tokens / train_tokens if train_tokens else None,
-        "flops_formula": FORMULA,
+        "flops_formula": "6 N + 6 L C T a token (llm.c)",
         "flops_per_token": flops,
         "flops": float(flops * tokens),
         "flops_per_second": speed,
@@ -145,8 +144,8 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
     }
     if plan["epochs"] is not None:
         facts["data"] = f"{short(plan['train_tokens'])} training tokens: {plan['epochs']:,.2f} epochs"
-    facts["processes"] = f"{plan['processes']} on {plan['device']}, {plan['precision']}"
-    facts["processes"] += ", compiled" if plan["compiled"] else ""
+    compiled = ", compiled" if plan["compiled"] else ""
+    facts["processes"] = f"{plan['processes']} on {plan['device']}, {plan['precision']}{compiled}"
     if plan["micro_batch"] is not None:
         sizes = f"{plan['accumulation']} x {plan['micro_batch']} x {plan['seq_len']:,}"
         facts["a step"] = f"{sizes} tokens on each process (accumulation x micro-batch x sequence)"
@@ -167,9 +166,8 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
     each, number, free = plan["checkpoint_bytes"], plan["checkpoints_at_once"], in_gb(plan["free_disk_bytes"])
     facts["checkpoints"] = f"{in_gb(each)} each, {number} at once: {in_gb(each * number)} of {free} free"
     facts["run folder"] = plan["out"]
-    if plan["resumes_at_step"] is not None:
-        is_done = plan["resumes_at_step"] == plan["steps"]
-        state = "is done already" if is_done else f"resumes at step {plan['resumes_at_step']:,}"
+    if (step := plan["resumes_at_step"]) is not None:
+        state = "is done already" if step == plan["steps"] else f"resumes at step {step:,}"
         facts["run folder"] += f", which {state}: {plan['resumes_from']}"
     return [
         f"{name if number == 0 else '':14}{line}"

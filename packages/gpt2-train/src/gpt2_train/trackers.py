@@ -4,7 +4,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -73,15 +73,13 @@ def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
 
 def check_trackers(config: TrainConfig) -> None:
     """Import the trackers that the run asks for. Raises ValueError if a package is missing."""
-    for package in ("tensorboard", "wandb"):
-        if not getattr(config, package):
-            continue
-        module = None
-        with suppress(ImportError):
-            module = import_module(package)
-        # A folder of that name, as W&B leaves one where it runs, can be imported too, and is empty.
-        if getattr(module, "__version__", None) is None:
-            raise ValueError(f"--{package} needs a package that is not installed: pip install {package}")
+    for package in [name for name in ("tensorboard", "wandb") if getattr(config, name)]:
+        try:
+            # A folder of that name, as W&B leaves one where it runs, can be imported too, and is empty.
+            _ = import_module(package).__version__
+        except (ImportError, AttributeError):
+            text = f"--{package} needs a package that is not installed: pip install {package}"
+            raise ValueError(text) from None
 
 
 def in_one_line(error: BaseException) -> str:
