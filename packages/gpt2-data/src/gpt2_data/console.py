@@ -1,6 +1,5 @@
 """What `gpt2-data build` shows: the plan, a bar, the result. Results go to stdout, progress to stderr."""
 
-import json
 import shutil
 import sys
 import time
@@ -48,7 +47,7 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
         "out": str(config.out),
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     fetched = f", {format_bytes(guess.download_bytes)} to download" if guess.download_bytes else ""
     without = ", without downloads" if fetched else ""
@@ -66,7 +65,7 @@ def print_plan(config: "BuildConfig", as_json: bool) -> None:
 def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
     """Print what was built."""
     if as_json:
-        click.echo(json.dumps({**vars(result), "out": str(result.out)}))
+        print_json({**vars(result), "out": str(result.out)})
         return
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
@@ -122,6 +121,13 @@ def bar() -> "Iterator[Callable[..., None]]":
     finally:
         if drawn is not None:
             drawn.close()
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    import json
+
+    click.echo(json.dumps(value))
 
 
 def plural(count: int, noun: str) -> str:

@@ -4,7 +4,6 @@ Names are imported on first use, so that `gpt2-eval --help` does not wait two se
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from gpt2_eval.report import LossResult as LossResult
     from gpt2_eval.scoring import score_items as score_items
 
-__version__ = version("gpt2-eval")
+    __version__: str
 
 _MODULE_OF = {
     "HellaSwag": "hellaswag",
@@ -37,6 +36,10 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms, which help need not wait for
+
+        return version("gpt2-eval")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

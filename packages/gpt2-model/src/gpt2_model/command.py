@@ -1,7 +1,8 @@
-"""What the commands of gpt2-model, gpt2-eval and gpt2-train share. No torch at the top: `--help` must be quick."""
+"""What the commands of gpt2-model, gpt2-eval and gpt2-train share.
 
-import ctypes
-import hashlib
+torch, and what else takes milliseconds to import, is imported where it is used: `--help` must be quick.
+"""
+
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
@@ -39,6 +39,8 @@ class Size(click.ParamType[int]):
         self.minimum = minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from fractions import Fraction
+
         text = str(value).strip().replace("_", "").replace(",", "").lower()
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmb]|[kmg]i)?", text)
         count = Fraction(match[1]) * _SUFFIXES[match[2] or ""] if match else Fraction(1, 2)
@@ -134,6 +136,8 @@ def keep_buffers() -> None:
     KiB at a time: 412,000 faults and 1.1 s of a 2.9 s training step of a 7M-parameter model. With both settings:
     none, and 1.7 s.
     """
+    import ctypes
+
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first large allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc has it, musl has not
@@ -169,6 +173,8 @@ def print_json(value: Any) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,7 +4,6 @@ Names are imported on first use, so that `gpt2-train --help` does not wait two s
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from gpt2_train.optimizer import lr_at as lr_at
     from gpt2_train.optimizer import make_optimizer as make_optimizer
 
-__version__ = version("gpt2-train")
+    __version__: str
 
 _NAMES = {
     "checkpoint": ("find_checkpoint", "verify_checkpoint"),
@@ -32,6 +31,10 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms, which help need not wait for
+
+        return version("gpt2-train")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
