@@ -54,10 +54,10 @@ def payloads(folder, split):
         elif path.suffix == ".arrow":
             tokens = pa.ipc.open_stream(data).read_all()["tokens"].combine_chunks().values
             pieces.append(tokens.to_numpy().tobytes())
-        elif path.suffix == ".bin" and data[:4] == b"\x88\xd8\x34\x01":
-            pieces.append(data[1024:])  # llm.c's dataloader.h: 256 ints, then tokens to the end
-            assert struct.unpack("<256i", data[:1024]) == (20240520, 1, len(pieces[-1]) // 2, *[0] * 253)
         elif path.suffix == ".bin":
+            if data[:4] == b"\x88\xd8\x34\x01":  # llm.c's dataloader.h: 256 ints, then tokens to the end
+                header, data = struct.unpack("<256i", data[:1024]), data[1024:]
+                assert header == (20240520, 1, len(data) // 2, *[0] * 253)
             pieces.append(data)
     return pieces
 

@@ -13,7 +13,6 @@ from gpt2_data.formats import foreign
 
 DOCUMENTS = [[50256, 1, 2], [50256], [50256, 3, 4, 5, 6], [50256, 7]]
 STREAM = list(itertools.chain(*DOCUMENTS))
-BEHIND = [1, 2, 50256, 50256, 3, 4, 5, 6, 50256]  # as nanoGPT puts them
 
 
 def u16(tokens):
@@ -37,14 +36,9 @@ def idx(lengths, positions=None, documents=None, kind=8, version=1, counts=None,
         positions = [2 * sum(lengths[:i]) for i in range(len(lengths))]
     documents = list(range(len(lengths) + 1)) if documents is None else documents
     sequences, d = counts or (len(lengths), len(documents))
-    return (
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", version, kind, sequences, d)
-        + struct.pack(f"<{len(lengths)}i", *lengths)
-        + struct.pack(f"<{len(positions)}q", *positions)
-        + struct.pack(f"<{len(documents)}q", *documents)
-        + tail
-    )
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", version, kind, sequences, d)
+    layout = f"<{len(lengths)}i{len(positions) + len(documents)}q"
+    return header + struct.pack(layout, *lengths, *positions, *documents) + tail
 
 
 @pytest.fixture
@@ -136,25 +130,28 @@ def test_the_hash_goes_through_a_large_file(folder):
     assert open_dataset(where).manifest.hash != before
 
 
-def test_nanogpts_documents_end_with_their_eot(folder):
-    dataset = open_dataset(folder({"val.bin": u16(BEHIND)}))
-    assert (dataset.tokens("train"), dataset.tokens("val"), dataset.num_documents("train")) == (0, 9, 0)
-    documents = [document.tolist() for document in dataset.documents("val")]
-    assert documents == [[1, 2, 50256], [50256], [3, 4, 5, 6, 50256]]
-    dataset = open_dataset(folder({"train.bin": u16([5, 6])}))
-    assert [document.tolist() for document in dataset.documents("train")] == [[5, 6]]
+PAIR = {"a.bin": u16(STREAM), "a.idx": idx([1, 2, 0, 6, 2], documents=[0, 2, 4, 5, 5])}
 
 
-def test_the_rest_of_a_document_is_none(folder):
-    """build-nanogpt's validation shard ends within a document, which training begins with."""
-    dataset = open_dataset(folder({"a_val_000000.npy": npy([50256, 1]), "a_train_000001.npy": npy([2, 50256, 3])}))
-    assert [document.tolist() for document in dataset.documents("train")] == [[50256, 3]]
-
-
-def test_files_without_numbers_as_llmc_names_its_small_ones(folder):
-    where = folder({"tiny_shakespeare_train.bin": llmc(STREAM), "tiny_shakespeare_val.bin": llmc([50256])})
-    assert open_dataset(where).tokens("train") == 11
-    assert open_dataset(folder({"tiny_shakespeare_val.bin": llmc([50256, 8])})).tokens("val") == 2
+@pytest.mark.parametrize(
+    ("files", "train", "val"),
+    [
+        # nanoGPT's documents end with their EOT.
+        ({"val.bin": u16([1, 2, 50256, 50256, 3, 50256])}, [], [[1, 2, 50256], [50256], [3, 50256]]),
+        ({"train.bin": u16([5, 6])}, [[5, 6]], []),
+        # build-nanogpt's validation shard ends within a document; what training begins with is none.
+        ({"a_val_0.npy": npy([50256, 1]), "a_train_1.npy": npy([2, 50256, 3])}, [[50256, 3]], [[50256, 1]]),
+        # llm.c's small datasets have no numbers.
+        ({"tiny_train.bin": llmc(STREAM), "tiny_val.bin": llmc([50256, 8])}, DOCUMENTS, [[50256, 8]]),
+        # Several of Megatron's pairs are one stream, and a document may have several sequences.
+        (PAIR | {"b.bin": u16([2, 3]), "b.idx": idx([1, 1])}, [STREAM[:3], STREAM[3:9], STREAM[9:], [2], [3]], []),
+    ],
+)
+def test_where_documents_begin(folder, files, train, val):
+    dataset = open_dataset(folder(files))
+    for split, wanted in ("train", train), ("val", val):
+        assert [document.tolist() for document in dataset.documents(split)] == wanted
+        assert dataset.num_documents(split) == len(wanted)
 
 
 def test_megatron_by_the_beginning_of_its_names(folder):
@@ -164,15 +161,6 @@ def test_megatron_by_the_beginning_of_its_names(folder):
         assert (dataset.tokens("train"), dataset.tokens("val"), dataset.num_documents("train")) == (11, 0, 4)
     with pytest.raises(ValueError, match="is not a dataset"):
         open_dataset(where / "my")
-
-
-def test_several_megatron_pairs_are_one_stream_and_documents_have_several_sequences(folder):
-    documents = [0, 2, 4, 5, 5]
-    where = folder({"a.bin": u16(STREAM), "a.idx": idx([1, 2, 0, 6, 2], documents=documents)})
-    folder({"b.bin": u16([2, 3]), "b.idx": idx([1, 1])})
-    dataset = open_dataset(where)
-    wanted = [STREAM[:3], STREAM[3:9], STREAM[9:], [2], [3]]
-    assert [document.tolist() for document in dataset.documents("train")] == wanted
 
 
 def test_there_is_nothing_to_verify_against(folder):

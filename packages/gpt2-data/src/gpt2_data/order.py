@@ -14,9 +14,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-BLOCK = 4096
-"""Samples of a mix in which every dataset has its share to within one."""
-
+BLOCK = 4096  # samples of a mix in which every dataset has its share to within one
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 8  # 4 make a good permutation of large sets; small ones need more, and it costs little
 

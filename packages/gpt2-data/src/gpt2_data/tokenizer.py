@@ -25,14 +25,11 @@ if TYPE_CHECKING:
 
 NAME = "gpt2"
 VOCAB_SIZE = 50257
-EOT = 50256
-"""`<|endoftext|>`: stands in front of every document, and never comes out of text."""
-
-VOCABULARY_SHA256 = {
+EOT = 50256  # <|endoftext|>: stands in front of every document, and never comes out of text
+VOCABULARY_SHA256 = {  # of OpenAI's files; tiktoken pins the same two values for its "gpt2"
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""SHA-256 of OpenAI's files; tiktoken pins the same two values for its "gpt2"."""
 
 # OpenAI's split pattern in the faster form of tiktoken_ext/openai_public.py (r50k_pat_str); same pieces.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -237,11 +237,9 @@ def write_documents(
     starts: NDArray[np.integer],
     ids: NDArray[np.int64] | None,
 ) -> Shard:
-    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
+    """Write a shard in which documents start at the tokens `starts`: uint16 and its sidecar, or Arrow with `ids`.
 
-    Args:
-        starts: where documents start in it, in tokens.
-        ids: of the rows, one more than `starts` if the first row continues the document before.
+    There is one id more than starts if the first row continues the document before.
     """
     sidecar = None
     if ids is None:
