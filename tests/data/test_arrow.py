@@ -191,8 +191,7 @@ def test_a_header_that_is_not_ours_is_never_followed(pair, at):
     """Each number in it has one right value: none is used to allocate or to seek."""
     shard = manifest.load(pair[1]).shards[0]
     damage(pair[1] / shard.file, at, struct.pack("<q", 2**40))
-    problems = verify(pair[1], "fast").problems
-    assert problems == (f"{shard.file}: {problems[0].split(': ', 1)[1]}",)
-    assert "not an Arrow shard of 700 tokens" in problems[0]
+    (problem,) = verify(pair[1], "fast").problems
+    assert problem.startswith(f"{shard.file}: not an Arrow shard of 700 tokens")
     with pytest.raises(ValueError, match="not an Arrow shard"):
         open_dataset(pair[1]).read("val", 0, 1)

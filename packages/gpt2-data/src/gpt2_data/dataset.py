@@ -3,15 +3,15 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data.formats import foreign, manifest
-from gpt2_data.formats.foreign import ForeignManifest
-from gpt2_data.formats.manifest import Manifest
+from gpt2_data.formats.foreign import ForeignManifest, ForeignShard
+from gpt2_data.formats.manifest import Manifest, Shard
 from gpt2_data.formats.uint16 import TokenFiles
 from gpt2_data.tokenizer import VOCAB_SIZE
 
@@ -108,11 +108,12 @@ class Split:
     """The files of one split as one stream."""
 
     def __init__(self, folder: Path, description: Manifest | ForeignManifest, split: str) -> None:
-        self._folder, self._description, self._name = folder, description, split
-        if isinstance(description, Manifest):
-            self.files = [manifest.open_shard(folder, shard) for shard in description.split(split)]
-        else:
-            self.files = [shard.file for shard in description.split(split)]
+        self._folder = folder
+        self._shards: Sequence[Shard | ForeignShard] = description.split(split)
+        self.files = [
+            manifest.open_shard(folder, shard) if isinstance(shard, Shard) else shard.file
+            for shard in self._shards
+        ]
         self._reader = TokenFiles(self.files)
         # Where each file begins in the stream, in tokens, and at the end how many there are.
         self.starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
@@ -120,17 +121,7 @@ class Split:
     @functools.cached_property
     def first_documents(self) -> list[int]:
         """The number of the first document of each file, and at the end how many there are."""
-        if isinstance(self._description, Manifest):
-            counts = [shard.documents for shard in self._description.split(self._name)]
-        else:
-            counts = [len(starts) for starts in self._foreign_starts]
-        return list(itertools.accumulate(counts, initial=0))
-
-    @functools.cached_property
-    def _foreign_starts(self) -> list[NDArray[np.int64]]:
-        assert isinstance(self._description, ForeignManifest)
-        shards = self._description.split(self._name)
-        return [foreign.document_starts(self._description.format, shard) for shard in shards]
+        return list(itertools.accumulate((shard.documents for shard in self._shards), initial=0))
 
     def document_start(self, number: int) -> int:
         """Return where document `number` begins in the split, in tokens."""
@@ -140,9 +131,9 @@ class Split:
 
     def starts_in_file(self, number: int, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
         """Return where documents [first, last) of a file begin in it, in tokens."""
-        if isinstance(self._description, ForeignManifest):
-            return self._foreign_starts[number][first:last]
-        shard = self._description.split(self._name)[number]
+        shard = self._shards[number]
+        if isinstance(shard, ForeignShard):
+            return shard.document_starts[first:last]
         documents = manifest.open_documents(self._folder, shard)
         starts = documents.read(first, last)
         if (np.diff(starts, prepend=0, append=shard.tokens - 1) < 0).any():

@@ -47,6 +47,26 @@ class ForeignShard:
     index: Path | None = None
     max_token = VOCAB_SIZE - 1  # the largest id that reading accepts: nobody has looked at the file
 
+    @functools.cached_property
+    def document_starts(self) -> NDArray[np.int64]:
+        """Where documents begin in the file, in tokens: by Megatron's .idx, else at each EOT.
+
+        In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
+        """
+        if self.index is not None:
+            _, positions, documents = _read_idx(self.index)
+            first = documents[:-1]
+            return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
+        starts, is_nanogpt = eots(self.file), self.file.start == 0
+        if is_nanogpt and not (len(starts) and starts[0] == 0):
+            starts = np.append(0, starts + 1)
+        return starts[starts < self.file.tokens]
+
+    @property
+    def documents(self) -> int:
+        """The number of documents that start in the file."""
+        return len(self.document_starts)
+
 
 @dataclass(frozen=True)
 class ForeignManifest:
@@ -233,24 +253,6 @@ def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
     file.write(np.diff(starts).astype(_LENGTH).data)
     file.write((2 * starts[:-1]).astype(_NUMBER).data)
     file.write(np.arange(count + 1, dtype=_NUMBER).data)
-
-
-# --- documents
-
-
-def document_starts(kind: str, shard: ForeignShard) -> NDArray[np.int64]:
-    """Return where the documents of a file begin, in tokens: by Megatron's .idx, else at each EOT.
-
-    In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
-    """
-    if shard.index is not None:
-        _, positions, documents = _read_idx(shard.index)
-        first = documents[:-1]
-        return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
-    starts = eots(shard.file)
-    if kind == "nanogpt" and not (len(starts) and starts[0] == 0):
-        starts = np.append(0, starts + 1)
-    return starts[starts < shard.file.tokens]
 
 
 def eots(file: TokenFile) -> NDArray[np.int64]:
