@@ -131,10 +131,9 @@ def test_blocks_and_threads_do_not_matter(folder, monkeypatch):
     rewritten(folder, "train_000001.bin", lambda data: data[:1624] + b"\xff\xff" + data[1626:])
     (folder / "train_000002.docs").unlink()
     problems = "train_000001.bin: token 300 is 65535, not below 50257", "train_000002.docs: missing"
-    for block, threads in (2, 1), (6, 2), (1024, 3), (6000, 1):
+    for block, workers in (2, 1), (6, None), (1024, 3), (6000, 1):
         monkeypatch.setattr(verification, "_BLOCK", block)
-        monkeypatch.setattr(verification.disk, "cores", lambda threads=threads: threads)
-        assert verify(folder, "full").problems == problems
+        assert verify(folder, "full", workers).problems == problems
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class Split:
         files = borders.searchsorted(starts, side="right") - 1
         if out.shape[1] <= _ONE_READ and (starts + out.shape[1] <= borders[files + 1]).all():
             self._reader.read_rows(out, files.tolist(), (starts - borders[files]).tolist())
-        else:  # one crosses a file's border
+        else:  # one crosses a file's border, or is longer than a read
             for row, start in zip(out, starts.tolist(), strict=True):
                 self._read(row, start)
         # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would

@@ -30,14 +30,15 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | Path, level: str = "fast") -> Report:
-    """Compare a dataset's files with its dataset.json. Each is read once, one a core at a time.
+def verify(path: str | Path, level: str = "fast", workers: int | None = None) -> Report:
+    """Compare a dataset's files with its dataset.json. Each file is read once.
 
     Args:
         path: the dataset's folder.
         level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
             header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
             the vocabulary, and that an EOT stands at each document's start and nowhere else.
+        workers: threads, each at a shard of its own; by default one a core.
 
     Raises:
         ValueError: there is no valid dataset.json. What is wrong with the files is in the report.
@@ -52,7 +53,7 @@ def verify(path: str | Path, level: str = "fast") -> Report:
         )
     dataset = manifest.load(folder)
     problems = [problem] if (problem := manifest.tokenizer_problem(dataset)) else []
-    with ThreadPoolExecutor(disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
+    with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
     listed = {name for shard in dataset.shards for name in shard.files}
