@@ -230,8 +230,9 @@ def test_an_id_outside_the_vocabulary_is_named(folder, order):
         take(loader, loader.num_windows[0])
 
 
-def test_a_shard_cut_while_it_is_read_is_an_error(folder):
-    loader = TokenLoader(folder, batch_size=4, seq_len=100, order="sequential")
+@pytest.mark.parametrize("seq_len", [100, 1200])  # most rows within a shard, and all across several
+def test_a_shard_cut_while_it_is_read_is_an_error(folder, seq_len):
+    loader = TokenLoader(folder, batch_size=4, seq_len=seq_len, order="sequential")
     next(loader)
     os.truncate(folder / "train_000002.bin", 1524)
     with pytest.raises(ValueError, match=r"train_000002\.bin: cut short while it was read, at token"):
