@@ -15,18 +15,8 @@ from gpt2_data.sources import web
 def texts():
     """Documents of many lengths, with all that is awkward in text."""
     rng = random.Random(7)
-    words = [
-        "the",
-        "<|endoftext|>",
-        "naïve",
-        "日本語",
-        "\n\n  def f(x):\n\treturn x",
-        "🙂",
-        "don't",
-        "1234",
-        "\x00",
-        "\r\n",
-    ]
+    code = "\n\n  def f(x):\n\treturn x"
+    words = ["the", "<|endoftext|>", "naïve", "日本語", code, "🙂", "don't", "1234", "\x00", "\r\n"]
     return [" ".join(rng.choice(words) for _ in range(rng.choice([1, 3, 10, 40, 200]))) for _ in range(120)]
 
 

@@ -17,12 +17,12 @@ _DAMAGED = f"damaged: its SHA-256 is not the one in {FILE_NAME}"
 
 @dataclass(frozen=True)
 class Report:
-    """The result of verify; each line of `problems` begins with a file's name."""
+    """The result of verify."""
 
     level: str
     files: int
     bytes: int
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # each begins with a file's name
 
     @property
     def ok(self) -> bool:
@@ -31,14 +31,14 @@ class Report:
 
 
 def verify(path: str | Path, level: str = "fast", workers: int | None = None) -> Report:
-    """Compare a dataset's files with its dataset.json.
+    """Compare a dataset's files with its dataset.json. Each file is read once.
 
     Args:
         path: the dataset's folder.
         level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
             header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
             the vocabulary, and that an EOT stands at each document's start and nowhere else.
-        workers: threads, each at a shard of its own; every shard is read once. None: one a core.
+        workers: threads, each at a shard of its own; by default one a core.
 
     Raises:
         ValueError: there is no valid dataset.json. What is wrong with the files is in the report.
@@ -52,15 +52,13 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
             f"gpt2-data convert {folder} OUT --to llmc makes a dataset that can be verified"
         )
     dataset = manifest.load(folder)
-    problem = manifest.tokenizer_problem(dataset)
-    problems = [] if problem is None else [problem]
+    problems = [problem] if (problem := manifest.tokenizer_problem(dataset)) else []
     with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
     listed = {name for shard in dataset.shards for name in shard.files}
-    for extra in sorted(entry.name for entry in folder.iterdir() if manifest.is_shard_name(entry.name)):
-        if extra not in listed:
-            problems.append(f"{extra}: not part of this dataset; delete it")
+    extra = sorted({entry.name for entry in folder.iterdir() if manifest.is_shard_name(entry.name)} - listed)
+    problems += [f"{name}: not part of this dataset; delete it" for name in extra]
     size = sum(shard.bytes + (shard.docs.bytes if shard.docs else 0) for shard in dataset.shards)
     return Report(level, len(listed), size, tuple(problems))
 
@@ -68,11 +66,9 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
 def _shard_problems(folder: Path, shard: Shard, dataset: Manifest, level: str) -> list[str]:
     problems: list[str] = []
     for name in reversed(shard.files):  # the sidecar first
+        open_file = manifest.open_shard if name == shard.file else manifest.open_documents
         try:
-            if name == shard.file:
-                manifest.open_shard(folder, shard)
-            else:
-                manifest.open_documents(folder, shard)
+            open_file(folder, shard)
         except FileNotFoundError:
             problems.append(f"{name}: missing")
         except (ValueError, OSError) as error:
