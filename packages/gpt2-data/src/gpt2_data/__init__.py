@@ -4,7 +4,6 @@ Names are imported on first use, so that `gpt2-data --help` pays for none of the
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
     from gpt2_data.sources.download import fetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
-__version__ = version("gpt2-data")
+    __version__: str
+
 __all__ = ["EOT", "BuildConfig", "BuildResult", "Dataset", "Prefetch", "TokenLoader", "build", "convert",
            "encode_documents", "fetch", "get_tokenizer", "open_dataset", "verify"]  # fmt: skip
 _MODULE_OF = {
@@ -33,6 +33,10 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms, which help need not wait for
+
+        return version("gpt2-data")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

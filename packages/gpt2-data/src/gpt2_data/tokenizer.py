@@ -159,7 +159,7 @@ def encode_texts(
         tokens, ends = (_encode if slow[start] else encode)(batch, bounds)
         counts[start:stop] = np.diff(ends)
         texts_here = starts[slice(*np.searchsorted(starts, [start, stop]))] - start
-        chunks.append(np.insert(tokens.astype(np.uint16), ends[texts_here], EOT))
+        chunks.append(_with_eot(tokens, ends[texts_here]))
         for piece in () if slow[start] else checked.keys() & range(start, stop):
             text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
             # What could not be cut is left out: tiktoken may take seconds for it.
@@ -169,6 +169,16 @@ def encode_texts(
                 raise BadText(checked[piece], f"{problem}: {advice}")
     lengths = np.add.reduceat(counts, starts) + 1 if len(starts) else counts
     return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
+
+
+def _with_eot(tokens: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """Return the tokens with an EOT in front of each of these places."""
+    # numpy.insert takes 8 ms for 3.8M tokens, this 2; gigatoken takes 25 for their text.
+    out = np.full(len(tokens) + len(places), EOT, np.uint16)
+    is_token = np.ones(len(out), bool)
+    is_token[places + np.arange(len(places))] = False
+    out[is_token] = tokens
+    return out
 
 
 def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

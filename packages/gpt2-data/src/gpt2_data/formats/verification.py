@@ -92,8 +92,8 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
             problems.append(f"{shard.file}: impossible row starts or ids: damaged")
     elif check_documents and disk.sha256(folder / shard.docs.file) != shard.docs.sha256:
         problems.append(f"{shard.docs.file}: {_DAMAGED}")
-    position = documents = 0
-    bad_id, fit = "", True
+    position = eots = eots_at_starts = 0
+    bad_id = ""
     digest = hashlib.sha256()
     with file.path.open("rb", buffering=0) as source:
         digest.update(source.read(file.start))
@@ -105,13 +105,16 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
             if not bad_id and len(tokens) and int(tokens.max()) >= dataset.vocab_size:
                 at = int(np.argmax(tokens >= dataset.vocab_size))
                 bad_id = f"token {position + at:,} is {tokens[at]}, not below {dataset.vocab_size}"
-            eots = np.flatnonzero(tokens == dataset.tokenizer["eot"]) + position
-            fit = fit and np.array_equal(eots, starts[documents : documents + len(eots)])
-            position, documents = position + len(tokens), documents + len(eots)
+            is_eot = tokens == dataset.tokenizer["eot"]
+            here = slice(*np.searchsorted(starts, [position, position + len(tokens)]))
+            eots += np.count_nonzero(is_eot)
+            eots_at_starts += np.count_nonzero(is_eot[starts[here] - position])
+            position += len(tokens)
     if digest.hexdigest() != shard.sha256:
         problems.append(f"{shard.file}: {_DAMAGED}")
     if bad_id:
         problems.append(f"{shard.file}: {bad_id}")
-    if check_documents and not (fit and documents == len(starts)):
+    in_order = (np.diff(starts, prepend=-1, append=file.tokens) > 0).all()
+    if check_documents and not (in_order and eots == eots_at_starts == len(starts)):
         problems.append(f"{shard.files[-1]}: document offsets do not fit the tokens of {shard.file}")
     return problems
