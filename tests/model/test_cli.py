@@ -58,11 +58,6 @@ def test_every_option_reaches_the_model(tiny_hf_folder) -> None:
     assert len(json.loads(long.stdout)[0]["tokens"]) > 128
 
 
-def shell(*arguments, **options) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, **options)
-
-
 @pytest.mark.parametrize("content", ["Grüße,\n\nwie\n", ""])
 def test_prompts_from_a_file_a_pipe_and_nowhere(tmp_path, monkeypatch, content) -> None:
     (tmp_path / "prompt.txt").write_text(content, encoding="utf-8")
@@ -79,9 +74,9 @@ def test_prompts_from_a_file_a_pipe_and_nowhere(tmp_path, monkeypatch, content) 
 
 def test_a_pipe_and_an_output_that_is_not_utf8(tiny_hf_folder) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    arguments = ("generate", "-m", tiny_hf_folder, "--max-new-tokens", 2, "--json")
-    done = shell(*arguments, input="é🎉\n", env=environment)
-    assert json.loads(done.stdout)[0]["prompt"] == "é🎉"
+    command = [*COMMAND, "generate", "-m", str(tiny_hf_folder), "--max-new-tokens", "2", "--json"]
+    stdout = subprocess.run(command, input="é🎉\n".encode(), env=environment, capture_output=True).stdout
+    assert json.loads(stdout)[0]["prompt"] == "é🎉"
 
 
 def test_one_row_is_printed_as_it_comes(tiny_hf_folder) -> None:

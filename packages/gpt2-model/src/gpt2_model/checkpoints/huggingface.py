@@ -150,7 +150,7 @@ def download(name: str) -> Path:
     login = "`hf auth login` or set HF_TOKEN"
     absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
     unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
-    messages = {  # the first that fits
+    messages: dict[type[Exception], str] = {  # the first that fits
         errors.LocalEntryNotFoundError: unreachable,
         errors.EntryNotFoundError: "on the hub lacks config.json or weights",
         errors.RevisionNotFoundError: "is not a revision of this model on the hub",
