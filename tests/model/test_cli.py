@@ -150,12 +150,6 @@ def test_a_missing_compiler_is_said(tiny_hf_folder, tmp_path, monkeypatch, compi
     assert result.stderr.startswith("Slow, on PyTorch's operations: ")
 
 
-def test_a_prompt_that_is_no_text(tiny_hf_folder, tmp_path) -> None:
-    (tmp_path / "bad.txt").write_bytes(b"abc\xff\xfe")
-    result = run("generate", "-m", tiny_hf_folder, "--file", tmp_path / "bad.txt", code=1)
-    assert "is not UTF-8 text: byte 3 cannot be read" in result.output
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -166,6 +160,7 @@ def test_a_prompt_that_is_no_text(tiny_hf_folder, tmp_path) -> None:
         (("generate", "-m", "x", "--dtype", "int3", "Hi"), 2, "'int3' is not one of"),
         (("generate", "-m", "x", "-d", "tpu", "Hi"), 1, "this machine has no device 'tpu': use cpu"),
         (("generate", "-m", "x", "--file", "nowhere.txt"), 2, "'nowhere.txt': No such file"),
+        (("generate", "-m", "x", "--file", sys.executable), 1, "is not UTF-8 text: byte"),
         (("generate", "-m", "x", "--file", "-", "Hi"), 2, "give prompts as arguments or with --file, not both"),
         (("generate", "-m", "x", "-i", "-n", "2"), 2, "--interactive takes at most one prompt, one sample"),
         (("generate", "-m", "x", "--repetition-penalty", "0", "Hi"), 1, "repetition_penalty must be above 0"),

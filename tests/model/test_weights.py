@@ -1,4 +1,4 @@
-"""Model folders: what is read, what is written, and what is refused with one line."""
+"""Model folders: what is read and written, and the memory that this takes."""
 
 import dataclasses
 import json

@@ -92,15 +92,11 @@ class _Row:
         if places:
             text, last = text[: min(places)], True
             done.finish_reason = "stop"
-        overlap = 0 if last else max((_overlap(text, string) for string in stop), default=0)
+        ends = (size for size in range(len(text), 0, -1) if any(s.startswith(text[-size:]) for s in stop))
+        overlap = 0 if last else next(ends, 0)
         shown, self.pending = text[: len(text) - overlap], text[len(text) - overlap :]
         done.text += shown
         return shown, last
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
 
 
 def stream(

@@ -150,7 +150,7 @@ def download(name: str) -> Path:
     login = "`hf auth login` or set HF_TOKEN"
     absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
     unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
-    messages: dict[type[Exception], str] = {  # the first that fits
+    messages = {  # the first that fits
         errors.LocalEntryNotFoundError: unreachable,
         errors.EntryNotFoundError: "on the hub lacks config.json or weights",
         errors.RevisionNotFoundError: "is not a revision of this model on the hub",
@@ -158,10 +158,11 @@ def download(name: str) -> Path:
         errors.RepositoryNotFoundError: f"{absent}; if it is private, {login}",
         errors.HFValidationError: absent,
     }
+    kinds: tuple[type[Exception], ...] = (*messages, errors.HfHubHTTPError)
     try:
         repository, _, revision = name.partition("@")
         return _download(repository, revision)
-    except (*messages, errors.HfHubHTTPError) as error:
+    except kinds as error:
         reason = f"could not be downloaded from the hub: {str(error).strip().splitlines()[0]}"
         text = next((text for kind, text in messages.items() if isinstance(error, kind)), reason)
         raise FileNotFoundError(f"{name} {text}") from None

@@ -47,12 +47,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine does not support {dtype}")
-    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     try:
-        compile = shlex.split(os.environ.get("CC", "")) or [compiler]
-        command = [*compile, f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
+        compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
+        command = [*shlex.split(compiler), f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
         # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
         identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
         with _cache_folder() as folder:
