@@ -99,8 +99,8 @@ class EngineDecoder:
     """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
 
     The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
-    while the decoder lives. They are packed in the order of the structs of engine.c, whose fields have 8 bytes
-    each. Raises `Unavailable`, see `library`.
+    while the decoder lives. `pack` lists them as the structs of engine.c do, whose fields have 8 bytes each.
+    Raises `Unavailable`, see `library`.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:
@@ -127,8 +127,8 @@ class EngineDecoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         config = self._config
-        shape = (config.n_layer, len(prompts), config.n_head, self._capacity, config.head_dim)
-        self._keys, self._values = torch.empty(shape), torch.empty(shape)
+        shape = (2, config.n_layer, len(prompts), config.n_head, self._capacity, config.head_dim)
+        self._keys, self._values = torch.empty(shape, dtype=torch.float32)
         self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
         return self._append(self._rows, prompts)
 
@@ -166,10 +166,10 @@ class EngineDecoder:
         for row, ids in pieces:
             self._lengths[row] += len(ids)
         arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
-        logits = torch.empty(len(pieces), self._config.vocab_size)
+        logits = torch.empty(len(pieces), self._config.vocab_size, dtype=torch.float32)
         sizes = (len(tokens), self._keys.shape[1], self._capacity, len(pieces))
         tensors = (self._keys.data_ptr(), self._values.data_ptr(), logits.data_ptr())
-        call = pack("4q7P", *sizes, *map(ctypes.addressof, arrays), *tensors)
+        call = pack("4q7P", *sizes, *map(ctypes.addressof, arrays), *tensors)  # struct Call
         if self._library.gpt2_forward(self._team, call):
             raise MemoryError
         return logits
@@ -178,7 +178,7 @@ class EngineDecoder:
         assert isinstance(block, Block)
         matrices = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         norms = self._norm(block.ln_1) + self._norm(block.ln_2)
-        return norms + b"".join(map(self._matrix, matrices)) + pack("d", block.attn.scale)
+        return norms + b"".join(map(self._matrix, matrices)) + pack("d", block.attn.scale)  # struct Layer
 
     def _norm(self, norm: nn.LayerNorm) -> bytes:
         return pack("2P", self._floats(norm.weight), self._floats(norm.bias))
