@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EOT", "GPT", "PRESETS", "Completion", "GPTConfig", "KVCache", "Piece", "flops_per_token", "generate",
            "get_tokenizer", "stream"]  # fmt: skip
-_MODULE_OF = {
-    **dict.fromkeys(("PRESETS", "GPTConfig", "flops_per_token"), "config"),
-    **dict.fromkeys(("Completion", "Piece", "generate", "stream"), "generation"),
-    **dict.fromkeys(("EOT", "get_tokenizer"), "tokenizer"),
-    "GPT": "model",
-    "KVCache": "cache",
-}
+_MODULE_OF = {"EOT": "tokenizer", "GPT": "model", "PRESETS": "config", "Completion": "generation",
+              "GPTConfig": "config", "KVCache": "cache", "Piece": "generation", "flops_per_token": "config",
+              "generate": "generation", "get_tokenizer": "tokenizer", "stream": "generation"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

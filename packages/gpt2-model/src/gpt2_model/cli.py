@@ -1,7 +1,5 @@
 """gpt2-model generate | info | convert."""
 
-import os
-import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -12,10 +10,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 from click_option_group import optgroup
 
-from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
+from gpt2_model.command import PATH, SETTINGS, find_device, print_json, user_errors
 from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
-if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
+if TYPE_CHECKING:  # torch takes two seconds to import: functions import what needs it, once work starts
     from gpt2_model.model import GPT
 
 one_line_errors = user_errors("use fewer samples (-n), --dtype int8 or -d cpu")
@@ -105,6 +103,7 @@ def generate(
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
+    """Say why the engine in C cannot be used, where it was to be."""
     from gpt2_model.cpu.engine import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
@@ -118,24 +117,16 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
     """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
-    if file is None and not prompts and not interactive and _is_piped():
+    if file is None and not prompts and not interactive and sys.stdin and not sys.stdin.isatty():
         file = sys.stdin.buffer
     if file is None:
         return list(prompts)
     try:
         text = file.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        where = f"byte {error.start} cannot be read"
-        raise ValueError(f"the prompt in {file.name} is not UTF-8 text: {where}") from None
+        reason = f"is not UTF-8 text: byte {error.start} cannot be read"
+        raise ValueError(f"the prompt in {file.name} {reason}") from None
     return [text] if text else []
-
-
-def _is_piped() -> bool:
-    """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
-    with suppress(OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    return False
 
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
@@ -163,10 +154,10 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
             shown += 1
     if alone:
         click.echo()
-    by_length = [len(row.tokens) for row in rows.values() if row.finish_reason == "length"]
-    if min(by_length, default=options["max_new_tokens"]) < options["max_new_tokens"]:
-        size = gpt.config.block_size
-        click.secho(f"(the model's context of {size} tokens is full; add --slide to continue)", dim=True, err=True)
+    most = options["max_new_tokens"]
+    if any(row.finish_reason == "length" and len(row.tokens) < most for row in rows.values()):
+        full = f"(the model's context of {gpt.config.block_size} tokens is full; add --slide to continue)"
+        click.secho(full, dim=True, err=True)
     if tokens := sum(max(0, len(row.tokens) - 1) for row in rows.values()):
         speed = tokens / (time.perf_counter() - started)
         click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
@@ -224,15 +215,14 @@ def info(model: str, as_json: bool) -> None:
     if config is None:
         from gpt2_model.checkpoints.load_save import inspect, read_progress
 
-        model = find_model(model)
+        model = _checkpoint_of(model)
         config, progress = inspect(model), read_progress(model)
     facts = progress | vars(config)
     facts["parameters"] = config.num_parameters
     facts["bytes_fp32"] = 4 * config.num_parameters
     facts["training_flops_per_token"] = flops_per_token(config, config.block_size)
     if as_json:
-        print_json(facts)
-        return
+        return print_json(facts)
     for name, value in facts.items():
         click.echo(f"{name:34}{value:,}" if type(value) is int else f"{name:34}{value}")
 
@@ -262,4 +252,15 @@ def _load(model: str, device_name: str, dtype: str) -> "GPT":
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" else "fp32"
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    return GPT.from_pretrained(find_model(model), dtype=kinds[dtype]).to(device)
+    return GPT.from_pretrained(_checkpoint_of(model), dtype=kinds[dtype]).to(device)
+
+
+def _checkpoint_of(model: str) -> str:
+    """Return a run folder's newest checkpoint, and say so on stderr; any other model as it is."""
+    from gpt2_model.checkpoints.load_save import newest_checkpoint
+
+    checkpoint = newest_checkpoint(Path(model))
+    if checkpoint is None or (Path(model) / "config.json").exists():
+        return model
+    click.echo(f"{model} is a run folder: using its newest checkpoint, {checkpoint}", err=True)
+    return str(checkpoint)
