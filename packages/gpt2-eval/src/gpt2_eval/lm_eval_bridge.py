@@ -1,9 +1,4 @@
-"""GPT-2 as a model of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
-
-    lm_eval.simple_evaluate(model=GPT2LM(GPT.from_pretrained("gpt2")), tasks=["sciq"])
-
-Log-likelihoods come from score_items: requests with one context share its computation.
-"""
+"""GPT-2 as a model of lm-evaluation-harness: `simple_evaluate(model=GPT2LM(model), tasks=["sciq"])`."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -20,7 +15,10 @@ from gpt2_model import EOT, GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun."""
+    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun.
+
+    Requests with one context share its computation. https://github.com/EleutherAI/lm-evaluation-harness
+    """
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
         super().__init__()

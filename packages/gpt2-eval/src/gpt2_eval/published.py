@@ -28,16 +28,15 @@ def find_file(published: Published, path: str | Path | None = None) -> tuple[Pat
     An OSError says that there is no such file, or that the download failed and how to do without.
     """
     if path is not None:
-        file = Path(path)
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
-        try:
-            file = fetch(published.source, cache, sha256=published.sha256)
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.filename is not None:  # the disk's
-                raise
-            advice = f"Or download {published.source} yourself and give it as --data"
-            raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
+        return Path(path), sha256(Path(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
+    try:
+        file = fetch(published.source, cache, sha256=published.sha256)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the disk's
+            raise
+        advice = f"Or download {published.source} yourself and give it as --data"
+        raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
     return file, sha256(file)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gpt2_eval.models import LanguageModel
-from gpt2_eval.packing import Batch, Pack, Row, RowScore, fill_lines, lay_out, pack
+from gpt2_eval.packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
 from gpt2_eval.ranks import gather_records, rank_and_world_size
 from gpt2_eval.resume import Score, resuming
 from gpt2_model import EOT, GPT
@@ -205,7 +205,7 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
     layout = None if batch.causal and not compile else batch.layout(device)
-    hidden = (compiled(type(model).hidden) if compile else type(model).hidden)(model, tokens, layout)
+    hidden = compiled(_hidden)(model, tokens, layout) if compile else model.hidden(tokens, layout)
     packs = zip(batch.packs, batch.starts, strict=True)
     places = [np.array(scored) + start for part, start in packs for scored in part.scored]
     lengths = np.array([len(scored) for scored in places])
@@ -220,6 +220,11 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     last_hit = hits[np.cumsum(lengths) - 1]
     scores = map(RowScore, sums.tolist(), all_hit.tolist(), last_hit.tolist())
     return dict(zip(batch.rows, scores, strict=True))
+
+
+def _hidden(model: LanguageModel, tokens: Tensor, layout: Layout) -> Tensor:
+    # Not `model.hidden` itself, which `evaluate_loss` compiles: each would make the other compile again.
+    return model.hidden(tokens, layout)
 
 
 @cache
