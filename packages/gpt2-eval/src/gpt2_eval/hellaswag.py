@@ -124,9 +124,8 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
         raise ValueError("no label: the test split has none, use the validation split")
     ind, label, endings = record["ind"], record["label"], record["endings"]
     texts = {name: record[name] for name in TEXTS}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{name} is not text")
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise ValueError(f"{wrong[0]} is not text")
     if type(ind) is not int:
         raise ValueError(f"ind {ind!r} is not a whole number")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):

@@ -64,11 +64,11 @@ def evaluate_loss(
         nats, text_bytes = _score_windows(model, ids, seq_len, batch_size if compile else None)
         return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
-    of = (dataset.manifest.hash, split)
-    windows = score_batches(model, batches, score, scored=(*of, num_targets, seq_len), unit="windows", **options)
+    data = (dataset.manifest.hash, split)
+    windows = score_batches(model, batches, score, scored=(*data, num_targets, seq_len), unit="windows", **options)
     lengths = [min(seq_len, num_targets - first) for first in range(0, num_targets, seq_len)]
     records = [
-        {"window": number, "hash": short_hash(*of), "nats": nats, "tokens": length, "bytes": num_bytes}
+        {"window": number, "hash": short_hash(*data), "nats": nats, "tokens": length, "bytes": num_bytes}
         for number, ((nats, num_bytes), length) in enumerate(zip(windows, lengths, strict=True))
     ]
     # Sums in float64 and in order: the same on every rank.

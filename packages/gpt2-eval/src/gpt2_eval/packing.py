@@ -58,8 +58,7 @@ def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[
     shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     if shared == 0 or (len(rows) > 1 and not share):
         return [part for i, row in enumerate(rows) for part in pack([row], first + i, block_size, share)]
-    numbers = list(range(first, first + len(rows)))
-    whole = Pack(numbers, inputs[0][:shared], list(range(shared)), [0] * shared, [])
+    whole = Pack(list(range(first, first + len(rows))), low[:shared], list(range(shared)), [0] * shared, [])
     for branch, (row, ids) in enumerate(zip(rows, inputs, strict=True), 1):
         moved = len(whole.tokens) - shared
         places = range(len(ids) - len(row.continuation), len(ids))

@@ -204,8 +204,10 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     """Return the scores by the number of the row."""
     device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
-    layout = None if batch.causal and not compile else batch.layout(device)
-    hidden = compiled(_hidden)(model, tokens, layout) if compile else model.hidden(tokens, layout)
+    if compile:
+        hidden = compiled(_hidden)(model, tokens, batch.layout(device))
+    else:
+        hidden = model.hidden(tokens) if batch.causal else model.hidden(tokens, batch.layout(device))
     packs = zip(batch.packs, batch.starts, strict=True)
     places = [np.array(scored) + start for part, start in packs for scored in part.scored]
     lengths = np.array([len(scored) for scored in places])
