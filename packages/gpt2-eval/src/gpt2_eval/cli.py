@@ -1,6 +1,5 @@
 """gpt2-eval hellaswag | task | loss | compare | lm-eval."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +41,8 @@ class Run:
         """Check the model's options, and that --out can be written, before minutes of scoring."""
         if (self.model is None) == (self.hf is None):
             raise click.UsageError("give either --model (a GPT-2) or --hf (any model that transformers loads)")
+        if self.hf is not None and self.compile:
+            raise ValueError("--compile works with --model alone, not with --hf")
         if self.out is None:
             return
         path = Path(self.out)
@@ -221,8 +222,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
     gpt2-eval compare a.jsonl b.jsonl
     """
     from gpt2_eval import tables
-    from gpt2_eval.compare import compare as compare_files
-    from gpt2_eval.compare import verdict
+    from gpt2_eval.compare import compare_files, verdict
     from gpt2_eval.report import finite
 
     items, metrics = compare_files(a, b)
@@ -236,7 +236,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @main.command("lm-eval", short_help="Score any task of lm-evaluation-harness.")
 @optgroup("Model")
 @optgroup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
-                 help="Hub name, folder or file of a GPT-2.")  # fmt: skip
+                 help="Hub name, model folder, run's folder or checkpoint file of a GPT-2.")  # fmt: skip
 @optgroup("Data")
 @optgroup.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-evaluation-harness.")
 @optgroup.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
@@ -269,7 +269,7 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
         if rank_and_world_size()[0] != 0:
             return
         if run.as_json:
-            print(json.dumps({"model": run.model, "results": results["results"]}, indent=2))
+            print_json({"model": run.model, "results": results["results"]})
         else:
             print(harness.utils.make_table(results))
 
@@ -314,11 +314,7 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
         path = Path(run.out)
         if path.exists():
             click.echo(f"--out {path}: replacing the existing file", err=True)
-        try:
-            write_records(path, result.records)
-        except OSError as error:
-            text = f"--out {path}: {error.strerror}; the scores are safe: the same command writes them"
-            raise OSError(text) from error
+        write_records(path, result.records)
         remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
     where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
@@ -329,5 +325,7 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
     size = next((name for name, shape in PRESETS.items() if shape == model.config), None)
     tables.show_result(result, size, f"{device}, {dtype}")
     if published is not None and other:
-        tables.show_other_file(result.data_sha256, published.sha256)
+        known = "Not the published file" if published.sha256 else "Not known to be the published file"
+        text = f"{known} (SHA-256 {result.data_sha256[:12]}…): compare with numbers on this same file only"
+        click.secho(text, fg="yellow")
     click.echo(f"model {where['model']}, data {run.data or 'as published'}")
