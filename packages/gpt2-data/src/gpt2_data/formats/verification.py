@@ -107,8 +107,8 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
                 bad_id = f"token {position + at:,} is {tokens[at]}, not below {dataset.vocab_size}"
             is_eot = tokens == dataset.tokenizer["eot"]
             here = slice(*np.searchsorted(starts, [position, position + len(tokens)]))
-            eots += np.count_nonzero(is_eot)
-            eots_at_starts += np.count_nonzero(is_eot[starts[here] - position])
+            eots += int(np.count_nonzero(is_eot))
+            eots_at_starts += int(np.count_nonzero(is_eot[starts[here] - position]))
             position += len(tokens)
     if digest.hexdigest() != shard.sha256:
         problems.append(f"{shard.file}: {_DAMAGED}")
