@@ -157,16 +157,20 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path, mo
     assert done.stderr.count("\n") == 1
 
 
-def job(function, again=None, **more):
-    return workers.Job(function, again or function, lambda task: "unit 7", **more)
+def shell(command, careful=False):
+    return os.system(command)
+
+
+def job(**more):
+    return workers.Job(shell, lambda task: "unit 7", **more)
 
 
 def test_a_task_may_kill_its_worker_once_but_not_twice(tmp_path):
     once = f"test -e {tmp_path}/flag || {{ touch {tmp_path}/flag; kill -9 $PPID; }}"
-    assert workers.run(job(os.system), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
+    assert workers.run(job(), ["true", once, "exit 3", "true"], 2) == [0, 0, 3 << 8, 0]
     started = tmp_path / "started"
     with pytest.raises(OSError, match="unit 7: the process that worked on it died twice"):
-        workers.run(job(os.system), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
+        workers.run(job(), [f"echo >> {started}; kill -9 $PPID", "true"], 2)
     assert len(started.read_text().splitlines()) == 2
 
 
@@ -174,14 +178,12 @@ def test_tasks_wait_until_they_are_ready(tmp_path):
     flag = tmp_path / "flag"
     order = []
     tasks = [f"sleep 0.3; touch {flag}", f"test -e {flag}"]
+    waiting = job(
+        done=lambda task, result: order.append(task), ready=lambda task: task == tasks[0] or flag.exists()
+    )
     for count in 1, 2:
         flag.unlink(missing_ok=True)
-        run_job = job(
-            os.system,
-            done=lambda task, result: order.append(task),
-            ready=lambda task: task == tasks[0] or flag.exists(),
-        )
-        assert workers.run(run_job, tasks, count) == [0, 0]
+        assert workers.run(waiting, tasks, count) == [0, 0]
         assert order[-2:] == tasks
 
 
@@ -240,7 +242,7 @@ def test_units_of_another_plan_are_not_used(corpus, tmp_path, monkeypatch):
 def test_damaged_units_and_shards_are_made_again_and_whole_units_kept(corpus, tmp_path):
     sources, out = [corpus / "00[0-2]*.parquet"], tmp_path / "out"
     config = BuildConfig(sources, out, 200_000, 10_000, workers=1)
-    interrupt(config, "writing", shards=3)
+    interrupt(config, "writing", 3)
     for path in out / ".build" / "unit-00001.u16", out / "train_000001.bin":
         data = bytearray(path.read_bytes())
         data[5000] ^= 1
@@ -251,22 +253,21 @@ def test_damaged_units_and_shards_are_made_again_and_whole_units_kept(corpus, tm
         return {path.name: path.stat().st_ino for path in (out / ".build").glob("*.u16")}
 
     before, seen = units(), {}
-    build(config, lambda status: seen.update(units()) if status.phase == "writing" else None)
+    build(config, lambda phase, *_: seen.update(units()) if phase == "writing" else None)
     assert len(before) > 2
     assert [name for name in before if seen[name] != before[name]] == ["unit-00001.u16"]
     build(dataclasses.replace(config, out=tmp_path / "expected"))
     assert hashes(out) == hashes(tmp_path / "expected")
 
 
-def interrupt(config, phase="tokenizing", shards=0):
-    """Build, and stop in the phase once something is done in it."""
+def interrupt(config, phase="tokenizing", calls=None):
+    """Build, and stop in the phase when something is done for the `calls`th time; without it when all is done."""
+    count = 0
 
-    def stop(status):
-        if (
-            status.phase == phase
-            and status.done == (status.total if not shards else status.done)
-            and status.shards >= shards
-        ):
+    def stop(now, done, total, tokens):
+        nonlocal count
+        count += now == phase and done > 0
+        if count == calls or (calls is None and count and done == total):
             raise Stopped
 
     with pytest.raises(Stopped):

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import cloup
 
-from gpt2_data.console import format_bytes, plural
+from gpt2_data.console import bar, format_bytes, plural, print_result
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -156,8 +156,9 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     Example: all text files in a folder and its subfolders, in shards of 10 million tokens
       gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
-    from gpt2_data import BuildConfig, console
+    from gpt2_data import BuildConfig
     from gpt2_data import build as run
+    from gpt2_data.building.estimate import print_plan
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -166,11 +167,11 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
-        console.print_plan(config, as_json)
+        print_plan(config, as_json)
         return
-    with _stoppable(), console.bar() as show:
-        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
-    console.print_result(result, config, as_json)
+    with _stoppable(), bar() as show:
+        result = run(config, show)
+    print_result(result, config, as_json)
 
 
 @contextmanager
@@ -286,10 +287,9 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
     gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
-    from gpt2_data import console
     from gpt2_data import convert as run
 
-    with console.bar() as progress:
+    with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
     if as_json:
         click.echo(json.dumps({**vars(result), "out": str(out)}))
