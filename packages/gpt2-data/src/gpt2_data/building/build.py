@@ -24,8 +24,8 @@ from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
 from gpt2_data.sources.download import Downloader
 
 Progress = Callable[[str, int, int, int], None]
-"""Takes "fetching" (bytes of files), "tokenizing" (bytes of text) or "writing" (tokens); how much of it is done, of
-how much; and the tokens so far."""
+"""Takes "fetching" (bytes of files), "tokenizing" (bytes of text) or "writing" (tokens); how much is done, of how
+much; and the tokens so far."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Run:
     def find_finished(self) -> BuildResult | None:
         """Return the result of an earlier build of the same; see workfolder.find_finished."""
         dataset = workfolder.find_finished(self.config, self.request, lambda: self.plan)
-        return dataset and self.result(dataset.source, dataset.shards, already_built=True)
+        return None if dataset is None else self.result(dataset.source, dataset.shards, already_built=True)
 
     def result(
         self, counts: dict[str, int], shards: Sequence[Shard] = (), tokens: int = 0, already_built: bool = False
