@@ -39,7 +39,6 @@ def start_cluster(tries=3):
 @pytest.mark.slow
 def test_a_node_is_killed_in_mid_build(corpus, expected, tmp_path, cluster):
     cluster, nodes = cluster
-    out = tmp_path / "out"
     killed = []
 
     def kill(phase, done, *_):
@@ -47,16 +46,14 @@ def test_a_node_is_killed_in_mid_build(corpus, expected, tmp_path, cluster):
             killed.append(done)
             cluster.remove_node(nodes[1], allow_graceful=False)
 
-    result = build(BuildConfig([corpus / "*.parquet"], out, engine="ray", tokenizer="tiktoken", **OPTIONS), kill)
-    assert killed
+    options = {"engine": "ray", "tokenizer": "tiktoken", **OPTIONS}
+    result = build(BuildConfig([corpus / "*.parquet"], tmp_path / "out", **options), kill)
     assert killed[0] < result.documents * 100
-    assert hashes(out) == expected
+    assert hashes(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 def test_errors_and_killers_come_through(cluster):
-    cluster, _ = cluster
-
     def run(function, tasks):
         return workers.run(workers.Job(function, lambda task: "unit 7"), tasks, None, on_ray=True)
 

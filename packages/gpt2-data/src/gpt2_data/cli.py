@@ -266,8 +266,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
         return
     first = " ".join(map(str, tokens[:12])) + (" ..." if len(tokens) > 12 else "")
     click.echo(f"document {number:,} of {data.num_documents(split):,} in {split}")
-    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n")
-    click.echo(text)
+    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n\n{text}")
 
 
 @main.command()

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from gpt2_data.building.build import BuildResult
     from gpt2_data.building.config import BuildConfig
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Where stderr is no terminal: a short build says nothing there."""
+SECONDS_BETWEEN_LINES = 30.0  # where stderr is no terminal: a short build says nothing there
+# tqdm's own format leaves one column of 80 for the bar.
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
-"""tqdm's own format leaves one column of 80 for the bar."""
 _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
-_UNITS = {"writing": " tokens", "converting": " tokens"}
 
 
 def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
@@ -34,18 +32,21 @@ def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) ->
     if result.text_mb_per_second:  # 0 where all had been tokenized before
         how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
     if result.already_built:
-        text = f"already built: {what} in {shards}"
+        click.echo(f"{result.out}: already built: {what} in {shards}")
     elif not result.finished and config.part is not None:
-        text = f"part {config.part[0]} of {config.part[1]}: {what}; {how}; other parts are not finished yet"
+        number, count = config.part
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
     else:
-        text = f"{what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
-    click.echo(f"{result.out}: {text}")
-    for count, note in (
-        (result.documents_empty, "empty: kept as <|endoftext|> alone"),
-        (result.documents_replaced, "not UTF-8: the invalid bytes became U+FFFD"),
-    ):
-        if count and result.finished and not result.already_built:
-            click.echo(f"{plural(count, 'document')} {note}", err=True)
+        click.echo(
+            f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
+        )
+        if result.documents_empty:
+            click.echo(
+                f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
+            )
+        if result.documents_replaced:
+            note = "not UTF-8: the invalid bytes became U+FFFD"
+            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def bar() -> "Iterator[Callable[..., None]]":
         nonlocal drawn, phase, last_line
         if what != phase:
             drawn.close()
-            phase, unit = what, _UNITS.get(what, "B")
+            phase, unit = what, " tokens" if what == "writing" else "B"
             drawn = tqdm(desc=what, total=total, initial=done, unit=unit, unit_scale=True, leave=False, **style)
         if tokens:
             drawn.set_postfix_str(f"{format_count(tokens)} tokens", refresh=False)

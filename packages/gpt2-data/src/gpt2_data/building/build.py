@@ -24,8 +24,6 @@ from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
 from gpt2_data.sources.download import Downloader
 
 Progress = Callable[[str, int, int, int], None]
-"""Takes "fetching" (bytes of files), "tokenizing" (bytes of text) or "writing" (tokens); how much is done, of how
-much; and the tokens so far."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,12 @@ class _Run:
     ) -> BuildResult:
         """Return what was built: `counts` as in dataset.json's `source`, and the shards or a part's tokens."""
         seconds = time.monotonic() - self.started
-        names = ("documents", "documents_empty", "documents_replaced")
         return BuildResult(
             out=self.config.out,
             tokens=tokens + sum(shard.tokens for shard in shards),
             shards=len(shards),
             val_tokens=sum(shard.tokens for shard in shards if shard.split == "val"),
-            **{name: counts[name] for name in names},
+            **{name: counts[name] for name in ("documents", "documents_empty", "documents_replaced")},
             tokenizer=self.backend,
             already_built=already_built,
             finished=bool(shards),
@@ -108,7 +105,8 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRes
     With more than one worker the calling script needs its `if __name__ == "__main__":`, for processes are spawned.
 
     Args:
-        progress: is called as the build advances; see Progress. What it raises ends the build.
+        progress: is called with "fetching" (bytes of files), "tokenizing" (bytes of text) or "writing" (tokens);
+            how much of it is done, of how much; and the tokens so far. What it raises ends the build.
 
     Raises:
         ValueError, OSError: one line that says what to do.
@@ -134,7 +132,7 @@ def _build_whole(run: _Run) -> BuildResult:
         if not any(receipt.text_bytes for receipt in receipts):
             shutil.rmtree(work)
             raise ValueError("the source contains no text")
-        source = workfolder.source_record(run.plan, run.tasks, receipts)
+        source = workfolder.source_record(run.plan, receipts)
         shards = _write_shards(run, receipts)
         result = run.result(source, shards)
         dataset = Manifest(tokenizer.identity(), source, workfolder.options(config), shards)
@@ -174,7 +172,6 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
     fetched = [
         (remote[path], Path(path.removesuffix(remote[path].path))) for path in dict.fromkeys(awaited.values())
     ]
-    ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
 
     def ready(task: UnitTask) -> bool:
         path = awaited.get(task.unit.index)
@@ -195,6 +192,7 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
         run.progress("tokenizing", done, total, tokens)
 
     job = workers.Job(tokenize_unit, document_at_work, note, ready)
+    ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
     with Downloader(fetched, ahead, config.delete_downloads) as downloader:
         try:
             on_ray = config.engine == "ray"

@@ -24,10 +24,9 @@ class BuildConfig:
     Raises ValueError for values that cannot work.
 
     Attributes:
-        sources: names, files and globs, in order.
         shard_size: tokens in a shard; the last shard of a split is shorter.
-        val_tokens: the first documents are for validation, as many whole ones as reach this many tokens; 0 for
-            none. None: 100M, or a tenth of all tokens if that is less; none if one document is most of the source.
+        val_tokens: the first documents are for validation, as many whole ones as reach this many tokens. None:
+            100M, or a tenth of all tokens if that is less, and none if that takes more than half of them.
         format: "uint16" (llm.c's shards) or "arrow".
         workers: processes. None: one a core that this process may use, fewer for little text.
         tokenizer: the library: "auto", "tiktoken" or "gigatoken".

@@ -1,8 +1,7 @@
 """Phase B of a build: tokenized units -> documents in order -> splits -> shards.
 
-The documents in their order are one stream of tokens. Two work files, which are mapped and not read, say what is
-where in it: `positions` (where the k-th document begins in the stream; at the end the stream's length) and
-`starts` (where that document begins in the units' tokens, laid end to end).
+The documents in their order are one stream of tokens. Two work files are mapped: `positions` (where the k-th
+document begins in the stream; at the end the stream's length) and `starts` (where it begins in the units' tokens).
 """
 
 import bisect
@@ -28,22 +27,16 @@ _CHUNK_TOKENS = 4_000_000
 
 @dataclass(frozen=True)
 class Layout:
-    """The stream of all documents in order; its first `val_tokens` are for validation.
+    """The stream of all documents in order; its first `val_tokens` are for validation."""
 
-    Attributes:
-        work: the folder of the work files.
-        units: the units' tokens.
-        seed: of the documents' order. None: the source's order.
-    """
-
-    work: Path
+    work: Path  # the folder of the work files
     units: tuple[TokenFile, ...]
     positions: NDArray[np.uint64]
     starts: NDArray[np.uint64]
     num_documents: int
     num_tokens: int
     val_tokens: int
-    seed: int | None
+    seed: int | None  # of the documents' order; None for the source's
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,7 @@ class Cut:
 def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[Receipt]) -> Layout:
     """Put the documents of the tokenized units in order, and decide how many are for validation.
 
-    Validation takes the first documents, as many whole ones as reach `val_tokens`. None: DEFAULT_VAL_TOKENS, or a
-    tenth of all tokens if that is less, and nothing if that takes more than half. With `compat` it takes a shard
-    to the token, and may share a document with training. Raises ValueError if nothing is left for training.
+    With `compat`, validation and training may share a document. Raises ValueError if nothing is left for training.
     """
     work = tasks[0].work
     lengths = (np.fromfile(task.file("u64"), OFFSET) for task in tasks)

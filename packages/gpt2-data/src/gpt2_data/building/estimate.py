@@ -17,19 +17,15 @@ from gpt2_data.sources import files
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
-_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}
-"""Text a second and core from Parquet to verified shards: measured on a Cascade Lake of 2.5 GHz."""
-DOWNLOADS_AT_ONCE = 2
-"""Fetched files on the disk at a time if they are deleted: one at work, and one that is ready or on its way."""
+_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}  # of text and a core, on a Cascade Lake of 2.5 GHz
+DOWNLOADS_AT_ONCE = (
+    2  # fetched files on the disk if they are deleted: one at work, one that is ready or on its way
+)
 MAX_SHARDS = 100_000
 
 
 def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
-    """Estimate a build: what `--dry-run --json` says of sizes.
-
-    Raises:
-        ValueError: there would be more shards than a file system likes: the M was forgotten.
-    """
+    """Estimate a build. Raises ValueError if it has more shards than a file system likes: the M was forgotten."""
     documents, size = 0, 0.0
     for unit in plan.units:
         count = unit.documents

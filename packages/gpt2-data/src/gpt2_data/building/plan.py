@@ -27,8 +27,7 @@ PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
 PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
-WORK = ".build"
-"""The folder in a dataset's folder that a build works in; it is removed when the dataset is whole."""
+WORK = ".build"  # in a dataset's folder; it is removed when the dataset is whole
 _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
 
 
@@ -96,15 +95,15 @@ def _json_sha256(content: object) -> str:
 def make_plan(config: BuildConfig) -> Plan:
     """Cut the source into units. Opens every file, reads none to its end but for --limit-docs. Writes nothing.
 
-    Raises:
-        ValueError: a source is unknown, is named twice or cannot be read.
-        OSError: a file that cannot be read, a hub that does not answer.
+    Raises ValueError or OSError if a source is unknown, named twice or unreadable, or the hub does not answer.
     """
     inputs: list[Input] = []
     pins: dict[str, dict[str, Any]] = {}
     for source in config.sources:
-        on_hub = hub.parse(source)
-        inputs += _local_inputs(source) if on_hub is None else _hub_inputs(config, source, on_hub, pins)
+        if (on_hub := hub.parse(source)) is not None:
+            inputs += _hub_inputs(config, source, on_hub, pins)
+        else:
+            inputs += itertools.starmap(_local_input, catalog.expand(source))
     seen: set[str] = set()
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
@@ -123,16 +122,13 @@ def request_name(config: BuildConfig) -> str:
     """Return a name of what is asked for: files by name, size and time; sources on the hub by name alone."""
     sources: list[object] = []
     for source in config.sources:
-        sources += [item.known for item in _local_inputs(source)] if hub.parse(source) is None else [source]
+        local = hub.parse(source) is None
+        sources += [_local_input(*file).known for file in catalog.expand(source)] if local else [source]
     return _json_sha256(sources)
 
 
-def _local_inputs(source: str) -> list[Input]:
-    """Return a source's files as they are on the disk now."""
-    return [_local_input(kind, path) for kind, path in catalog.expand(source)]
-
-
 def _local_input(kind: str, path: str) -> Input:
+    """Return a source's file as it is on the disk now."""
     if kind == "pydocs":
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
@@ -163,7 +159,7 @@ def _hub_inputs(
     pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)
-        yield Input("stream", text, source, listing.size, sha256=hashlib.sha256(text.encode()).hexdigest())
+        yield Input("stream", text, source, listing.size, sha256=_json_sha256(listing.to_json()))
         return
     folder = downloads(config) / listing.commit[:12]
     for file, groups in zip(listing.files, row_groups, strict=True):

@@ -32,7 +32,7 @@ class Receipt:
         crc32: of its tokens and lengths. It runs at 3 GB/s; SHA-256, which the shards have, took 7 % of a build on
             a processor without instructions for it.
         documents_replaced: documents that had bytes which are not UTF-8.
-        sha256: of each of the task's `hashed` files, in hex.
+        sha256: path -> the hash in hex of each of the task's `hashed` files.
     """
 
     plan: str
@@ -42,7 +42,7 @@ class Receipt:
     documents_empty: int
     documents_replaced: int
     text_bytes: int
-    sha256: list[str]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class UnitTask:
     def file(self, ending: str) -> Path:
         """Return one of its files.
 
-        `u16`: the tokens, EOT in front of each document, as uint16 and nothing else. `u64`: the documents' lengths
-        in tokens. `json`: the receipt, written when those two are whole. `at`: the number of the document at work,
-        while the unit is tokenized carefully.
+        `u16`: the tokens, an EOT before each document, and nothing else. `u64`: the documents' lengths in tokens.
+        `json`: the receipt, written last. `at`: the number of the document at work, if tokenized carefully.
         """
         return self.work / f"unit-{self.unit.index:05d}.{ending}"
 
@@ -68,13 +67,12 @@ class UnitTask:
 def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
     """Tokenize a unit, unless it has a receipt that fits its files. Returns the receipt, and True if it is new.
 
-    Args:
-        careful: take one document at a time and note its number in the file `at` first, so that a document which
-            kills this process can be named.
+    `careful` takes one document at a time and notes its number in the file `at` first, so that a document which
+    kills this process can be named.
     """
     if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
-    hashes = [sha256(Path(path)) for path in task.hashed]
+    hashes = {path: sha256(Path(path)) for path in task.hashed}
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
     counts = Counter(tokens=0, documents=0, documents_empty=0, documents_replaced=0, text_bytes=0)
     with (
@@ -112,16 +110,13 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
 
 def _noted(task: UnitTask) -> Iterator[Batch]:
     """Yield the unit's documents one by one, each once its number stands in the file `at`."""
-    number = 0
+    number = -1
     with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
-            if batch.continues:
-                yield batch
-                continue
-            for i in range(batch.documents):
+            for row in [batch] if batch.continues else map(batch.row, range(batch.documents)):
+                number += row.documents  # 0 for the rest of one
                 os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
-                yield batch.row(i)
-                number += 1
+                yield row
 
 
 def document_at_work(task: UnitTask) -> str:
@@ -137,7 +132,7 @@ def read_receipt(task: UnitTask, check_files: bool) -> Receipt | None:
     """Return the receipt of this very unit, if there is one, and if its files are whole by their hash."""
     try:
         receipt = Receipt(**json.loads(task.file("json").read_bytes()))
-        same = (receipt.plan, len(receipt.sha256)) == (task.plan, len(task.hashed))
+        same = (receipt.plan, tuple(receipt.sha256)) == (task.plan, task.hashed)
         return receipt if same and (not check_files or receipt.crc32 == _crc32(task)) else None
     except (OSError, ValueError, TypeError):
         return None

@@ -117,14 +117,17 @@ class _Processes:
     lost: Any = ()
 
     def __init__(self, workers: int) -> None:
-        self.room, self._pool = workers, _pool(workers)
+        # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
+        spawn = multiprocessing.get_context("spawn")
+        self._new_pool = functools.partial(ProcessPoolExecutor, workers, spawn, _start_worker)
+        self.room, self._pool = workers, self._new_pool()
 
     def submit(self, function: Callable[[T, bool], R], task: T, careful: bool) -> Future[R]:
         try:
             return self._pool.submit(function, task, careful)
         except BrokenProcessPool:
             self._pool.shutdown()
-            self._pool = _pool(self.room)
+            self._pool = self._new_pool()
             return self._pool.submit(function, task, careful)
 
     def stop(self, running: Collection[Future[Any]]) -> None:
@@ -134,11 +137,6 @@ class _Processes:
                 process.terminate()  # Python before 3.14 has no public way to say so
         # The workers' end takes 0.2 s, in which the shards are begun.
         self._pool.shutdown(wait=bool(running), cancel_futures=True)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker() -> None:
@@ -169,9 +167,8 @@ class _Cluster:
     def room(self) -> int:  # machines come and go
         return self._workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def submit(self, function: Callable[[T, bool], R], task: T, careful: bool) -> Future[R]:
-        future: Future[R] = self._remote(function).remote(task, careful).future()
-        return future
+    def submit(self, function: Callable[[T, bool], R], task: T, careful: bool) -> Any:
+        return self._remote(function).remote(task, careful).future()
 
     def stop(self, running: Collection[Any]) -> None:
         for future in running:

