@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
 
-from gpt2_data.console import bar, format_bytes, plural, print_result
+from gpt2_data.console import bar, format_bytes, plural
+
+if TYPE_CHECKING:
+    from gpt2_data import BuildConfig, BuildResult
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -171,7 +174,34 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         return
     with _stoppable(), bar() as show:
         result = run(config, show)
-    print_result(result, config, as_json)
+    _print_result(result, config, as_json)
+
+
+def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({**vars(result), "out": str(result.out)}))
+        return
+    what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    shards = plural(result.shards, "shard")
+    how = f"{result.seconds:.1f} s"
+    if result.text_mb_per_second:  # 0 where all had been tokenized before
+        how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+    elif not result.finished and config.part is not None:
+        number, count = config.part
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
+    else:
+        click.echo(
+            f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
+        )
+        if result.documents_empty:
+            click.echo(
+                f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
+            )
+        if result.documents_replaced:
+            note = "not UTF-8: the invalid bytes became U+FFFD"
+            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager

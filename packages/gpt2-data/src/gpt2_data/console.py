@@ -1,19 +1,14 @@
-"""What `gpt2-data build` shows: a bar, the result. Results go to stdout, progress to stderr."""
+"""A progress bar, and numbers for reading."""
 
 import io
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from gpt2_data.building.build import BuildResult
-    from gpt2_data.building.config import BuildConfig
 
 SECONDS_BETWEEN_LINES = 30.0  # where stderr is no terminal: a short build says nothing there
 # tqdm's own format leaves one column of 80 for the bar.
@@ -21,36 +16,8 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining}
 _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
 
 
-def print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
-    """Print what was built."""
-    if as_json:
-        click.echo(json.dumps({**vars(result), "out": str(result.out)}))
-        return
-    what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
-    shards = plural(result.shards, "shard")
-    how = f"{result.seconds:.1f} s"
-    if result.text_mb_per_second:  # 0 where all had been tokenized before
-        how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
-    if result.already_built:
-        click.echo(f"{result.out}: already built: {what} in {shards}")
-    elif not result.finished and config.part is not None:
-        number, count = config.part
-        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
-    else:
-        click.echo(
-            f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
-        )
-        if result.documents_empty:
-            click.echo(
-                f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
-            )
-        if result.documents_replaced:
-            note = "not UTF-8: the invalid bytes became U+FFFD"
-            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
-
-
 @contextmanager
-def bar() -> "Iterator[Callable[..., None]]":
+def bar() -> Iterator[Callable[..., None]]:
     """Show (what, done, total[, tokens so far]): a bar on a terminal, a line now and then elsewhere; on stderr."""
     from tqdm import tqdm
 
