@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click_option_group import optgroup
 
-from gpt2_data.console import format_bytes, plural, print_json
+from gpt2_data.console import bar, format_bytes, plural, print_json
+
+if TYPE_CHECKING:
+    from gpt2_data import BuildConfig, BuildResult
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -135,8 +138,9 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     Example: all text files in a folder and its subfolders, in shards of 10 million tokens
       gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
-    from gpt2_data import BuildConfig, console
+    from gpt2_data import BuildConfig
     from gpt2_data import build as run
+    from gpt2_data.building.estimate import print_plan
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -145,11 +149,38 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
-        console.print_plan(config, as_json)
+        print_plan(config, as_json)
         return
-    with _stoppable(), console.bar() as show:
-        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
-    console.print_result(result, config, as_json)
+    with _stoppable(), bar() as show:
+        result = run(config, show)
+    _print_result(result, config, as_json)
+
+
+def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
+    if as_json:
+        print_json({**vars(result), "out": str(result.out)})
+        return
+    what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    shards = plural(result.shards, "shard")
+    how = f"{result.seconds:.1f} s"
+    if result.text_mb_per_second:  # 0 where all had been tokenized before
+        how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+    elif not result.finished and config.part is not None:
+        number, count = config.part
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
+    else:
+        click.echo(
+            f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
+        )
+        if result.documents_empty:
+            click.echo(
+                f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
+            )
+        if result.documents_replaced:
+            note = "not UTF-8: the invalid bytes became U+FFFD"
+            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager
@@ -246,8 +277,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
         return
     first = " ".join(map(str, tokens[:12])) + (" ..." if len(tokens) > 12 else "")
     click.echo(f"document {number:,} of {data.num_documents(split):,} in {split}")
-    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n")
-    click.echo(text)
+    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n\n{text}")
 
 
 @main.command()
@@ -267,10 +297,9 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
     gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
-    from gpt2_data import console
     from gpt2_data import convert as run
 
-    with console.bar() as progress:
+    with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
     if as_json:
         print_json({**vars(result), "out": str(out)})
