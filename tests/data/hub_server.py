@@ -3,11 +3,9 @@
     with HubServer() as hub:
         hub.add("owner/set", {"README.md": b"...", "data/train-00000.parquet": Path("a.parquet")})
         hub.faults.append(Drop(at=1000, path="train-00000"))
-        subprocess.run(..., env=os.environ | hub.environment)
-        assert hub.sent("train-00000") == ...
 
-Two ports, as the hub and its store are two hosts: what is sent to one must not reach the other. Both run in
-threads of this process; other processes reach them by HF_ENDPOINT.
+Two ports, as the hub and its store are two hosts: what is sent to one must not reach the other. Other processes
+reach them by HF_ENDPOINT.
 """
 
 import hashlib
@@ -21,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
+from huggingface_hub import constants
 
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
@@ -52,6 +51,7 @@ NoRanges = partial(Fault, "no ranges")  # answers a request for a range with 200
 class Request:
     """What was asked, and how many bytes of body were sent for it."""
 
+    method: str
     store: bool
     path: str
     range: str | None
@@ -60,11 +60,12 @@ class Request:
 
 
 class HubServer:
-    """Repositories of datasets, and a log of what was asked for."""
+    """Repositories of datasets or models, and a log of what was asked for."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repo -> commit -> path -> content
         self.main: dict[str, str] = {}  # repo -> commit
+        self.moved: dict[str, str] = {}  # repo -> its name now
         self.gated: set[str] = set()
         self.private: set[str] = set()  # 401 without the token "secret"
         self.pages: dict[str, bytes] = {}  # plain files under other paths, without a redirect
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.hub = hub = self.server.hub
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.asked = Request(self.server.store, self.path, headers.get("range"), headers)
+        self.asked = Request(self.command, self.server.store, self.path, headers.get("range"), headers)
         if self.path != "/api/agent-harnesses":  # huggingface_hub's own, for its User-Agent
             hub.requests.append(self.asked)
         path, _, query = urllib.parse.unquote(self.path).strip("/").partition("?")
@@ -150,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_file(hub.pages[path])
         elif path.startswith("api/datasets/"):
             self.answer_api(path.removeprefix("api/datasets/"), "recursive=True" in query)
-        elif path.startswith("datasets/") and "/resolve/" in path:
-            self.resolve(path.removeprefix("datasets/"))
+        elif "/resolve/" in path:
+            self.resolve(*path.removeprefix("datasets/").split("/resolve/"))
         else:
             self.answer(404)
 
@@ -190,17 +191,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         answer: object
         if verb == "tree":
-            base = f"{folder}/" if folder else ""
-            names = [name for name in sorted(files) if name.startswith(base)]
-            folders = {
-                name[: i + len(base)] for name in names for i, c in enumerate(name[len(base) :]) if c == "/"
-            }
-            answer = [_entry(name, files[name]) for name in names if recursive or "/" not in name[len(base) :]]
-            answer += [
-                {"type": "directory", "path": path, "size": 0, "oid": "0" * 40}
-                for path in sorted(folders)
-                if recursive or "/" not in path[len(base) :]
-            ]
+            paths = {Path(name): _entry(name, files[name]) for name in sorted(files)}
+            folders = {path for name in paths for path in name.parents}
+            empty = {"type": "directory", "size": 0, "oid": "0" * 40}
+            paths |= {path: empty | {"path": str(path)} for path in sorted(folders)}
+            base = Path(folder)
+            inside = [path for path in paths if path.parent == base or (recursive and base in path.parents)]
+            answer = [paths[path] for path in inside if path != base]
         else:
             card = files.get("README.md", b"").decode().split("---\n")
             answer = {"_id": "0", "id": repo, "sha": commit, "private": False, "tags": []}
@@ -208,9 +205,11 @@ class _Handler(BaseHTTPRequestHandler):
             answer["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
         self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
-    def resolve(self, rest: str) -> None:
+    def resolve(self, repo: str, tail: str) -> None:
         """REPO/resolve/REV/PATH: large files by a signed link to the store, small ones from here."""
-        repo, _, tail = rest.partition("/resolve/")
+        if repo in self.hub.moved:
+            self.answer(307, Location=f"/{self.hub.moved[repo]}/resolve/{tail}")
+            return
         revision, _, name = tail.partition("/")
         commit, files = self.files_of(repo, revision) or (None, {})
         if commit is None:
@@ -270,7 +269,7 @@ def _entry(path: str, content: bytes) -> dict[str, object]:
 
 def use(hub: HubServer, monkeypatch) -> None:
     """Make this process talk to `hub`; huggingface_hub has read the environment when it was imported."""
-    from huggingface_hub import constants
-
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

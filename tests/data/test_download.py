@@ -62,6 +62,10 @@ def until(condition):
         time.sleep(0.005)
 
 
+def ranges(server):
+    return [request.range for request in server.asked("cdn")]
+
+
 def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
     seen = []
     path = download_file(file, tmp_path, seen.append)
@@ -81,9 +85,7 @@ def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
     assert download.is_done(path, file)
     assert server.requests == []
 
-
-def test_a_file_that_changed_on_the_disk_is_fetched_anew(server, file, tmp_path):
-    path = download_file(file, tmp_path)
+    # It changed on the disk: in its bytes, or in its size.
     status = path.stat()
     path.write_bytes(OTHER)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -111,7 +113,7 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
     server.requests.clear()
     out, err = fetching(server, tmp_path).communicate()
     assert Path(out.strip()).read_bytes() == CONTENT, err
-    assert [request.range for request in server.asked(store=True)] == [f"bytes={have}-"]
+    assert ranges(server) == [f"bytes={have}-"]
     assert server.sent("big.parquet") == SIZE - have
 
 
@@ -122,35 +124,28 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
         [Refuse(status=503), Refuse(status=500), Refuse(store=False, path="resolve", status=502)],
         [Drop(at=1_000_000), Short(missing=1000)],
         [Drop(at=2_000_000), Refuse(status=429, headers={"Retry-After": "0"})],
+        [Stall(at=100_000)],  # for longer than its link is good
     ],
 )
-def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, faults):
-    server.faults = faults
-    server.chunk = 10_000
+def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
+    server.faults, server.chunk, server.link_seconds = faults, 10_000, 0.2
+    before = time.monotonic()
     assert download_file(file, tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - before < 5
     assert server.sent("big.parquet") == SIZE
     assert not any(fault.times for fault in faults)
 
 
 def test_patience_ends(server, file, tmp_path, monkeypatch):
     server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
-    with pytest.raises(OSError, match=r"HTTP 429\), and asks to wait 86400 seconds; gave up after one try"):
+    with pytest.raises(OSError, match=r"HTTP 429 and asks to wait 86400 seconds; gave up at try 1 after"):
         download_file(file, tmp_path)
     monkeypatch.setattr(web, "PATIENCE", 0.3)
     server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
-    with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command"):
+    with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up at try .* seconds: run the same command"):
         download_file(file, tmp_path)
     assert (tmp_path / "data" / "big.parquet.part").read_bytes() == CONTENT[:1000]
-
-
-def test_a_stalled_connection_and_a_link_that_expires(server, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
-    server.link_seconds = 0.2
-    server.faults = [Stall(at=100_000)]
-    before = time.monotonic()
-    assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert time.monotonic() - before < 5
-    assert server.sent("big.parquet") == SIZE
 
 
 def test_wrong_content_once_and_always(server, file, tmp_path):
@@ -159,9 +154,8 @@ def test_wrong_content_once_and_always(server, file, tmp_path):
     assert server.sent("big.parquet") == 2 * SIZE
     server.faults, folder = [Spoil(times=100)], tmp_path / "other"
     wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
-    with pytest.raises(
-        OSError, match=f"parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
-    ):
+    message = f"parquet: SHA-256 is {wrong}, should be {SHA256}; given up after 3 downloads"
+    with pytest.raises(OSError, match=message):
         download_file(file, folder)
     assert names(folder / "data") == ["big.parquet.lock"]
     assert server.faults[0].times == 97
@@ -186,25 +180,23 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     server.faults = [Drop(store=False, path="page", at=100_000)]
     path = download_file(small, tmp_path, lambda done: server.pages.update(page=CONTENT))
     assert path.read_bytes() == CONTENT
-    assert [request.range for request in server.asked("page")] == [None, "bytes=100000-", None]
+    assert [request.range for request in server.asked("page")] == ["bytes=0-", "bytes=0-"]
 
 
 def test_a_server_without_ranges_starts_over(server, file, tmp_path):
     server.faults = [Drop(at=1_000_000), NoRanges()]
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
+    assert ranges(server) == ["bytes=0-", "bytes=1000000-", "bytes=0-"]
     server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
-    with pytest.raises(
-        OSError, match="after 3 downloads: the server does not resume at byte 1,000,000 of 3,000,0"
-    ):
+    message = "the server cannot send the file from byte 1,000,000 on; given up after 3 downloads"
+    with pytest.raises(OSError, match=message):
         download_file(file, tmp_path / "other")
 
 
 def test_a_file_of_another_size(server, file, tmp_path):
     for size in (SIZE - 1, SIZE + 1):
         meant = hub_file("a/b", FIRST, "data/big.parquet", size, SHA256)
-        message = f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
-        with pytest.raises(OSError, match=message):
+        with pytest.raises(OSError, match=f"the file has 3,000,000 bytes, should have {size:,}; given up after 3"):
             download_file(meant, tmp_path)
     assert len(server.asked("cdn")) == 6
     (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)
@@ -229,6 +221,7 @@ def test_refusals_are_final(server, file, tmp_path, store, status, headers, mess
         download_file(file, tmp_path)
     assert str(error.value).startswith(file.url)
     assert "\n" not in str(error.value)
+    assert "Signature" not in str(error.value)
     assert len(server.requests) <= 2
 
 
@@ -252,15 +245,14 @@ def test_a_full_disk(server, file, tmp_path):
     """A limit on the size of files stands in: the same error at the same place."""
     code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
     (tmp_path / "sitecustomize.py").write_text(code)
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    process = fetching(server, tmp_path, PYTHONPATH=path)
+    process = fetching(server, tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     _, err = process.communicate()
     part = tmp_path / "data" / "big.parquet.part"
     assert process.returncode == 1
     assert err.startswith(f"OSError {part}: [Errno 27] File too large"), err
     assert part.read_bytes() == CONTENT[:1_000_000]
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-"]
+    assert ranges(server) == ["bytes=0-", "bytes=1000000-"]
 
 
 def test_several_processes_fetch_a_file_once(server, file, tmp_path):
@@ -317,41 +309,41 @@ def test_its_error_comes_to_the_caller(server, files):
 def test_closing_in_the_middle(server, file, tmp_path):
     """It returns soon: while bytes come, in a wait, while another has the lock, and while a server is silent."""
     part = tmp_path / "data" / "big.parquet.part"
+    threads = []
 
     @contextlib.contextmanager
-    def closed_soon(seconds=1):
+    def closed_soon():
         with contextlib.ExitStack() as stack:
             downloader = stack.enter_context(Downloader([(file, tmp_path)]))
+            threads.append(downloader._thread)
             yield downloader
             before = time.monotonic()
             stack.close()
-            assert time.monotonic() - before < seconds
-            assert not downloader._thread.is_alive() or seconds > 2
+            assert time.monotonic() - before < 1.5
 
     server.bytes_a_second, server.chunk = 2e6, 10_000
     with closed_soon() as downloader:
         until(lambda: downloader.bytes_done > 200_000)
         assert not downloader.ready(next(iter(downloader.files)))
+    assert not threads[0].is_alive()
     size = part.stat().st_size
     assert part.read_bytes() == CONTENT[:size]
     assert size > 200_000
 
-    server.faults = [Refuse(status=429, headers={"Retry-After": "60"})]
+    server.faults = [Refuse(status=429, headers={"Retry-After": "1"})]
     with closed_soon():
         until(lambda: not server.faults[0].times)
         with closed_soon():
             time.sleep(0.1)
+    until(lambda: not any(thread.is_alive() for thread in threads))
 
-    server.bytes_a_second = None
-    server.requests.clear()
-    server.faults = [Stall(at=1000)]
-    with closed_soon(3) as downloader:
-        until(lambda: downloader.bytes_done > size)
+    have = part.stat().st_size
+    server.faults, server.bytes_a_second = [Stall(at=1000)], None
+    with closed_soon() as downloader:
+        until(lambda: downloader.bytes_done > have)
     server.stopping.set()
-    downloader._thread.join(5)
-    assert not downloader._thread.is_alive()
+    until(lambda: not threads[-1].is_alive())
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert server.sent("big.parquet") == SIZE - size
 
 
 def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypatch):
@@ -369,10 +361,12 @@ def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert gpt2_data.fetch(address, tmp_path, sha256=digest) == tmp_path / "page.txt"
     assert gpt2_data.fetch("hf:a/b", tmp_path, name="big", sha256=SHA256) == tmp_path / "big"
-    with pytest.raises(OSError, match=r"^hf:a/b::train: HF_HUB_OFFLINE is set"):
-        gpt2_data.fetch("hf:a/b", tmp_path, name="big")
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        download_file(file, tmp_path / "empty")
+    for fetch_again in (
+        lambda: gpt2_data.fetch("hf:a/b", tmp_path, name="big"),
+        lambda: download_file(file, tmp_path / "empty"),
+    ):
+        with pytest.raises(OSError, match=r"offline mode is enabled.*unset the `HF_HUB_OFFLINE`"):
+            fetch_again()
     assert server.requests == []
 
 
@@ -380,11 +374,11 @@ def test_fetch_says_what_is_wrong(server, tmp_path):
     server.pages["page.txt"] = OTHER
     server.add("two/files", {"a.parquet": b"a", "b.parquet": b"b"})
     for source, kind, message in (
-        (f"{server.url}/page.txt", OSError, "given up after 3 downloads: SHA-256 is"),
+        (f"{server.url}/page.txt", OSError, "page.txt: SHA-256 is .*; given up after 3 downloads"),
         (f"{server.url}/none.txt", OSError, r"none.txt: no such file \(HTTP 404\)"),
         ("hf:two/files", ValueError, "has 2 files on the hub, not one"),
-        ("page.txt", ValueError, "write an address"),
-        (f"{server.url}/", ValueError, "names no file"),
+        ("page.txt", ValueError, "write the address of a file"),
+        (f"{server.url}/", ValueError, "write the address of a file"),
     ):
         with pytest.raises(kind, match=message):
             gpt2_data.fetch(source, tmp_path, sha256="0" * 64)

@@ -1,6 +1,5 @@
 """What is on the hub, and reading Parquet there without downloading it, against a hub on this machine."""
 
-import email.utils
 import hashlib
 import json
 import socket
@@ -52,20 +51,11 @@ def test_names():
         "hf:a/b::test": HubSource("a/b", None, None, "test"),
     }.items():
         assert hub.parse(text) == source, text
-        assert hub.parse(source.name) == source
     for text in "pydocs", "texts/*.parquet", "fineweb-edu2", "C:/texts/a.txt":
         assert hub.parse(text) is None
-    for text in (
-        "hf:",
-        "hf:a/b/c",
-        "hf:../b",
-        "hf:a/b@",
-        "hf:a/b:c:d:e",
-        "hf:a/b:c:",
-        "fineweb-edu:",
-        "fineweb:a:b",
-    ):
-        with pytest.raises(ValueError, match=r"write (hf:REPO|fineweb)"):
+    malformed = "hf: hf:a/b/c hf:../b hf:a/b@ hf:a/b:c:d:e hf:a/b:c: fineweb-edu: fineweb:a:b"
+    for text in malformed.split():
+        with pytest.raises(ValueError, match="write hf:REPO"):
             hub.parse(text)
 
 
@@ -147,8 +137,8 @@ def test_configs_of_the_card(server):
     for config, split, message in [
         ("missing", "train", "no config 'missing'; there are: one, many, split, folder, elsewhere, nothing$"),
         ("split", "dev", "no split 'dev'; there are: test, train$"),
-        ("elsewhere", "train", "its card names data files that are not its own"),
-        ("nothing", "train", "its card names files that the dataset does not have"),
+        ("elsewhere", "train", "its card names a file of another place: 'https://example.com/a.parquet'$"),
+        ("nothing", "train", "its card names no file that is there for split 'train'"),
     ]:
         with pytest.raises(ValueError, match=message):
             list_files(HubSource("a/b", config=config, split=split))
@@ -181,20 +171,23 @@ def test_files_without_a_card_by_their_names(server, names, train, others):
 
 
 def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
-    server.add("a/b", {"a.parquet": b""})
-    server.add("a/gated", {"a.parquet": b""})
-    server.add("a/private", {"a.parquet": b""})
+    for repo in "a/b", "a/gated", "a/private":
+        server.add(repo, {"a.parquet": b""})
     server.add("a/empty", {"README.md": b""})
     server.gated.add("a/gated")
     server.private.add("a/private")
     for source, kind, message in [
-        (HubSource("no/such"), ValueError, "no hub dataset no/such; if it is private, log in by `hf auth login`"),
-        (HubSource("a/private"), ValueError, "no hub dataset a/private; if it is private, log in"),
+        (
+            HubSource("no/such"),
+            OSError,
+            "hub dataset no/such: no such dataset; if it is private, log in by `hf auth",
+        ),
+        (HubSource("a/private"), OSError, "hub dataset a/private: no such dataset; if it is private, log in"),
         (HubSource("a/gated"), OSError, "a/gated: gated: ask for access on the dataset's page, then log in by"),
-        (HubSource("a/b", "v9"), ValueError, "hub dataset a/b has no revision 'v9'"),
+        (HubSource("a/b", "v9"), OSError, "hub dataset a/b, revision v9: no such revision"),
         (HubSource("a/b", config="en"), ValueError, "hf:a/b: no config 'en'; it has none"),
         (HubSource("a/empty"), ValueError, "no split 'train'; there are: none"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(kind, match=message) as error:
             list_files(source)
         assert "\n" not in str(error.value)
@@ -208,38 +201,21 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
     with pytest.raises(OSError, match="a/b: not allowed: log in by"):
         list_files(HubSource("a/b"))
 
-    server.requests.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set: unset it, or name local files"):
-        list_files(HubSource("a/b"))
-    assert server.requests == []
-
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://{host}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(web, "UNREACHABLE", 0.5)
     monkeypatch.setattr(web, "FIRST_WAIT", 0.1)
-    with pytest.raises(
-        OSError, match=f"hub dataset a/b: 127.0.0.1:{port} cannot be reached: .*gave up after . tries"
-    ):
+    with pytest.raises(OSError, match=f"hub dataset a/b: {host}: cannot be reached: .*gave up at try [234]"):
         list_files(HubSource("a/b"))
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Retry-After": "1"},
-        {"Retry-After": "DATE"},
-        {"ratelimit": '"api";r=0;t=0', "ratelimit-policy": '"fixed window";"api";q=500;w=300'},
-    ],
-)
+@pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {"ratelimit": '"api";r=0;t=0'}])
 def test_the_hub_s_wait_is_waited_but_not_without_end(server, headers):
-    date = email.utils.formatdate(time.time() + 2, usegmt=True)  # in whole seconds
-    headers = {name: value.replace("DATE", date) for name, value in headers.items()}
     server.add("a/b", {"a.parquet": b""})
     server.faults = [Refuse(store=False, status=429, headers=headers), Refuse(store=False, status=503)]
     before = time.monotonic()
@@ -247,7 +223,7 @@ def test_the_hub_s_wait_is_waited_but_not_without_end(server, headers):
     assert 0.9 < time.monotonic() - before < 4
     assert len(server.requests) == 3
     server.faults = [Refuse(store=False, status=429, headers={"Retry-After": "4000"}, times=100)]
-    with pytest.raises(OSError, match=r"\(HTTP 429\), and asks to wait 4000 seconds; gave up after one try: run"):
+    with pytest.raises(OSError, match=r"HTTP 429 and asks to wait 4000 seconds; gave up at try 1 .*: run"):
         list_files(HubSource("a/b"))
 
 
@@ -268,17 +244,11 @@ def test_a_footer_takes_two_requests(server, tmp_path):
     assert len(server.asked("a.parquet", store=True)) == 2
     assert server.sent("a.parquet") <= footer + 8 + 65536
 
-    server.faults = [
-        Refuse(),
-        Drop(at=10_000),
-        Drop(at=0),
-        Short(),
-        Refuse(store=False, path="resolve", status=500),
-    ]
+    server.faults = [Refuse(), Drop(at=10_000), Drop(at=0), Short(), Refuse(store=False, status=500)]
     assert hub.row_groups(file) == groups
     assert not any(fault.times for fault in server.faults)
     server.faults = [NoRanges(times=5)]
-    with pytest.raises(OSError, match="cannot send parts of a file: download it instead"):
+    with pytest.raises(OSError, match="the server cannot send the file from byte"):
         hub.row_groups(file)
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hub_server import SECOND, Drop, Refuse
 
-from gpt2_data.sources import streaming as streams
+from gpt2_data.sources import hub
 from gpt2_data.sources.hub import HubSource, Listing, hub_file, list_files
 
 TEXTS = [
@@ -29,9 +30,9 @@ def started(server, folder, code, *arguments):
     """A process that talks to `server` with an empty cache; `datasets` reads the environment on import."""
     head = (
         "import json, sys, warnings\nwarnings.simplefilter('ignore')\n"
-        "from gpt2_data.sources import hub\nfrom gpt2_data.sources import streaming as streams\n"
+        "from gpt2_data.sources import hub\n"
         "def read(listing, shard, column='text'):\n"
-        "    return list(streams.documents(listing, shard, column))\n"
+        "    return list(hub.stream(listing, shard, column))\n"
         "def said(function, *arguments):\n"
         "    try:\n        return function(*arguments)\n"
         "    except (ValueError, OSError) as error:\n        return f'{type(error).__name__}: {error}'\n"
@@ -56,7 +57,7 @@ datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.1  # seconds
 for name in sys.argv[1:]:
     listing = hub.list_files(hub.parse(name))
     assert not listing.parquet
-    listings.append([read(listing, shard) for shard in range(streams.num_shards(listing))])
+    listings.append([read(listing, shard) for shard in range(hub.num_shards(listing))])
 print(json.dumps(listings))
 """
 
@@ -104,21 +105,21 @@ print(json.dumps([
     said(read, listings["lines"], 0, "body"),
     said(read, listings["lines"], 0, "id"),
     said(read, listings["broken"], 0),
-    said(streams.num_shards, listings["strange"]),
+    said(hub.num_shards, listings["strange"]),
 ]))"""
     missing, numbers, broken, strange = result(started(server, tmp_path, code))
     assert missing == "ValueError: hub dataset a/lines: no column 'body'; the columns are id, text"
     assert numbers == "ValueError: hub dataset a/lines: column 'id' holds int, not strings"
     for said, name in ((broken, "broken"), (strange, "strange")):
-        assert f"Error: hub dataset a/{name}: `datasets` cannot read it: " in said
+        assert re.match(f"(OS|Value)Error: hub dataset a/{name}: .", said)
         assert "\n" not in said
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    streams._open.cache_clear()
+    hub._open.cache_clear()
     listing = Listing("a/b", "1" * 40, None, "train", (hub_file("a/b", "1" * 40, "x.jsonl", 1, None),))
     with pytest.raises(
         ValueError, match=r"^hub dataset a/b: it is not Parquet: pip install 'gpt2-data\[datasets\]' to"
     ):
-        streams.num_shards(listing)
+        hub.num_shards(listing)

@@ -17,7 +17,7 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
+from gpt2_data.sources import catalog, download, files, hub, pydocs
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.hub import HubSource, Listing
 from gpt2_data.sources.web import WebFile
@@ -212,7 +212,7 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
         yield from _cut_lines(item, whole)
         return
     elif item.kind == "stream":
-        count = streaming.num_shards(Listing.from_json(json.loads(item.path)))
+        count = hub.num_shards(Listing.from_json(json.loads(item.path)))
         for i in range(count):
             yield dataclasses.replace(whole, start=i, text_bytes=item.bytes // count)
         return

@@ -138,7 +138,7 @@ def _noted(task: UnitTask) -> Iterator[Batch]:
                 continue
             for i in range(batch.documents):
                 os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
-                yield batch.row(i)
+                yield batch.rows(i, i + 1)
                 number += 1
 
 

@@ -1,13 +1,15 @@
-"""Datasets on the Hugging Face hub: their names and their files.
+"""Datasets on the Hugging Face hub: their names, their files, and documents that are not in Parquet files.
 
 A listing is pinned to a commit and can be kept on disk, so that a build that resumes next week reads the same
 bytes though `main` has moved. How configs and splits are chosen:
 https://huggingface.co/docs/hub/datasets-data-files-configuration
 """
 
-import json
+import contextlib
+import functools
 import re
-from collections import Counter
+import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,12 +40,6 @@ class HubSource:
     config: str | None = None
     split: str = "train"
 
-    @property
-    def name(self) -> str:
-        """As it is written on the command line, in full."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.repo}{revision}:{self.config or ''}:{self.split}"
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -57,7 +53,7 @@ class Listing:
 
     @property
     def parquet(self) -> bool:
-        """True if the files can be read as they are; otherwise streaming.py reads them."""
+        """True if the files can be read as they are; otherwise `stream` reads them."""
         return all(file.path.endswith(".parquet") for file in self.files)
 
     @property
@@ -76,25 +72,22 @@ class Listing:
         try:
             repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
             commit = _matching("[0-9a-f]{40}", data["commit"])
-            config = None if data["config"] is None else _matching(r"\S+", data["config"])
             files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
-            return cls(repo, commit, config, _matching(r"[\w.]+", data["split"]), files)
+            return cls(repo, commit, data["config"], data["split"], files)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a listing of a dataset's files: {error!r}") from error
 
 
 def parse(text: str) -> HubSource | None:
     """Return what a SOURCE names on the hub, or None. Raises ValueError if it is meant so but malformed."""
-    short, colon, config = text.partition(":")
-    if short in SHORT:
-        if colon and not re.fullmatch(r"[^\s:]+", config):
-            raise ValueError(f"{text!r}: write {short} or {short}:CONFIG, as in {short}:{SHORT[short][1]}")
+    short, _, config = text.partition(":")
+    if short in SHORT and re.fullmatch(r"[\w-]+(:[^\s:]+)?", text):
         return HubSource(SHORT[short][0], config=config or SHORT[short][1])
-    if short != "hf":
+    if short not in ("hf", *SHORT):
         return None
     match = _SOURCE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r}: write hf:REPO[@REVISION][:CONFIG[:SPLIT]], as in hf:roneneldan/TinyStories")
+        raise ValueError(f"{text!r}: write hf:REPO[@REVISION][:CONFIG[:SPLIT]], or such as fineweb-edu:CONFIG")
     return HubSource(match["repo"], match["revision"], match["config"] or None, match["split"] or "train")
 
 
@@ -121,60 +114,47 @@ def list_files(source: HubSource) -> Listing:
     """List the source's files at the commit that its revision stands for now, by one request.
 
     Raises:
-        ValueError: no such dataset, config or split; the known ones are named.
-        OSError: not allowed, or not reached.
+        ValueError: no such config or split; the known ones are named.
+        OSError: no such dataset, not allowed, or not reached.
     """
-    info = web.Patience(f"hub dataset {source.repo}").call(lambda: _dataset_info(source))
-    siblings = {row.rfilename: row for row in info.siblings or []}
-    names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
-    configs = (info.card_data.get("configs") if info.card_data else None) or []
-    config, splits = _splits(source, configs, names)
-    if source.split not in splits:
-        known = ", ".join(sorted(splits)) or "none"
-        raise ValueError(f"{source.name}: no split {source.split!r}; there are: {known}")
-    chosen = [siblings[name] for name in _one_kind(splits[source.split])]
-    if not chosen:
-        raise ValueError(f"{source.name}: its card names files that the dataset does not have")
-    commit = _matching("[0-9a-f]{40}", info.sha)
-    files = (hub_file(source.repo, commit, row.rfilename, row.size, row.lfs and row.lfs.sha256) for row in chosen)
-    return Listing(source.repo, commit, config, source.split, tuple(files))
+    from huggingface_hub import HfApi
 
+    what = f"hub dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
 
-def _dataset_info(source: HubSource) -> Any:
-    """Ask the hub about the dataset, with sizes and hashes of its files. Raises web.Again, too."""
-    from huggingface_hub import HfApi, constants, errors
-
-    what = f"hub dataset {source.repo}"
-    try:
-        with web.transport(constants.ENDPOINT):
+    def ask() -> Any:
+        with web.transport(what):
             return HfApi(library_name="gpt2-data").dataset_info(
                 source.repo, revision=source.revision, files_metadata=True, timeout=web.READ_TIMEOUT
             )
-    except errors.OfflineModeIsEnabled as error:
-        raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{what} has no revision {source.revision!r}") from error
-    except errors.HfHubHTTPError as error:
-        if type(error) is errors.RepositoryNotFoundError:  # the hub does not tell a private dataset from none
-            raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
-        raise web.refusal(error.response, what) from error
-    except json.JSONDecodeError as error:
-        raise web.Again("the hub answers with something that is not JSON") from error
+
+    info = web.insist(what, ask)
+    siblings = {row.rfilename: row for row in info.siblings or []}
+    names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
+    config, splits = _splits(source, (info.card_data or {}).get("configs") or [], names)
+    if not (chosen := splits.get(source.split)):
+        missing = "no split" if chosen is None else "its card names no file that is there for split"
+        raise ValueError(f"{what}: {missing} {source.split!r}; there are: {', '.join(sorted(splits)) or 'none'}")
+    if statistics.mode(PurePosixPath(name).suffix for name in chosen) == ".parquet":
+        # A licence or a picture among them is left out, as `datasets` does.
+        chosen = [name for name in chosen if name.endswith(".parquet")]
+    commit = _matching("[0-9a-f]{40}", info.sha)
+    rows = [siblings[name] for name in chosen]
+    files = (hub_file(source.repo, commit, row.rfilename, row.size, row.lfs and row.lfs.sha256) for row in rows)
+    return Listing(source.repo, commit, config, source.split, tuple(files))
 
 
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
     """Return the config as the card has it, and the files of each split."""
     known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
     there_are = f"there are: {', '.join(known)}" if known else "it has none"
-    config = source.config
-    if config is None and known:
-        marked = [name for name, entry in known.items() if entry.get("default")]
-        config = next(iter([*marked, *(["default"] if "default" in known else []), *known]))
-        if len(known) > 1 and not marked and config != "default":
+    config = source.config or next((name for name, entry in known.items() if entry.get("default")), "default")
+    if source.config is None and known and config not in known:
+        config = next(iter(known))
+        if len(known) > 1:
             raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {there_are}")
     if config in known:
         return config, _card_splits(source, known[config], names)
-    if config is None or (config == "default" and not known):
+    if config == "default" and not known:
         return None, _splits_by_name(names)
     for folder in (f"data/{config}/", f"{config}/"):  # a config that the card leaves out
         if splits := _splits_by_name(names, folder):
@@ -183,29 +163,26 @@ def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[st
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Return the files of each split by an entry of the card's `configs:`.
-
-    data_files is a string, a list, or a list of splits.
-    """
+    """Return the files of each split by an entry of the card's `configs:`."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # huggingface_hub requires it
 
     base = str(entry.get("data_dir") or "").strip("/")
     base = f"{base}/" if base else ""
-    given = entry.get("data_files")
-    if given is None:
+    if entry.get("data_files") is None:
         return _splits_by_name(names, base)
-    patterns: dict[str, list[Any]] = {}
-    for row in given if isinstance(given, list) else [given]:
-        split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
-        patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
-    splits = {}
-    for split, globs in patterns.items():
-        for pattern in globs:
+    splits: dict[str, set[str]] = {}
+    for row in _as_list(entry["data_files"]):
+        split, patterns = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
+        for pattern in _as_list(patterns):
             if not isinstance(pattern, str) or "://" in pattern:
-                raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
-        regexes = [re.compile(glob_translate(base + pattern.removeprefix("./"))) for pattern in globs]
-        splits[split] = [name for name in names if any(regex.fullmatch(name) for regex in regexes)]
-    return splits
+                raise ValueError(f"hub dataset {source.repo}: its card names a file of another place: {pattern!r}")
+            regex = re.compile(glob_translate(base + pattern.removeprefix("./")))
+            splits.setdefault(split, set()).update(filter(regex.fullmatch, names))
+    return {split: sorted(files) for split, files in splits.items()}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _KEYWORDS = {
@@ -221,41 +198,28 @@ _NO_DATA = re.compile(
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     """Return the files of each split by their names: data/train-00000-of-00002*, folders or files named train."""
     names = [name for name in names if name.startswith(folder)]
-    sharded: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
         if match:
-            sharded.setdefault(match[1], []).append(name)
-    if sharded:
-        return sharded
+            splits.setdefault(match[1], []).append(name)
     for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
-        splits = {}
+        if splits:
+            break
         for split, words in _KEYWORDS.items():
             regex = re.compile(where.format(words))
             if inside := [name for name in names if regex.fullmatch(name.removeprefix(folder))]:
                 splits[split] = inside
-        if splits:
-            return splits
-    return {"train": names} if names else {}
-
-
-def _one_kind(names: list[str]) -> list[str]:
-    """Leave out a licence or a picture among Parquet files, as `datasets` does."""
-    endings = Counter(PurePosixPath(name).suffix for name in names)
-    if endings and endings.most_common(1)[0][0] == ".parquet":
-        return [name for name in names if name.endswith(".parquet")]
-    return names
+    return splits or ({"train": names} if names else {})
 
 
 def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFile:
     """Return the file of a dataset at a commit, checked, since its path becomes one on this machine."""
     from huggingface_hub import constants
 
-    parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{repo}: {path!r} is not a valid path of a dataset's file")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{repo}: {path}: {size!r} is not a valid size")
+    names = set(_matching(r"[^\x00-\x1f\\]+", path).split("/"))
+    if names & {"", ".", ".."} or type(size) is not int or size < 0:
+        raise ValueError(f"{repo}: {path!r} of {size!r} bytes is not a valid file of a dataset")
     url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"
     return WebFile(url, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
 
@@ -264,3 +228,63 @@ def _matching(pattern: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise ValueError(f"{value!r} in a listing of a dataset's files is not what it should be")
     return value
+
+
+# --- datasets that are not Parquet (JSON lines, CSV, text, Arrow, ...), streamed by the library `datasets`
+
+BATCH = 256  # rows
+
+
+def num_shards(listing: Listing) -> int:
+    """Return how many shards `stream` knows. Raises ValueError or OSError in one line."""
+    with _one_line_errors(listing):
+        return int(_open(listing).num_shards)
+
+
+def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
+    """Yield the documents of a shard in order; null is None. Nothing is stored on the way.
+
+    A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
+
+    Raises:
+        ValueError: the column is missing or holds no strings, the data cannot be read, or `datasets` is not
+            installed.
+        OSError: the hub is not reached.
+    """
+    with _one_line_errors(listing):
+        opened = _open(listing)
+        part = opened.shard(num_shards=opened.num_shards, index=shard)
+        if opened.column_names is not None and column in opened.column_names:
+            part = part.select_columns([column])  # the others need not be decoded
+        for batch in part.iter(batch_size=BATCH):
+            if column not in batch:
+                raise ValueError(f"no column {column!r}; the columns are {', '.join(batch)}")
+            for text in batch[column]:
+                if not isinstance(text, str | None):
+                    raise ValueError(f"column {column!r} holds {type(text).__name__}, not strings")
+                yield text
+
+
+@functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
+def _open(listing: Listing) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("it is not Parquet: pip install 'gpt2-data[datasets]' to read it") from None
+    name, files = listing.config, None  # its options, such as a CSV's separator, are in the card
+    if name is None:
+        files = {listing.split: [file.path for file in listing.files]}
+    return datasets.load_dataset(
+        listing.repo, name=name, data_files=files, split=listing.split, revision=listing.commit, streaming=True
+    )
+
+
+@contextlib.contextmanager
+def _one_line_errors(listing: Listing) -> Iterator[None]:
+    """Turn the dozen kinds that `datasets` raises, some of many lines, into one of two, in one line."""
+    try:
+        yield
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = readers.first_line(error) or type(error).__name__
+        raise kind(f"hub dataset {listing.repo}: {reason}") from error

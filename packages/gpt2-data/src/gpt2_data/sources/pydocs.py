@@ -1,6 +1,6 @@
-"""The text that every Python carries: help topics and the standard library's sources.
+"""The text that every Python carries: about 9 MB of help topics and the standard library's sources.
 
-About 9 MB that needs no download. Which text it is depends on the Python version; sha256() says which one it was.
+Which text it is depends on the Python version; sha256() says which one it was.
 """
 
 import functools
@@ -32,8 +32,7 @@ def sha256() -> str:
     for item in documents():
         for text in item:
             data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
+            digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
