@@ -10,6 +10,9 @@ reach them by HF_ENDPOINT.
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -77,7 +80,8 @@ class HubServer:
         self.stopping = threading.Event()
         self._servers = [_Server(self, store) for store in (False, True)]
         self.url, self.store_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
-        self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        self.environment |= {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:
@@ -95,6 +99,13 @@ class HubServer:
         contents = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
         self.repos.setdefault(repo, {}).setdefault(commit, {}).update(contents)
         self.main[repo] = commit
+
+    def start(self, code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        """A Python process that talks to this hub."""
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=self.environment | environment,
+        )  # fmt: skip
 
     def asked(self, path: str = "", store: bool | None = None) -> list[Request]:
         """The requests whose path contains `path`, in order."""

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,10 +16,9 @@ from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
 from huggingface_hub import constants
 
 import gpt2_data
-from gpt2_data.sources import download, hub, web
-from gpt2_data.sources.download import Downloader, download_file, tinyshakespeare
-from gpt2_data.sources.hub import HubSource, hub_file, list_files
-from gpt2_data.sources.web import WebFile
+from gpt2_data.sources import download, hub
+from gpt2_data.sources.download import Downloader, WebFile, download_file
+from gpt2_data.sources.hub import HubSource, hub_file, list_files, tinyshakespeare
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -43,16 +40,12 @@ def fetching(server, folder, **environment):
     """A process that fetches the file."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from gpt2_data.sources import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
+        "from gpt2_data.sources import download, hub\ndownload.FIRST_WAIT = 0.01\n"
         f"file = hub.hub_file('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
         f"try:\n    print(download.download_file(file, Path({str(folder)!r})))\n"
         "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"
     )
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=inherited | server.environment | environment,
-    )  # fmt: skip
+    return server.start(code, **environment)
 
 
 def until(condition):
@@ -128,7 +121,7 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
     ],
 )
 def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, monkeypatch, faults):
-    monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "READ_TIMEOUT", 0.3)
     server.faults, server.chunk, server.link_seconds = faults, 10_000, 0.2
     before = time.monotonic()
     assert download_file(file, tmp_path).read_bytes() == CONTENT
@@ -141,7 +134,7 @@ def test_patience_ends(server, file, tmp_path, monkeypatch):
     server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
     with pytest.raises(OSError, match=r"HTTP 429 and asks to wait 86400 seconds; gave up at try 1 after"):
         download_file(file, tmp_path)
-    monkeypatch.setattr(web, "PATIENCE", 0.3)
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
     server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
     with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up at try .* seconds: run the same command"):
         download_file(file, tmp_path)
@@ -282,18 +275,16 @@ def test_no_more_are_there_than_asked_for(server, files, tmp_path):
             assert there == [f"{j}.parquet" for j in range(i, min(i + 2, 5))]
             assert path.read_bytes() == bytes([i]) * 100_000
             downloader.release(path)
-    assert [name for name in names(tmp_path) if not name.endswith(".lock")] == []
+    assert names(tmp_path) == [f"{i}.parquet.lock" for i in range(5)]
 
 
 def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
     download_file(*files[0])
-    server.requests.clear()
     with Downloader(files) as downloader:
         until(lambda: all(downloader.ready(path) for path in downloader.files))
         downloader.release(next(iter(downloader.files)))
         assert downloader.bytes_done == downloader.bytes_total
-    assert len(server.asked("cdn")) == 4
-    assert len([name for name in names(tmp_path) if name.endswith(".parquet")]) == 5
+    assert len(server.asked("cdn")) == len(list(tmp_path.glob("*.parquet"))) == 5
 
 
 def test_its_error_comes_to_the_caller(server, files):
@@ -361,12 +352,9 @@ def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert gpt2_data.fetch(address, tmp_path, sha256=digest) == tmp_path / "page.txt"
     assert gpt2_data.fetch("hf:a/b", tmp_path, name="big", sha256=SHA256) == tmp_path / "big"
-    for fetch_again in (
-        lambda: gpt2_data.fetch("hf:a/b", tmp_path, name="big"),
-        lambda: download_file(file, tmp_path / "empty"),
-    ):
+    for fetched in lambda: gpt2_data.fetch("hf:a/b", tmp_path), lambda: download_file(file, tmp_path / "empty"):
         with pytest.raises(OSError, match=r"offline mode is enabled.*unset the `HF_HUB_OFFLINE`"):
-            fetch_again()
+            fetched()
     assert server.requests == []
 
 
@@ -387,8 +375,8 @@ def test_fetch_says_what_is_wrong(server, tmp_path):
 def test_tinyshakespeare_is_fetched_once_into_the_user_s_cache(server, tmp_path, monkeypatch):
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
     server.pages["input.txt"] = text
-    monkeypatch.setattr(download, "TINYSHAKESPEARE", f"{server.url}/input.txt")
-    monkeypatch.setattr(download, "TINYSHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(hub, "TINYSHAKESPEARE", f"{server.url}/input.txt")
+    monkeypatch.setattr(hub, "TINYSHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
     with monkeypatch.context() as offline:

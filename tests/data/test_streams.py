@@ -3,9 +3,7 @@
 import gzip
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pyarrow as pa
@@ -37,11 +35,7 @@ def started(server, folder, code, *arguments):
         "    try:\n        return function(*arguments)\n"
         "    except (ValueError, OSError) as error:\n        return f'{type(error).__name__}: {error}'\n"
     )
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=inherited | server.environment | {"HF_HOME": str(folder), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
-    )  # fmt: skip
+    return server.start(head + code, *arguments, HF_HOME=str(folder), HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 
 def result(process):

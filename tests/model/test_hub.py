@@ -1,7 +1,6 @@
 """Models from the hub: huggingface_hub as it is, against a server on this machine that stands in for the hub."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +56,10 @@ def as_bin(files: dict[str, bytes], tmp_path: Path) -> dict[str, bytes]:
 
 def info(name: str, hub: HubServer, **environment: str) -> subprocess.CompletedProcess[str]:
     """`gpt2-model info` in a process of its own, whose environment huggingface_hub reads."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     program = "import sys; from gpt2_model.cli import main; sys.argv[0] = 'gpt2-model'; main()"
     return subprocess.run(
         [sys.executable, "-c", program, "info", name, "--json"],
-        capture_output=True, text=True, timeout=120, env=inherited | hub.environment | environment,
+        capture_output=True, text=True, timeout=120, env=hub.environment | environment,
     )  # fmt: skip
 
 

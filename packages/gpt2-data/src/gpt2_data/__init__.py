@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gpt2_data.formats.verification import verify as verify
     from gpt2_data.loader import Prefetch as Prefetch
     from gpt2_data.loader import TokenLoader as TokenLoader
-    from gpt2_data.sources.download import fetch as fetch
+    from gpt2_data.sources.hub import fetch as fetch
     from gpt2_data.tokenizer import EOT as EOT
     from gpt2_data.tokenizer import encode_documents as encode_documents
     from gpt2_data.tokenizer import get_tokenizer as get_tokenizer
@@ -33,7 +33,7 @@ _MODULE_OF = {
     "build": "building.build",
     "convert": "conversion",
     "encode_documents": "tokenizer",
-    "fetch": "sources.download",
+    "fetch": "sources.hub",
     "get_tokenizer": "tokenizer",
     "open_dataset": "dataset",
     "verify": "formats.verification",

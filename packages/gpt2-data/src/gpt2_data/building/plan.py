@@ -17,10 +17,10 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs
+from gpt2_data.sources import catalog, files, hub, pydocs
 from gpt2_data.sources.catalog import Unit
+from gpt2_data.sources.download import WebFile
 from gpt2_data.sources.hub import HubSource, Listing
-from gpt2_data.sources.web import WebFile
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
@@ -139,7 +139,7 @@ def _local_input(kind: str, path: str) -> Input:
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
     if kind == "tinyshakespeare" and path == kind:
-        path = str(download.tinyshakespeare())
+        path = str(hub.tinyshakespeare())
     status = os.stat(path)
     return Input(kind, path, os.path.basename(path), status.st_size, status.st_mtime_ns)
 
@@ -168,7 +168,8 @@ def _hub_inputs(
     pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)
-        yield Input("stream", text, source, listing.size, sha256=hashlib.sha256(text.encode()).hexdigest())
+        size = sum(file.size for file in listing.files)
+        yield Input("stream", text, source, size, sha256=hashlib.sha256(text.encode()).hexdigest())
         return
     folder = downloads(config) / listing.commit[:12]
     for file, groups in zip(listing.files, row_groups, strict=True):

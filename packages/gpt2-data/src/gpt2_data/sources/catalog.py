@@ -19,7 +19,6 @@ KNOWN = (
     "fineweb-edu, fineweb, hf:REPO[@REVISION][:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
     f"and files or globs ending in {' '.join(ENDINGS)}"
 )
-BUILT_IN = ("pydocs", "tinyshakespeare")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Unit:
         """The unit's name in messages."""
         if self.kind == "stream":
             return f"unit {self.index} (shard {self.start} of the stream)"
-        what = {"parquet": "row groups", "jsonl": "bytes", "txt": "files"}.get(self.kind, "documents")
+        what = {"parquet": "row groups", "jsonl": "bytes"}.get(self.kind, "documents")
         where = f", {what} {self.start:,} to {self.stop:,}" if self.stop else ""
         files = self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
         return f"unit {self.index} ({files}{where})"
@@ -59,7 +58,7 @@ class Unit:
 
 def expand(source: str) -> list[tuple[str, str]]:
     """Return (kind, path) of each file of a SOURCE, globs sorted. Raises ValueError naming what is wrong."""
-    if source in BUILT_IN:
+    if source in ("pydocs", "tinyshakespeare"):
         return [(source, source)]
     if os.path.isdir(source):
         raise ValueError(f"{source} is a folder: name the files in it, as in '{source.rstrip('/')}/*.parquet'")

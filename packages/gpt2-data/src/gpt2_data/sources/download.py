@@ -2,81 +2,73 @@
 
 NAME.part grows, is checked against the size and the SHA-256 that the hub lists, and becomes NAME; NAME.json is the
 receipt by which a rerun knows the file without hashing it again; NAME.lock keeps other processes and boxes away.
+
+The HTTP client is huggingface_hub's: proxies, certificates, redirects and HF_HUB_OFFLINE are its business. Its own
+`http_get` and `http_backoff` (2.4.0) would sleep for as long as a Retry-After says, be it a day.
 """
 
-import dataclasses
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
 
 from gpt2_data import disk
-from gpt2_data.sources import hub, web
-from gpt2_data.sources.web import WebFile
+
+T = TypeVar("T")
+Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
 
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
+PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
+UNREACHABLE = 30.0  # the same for a server that has not answered yet
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time, with jitter
+CONNECT_TIMEOUT = 10.0
+READ_TIMEOUT = 30.0  # seconds without a byte, then the connection counts as lost
+LOGIN = "log in by `hf auth login` or set HF_TOKEN"
 
-Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
+
+@dataclass(frozen=True)
+class WebFile:
+    """A file at an address: `path` is where it belongs in a folder, `sha256` is in hex, or None if not known."""
+
+    url: str
+    path: str
+    size: int
+    sha256: str | None
+
+
+class Wrong(OSError):
+    """What the server sends is not what it should be."""
+
+
+class Again(Exception):
+    """A try failed in a way that another may not; the server asks to wait `after` seconds, or was not reached."""
+
+    def __init__(self, problem: str, after: float | None = None, reached: bool = True) -> None:
+        super().__init__(problem)
+        self.after, self.reached = after, reached
 
 
 class _Stopped(Exception):
     """The caller wants no more files."""
 
 
-def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
-    """Download a file, unless it is there already, and return its path.
-
-    The file is there whole and checked, or not at all. A download that broke resumes, in another process too.
-
-    Args:
-        source: an address (https://...), or hf:REPO[@REVISION][:CONFIG[:SPLIT]], a split that is a single file.
-        folder: where the file is kept; it is created if need be.
-        name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
-        sha256: in hex. A file of that name and hash is taken without asking the network. By default it is the
-            hub's own; of another address only the size is checked then.
-
-    Raises:
-        ValueError: the source is malformed, or the hub has no such config or split, or several files.
-        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
-    """
-    on_hub = hub.parse(source)
-    if on_hub is None:
-        match = re.fullmatch(r"https?://[^?]+/([^/?]+)(?:\?.*)?", source)
-        if match is None:
-            raise ValueError(f"{source!r}: write the address of a file (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-        name = name or match[1]
-    if name and sha256 is not None and (folder / name).is_file():
-        if disk.sha256(folder / name) == sha256:
-            return folder / name
-        _receipt(folder / name).unlink(missing_ok=True)  # it may not tell that the file is damaged
-    if on_hub is None:
-        assert name is not None
-        file = WebFile(source, name, web.insist(source, lambda: _size_of(source)), sha256)
-    else:
-        files = hub.list_files(on_hub).files
-        if len(files) != 1:
-            raise ValueError(f"{source} has {len(files)} files on the hub, not one")
-        name = name or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
-        file = dataclasses.replace(files[0], path=name, sha256=sha256 or files[0].sha256)
-    return download_file(file, folder)
-
-
-def _size_of(url: str) -> int:
-    with web.get(url, 0, 1) as (_, size):
-        if size is None:
-            raise OSError(f"{url}: the server does not say how long the file is")
-        return size
-
-
 def download_file(file: WebFile, folder: Path, progress: Progress | None = None) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
     Raises:
-        OSError: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong content TRIES
+        OSError: refused (at once), not reached or rate-limited for PATIENCE seconds, wrong content TRIES
             times, or no room (what is there is kept).
     """
     path = folder / file.path
@@ -94,7 +86,7 @@ def download_file(file: WebFile, folder: Path, progress: Progress | None = None)
             part.replace(path)
             disk.sync_folder(path.parent)
         receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
-        with disk.write_whole(_receipt(path)) as out:
+        with disk.write_whole(receipt_of(path)) as out:
             out.write((json.dumps(receipt) + "\n").encode())
     return path
 
@@ -102,7 +94,7 @@ def download_file(file: WebFile, folder: Path, progress: Progress | None = None)
 def is_done(path: Path, file: WebFile) -> bool:
     """True if the file is there, by its size and its receipt."""
     try:
-        status, receipt = path.stat(), json.loads(_receipt(path).read_text())
+        status, receipt = path.stat(), json.loads(receipt_of(path).read_text())
     except (OSError, ValueError):
         return False
     expected: dict[str, object] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -110,7 +102,7 @@ def is_done(path: Path, file: WebFile) -> bool:
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
-def _receipt(path: Path) -> Path:
+def receipt_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
@@ -118,14 +110,14 @@ def _download(file: WebFile, part: Path, progress: Progress | None) -> str:
     """Complete the part and return its SHA-256."""
     for _ in range(TRIES):
         try:
-            web.insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size)
+            insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size)
             with part.open("rb") as complete:
                 os.fsync(complete.fileno())
                 digest = hashlib.file_digest(complete, "sha256").hexdigest()
             if file.sha256 in (None, digest):
                 return digest
             problem = f"{file.url}: SHA-256 is {digest}, should be {file.sha256}"
-        except web.Wrong as wrong:
+        except Wrong as wrong:
             problem = str(wrong)
         except OSError as error:
             if error.errno is not None and error.filename is None:
@@ -136,24 +128,24 @@ def _download(file: WebFile, part: Path, progress: Progress | None) -> str:
 
 
 def _receive(file: WebFile, part: Path, progress: Progress | None) -> None:
-    """Append to the part what is missing of the file. Raises web.Again or OSError."""
+    """Append to the part what is missing of the file. Raises Again or OSError."""
     # Without a SHA-256 nothing could tell what the part begins with.
     with part.open("ab" if file.sha256 else "wb") as out:
         size = out.tell()
         if size == file.size:
             return
-        with web.get(file.url, size) as (blocks, total):  # by a new link to the store, for links expire
+        with get(file.url, size) as (blocks, total):  # by a new link to the store, for links expire
             if total not in (None, file.size):
-                raise web.Wrong(f"{file.url}: the file has {total:,} bytes, should have {file.size:,}")
+                raise Wrong(f"{file.url}: the file has {total:,} bytes, should have {file.size:,}")
             for block in blocks:
                 size += len(block)
                 if size > file.size:
-                    raise web.Wrong(f"{file.url}: the file has more than {file.size:,} bytes")
+                    raise Wrong(f"{file.url}: the file has more than {file.size:,} bytes")
                 out.write(block)
                 if progress is not None:
                     progress(size)
     if size < file.size:
-        raise web.Again(f"the connection closed after {size:,} of {file.size:,} bytes")
+        raise Again(f"the connection closed after {size:,} of {file.size:,} bytes")
 
 
 class Downloader:
@@ -191,7 +183,7 @@ class Downloader:
     def release(self, path: Path) -> None:
         """Take note that a file is done with."""
         if self.delete:
-            _receipt(path).unlink(missing_ok=True)
+            receipt_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         self._room.release()
 
@@ -226,15 +218,108 @@ class Downloader:
             self._error = error
 
 
-TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+# --- HTTP
 
 
-def tinyshakespeare() -> Path:
-    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
-    path = cache / "tinyshakespeare.txt"
+def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0) -> T:
+    """Return what the function returns; call it anew while it raises Again and patience lasts.
+
+    Args:
+        what: named in errors.
+        size: returns what grows with progress, which makes patience last longer.
+
+    Raises:
+        OSError: PATIENCE has passed without progress, or would by the wait that the server asks for.
+    """
+    since, tries, answered, largest = time.monotonic(), 0, False, 0
+    while True:
+        try:
+            return function()
+        except Again as again:
+            if size() > largest:
+                since, tries, largest = time.monotonic(), 0, size()
+            tries += 1
+            answered |= again.reached
+            delay = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
+            delay = delay if again.after is None else again.after
+            passed = time.monotonic() - since
+            if passed + delay > (PATIENCE if answered else UNREACHABLE):
+                gave_up = f"gave up at try {tries} after {passed:.0f} seconds"
+                raise OSError(f"{what}: {again}; {gave_up}: run the same command again later") from again
+        time.sleep(delay)
+
+
+@contextlib.contextmanager
+def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterator[bytes], int | None]]:
+    """Ask for bytes [start, stop) of a file; yield them in blocks, and the size of all of it, None if not said.
+
+    Raises Wrong if the server does not send that range, another OSError in one line, or Again.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    # The user's token goes to the hub alone; the client takes it off where a redirect leaves the host.
+    token = None if urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2] else False
+    headers = build_hf_headers(token=token, library_name="gpt2-data")
+    headers |= {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", "Accept-Encoding": "identity"}
+    timeout = httpx2.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
+    with transport(url), get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        if response.status_code != 416:
+            hf_raise_for_status(response)
+        if response.status_code == 200:
+            first, total = "0", response.headers.get("Content-Length", "*")
+        else:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            first, total = span.groups() if span else ("", "*")
+        if first != str(start):
+            raise Wrong(f"{url}: the server cannot send the file from byte {start:,} on")
+        # Not iter_raw(size): it would hold back, and lose, what came before a break.
+        yield response.iter_raw(), None if total == "*" else int(total)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file. Raises OSError in one line."""
+
+    def read() -> bytes:
+        with get(url, start, stop) as (blocks, _):
+            data = b"".join(blocks)
+        if len(data) != stop - start:
+            raise Again(f"the server sent {len(data):,} bytes of {stop - start:,}")
+        return data
+
+    return insist(url, read) if stop > start else b""
+
+
+@contextlib.contextmanager
+def transport(what: str) -> Iterator[None]:
+    """Turn what the client raises into Again or an OSError of one line, without the signature of a link."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    reasons = {  # the first that fits; the hub does not tell a private dataset from none
+        errors.GatedRepoError: f"gated: ask for access on the dataset's page, then {LOGIN}",
+        errors.RepositoryNotFoundError: f"no such dataset; if it is private, {LOGIN}",
+        errors.RevisionNotFoundError: "no such revision",
+    }
+    statuses = {401: f"not allowed: {LOGIN}, with an account that has access", 404: "no such file"}
+    statuses[403] = statuses[401]
     try:
-        return fetch(TINYSHAKESPEARE, cache, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
-    except OSError as error:
-        raise OSError(f"{error}; or put {TINYSHAKESPEARE} at {path}") from error
+        yield
+    except errors.HfHubHTTPError as error:
+        response, status = error.response, error.response.status_code
+        if status in (408, 425, 429, 500, 502, 503, 504):
+            limit, after = parse_ratelimit_headers(response.headers), response.headers.get("Retry-After", "")
+            seconds = float(after) if after.isdecimal() else None
+            if limit is not None and limit.remaining == 0:
+                seconds = limit.reset_in_seconds + 1.0
+            asks = "" if seconds is None else f" and asks to wait {seconds:.0f} seconds"
+            raise Again(f"{response.url.netloc.decode()} answers with HTTP {status}{asks}", seconds) from None
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), "")
+        raise OSError(f"{what}: {reason or statuses.get(status, 'refused')} (HTTP {status})") from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.TooManyRedirects) as error:
+        raise OSError(f"{what}: this address cannot be downloaded: {error}") from error
+    except httpx2.RequestError as error:
+        reached = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)
+        problem = "the connection broke" if reached else "cannot be reached"
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise Again(f"{error.request.url.netloc.decode()}: {problem}: {why}", reached=reached) from error

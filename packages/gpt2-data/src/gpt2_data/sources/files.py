@@ -23,7 +23,6 @@ _BATCH_PARTS = 4096
 MAX_LINE = 1 << 27  # bytes; a small compressed file may stand for more than any memory holds
 _LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_NEAR_END = 1000  # bytes of a block in which a place to cut at is most often found
 _READ = 1 << 20  # bytes of a compressed column read at once
 _SHOWN = 300  # characters of a list in a message; a file may have any number of columns
 
@@ -266,10 +265,7 @@ def read_text(path: str) -> Iterator[Part]:
                 raise OSError(f"no white space in {tokenizer.MAX_UNCUT:,} bytes")
             searched = len(rest)
             rest += block
-            view = memoryview(rest)
-            cut = tokenizer.find_cut(view, max(searched, len(rest) - _NEAR_END), len(rest))
-            if cut < 0:
-                cut = tokenizer.find_cut(view, searched, len(rest))
+            cut = tokenizer.find_cut(memoryview(rest), searched, len(rest))
             if cut > 0:
                 yield Part(*_decode(rest[:cut]), continues=continues)
                 continues, rest = True, rest[cut:]
@@ -285,4 +281,4 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: Arrow's have several."""
-    return str(error).partition("\n")[0]
+    return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face hub: their names, their files, and documents that are not in Parquet files.
+"""Datasets on the Hugging Face hub: their names, their files, and the documents of those that are not Parquet.
 
 A listing is pinned to a commit and can be kept on disk, so that a build that resumes next week reads the same
 bytes though `main` has moved. How configs and splits are chosen:
@@ -7,22 +7,22 @@ https://huggingface.co/docs/hub/datasets-data-files-configuration
 
 import contextlib
 import functools
+import os
 import re
 import statistics
+import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from gpt2_data import disk
+from gpt2_data.sources import download
 from gpt2_data.sources import files as readers
-from gpt2_data.sources import web
-from gpt2_data.sources.web import WebFile
+from gpt2_data.sources.download import WebFile
 
-SHORT = {  # name -> repository, config
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
-}
+SHORT = {name: (f"HuggingFaceFW/{name}", "sample-10BT") for name in ("fineweb-edu", "fineweb")}
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(
@@ -55,11 +55,6 @@ class Listing:
     def parquet(self) -> bool:
         """True if the files can be read as they are; otherwise `stream` reads them."""
         return all(file.path.endswith(".parquet") for file in self.files)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Return what from_json takes, for json.dump."""
@@ -100,10 +95,10 @@ def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
     """
     import pyarrow as pa
 
-    footer = web.read_range(file.url, max(0, file.size - _FOOTER), file.size)
+    footer = download.read_range(file.url, max(0, file.size - _FOOTER), file.size)
     size = 8 + int.from_bytes(footer[-8:-4], "little")
     if len(footer) < size <= file.size:
-        footer = web.read_range(file.url, file.size - size, file.size)
+        footer = download.read_range(file.url, file.size - size, file.size)
     return readers.row_groups(pa.BufferReader(footer), column, file.path)
 
 
@@ -122,12 +117,12 @@ def list_files(source: HubSource) -> Listing:
     what = f"hub dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
 
     def ask() -> Any:
-        with web.transport(what):
+        with download.transport(what):
             return HfApi(library_name="gpt2-data").dataset_info(
-                source.repo, revision=source.revision, files_metadata=True, timeout=web.READ_TIMEOUT
+                source.repo, revision=source.revision, files_metadata=True, timeout=download.READ_TIMEOUT
             )
 
-    info = web.insist(what, ask)
+    info = download.insist(what, ask)
     siblings = {row.rfilename: row for row in info.siblings or []}
     names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
     config, splits = _splits(source, (info.card_data or {}).get("configs") or [], names)
@@ -171,18 +166,15 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
     if entry.get("data_files") is None:
         return _splits_by_name(names, base)
     splits: dict[str, set[str]] = {}
-    for row in _as_list(entry["data_files"]):
-        split, patterns = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
-        for pattern in _as_list(patterns):
+    rows = entry["data_files"]
+    for row in rows if isinstance(rows, list) else [rows]:
+        split, paths = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
+        for pattern in paths if isinstance(paths, list) else [paths]:
             if not isinstance(pattern, str) or "://" in pattern:
                 raise ValueError(f"hub dataset {source.repo}: its card names a file of another place: {pattern!r}")
             regex = re.compile(glob_translate(base + pattern.removeprefix("./")))
             splits.setdefault(split, set()).update(filter(regex.fullmatch, names))
     return {split: sorted(files) for split, files in splits.items()}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 _KEYWORDS = {
@@ -230,6 +222,68 @@ def _matching(pattern: str, value: Any) -> str:
     return value
 
 
+# --- single files
+
+
+def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
+    """Download a file, unless it is there already, and return its path.
+
+    The file is there whole and checked, or not at all. A download that broke resumes, in another process too.
+
+    Args:
+        source: an address (https://...), or hf:REPO[@REVISION][:CONFIG[:SPLIT]], a split that is a single file.
+        folder: where the file is kept; it is created if need be.
+        name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
+        sha256: in hex. A file of that name and hash is taken without asking the network. By default it is the
+            hub's own; of another address only the size is checked then.
+
+    Raises:
+        ValueError: the source is malformed, or the hub has no such config or split, or several files.
+        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
+    """
+    on_hub = parse(source)
+    if on_hub is None:
+        match = re.fullmatch(r"https?://[^?]+/([^/?]+)(?:\?.*)?", source)
+        if match is None:
+            raise ValueError(f"{source!r}: write the address of a file (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+        name = name or match[1]
+    if name and sha256 is not None and (folder / name).is_file():
+        if disk.sha256(folder / name) == sha256:
+            return folder / name
+        download.receipt_of(folder / name).unlink(missing_ok=True)  # it may not tell that the file is damaged
+    if on_hub is None:
+        assert name is not None
+        file = WebFile(source, name, download.insist(source, lambda: _size_of(source)), sha256)
+    else:
+        files = list_files(on_hub).files
+        if len(files) != 1:
+            raise ValueError(f"{source} has {len(files)} files on the hub, not one")
+        name = name or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
+        file = replace(files[0], path=name, sha256=sha256 or files[0].sha256)
+    return download.download_file(file, folder)
+
+
+def _size_of(url: str) -> int:
+    with download.get(url, 0, 1) as (_, size):
+        if size is None:
+            raise OSError(f"{url}: the server does not say how long the file is")
+        return size
+
+
+TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def tinyshakespeare() -> Path:
+    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
+    path = cache / "tinyshakespeare.txt"
+    try:
+        return fetch(TINYSHAKESPEARE, cache, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
+    except OSError as error:
+        raise OSError(f"{str(error).rstrip('.')}; or put {TINYSHAKESPEARE} at {path}") from error
+
+
 # --- datasets that are not Parquet (JSON lines, CSV, text, Arrow, ...), streamed by the library `datasets`
 
 BATCH = 256  # rows
@@ -267,6 +321,9 @@ def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str |
 
 @functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
 def _open(listing: Listing) -> Any:
+    import tqdm
+
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which an ended worker would leave behind
     try:
         import datasets
     except ImportError:
