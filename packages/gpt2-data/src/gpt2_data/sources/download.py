@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +29,6 @@ from gpt2_data import disk
 
 T = TypeVar("T")
 Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
-
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
 UNREACHABLE = 30.0  # the same for a server that has not answered yet
@@ -60,16 +60,10 @@ class Again(Exception):
         self.after, self.reached = after, reached
 
 
-class _Stopped(Exception):
-    """The caller wants no more files."""
-
-
-def download_file(file: WebFile, folder: Path, progress: Progress | None = None) -> Path:
+def download_file(file: WebFile, folder: Path, progress: Progress = lambda size: None) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises:
-        OSError: refused (at once), not reached or rate-limited for PATIENCE seconds, wrong content TRIES
-            times, or no room (what is there is kept).
+    Raises OSError: refused, not reached for PATIENCE seconds, wrong TRIES times, or no room; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
@@ -106,7 +100,7 @@ def receipt_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _download(file: WebFile, part: Path, progress: Progress | None) -> str:
+def _download(file: WebFile, part: Path, progress: Progress) -> str:
     """Complete the part and return its SHA-256."""
     for _ in range(TRIES):
         try:
@@ -127,7 +121,7 @@ def _download(file: WebFile, part: Path, progress: Progress | None) -> str:
     raise OSError(f"{problem}; given up after {TRIES} downloads")
 
 
-def _receive(file: WebFile, part: Path, progress: Progress | None) -> None:
+def _receive(file: WebFile, part: Path, progress: Progress) -> None:
     """Append to the part what is missing of the file. Raises Again or OSError."""
     # Without a SHA-256 nothing could tell what the part begins with.
     with part.open("ab" if file.sha256 else "wb") as out:
@@ -142,8 +136,7 @@ def _receive(file: WebFile, part: Path, progress: Progress | None) -> None:
                 if size > file.size:
                     raise Wrong(f"{file.url}: the file has more than {file.size:,} bytes")
                 out.write(block)
-                if progress is not None:
-                    progress(size)
+                progress(size)
     if size < file.size:
         raise Again(f"the connection closed after {size:,} of {file.size:,} bytes")
 
@@ -154,9 +147,6 @@ class Downloader:
     Args:
         ahead: the number of files that may be there and not released; None: all.
         delete: True deletes a file that is released.
-
-    Attributes:
-        bytes_done: on the disk; what an earlier run had fetched counts as soon as it is seen.
     """
 
     def __init__(
@@ -202,7 +192,7 @@ class Downloader:
         def note(size: int) -> None:
             self.bytes_done = complete + size
             if self._stop.is_set():
-                raise _Stopped
+                raise CancelledError
 
         try:
             for path, (file, folder) in self.files.items():
@@ -212,7 +202,7 @@ class Downloader:
                 complete += file.size
                 self._arrived.add(path)
                 note(0)
-        except _Stopped:
+        except CancelledError:
             return
         except BaseException as error:  # the caller's thread raises it
             self._error = error
@@ -222,14 +212,9 @@ class Downloader:
 
 
 def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0) -> T:
-    """Return what the function returns; call it anew while it raises Again and patience lasts.
+    """Return what the function returns; call it anew while it raises Again and patience lasts, else raise OSError.
 
-    Args:
-        what: named in errors.
-        size: returns what grows with progress, which makes patience last longer.
-
-    Raises:
-        OSError: PATIENCE has passed without progress, or would by the wait that the server asks for.
+    Patience starts anew whenever `size`, of what has arrived, has grown. `what` is named in errors.
     """
     since, tries, answered, largest = time.monotonic(), 0, False, 0
     while True:
@@ -253,7 +238,7 @@ def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambd
 def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterator[bytes], int | None]]:
     """Ask for bytes [start, stop) of a file; yield them in blocks, and the size of all of it, None if not said.
 
-    Raises Wrong if the server does not send that range, another OSError in one line, or Again.
+    Raises Wrong if the server does not send that range, another OSError, or Again.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -301,8 +286,8 @@ def transport(what: str) -> Iterator[None]:
         errors.RepositoryNotFoundError: f"no such dataset; if it is private, {LOGIN}",
         errors.RevisionNotFoundError: "no such revision",
     }
-    statuses = {401: f"not allowed: {LOGIN}, with an account that has access", 404: "no such file"}
-    statuses[403] = statuses[401]
+    denied = f"not allowed: {LOGIN}, with an account that has access"
+    statuses = {401: denied, 403: denied, 404: "no such file"}
     try:
         yield
     except errors.HfHubHTTPError as error:

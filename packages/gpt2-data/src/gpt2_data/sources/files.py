@@ -77,8 +77,8 @@ def gather(parts: Iterable[Part]) -> Iterator[Batch]:
     characters = 0
     for part in parts:
         size = len(part.text or "")
-        alone = part.continues or (some and some[0].continues)
-        if some and (alone or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+        full = characters + size > BLOCK or len(some) >= _BATCH_PARTS
+        if some and (full or part.continues or some[0].continues):
             yield _batch(some)
             some, characters = [], 0
         some.append(part)
@@ -105,10 +105,7 @@ def _batch(parts: list[Part]) -> Batch:
 
 
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError.
-
-    `source` is a path, or what pyarrow reads from, which errors call `name`.
-    """
+    """Open a Parquet file, or what pyarrow reads from and errors call `name`, that has this column of strings."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -125,8 +122,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
         columns = textwrap.shorten(", ".join(schema.names), _SHOWN)
         raise ValueError(f"{name}: no column {column!r}; the columns are {columns}: choose one with --column")
     kind = schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string()):
         raise ValueError(f"{name}: column {column!r} holds {kind}, not strings")
     return file

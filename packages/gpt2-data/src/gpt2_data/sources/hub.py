@@ -87,12 +87,7 @@ def parse(text: str) -> HubSource | None:
 
 
 def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
-    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer alone.
-
-    Raises:
-        ValueError: the file is no Parquet, or `column` holds no strings.
-        OSError: the file is not reached.
-    """
+    """Return what files.row_groups does for a file on the hub, by its footer alone. Raises OSError, too."""
     import pyarrow as pa
 
     footer = download.read_range(file.url, max(0, file.size - _FOOTER), file.size)
@@ -102,15 +97,10 @@ def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
     return readers.row_groups(pa.BufferReader(footer), column, file.path)
 
 
-# --- which files
-
-
 def list_files(source: HubSource) -> Listing:
     """List the source's files at the commit that its revision stands for now, by one request.
 
-    Raises:
-        ValueError: no such config or split; the known ones are named.
-        OSError: no such dataset, not allowed, or not reached.
+    Raises ValueError, naming the configs or splits that there are, or OSError.
     """
     from huggingface_hub import HfApi
 
@@ -133,9 +123,9 @@ def list_files(source: HubSource) -> Listing:
         # A licence or a picture among them is left out, as `datasets` does.
         chosen = [name for name in chosen if name.endswith(".parquet")]
     commit = _matching("[0-9a-f]{40}", info.sha)
-    rows = [siblings[name] for name in chosen]
-    files = (hub_file(source.repo, commit, row.rfilename, row.size, row.lfs and row.lfs.sha256) for row in rows)
-    return Listing(source.repo, commit, config, source.split, tuple(files))
+    rows = [(name, siblings[name].size, siblings[name].lfs) for name in chosen]
+    files = tuple(hub_file(source.repo, commit, name, size, lfs and lfs.sha256) for name, size, lfs in rows)
+    return Listing(source.repo, commit, config, source.split, files)
 
 
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
@@ -149,11 +139,10 @@ def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[st
             raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {there_are}")
     if config in known:
         return config, _card_splits(source, known[config], names)
-    if config == "default" and not known:
-        return None, _splits_by_name(names)
-    for folder in (f"data/{config}/", f"{config}/"):  # a config that the card leaves out
-        if splits := _splits_by_name(names, folder):
-            return None, splits
+    # The card has no configs, or leaves out this one, which is a folder.
+    folder = "" if config == "default" and not known else f"{config}/"
+    if (splits := _splits_by_name(names, folder)) or not folder:
+        return None, splits
     raise ValueError(f"hf:{source.repo}: no config {config!r}; {there_are}")
 
 
@@ -161,12 +150,10 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
     """Return the files of each split by an entry of the card's `configs:`."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # huggingface_hub requires it
 
-    base = str(entry.get("data_dir") or "").strip("/")
-    base = f"{base}/" if base else ""
-    if entry.get("data_files") is None:
+    base = (str(entry.get("data_dir") or "").strip("/") + "/").removeprefix("/")
+    if (rows := entry.get("data_files")) is None:
         return _splits_by_name(names, base)
     splits: dict[str, set[str]] = {}
-    rows = entry["data_files"]
     for row in rows if isinstance(rows, list) else [rows]:
         split, paths = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
         for pattern in paths if isinstance(paths, list) else [paths]:
@@ -177,11 +164,7 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
     return {split: sorted(files) for split, files in splits.items()}
 
 
-_KEYWORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
+_SPLITS = ("train|training", "validation|valid|dev|val", "test|testing|eval|evaluation")  # name, other words
 _NO_DATA = re.compile(
     r"(?:.*/)?(?:\.|__).*|(?:.*/)?(?:README\.md|(?:config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)"
 )
@@ -198,10 +181,10 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
         if splits:
             break
-        for split, words in _KEYWORDS.items():
+        for words in _SPLITS:
             regex = re.compile(where.format(words))
             if inside := [name for name in names if regex.fullmatch(name.removeprefix(folder))]:
-                splits[split] = inside
+                splits[words.partition("|")[0]] = inside
     return splits or ({"train": names} if names else {})
 
 
@@ -220,9 +203,6 @@ def _matching(pattern: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise ValueError(f"{value!r} in a listing of a dataset's files is not what it should be")
     return value
-
-
-# --- single files
 
 
 def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
@@ -286,8 +266,6 @@ def tinyshakespeare() -> Path:
 
 # --- datasets that are not Parquet (JSON lines, CSV, text, Arrow, ...), streamed by the library `datasets`
 
-BATCH = 256  # rows
-
 
 def num_shards(listing: Listing) -> int:
     """Return how many shards `stream` knows. Raises ValueError or OSError in one line."""
@@ -296,21 +274,16 @@ def num_shards(listing: Listing) -> int:
 
 
 def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
-    """Yield the documents of a shard in order; null is None. Nothing is stored on the way.
+    """Yield the documents of a shard in order; null is None. Raises ValueError or OSError in one line.
 
     A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
-
-    Raises:
-        ValueError: the column is missing or holds no strings, the data cannot be read, or `datasets` is not
-            installed.
-        OSError: the hub is not reached.
     """
     with _one_line_errors(listing):
         opened = _open(listing)
         part = opened.shard(num_shards=opened.num_shards, index=shard)
         if opened.column_names is not None and column in opened.column_names:
             part = part.select_columns([column])  # the others need not be decoded
-        for batch in part.iter(batch_size=BATCH):
+        for batch in part.iter(batch_size=256):
             if column not in batch:
                 raise ValueError(f"no column {column!r}; the columns are {', '.join(batch)}")
             for text in batch[column]:

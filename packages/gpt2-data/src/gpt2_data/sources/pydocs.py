@@ -7,7 +7,6 @@ import functools
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 _FOLDERS = "site-packages|dist-packages|__pycache__|test|tests|idle_test|config-[^/]*"
@@ -22,7 +21,20 @@ def documents() -> tuple[tuple[str, str], ...]:
     """Return (id, text) of each document in a fixed order; ids are such as `source:json/decoder.py`."""
     from pydoc_data.topics import topics
 
-    return (*((f"topic:{name}", text) for name, text in sorted(topics.items())), *_sources())
+    items = [(f"topic:{name}", text) for name, text in sorted(topics.items())]
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if _SKIPPED.fullmatch(name):
+            continue
+        try:
+            text = (root / name).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text:  # some __init__.py are empty
+            # A tab for each four spaces: to GPT-2 nearly each space of an indentation is a token, 39 % of all.
+            text = _INDENTATION.sub(lambda spaces: "\t" * (len(spaces[0]) // 4), text)
+            items.append((f"source:{name}", text))
+    return tuple(items)
 
 
 @functools.cache
@@ -34,17 +46,3 @@ def sha256() -> str:
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def _sources() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if _SKIPPED.fullmatch(name):
-            continue
-        try:
-            text = (root / name).read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text:  # some __init__.py are empty
-            # A tab for each four spaces: to GPT-2 nearly each space of an indentation is a token, 39 % of all.
-            yield f"source:{name}", _INDENTATION.sub(lambda spaces: "\t" * (len(spaces[0]) // 4), text)
