@@ -98,8 +98,7 @@ def _parts(unit: Unit) -> Iterator[Part]:
         for path in unit.files:
             yield from files.read_text(path)
     elif unit.kind == "pydocs":
-        for _, text in pydocs.documents()[unit.start : unit.stop]:
-            yield Part(text)
+        yield from (Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
     elif unit.kind == "tinyshakespeare":  # documents as llm.c has them: between blank lines, with the blank line
         texts = Path(path).read_text(encoding="utf-8").split("\n\n")
         for i, text in enumerate(texts, 1):

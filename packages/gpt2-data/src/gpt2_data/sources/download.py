@@ -33,7 +33,6 @@ TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cann
 PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
 UNREACHABLE = 30.0  # the same for a server that has not answered yet
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time, with jitter
-CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0  # seconds without a byte, then the connection counts as lost
 LOGIN = "log in by `hf auth login` or set HF_TOKEN"
 
@@ -80,7 +79,7 @@ def download_file(file: WebFile, folder: Path, progress: Progress = lambda size:
             part.replace(path)
             disk.sync_folder(path.parent)
         receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
-        with disk.write_whole(receipt_of(path)) as out:
+        with disk.write_whole(path.with_name(path.name + ".json")) as out:
             out.write((json.dumps(receipt) + "\n").encode())
     return path
 
@@ -88,16 +87,12 @@ def download_file(file: WebFile, folder: Path, progress: Progress = lambda size:
 def is_done(path: Path, file: WebFile) -> bool:
     """True if the file is there, by its size and its receipt."""
     try:
-        status, receipt = path.stat(), json.loads(receipt_of(path).read_text())
+        status, receipt = path.stat(), json.loads(path.with_name(path.name + ".json").read_text())
     except (OSError, ValueError):
         return False
     expected: dict[str, object] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     expected |= {"url": file.url} if file.sha256 is None else {"sha256": file.sha256}
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
-
-
-def receipt_of(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
 
 
 def _download(file: WebFile, part: Path, progress: Progress) -> str:
@@ -141,12 +136,10 @@ def _receive(file: WebFile, part: Path, progress: Progress) -> None:
         raise Again(f"the connection closed after {size:,} of {file.size:,} bytes")
 
 
-class Downloader:
+class Downloader(contextlib.AbstractContextManager["Downloader"]):
     """Fetches files, each into its folder, in order in a background thread, while the caller works on others.
 
-    Args:
-        ahead: the number of files that may be there and not released; None: all.
-        delete: True deletes a file that is released.
+    No more than `ahead` files are there and not released (None: all). `delete` deletes those that are released.
     """
 
     def __init__(
@@ -173,12 +166,9 @@ class Downloader:
     def release(self, path: Path) -> None:
         """Take note that a file is done with."""
         if self.delete:
-            receipt_of(path).unlink(missing_ok=True)
+            path.with_name(path.name + ".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         self._room.release()
-
-    def __enter__(self) -> "Downloader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
@@ -206,9 +196,6 @@ class Downloader:
             return
         except BaseException as error:  # the caller's thread raises it
             self._error = error
-
-
-# --- HTTP
 
 
 def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0) -> T:
@@ -247,8 +234,7 @@ def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterato
     token = None if urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2] else False
     headers = build_hf_headers(token=token, library_name="gpt2-data")
     headers |= {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", "Accept-Encoding": "identity"}
-    timeout = httpx2.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
-    with transport(url), get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+    with transport(url), get_session().stream("GET", url, headers=headers, timeout=READ_TIMEOUT) as response:
         if response.status_code != 416:
             hf_raise_for_status(response)
         if response.status_code == 200:

@@ -101,9 +101,6 @@ def _batch(parts: list[Part]) -> Batch:
     return Batch(array, tuple(sorted(replaced)), parts[0].continues)
 
 
-# --- Parquet
-
-
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
     """Open a Parquet file, or what pyarrow reads from and errors call `name`, that has this column of strings."""
     import pyarrow as pa
@@ -115,8 +112,6 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
         file = pq.ParquetFile(source, buffer_size=_READ, page_checksum_verification=True)
         schema = file.schema_arrow
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
-            raise
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
         columns = textwrap.shorten(", ".join(schema.names), _SHOWN)
@@ -138,8 +133,7 @@ def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]
     sizes = [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
     for i, (rows, size) in enumerate(sizes):
         if not 0 <= rows < 2**31 or size < 0:
-            damage = f"{rows:,} rows of {size:,} bytes are impossible"
-            raise ValueError(f"{name or source}: row group {i} is damaged: {damage}")
+            raise ValueError(f"{name or source}: row group {i} is damaged: {rows:,} rows of {size:,} bytes")
     return sizes
 
 
@@ -173,20 +167,15 @@ def _from_column(column: Any) -> Batch:
     return Batch(column, ())
 
 
-# --- JSON lines
-
-
 @contextlib.contextmanager
 def open_bytes(path: str) -> Iterator[BinaryIO]:
-    """Open a file, decompressed if its name says so. Errors about a compressed stream name the file, too."""
+    """Open a file, decompressed if its name says so. What cannot be read raises ValueError naming it."""
     import pyarrow as pa
 
     try:
         with io.BufferedReader(pa.input_stream(path, compression="detect"), BLOCK) as file:
             yield file
     except OSError as error:
-        if error.filename is not None:
-            raise
         raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
@@ -246,9 +235,6 @@ def _json_part(line: bytes, key: str) -> Part:
     if not isinstance(row[key], str | None):
         raise ValueError(f"{key!r} holds {type(row[key]).__name__}, not a string")
     return Part(row[key], replaced)
-
-
-# --- text files
 
 
 def read_text(path: str) -> Iterator[Part]:

@@ -1,8 +1,7 @@
 """Datasets on the Hugging Face hub: their names, their files, and the documents of those that are not Parquet.
 
-A listing is pinned to a commit and can be kept on disk, so that a build that resumes next week reads the same
-bytes though `main` has moved. How configs and splits are chosen:
-https://huggingface.co/docs/hub/datasets-data-files-configuration
+A listing is pinned to a commit and kept on disk: a build that resumes next week reads the same bytes.
+How configs and splits are chosen: https://huggingface.co/docs/hub/datasets-data-files-configuration
 """
 
 import contextlib
@@ -17,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+import tqdm
+
 from gpt2_data import disk
-from gpt2_data.sources import download
-from gpt2_data.sources import files as readers
+from gpt2_data.sources import download, files
 from gpt2_data.sources.download import WebFile
 
 SHORT = {name: (f"HuggingFaceFW/{name}", "sample-10BT") for name in ("fineweb-edu", "fineweb")}
@@ -63,14 +63,11 @@ class Listing:
 
     @classmethod
     def from_json(cls, data: Any) -> "Listing":
-        """Return a listing that was kept. Raises ValueError if it is none."""
-        try:
-            repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
-            commit = _matching("[0-9a-f]{40}", data["commit"])
-            files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
-            return cls(repo, commit, data["config"], data["split"], files)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a listing of a dataset's files: {error!r}") from error
+        """Return a listing that was kept. Raises ValueError, KeyError or TypeError if it is none."""
+        repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
+        commit = _matching("[0-9a-f]{40}", data["commit"])
+        files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
+        return cls(repo, commit, data["config"], data["split"], files)
 
 
 def parse(text: str) -> HubSource | None:
@@ -94,7 +91,7 @@ def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
     size = 8 + int.from_bytes(footer[-8:-4], "little")
     if len(footer) < size <= file.size:
         footer = download.read_range(file.url, file.size - size, file.size)
-    return readers.row_groups(pa.BufferReader(footer), column, file.path)
+    return files.row_groups(pa.BufferReader(footer), column, file.path)
 
 
 def list_files(source: HubSource) -> Listing:
@@ -106,11 +103,10 @@ def list_files(source: HubSource) -> Listing:
 
     what = f"hub dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
 
+    @download.transport(what)
     def ask() -> Any:
-        with download.transport(what):
-            return HfApi(library_name="gpt2-data").dataset_info(
-                source.repo, revision=source.revision, files_metadata=True, timeout=download.READ_TIMEOUT
-            )
+        hub = HfApi(library_name="gpt2-data")
+        return hub.dataset_info(source.repo, revision=source.revision, files_metadata=True, timeout=30)  # seconds
 
     info = download.insist(what, ask)
     siblings = {row.rfilename: row for row in info.siblings or []}
@@ -165,9 +161,7 @@ def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> 
 
 
 _SPLITS = ("train|training", "validation|valid|dev|val", "test|testing|eval|evaluation")  # name, other words
-_NO_DATA = re.compile(
-    r"(?:.*/)?(?:\.|__).*|(?:.*/)?(?:README\.md|(?:config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)"
-)
+_NO_DATA = re.compile(r"(.*/)?((\.|__).*|README\.md|(config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)")
 
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
@@ -230,7 +224,7 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
     if name and sha256 is not None and (folder / name).is_file():
         if disk.sha256(folder / name) == sha256:
             return folder / name
-        download.receipt_of(folder / name).unlink(missing_ok=True)  # it may not tell that the file is damaged
+        (folder / f"{name}.json").unlink(missing_ok=True)  # the receipt may not tell that the file is damaged
     if on_hub is None:
         assert name is not None
         file = WebFile(source, name, download.insist(source, lambda: _size_of(source)), sha256)
@@ -256,10 +250,9 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 def tinyshakespeare() -> Path:
     """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
-    path = cache / "tinyshakespeare.txt"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data" / "tinyshakespeare.txt"
     try:
-        return fetch(TINYSHAKESPEARE, cache, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
+        return fetch(TINYSHAKESPEARE, path.parent, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
     except OSError as error:
         raise OSError(f"{str(error).rstrip('.')}; or put {TINYSHAKESPEARE} at {path}") from error
 
@@ -268,13 +261,13 @@ def tinyshakespeare() -> Path:
 
 
 def num_shards(listing: Listing) -> int:
-    """Return how many shards `stream` knows. Raises ValueError or OSError in one line."""
+    """Return how many shards `stream` knows. Raises ValueError in one line."""
     with _one_line_errors(listing):
         return int(_open(listing).num_shards)
 
 
 def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
-    """Yield the documents of a shard in order; null is None. Raises ValueError or OSError in one line.
+    """Yield the documents of a shard in order; null is None. Raises ValueError in one line.
 
     A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
     """
@@ -294,16 +287,13 @@ def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str |
 
 @functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
 def _open(listing: Listing) -> Any:
-    import tqdm
-
     tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which an ended worker would leave behind
     try:
         import datasets
     except ImportError:
         raise ValueError("it is not Parquet: pip install 'gpt2-data[datasets]' to read it") from None
-    name, files = listing.config, None  # its options, such as a CSV's separator, are in the card
-    if name is None:
-        files = {listing.split: [file.path for file in listing.files]}
+    name = listing.config  # its options, such as a CSV's separator, are in the card
+    files = None if name else {listing.split: [file.path for file in listing.files]}
     return datasets.load_dataset(
         listing.repo, name=name, data_files=files, split=listing.split, revision=listing.commit, streaming=True
     )
@@ -311,10 +301,9 @@ def _open(listing: Listing) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(listing: Listing) -> Iterator[None]:
-    """Turn the dozen kinds that `datasets` raises, some of many lines, into one of two, in one line."""
+    """Turn the dozen kinds of errors that `datasets` raises, some of many lines, into a ValueError of one line."""
     try:
         yield
     except Exception as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        reason = readers.first_line(error) or type(error).__name__
-        raise kind(f"hub dataset {listing.repo}: {reason}") from error
+        reason = files.first_line(error) or type(error).__name__
+        raise ValueError(f"hub dataset {listing.repo}: {reason}") from error
