@@ -94,9 +94,13 @@ class HubServer:
             server.shutdown()
             server.server_close()
 
-    def add(self, repo: str, files: dict[str, bytes | Path], commit: str = FIRST) -> None:
-        """Put files into a repository's commit, which becomes `main`."""
+    def add(
+        self, repo: str, files: dict[str, bytes | Path], commit: str = FIRST, configs: list[object] | None = None
+    ) -> None:
+        """Put files, and a card that has these configs, into a repository's commit, which becomes `main`."""
         contents = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+        if configs is not None:
+            contents["README.md"] = f"---\n{json.dumps({'configs': configs})}\n---\n# A dataset".encode()
         self.repos.setdefault(repo, {}).setdefault(commit, {}).update(contents)
         self.main[repo] = commit
 

@@ -36,16 +36,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def fetching(server, folder, **environment):
+def fetching(server, folder, before=""):
     """A process that fetches the file."""
     code = (
-        "import sys\nfrom pathlib import Path\n"
+        f"import sys\n{before}\nfrom pathlib import Path\n"
         "from gpt2_data.sources import download, hub\ndownload.FIRST_WAIT = 0.01\n"
         f"file = hub.hub_file('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
         f"try:\n    print(download.download_file(file, Path({str(folder)!r})))\n"
         "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"
     )
-    return server.start(code, **environment)
+    return server.start(code)
 
 
 def until(condition):
@@ -236,9 +236,8 @@ def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog, 
 
 def test_a_full_disk(server, file, tmp_path):
     """A limit on the size of files stands in: the same error at the same place."""
-    code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
-    (tmp_path / "sitecustomize.py").write_text(code)
-    process = fetching(server, tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    process = fetching(server, tmp_path, limit)
     _, err = process.communicate()
     part = tmp_path / "data" / "big.parquet.part"
     assert process.returncode == 1

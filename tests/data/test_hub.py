@@ -14,24 +14,7 @@ from huggingface_hub import constants
 from gpt2_data.sources import download, hub
 from gpt2_data.sources.hub import HubSource, Listing, hub_file, list_files
 
-EDU = """---
-license: odc-by
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*/*
-- config_name: sample-10BT
-  data_files:
-  - split: train
-    path: sample/10BT/*
-- config_name: CC-MAIN-2024-10
-  data_files:
-  - split: train
-    path: data/CC-MAIN-2024-10/*
----
-# FineWeb-Edu
-"""
+EDU = {"default": "data/*/*", "sample-10BT": "sample/10BT/*", "CC-MAIN-2024-10": "data/CC-MAIN-2024-10/*"}
 
 
 def paths(listing):
@@ -63,7 +46,8 @@ def test_fineweb_edu_in_one_request(server):
     files = {f"sample/10BT/{i:03d}_00000.parquet": bytes(100 + i) for i in (2, 0, 1)}
     other = "data/CC-MAIN-2024-10/000_00000.parquet"
     others = {other: b"x", ".gitattributes": b"", "sample/100BT/0.parquet": b"y"}
-    server.add("HuggingFaceFW/fineweb-edu", {"README.md": EDU.encode()} | files | others)
+    configs = [{"config_name": name, "data_files": [{"split": "train", "path": EDU[name]}]} for name in EDU]
+    server.add("HuggingFaceFW/fineweb-edu", files | others, configs=configs)
     listing = list_files(hub.parse("fineweb-edu"))
     assert len(server.requests) == 1
     assert (listing.commit, listing.config, listing.split) == (FIRST, "sample-10BT", "train")
@@ -97,33 +81,22 @@ def test_a_listing_is_kept_and_not_trusted_and_stays_though_main_moves(server):
             Listing.from_json(value)
 
 
-CONFIGS = """---
-configs:
-- config_name: one
-  data_files: "a/*.parquet"
-- config_name: many
-  data_files: ["a/**", b/x.parquet]
-- config_name: split
-  default: true
-  data_files:
-  - split: train
-    path: ["**/t*.parquet", "b/x.parquet"]
-  - split: test
-    path: a/[u-z].parquet
-- config_name: folder
-  data_dir: named
-- config_name: elsewhere
-  data_files: https://example.com/a.parquet
-- config_name: nothing
-  data_files: c/*
----
-"""
+T_FILES, REST = ["**/t*.parquet", "b/x.parquet"], "a/[u-z].parquet"
+CONFIGS = [
+    {"config_name": "one", "data_files": "a/*.parquet"},
+    {"config_name": "many", "data_files": ["a/**", "b/x.parquet"]},
+    {"config_name": "split", "data_files": [{"split": "train", "path": T_FILES}, {"split": "test", "path": REST}]},
+    {"config_name": "folder", "data_dir": "named"},
+    {"config_name": "elsewhere", "data_files": "https://example.com/a.parquet"},
+    {"config_name": "nothing", "data_files": "c/*"},
+]
 
 
 def test_configs_of_the_card(server):
     names = ["a/t1.parquet", "a/v.parquet", "a/deep/t2.parquet", "b/x.parquet"]
     names += ["named/train-x.parquet", "named/dev.parquet"]
-    server.add("a/b", {"README.md": CONFIGS.encode()} | {name: name.encode() for name in names})
+    marked = [config | {"default": True} if config["config_name"] == "split" else config for config in CONFIGS]
+    server.add("a/b", {name: name.encode() for name in names}, configs=marked)
     for config, split, expected in [
         ("one", "train", "a/t1.parquet a/v.parquet"),
         ("many", "train", "a/deep/t2.parquet a/t1.parquet a/v.parquet b/x.parquet"),
@@ -135,13 +108,13 @@ def test_configs_of_the_card(server):
         assert paths(list_files(HubSource("a/b", config=config, split=split))) == expected.split()
     for config, split, message in [
         ("missing", "train", "no config 'missing'; there are: one, many, split, folder, elsewhere, nothing$"),
-        ("split", "dev", "no split 'dev'; there are: test, train$"),
+        ("split", "dev", "no file of split 'dev'; the splits are: test, train$"),
         ("elsewhere", "train", "its card names a file of another place: 'https://example.com/a.parquet'$"),
-        ("nothing", "train", "its card names no file that is there for split 'train'"),
+        ("nothing", "train", "no file of split 'train'"),
     ]:
         with pytest.raises(ValueError, match=message):
             list_files(HubSource("a/b", config=config, split=split))
-    server.add("c/d", {"README.md": CONFIGS.replace("  default: true\n", "").encode()})
+    server.add("c/d", {}, configs=CONFIGS)
     with pytest.raises(ValueError, match="name a config, as in hf:c/d:one; there are: one, many"):
         list_files(HubSource("c/d"))
 
@@ -165,7 +138,7 @@ SHARDED = (
 def test_files_without_a_card_by_their_names(server, names, train, others):
     server.add("a/b", {name: name.encode() for name in names.split()})
     assert paths(list_files(HubSource("a/b"))) == names.split()[:train]
-    with pytest.raises(ValueError, match=f"no split 'none'; there are: {others}$"):
+    with pytest.raises(ValueError, match=f"no file of split 'none'; the splits are: {others}$"):
         list_files(HubSource("a/b", split="none"))
 
 
@@ -176,16 +149,12 @@ def test_what_is_wrong_is_said_in_one_line(server, monkeypatch):
     server.gated.add("a/gated")
     server.private.add("a/private")
     for source, kind, message in [
-        (
-            HubSource("no/such"),
-            OSError,
-            "hub dataset no/such: no such dataset; if it is private, log in by `hf auth",
-        ),
-        (HubSource("a/private"), OSError, "hub dataset a/private: no such dataset; if it is private, log in"),
+        (HubSource("no/such"), OSError, "^hub dataset no/such: no such dataset; if it is private, log in by `hf"),
+        (HubSource("a/private"), OSError, "no such dataset; if it is private, log in"),
         (HubSource("a/gated"), OSError, "a/gated: gated: ask for access on the dataset's page, then log in by"),
         (HubSource("a/b", "v9"), OSError, "hub dataset a/b, revision v9: no such revision"),
         (HubSource("a/b", config="en"), ValueError, "hf:a/b: no config 'en'; it has none"),
-        (HubSource("a/empty"), ValueError, "no split 'train'; there are: none"),
+        (HubSource("a/empty"), ValueError, "no file of split 'train'; the splits are: none"),
     ]:
         with pytest.raises(kind, match=message) as error:
             list_files(source)

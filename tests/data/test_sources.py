@@ -113,7 +113,7 @@ def test_another_column(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "too"}\n')
     names = [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
     assert [text for text, _ in read(names, tmp_path, column="body")[1]] == ["yes", "too"]
-    with pytest.raises(ValueError, match="no key 'text'; the keys are body: choose one with --column"):
+    with pytest.raises(ValueError, match="no key 'text'; the keys are body: name the key of the text with --c"):
         read(tmp_path / "b.jsonl", tmp_path)
 
 

@@ -59,9 +59,10 @@ print(json.dumps(listings))
 def test_every_kind_of_file(server, tmp_path):
     """JSON lines, CSV by the card's options, text, Arrow."""
     server.add("a/lines", {f"data/{i}.jsonl.gz": gzip.compress(jsonl(texts)) for i, texts in enumerate(TEXTS)})
-    card = "---\nconfigs:\n- {config_name: de, sep: ;, data_files: de/*.csv}\n---\n"
+    configs = [{"config_name": "de", "sep": ";", "data_files": "de/*.csv"}]
     csv = "n;text\n" + "".join(f"{i};document {i}, it is\n" for i in range(300))
-    server.add("a/csv", {"README.md": card.encode(), "de/a.csv": csv.encode(), "fr/b.csv": b"text\nun\ndeux\n"})
+    files = {"de/a.csv": csv.encode(), "fr/b.csv": b"text\nun\ndeux\n"}
+    server.add("a/csv", files, configs=configs)
     server.add("a/text", {"train.txt": b"one\ntwo\n", "test.txt": b"three\n"})
     table, arrow = pa.table({"n": [1, 2], "text": ["eins", None]}), io.BytesIO()
     with pa.ipc.new_stream(arrow, table.schema) as writer:

@@ -15,14 +15,7 @@ from hub_server import SECOND, Drop, HubServer, Refuse, Spoil
 from gpt2_data import BuildConfig, build, open_dataset, verify
 
 REPO = "HuggingFaceFW/fineweb-edu"
-CARD = b"""---
-configs:
-- config_name: sample-10BT
-  data_files:
-  - split: train
-    path: sample/10BT/*
----
-"""
+CONFIGS = [{"config_name": "sample-10BT", "data_files": "sample/10BT/*"}]
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
 
@@ -30,7 +23,7 @@ CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 def hub(corpus):
     with HubServer() as hub:
         files = {f"sample/10BT/{path.name}": path for path in sorted(corpus.iterdir())}
-        hub.add(REPO, {"README.md": CARD} | files)
+        hub.add(REPO, files, configs=CONFIGS)
         yield hub
 
 
@@ -84,7 +77,7 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
     wait_until(lambda: list(parts.rglob("003_*.part")), killed)
     killed.kill()
     killed.wait()
-    hub.add(REPO, {"README.md": CARD, "sample/10BT/000_00000.parquet": b"something else"}, SECOND)
+    hub.add(REPO, {"sample/10BT/000_00000.parquet": b"something else"}, SECOND, CONFIGS)
     hub.bytes_a_second = None
     most = []
     watching = threading.Event()

@@ -7,6 +7,7 @@ kind of file needs an entry in ENDINGS, a branch in _parts, a reader in files.py
 import glob
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def expand(source: str) -> list[tuple[str, str]]:
     if not paths:
         raise ValueError(f"no file matches {source!r}")
     for path in paths:  # a pipe would be waited for, a device such as /dev/zero never ends
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")
     return [(kind, path) for path in paths]
 

@@ -114,7 +114,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
-        columns = textwrap.shorten(", ".join(schema.names), _SHOWN)
+        columns = textwrap.shorten(", ".join(schema.names), _SHOWN, placeholder=" ...")
         raise ValueError(f"{name}: no column {column!r}; the columns are {columns}: choose one with --column")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -133,7 +133,8 @@ def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]
     sizes = [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
     for i, (rows, size) in enumerate(sizes):
         if not 0 <= rows < 2**31 or size < 0:
-            raise ValueError(f"{name or source}: row group {i} is damaged: {rows:,} rows of {size:,} bytes")
+            problem = f"{rows:,} rows of {size:,} bytes are impossible"
+            raise ValueError(f"{name or source}: row group {i} is damaged: {problem}")
     return sizes
 
 
@@ -226,12 +227,13 @@ def _json_part(line: bytes, key: str) -> Part:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {first_line(error)}") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise ValueError(f"not JSON: {reason}") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON object is wanted, this is {type(row).__name__}")
     if key not in row:
-        keys = textwrap.shorten(", ".join(row), _SHOWN)
-        raise ValueError(f"no key {key!r}; the keys are {keys}: choose one with --column")
+        keys = textwrap.shorten(", ".join(row), _SHOWN, placeholder=" ...")
+        raise ValueError(f"no key {key!r}; the keys are {keys}: name the key of the text with --column")
     if not isinstance(row[key], str | None):
         raise ValueError(f"{key!r} holds {type(row[key]).__name__}, not a string")
     return Part(row[key], replaced)

@@ -113,8 +113,8 @@ def list_files(source: HubSource) -> Listing:
     names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
     config, splits = _splits(source, (info.card_data or {}).get("configs") or [], names)
     if not (chosen := splits.get(source.split)):
-        missing = "no split" if chosen is None else "its card names no file that is there for split"
-        raise ValueError(f"{what}: {missing} {source.split!r}; there are: {', '.join(sorted(splits)) or 'none'}")
+        there_are = ", ".join(sorted(splits)) or "none"
+        raise ValueError(f"{what}: no file of split {source.split!r}; the splits are: {there_are}")
     if statistics.mode(PurePosixPath(name).suffix for name in chosen) == ".parquet":
         # A licence or a picture among them is left out, as `datasets` does.
         chosen = [name for name in chosen if name.endswith(".parquet")]
@@ -257,17 +257,14 @@ def tinyshakespeare() -> Path:
         raise OSError(f"{str(error).rstrip('.')}; or put {TINYSHAKESPEARE} at {path}") from error
 
 
-# --- datasets that are not Parquet (JSON lines, CSV, text, Arrow, ...), streamed by the library `datasets`
-
-
 def num_shards(listing: Listing) -> int:
-    """Return how many shards `stream` knows. Raises ValueError in one line."""
+    """Return how many shards `stream` knows of a dataset that is not Parquet. Raises ValueError in one line."""
     with _one_line_errors(listing):
         return int(_open(listing).num_shards)
 
 
 def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
-    """Yield the documents of a shard in order; null is None. Raises ValueError in one line.
+    """Yield the documents of a shard in order, by library `datasets`; null is None. Raises ValueError in one line.
 
     A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
     """
