@@ -11,6 +11,7 @@ reach them by HF_ENDPOINT.
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -38,15 +39,13 @@ class Fault:
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
     at: int = 0
-    seconds: float = 60.0
-    missing: int = 1
 
 
 Refuse = partial(Fault, "refuse")  # answers with `status` and `headers` such as Retry-After
 Drop = partial(Fault, "drop")  # closes the connection after `at` bytes of the body
-Stall = partial(Fault, "stall")  # sends `at` bytes of the body, then nothing for `seconds`
+Stall = partial(Fault, "stall")  # sends `at` bytes of the body, then nothing for a minute
 Spoil = partial(Fault, "spoil")  # sends other bytes of the same number
-Short = partial(Fault, "short")  # claims and sends `missing` bytes fewer: the answer itself is well-formed
+Short = partial(Fault, "short")  # claims and sends a byte less: the answer itself is well-formed
 NoRanges = partial(Fault, "no ranges")  # answers a request for a range with 200 and the whole file
 
 
@@ -132,6 +131,11 @@ class _Server(ThreadingHTTPServer):
         pass  # clients are killed here on purpose
 
 
+_ROUTE = re.compile(
+    r"(?:api/)?(?:datasets/)?(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<verb>revision|tree|resolve)/(?P<tail>.*))?"
+)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -156,18 +160,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.kind == "refuse":
             self.answer(self.fault.status, **self.fault.headers)
         elif self.server.store:
-            repo, _, rest = path.removeprefix("cdn/").partition("@")
-            commit, _, name = rest.partition("/")
+            owner, repo, commit, name = path.removeprefix("cdn/").split("/", 3)
             if float(query.removeprefix("Signature=")) > time.monotonic():
-                self.send_file(hub.repos[repo][commit][name])
+                self.send_file(hub.repos[f"{owner}/{repo}"][commit][name])
             else:
                 self.answer(403)
         elif path in hub.pages:
             self.send_file(hub.pages[path])
-        elif path.startswith("api/datasets/"):
-            self.answer_api(path.removeprefix("api/datasets/"), "recursive=True" in query)
-        elif "/resolve/" in path:
-            self.resolve(*path.removeprefix("datasets/").split("/resolve/"))
+        elif (match := _ROUTE.fullmatch(path)) and (match["verb"] or path.startswith("api/")):
+            self.answer_repo(match["repo"], match["verb"], match["tail"] or "main", "recursive=True" in query)
         else:
             self.answer(404)
 
@@ -181,31 +182,28 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def files_of(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and its files, or None after the refusal was sent."""
-        hub = self.hub
+    def answer_repo(self, repo: str, verb: str | None, tail: str, recursive: bool) -> None:
+        """REPO[/revision/REV], for `datasets` REPO/tree/REV[/FOLDER], or REPO/resolve/REV/FILE."""
+        hub, (revision, _, folder) = self.hub, tail.partition("/")
+        commit = hub.main.get(repo) if revision == "main" else revision
         allowed = self.headers.get("Authorization") == "Bearer secret"
-        if repo in hub.gated and not allowed:
+        if repo in hub.moved:
+            self.answer(307, Location=f"/{hub.moved[repo]}/{verb}/{tail}")
+        elif repo in hub.gated and not allowed:
             self.answer(401, **{"X-Error-Code": "GatedRepo"})
         elif repo not in hub.repos or (repo in hub.private and not allowed):
             self.answer(401, **{"X-Error-Code": "RepoNotFound"})
-        else:
-            commit = hub.main[repo] if revision == "main" else revision
-            if commit in hub.repos[repo]:
-                return commit, hub.repos[repo][commit]
+        elif (files := hub.repos[repo].get(commit)) is None:
             self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
-        return None
+        elif verb == "resolve":
+            self.resolve(repo, commit, folder, files)
+        else:
+            self.answer_api(repo, commit, files, folder if verb == "tree" else None, recursive)
 
-    def answer_api(self, rest: str, recursive: bool) -> None:
-        """REPO[/revision/REV], and for `datasets` REPO/tree/REV[/FOLDER]."""
-        verb = next((v for v in ("revision", "tree") if f"/{v}/" in rest), None)
-        repo, _, tail = rest.partition(f"/{verb}/") if verb else (rest, "", "main")
-        revision, _, folder = tail.partition("/")
-        commit, files = self.files_of(repo, revision) or (None, {})
-        if commit is None:
-            return
+    def answer_api(self, repo, commit, files: dict[str, bytes], folder: str | None, recursive: bool) -> None:
+        """Answer about a dataset, or about a folder in it."""
         answer: object
-        if verb == "tree":
+        if folder is not None:
             paths = {Path(name): _entry(name, files[name]) for name in sorted(files)}
             folders = {path for name in paths for path in name.parents}
             empty = {"type": "directory", "size": 0, "oid": "0" * 40}
@@ -220,22 +218,15 @@ class _Handler(BaseHTTPRequestHandler):
             answer["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
         self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
-    def resolve(self, repo: str, tail: str) -> None:
-        """REPO/resolve/REV/PATH: large files by a signed link to the store, small ones from here."""
-        if repo in self.hub.moved:
-            self.answer(307, Location=f"/{self.hub.moved[repo]}/resolve/{tail}")
-            return
-        revision, _, name = tail.partition("/")
-        commit, files = self.files_of(repo, revision) or (None, {})
-        if commit is None:
-            return
+    def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
+        """Send large files by a signed link to the store, small ones from here."""
         if name not in files:
             self.answer(404, **{"X-Error-Code": "EntryNotFound"})
         elif "lfs" not in _entry(name, files[name]):
             self.send_file(files[name], **{"X-Repo-Commit": commit})
         else:
             etag = f'"{_sha256(files[name])}"'
-            link = f"{self.hub.store_url}/cdn/{urllib.parse.quote(f'{repo}@{commit}/{name}')}"
+            link = f"{self.hub.store_url}/cdn/{urllib.parse.quote(f'{repo}/{commit}/{name}')}"
             headers = {"Location": f"{link}?Signature={time.monotonic() + self.hub.link_seconds}", "ETag": etag}
             headers |= {"X-Repo-Commit": commit, "X-Linked-Size": str(len(files[name])), "X-Linked-ETag": etag}
             self.answer(302, **headers)
@@ -251,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(416, **{"Content-Range": f"bytes */{size}"})
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        body = content[first : last + 1 - (self.fault.missing if kind == "short" else 0)]
+        body = content[first : last + 1 - (kind == "short")]
         if kind == "spoil":
             body = bytes(len(body))
         self.answer(status, **headers | {"Accept-Ranges": "bytes", "ETag": etag, "Content-Length": str(len(body))})
@@ -265,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.bytes_a_second is not None:
                 time.sleep(len(chunk) / self.hub.bytes_a_second)
         if until < len(body):
-            self.hub.stopping.wait(self.fault.seconds if kind == "stall" else 0)
+            self.hub.stopping.wait(60 if kind == "stall" else 0)
             self.close_connection = True
 
 
