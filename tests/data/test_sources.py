@@ -45,6 +45,7 @@ def test_parquet_in_row_groups_of_a_thousand(tmp_path, monkeypatch):
     units, documents = read(path, tmp_path)
     assert [(unit.start, unit.stop) for unit in units] == [(0, 2), (2, 4)]
     assert [text for text, _ in documents] == [text or "" for text in texts]
+    assert sources.document_name(units[1], 3) == f"{path}: row 2,003, counted from 0"
 
 
 def test_limits_cut_every_kind_at_the_same_place(tmp_path, monkeypatch):
@@ -115,14 +116,6 @@ def test_another_column(tmp_path):
     assert [text for text, _ in read(names, tmp_path, column="body")[1]] == ["yes", "too"]
     with pytest.raises(ValueError, match="no key 'text'; the keys are body: name the key of the text with --c"):
         read(tmp_path / "b.jsonl", tmp_path)
-
-
-def test_a_document_is_named_as_a_person_finds_it(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", [f"text {i}" for i in range(50)], rows=10)
-    monkeypatch.setattr(plan, "UNIT_BYTES", 100)
-    units, _ = read(path, tmp_path)
-    assert units[1].start > 0
-    assert sources.document_name(units[1], 3) == f"{path}: row {units[1].start * 10 + 3}, counted from 0"
 
 
 def test_text_files_share_units_and_keep_their_order(tmp_path, monkeypatch):

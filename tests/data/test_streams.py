@@ -24,8 +24,8 @@ def jsonl(texts, **row):
     return "".join(lines).encode()
 
 
-def started(server, folder, code, *arguments):
-    """A process that talks to `server` with an empty cache; `datasets` reads the environment on import."""
+def run(server, folder, code, *arguments):
+    """What a process with an empty cache prints; `datasets` reads the environment on import."""
     head = (
         "import json, sys, warnings\nwarnings.simplefilter('ignore')\n"
         "from gpt2_data.sources import hub\n"
@@ -35,10 +35,7 @@ def started(server, folder, code, *arguments):
         "    try:\n        return function(*arguments)\n"
         "    except (ValueError, OSError) as error:\n        return f'{type(error).__name__}: {error}'\n"
     )
-    return server.start(head + code, *arguments, HF_HOME=str(folder), HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-
-
-def result(process):
+    process = server.start(head + code, *arguments, HF_HOME=str(folder), HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
@@ -77,7 +74,7 @@ def test_every_kind_of_file(server, tmp_path):
         "hf:a/arrow": [["eins", None]],
     }
     server.faults = [Drop(at=1000, path="0.jsonl"), Refuse(store=False, path="0.jsonl", status=429)]
-    assert result(started(server, tmp_path, ALL, *expected)) == list(expected.values())
+    assert run(server, tmp_path, ALL, *expected) == list(expected.values())
     assert not any(fault.times for fault in server.faults)  # a connection that breaks is tried again
 
 
@@ -86,8 +83,7 @@ def test_a_shard_is_the_same_in_another_process_and_after_main_moved(server, tmp
     listing = json.dumps(list_files(HubSource("a/lines")).to_json())
     server.add("a/lines", {f"{i}.jsonl": jsonl(["other"]) for i in range(2)}, SECOND)
     code = "print(json.dumps(read(hub.Listing.from_json(json.loads(sys.argv[1])), int(sys.argv[2]))))"
-    processes = [started(server, tmp_path / "2", code, listing, str(i)) for i in (2, 0)]
-    assert [result(process) for process in processes] == [TEXTS[2], TEXTS[0]]
+    assert [run(server, tmp_path / "2", code, listing, i) for i in (2, 0)] == [TEXTS[2], TEXTS[0]]
 
 
 def test_what_is_wrong_is_said_in_one_line(server, tmp_path):
@@ -102,7 +98,7 @@ print(json.dumps([
     said(read, listings["broken"], 0),
     said(hub.num_shards, listings["strange"]),
 ]))"""
-    missing, numbers, broken, strange = result(started(server, tmp_path, code))
+    missing, numbers, broken, strange = run(server, tmp_path, code)
     assert missing == "ValueError: hub dataset a/lines: no column 'body'; the columns are id, text"
     assert numbers == "ValueError: hub dataset a/lines: column 'id' holds int, not strings"
     for said, name in ((broken, "broken"), (strange, "strange")):

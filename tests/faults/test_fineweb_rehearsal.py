@@ -33,14 +33,14 @@ def command(out, *more):
     return [*CLI, "build", *options]
 
 
-def run(hub, arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=hub.environment)
+def run(hub, arguments, code=0):
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=hub.environment)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
 
 
 def test_dry_run_estimates_without_a_download(hub, corpus, expected, tmp_path):
-    done = run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"])
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    facts = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json"]))
     tables = [pq.read_table(path, columns=["token_count"]) for path in sorted(corpus.iterdir())]
     rows = sum(len(table) for table in tables)
     tokens = rows + sum(sum(table["token_count"].to_pylist()) for table in tables)
@@ -54,7 +54,7 @@ def test_dry_run_estimates_without_a_download(hub, corpus, expected, tmp_path):
     assert facts["minutes"] > 0
     assert hub.sent(".parquet") <= 2**16 * len(tables) < size / 9  # a footer each
     assert not (tmp_path / "out").exists()
-    less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]).stdout)
+    less = json.loads(run(hub, [*command(tmp_path / "out"), "--dry-run", "--json", "--delete-downloads"]))
     assert less["bytes_while_building"] < facts["bytes_while_building"]
 
 
@@ -63,10 +63,8 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
     """429, a connection that drops, a file that comes wrong once, kill -9 in mid-download, a push to main."""
     out = tmp_path / "out"
     sizes = {path.name: path.stat().st_size for path in corpus.iterdir()}
-    hub.faults = [
-        Refuse(store=False, path="api", status=429, headers={"Retry-After": "1"}),
-        Refuse(path="001_", status=429, headers={"Retry-After": "1"}),
-    ]
+    limit = {"status": 429, "headers": {"Retry-After": "1"}}
+    hub.faults = [Refuse(store=False, path="api", **limit), Refuse(path="001_", **limit)]
     hub.bytes_a_second = 1e6
     build_it = [*command(out), "--delete-downloads"]
     killed = subprocess.Popen(build_it, env=hub.environment, stderr=subprocess.DEVNULL)
@@ -97,15 +95,14 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
 
 def test_downloads_are_kept_for_the_next_build(hub, expected, tmp_path):
     out = tmp_path / "out"
-    assert run(hub, command(out)).returncode == 0
+    run(hub, command(out))
     assert fineweb_like.hashes(out) == expected
     asked = len(hub.requests)
-    assert "already built" in run(hub, command(out)).stdout
+    assert "already built" in run(hub, command(out))
     assert len(hub.requests) == asked
     more = ["--seed", "4", "--downloads", str(out / "downloads")]
     sent = hub.sent(".parquet")
-    done = run(hub, [*command(tmp_path / "other"), *more])
-    assert done.returncode == 0, done.stderr
+    run(hub, [*command(tmp_path / "other"), *more])
     assert hub.sent(".parquet") - sent < sent / 4  # footers
     assert fineweb_like.hashes(tmp_path / "other") != expected
 
@@ -123,14 +120,13 @@ def test_what_stays_wrong_ends_the_build_in_a_line(hub, tmp_path):
     assert "SHA-256" in errors
     assert not (tmp_path / "out" / "dataset.json").exists()
     hub.faults, hub.bytes_a_second = [], None
-    assert run(hub, command(tmp_path / "out")).returncode == 0
+    run(hub, command(tmp_path / "out"))
 
 
 def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
     out = tmp_path / "out"
     for part in "2/2", "1/2":
-        done = run(hub, [*command(out), "--part", part, "--delete-downloads"])
-        assert done.returncode == 0, done.stderr
+        run(hub, [*command(out), "--part", part, "--delete-downloads"])
     assert fineweb_like.hashes(out) == expected
     assert hub.sent("011_") < 1.2 * hub.sent("000_") * 1.5
     assert not list(out.rglob("*.parquet"))
@@ -139,16 +135,15 @@ def test_parts_fetch_what_is_theirs(hub, expected, tmp_path):
 def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
     lines = [json.dumps({"body": text}).encode() + b"\n" for text in documents[:2000]]
     hub.add("some/lines", {"a.jsonl": b"".join(lines[:900]), "b.jsonl": b"".join(lines[900:])})
-    build_lines = [*CLI, "build", "hf:some/lines", "--val-tokens", "0"]
-    done = run(hub, [*build_lines, "--column", "body", "--workers", "2", "--out", str(tmp_path / "out")])
-    assert done.returncode == 0, done.stderr
+    build_lines = [*CLI, "build", "hf:some/lines", "--val-tokens", "0", "--workers", "2"]
+    run(hub, [*build_lines, "--column", "body", "--out", str(tmp_path / "out")])
     (tmp_path / "local.jsonl").write_bytes(b"".join(lines))
     build(BuildConfig([tmp_path / "local.jsonl"], tmp_path / "local", val_tokens=0, column="body", workers=1))
     ours, same = (open_dataset(tmp_path / name).manifest.shards for name in ("out", "local"))
     assert [shard.tokens_sha256 for shard in ours] == [shard.tokens_sha256 for shard in same]
-    done = run(hub, [*build_lines, "--workers", "2", "--out", str(tmp_path / "none")])
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "body" in done.stderr
+    error = run(hub, [*build_lines, "--out", str(tmp_path / "none")], code=1)
+    assert error.count("\n") == 1
+    assert "body" in error
 
 
 def is_planned(out):

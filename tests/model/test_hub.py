@@ -49,6 +49,11 @@ def folder_of(model: GPT, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def files(model, tmp_path) -> dict[str, bytes]:
+    return folder_of(model, tmp_path / "m")
+
+
 def as_bin(files: dict[str, bytes], tmp_path: Path) -> dict[str, bytes]:
     torch.save(safetensors.torch.load(files["model.safetensors"]), tmp_path / "weights")
     return {"config.json": files["config.json"], "pytorch_model.bin": (tmp_path / "weights").read_bytes()}
@@ -63,9 +68,9 @@ def info(name: str, hub: HubServer, **environment: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def test_home_cache_and_offline_mode(hub, model, tmp_path) -> None:
+def test_home_cache_and_offline_mode(hub, files, tmp_path) -> None:
     """Downloaded under HF_HOME, a moved name like "gpt2" too; offline then without any request."""
-    hub.add("openai-community/gpt2", folder_of(model, tmp_path / "m"))
+    hub.add("openai-community/gpt2", files)
     home = tmp_path / "home"
     first = info("gpt2", hub, HF_HOME=str(home))
     assert json.loads(first.stdout)["n_embd"] == 32, first.stderr
@@ -84,15 +89,14 @@ def test_home_cache_and_offline_mode(hub, model, tmp_path) -> None:
     assert hub.requests == []
 
 
-def test_a_download_that_was_cut_goes_on_where_it_stopped(hub, here, model, tmp_path) -> None:
-    hub.add("a/b", folder_of(model, tmp_path / "m"))
+def test_a_download_that_was_cut_goes_on_where_it_stopped(hub, here, model, files) -> None:
+    hub.add("a/b", files)
     hub.faults = [Drop(path="model.safetensors", at=20_000)]
     assert torch.equal(GPT.from_pretrained("a/b").wte.weight, model.wte.weight)
     assert [request.range for request in hub.asked("model.safetensors", store=True)] == [None, "bytes=20000-"]
 
 
-def test_safetensors_are_preferred_and_a_bin_is_taken(hub, here, model, tmp_path, monkeypatch) -> None:
-    files = folder_of(model, tmp_path / "m")
+def test_safetensors_are_preferred_and_a_bin_is_taken(hub, here, model, files, tmp_path, monkeypatch) -> None:
     hub.add("both/here", files | as_bin(files, tmp_path))
     hub.add("bin/alone", as_bin(files, tmp_path))
     for _ in range(2):  # the second time, from the cache
@@ -106,8 +110,7 @@ def test_safetensors_are_preferred_and_a_bin_is_taken(hub, here, model, tmp_path
     assert hub.requests == []
 
 
-def test_shards_are_downloaded_as_the_index_says(hub, here, model, tmp_path) -> None:
-    files = folder_of(model, tmp_path / "m")
+def test_shards_are_downloaded_as_the_index_says(hub, here, model, files) -> None:
     tensors = safetensors.torch.load(files["model.safetensors"])
     names = sorted(tensors)
     parts = {"one.safetensors": names[:9], "two.safetensors": names[9:]}
@@ -144,8 +147,7 @@ def test_a_revision(hub, here, model, tmp_path) -> None:
         ("a b", "is neither a local model folder nor a model on the hub"),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_line(hub, here, model, tmp_path, name, message, capfd) -> None:
-    files = folder_of(model, tmp_path / "m")
+def test_what_the_hub_does_not_give_is_one_line(hub, here, files, name, message, capfd) -> None:
     hub.add("a/b", files)
     hub.add("no/weights", {"config.json": files["config.json"]})
     hub.add("no/config", {})
@@ -164,9 +166,9 @@ def test_a_hub_that_is_not_there(hub, here, monkeypatch) -> None:
         GPT.from_pretrained("a/b")
 
 
-def test_a_download_that_never_ends(hub, here, model, tmp_path, monkeypatch) -> None:
+def test_a_download_that_never_ends(hub, here, model, files, monkeypatch) -> None:
     """After five chunks, every try is cut before another is whole; nothing half is left under the file's name."""
-    hub.add("a/b", folder_of(model, tmp_path / "m"))
+    hub.add("a/b", files)
     monkeypatch.setattr("time.sleep", lambda _: None)  # between tries
     hub.faults = [Drop(at=5500), Drop(at=900, times=1000)]
     with pytest.raises(OSError, match=r"of a/b broke off again and again \(.*\): try later") as caught:
