@@ -1,9 +1,5 @@
 """A server on this machine that stands in for the hub and the store that it redirects to, with faults on order.
 
-    with HubServer() as hub:
-        hub.add("owner/set", {"README.md": b"...", "data/train-00000.parquet": Path("a.parquet")})
-        hub.faults.append(Drop(at=1000, path="train-00000"))
-
 Two ports, as the hub and its store are two hosts: what is sent to one must not reach the other. Other processes
 reach them by HF_ENDPOINT.
 """
@@ -131,9 +127,7 @@ class _Server(ThreadingHTTPServer):
         pass  # clients are killed here on purpose
 
 
-_ROUTE = re.compile(
-    r"(?:api/)?(?:datasets/)?(?P<repo>[^/]+(?:/[^/]+)?)(?:/(?P<verb>revision|tree|resolve)/(?P<tail>.*))?"
-)
+_ROUTE = re.compile(r"(?:api/)?(?:datasets/)?([^/]+(?:/[^/]+)?)(?:/(revision|tree|resolve)/(.*))?")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -151,12 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/api/agent-harnesses":  # huggingface_hub's own, for its User-Agent
             hub.requests.append(self.asked)
         path, _, query = urllib.parse.unquote(self.path).strip("/").partition("?")
-        self.fault = Fault("")
-        for fault in hub.faults:
-            if fault.times and fault.store == self.server.store and fault.path in path:
-                fault.times -= 1
-                self.fault = fault
-                break
+        faults = (f for f in hub.faults if f.times and f.store == self.server.store and f.path in path)
+        self.fault = next(faults, Fault(""))
+        self.fault.times -= 1
         if self.fault.kind == "refuse":
             self.answer(self.fault.status, **self.fault.headers)
         elif self.server.store:
@@ -167,8 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(403)
         elif path in hub.pages:
             self.send_file(hub.pages[path])
-        elif (match := _ROUTE.fullmatch(path)) and (match["verb"] or path.startswith("api/")):
-            self.answer_repo(match["repo"], match["verb"], match["tail"] or "main", "recursive=True" in query)
+        elif (match := _ROUTE.fullmatch(path)) and (match[2] or path.startswith("api/")):
+            self.answer_repo(match[1], match[2], match[3] or "main", "recursive=True" in query)
         else:
             self.answer(404)
 
@@ -197,26 +188,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
         elif verb == "resolve":
             self.resolve(repo, commit, folder, files)
-        else:
-            self.answer_api(repo, commit, files, folder if verb == "tree" else None, recursive)
-
-    def answer_api(self, repo, commit, files: dict[str, bytes], folder: str | None, recursive: bool) -> None:
-        """Answer about a dataset, or about a folder in it."""
-        answer: object
-        if folder is not None:
+        elif verb == "tree":
             paths = {Path(name): _entry(name, files[name]) for name in sorted(files)}
-            folders = {path for name in paths for path in name.parents}
-            empty = {"type": "directory", "size": 0, "oid": "0" * 40}
-            paths |= {path: empty | {"path": str(path)} for path in sorted(folders)}
+            folders = sorted({path for name in paths for path in name.parents})
+            paths |= {path: {"type": "directory", "path": str(path), "size": 0, "oid": ""} for path in folders}
             base = Path(folder)
             inside = [path for path in paths if path.parent == base or (recursive and base in path.parents)]
-            answer = [paths[path] for path in inside if path != base]
+            self.answer(200, json.dumps([paths[path] for path in inside if path != base]).encode())
         else:
             card = files.get("README.md", b"").decode().split("---\n")
-            answer = {"_id": "0", "id": repo, "sha": commit, "private": False, "tags": []}
-            answer["siblings"] = [_entry(name, files[name]) for name in sorted(files)]
-            answer["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else None
-        self.answer(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
+            answer = {"id": repo, "sha": commit, "private": False, "tags": []}
+            answer |= {"siblings": [_entry(name, files[name]) for name in sorted(files)]}
+            answer |= {"cardData": yaml.safe_load(card[1]) if len(card) > 2 else None}
+            self.answer(200, json.dumps(answer).encode())
 
     def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
         """Send large files by a signed link to the store, small ones from here."""
@@ -235,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The file or a range of it, with the fault that was ordered."""
         size, etag, kind = len(content), f'"{_sha256(content)}"', self.fault.kind
         first, last, status = 0, size - 1, 200
-        if self.asked.range and kind != "no ranges" and self.headers.get("If-Range", etag) == etag:
+        if self.asked.range and kind != "no ranges":
             start, _, stop = self.asked.range.removeprefix("bytes=").partition("-")
             first, last, status = int(start), min(int(stop or last), last), 206
             if first >= size:
@@ -243,14 +227,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         body = content[first : last + 1 - (kind == "short")]
-        if kind == "spoil":
-            body = bytes(len(body))
+        body = bytes(len(body)) if kind == "spoil" else body
         self.answer(status, **headers | {"Accept-Ranges": "bytes", "ETag": etag, "Content-Length": str(len(body))})
         if self.command == "HEAD":
             return
         until = min(self.fault.at, len(body)) if kind in ("drop", "stall") else len(body)
-        while self.asked.sent < until:
-            chunk = body[self.asked.sent : min(self.asked.sent + self.hub.chunk, until)]
+        for start in range(0, until, self.hub.chunk):
+            chunk = body[start : min(start + self.hub.chunk, until)]
             self.wfile.write(chunk)
             self.asked.sent += len(chunk)
             if self.hub.bytes_a_second is not None:
@@ -279,3 +262,12 @@ def use(hub: HubServer, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def until(condition, process: subprocess.Popen | None = None) -> None:
+    """Wait for a condition, as long as the process lives."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process is None or process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)

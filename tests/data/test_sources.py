@@ -112,8 +112,8 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
 def test_another_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["no"], body=["yes"])
     (tmp_path / "b.jsonl").write_text('{"body": "too"}\n')
-    names = [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
-    assert [text for text, _ in read(names, tmp_path, column="body")[1]] == ["yes", "too"]
+    _, documents = read([tmp_path / "a.parquet", tmp_path / "b.jsonl"], tmp_path, column="body")
+    assert [text for text, _ in documents] == ["yes", "too"]
     with pytest.raises(ValueError, match="no key 'text'; the keys are body: name the key of the text with --c"):
         read(tmp_path / "b.jsonl", tmp_path)
 
@@ -149,7 +149,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-50])
     (tmp_path / "bad.txt.gz").write_bytes(b"this is not gzip")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    write_parquet(tmp_path / "other.parquet", ["a"]).rename(tmp_path / "fine.parquet")
     pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     data = bytearray(write_parquet(tmp_path / "flip.parquet", ["some text " * 50] * 100).read_bytes())

@@ -9,7 +9,7 @@ import time
 import fineweb_like
 import pyarrow.parquet as pq
 import pytest
-from hub_server import SECOND, Drop, HubServer, Refuse, Spoil
+from hub_server import SECOND, Drop, HubServer, Refuse, Spoil, until
 
 from gpt2_data import BuildConfig, build, open_dataset, verify
 
@@ -69,9 +69,9 @@ def test_rate_limits_drops_spoiled_files_and_a_kill(hub, corpus, expected, tmp_p
     build_it = [*command(out), "--delete-downloads"]
     killed = subprocess.Popen(build_it, env=hub.environment, stderr=subprocess.DEVNULL)
     parts = out / "downloads"
-    wait_until(lambda: is_planned(out), killed)  # the footers are read: what follows meets the files themselves
+    until(lambda: is_planned(out), killed)  # the footers are read: what follows meets the files themselves
     hub.faults = [Drop(path="002_", at=sizes["002_00000.parquet"] // 2), Spoil(path="004_")]
-    wait_until(lambda: list(parts.rglob("003_*.part")), killed)
+    until(lambda: list(parts.rglob("003_*.part")), killed)
     killed.kill()
     killed.wait()
     hub.add(REPO, {"sample/10BT/000_00000.parquet": b"something else"}, SECOND, CONFIGS)
@@ -111,7 +111,7 @@ def test_what_stays_wrong_ends_the_build_in_a_line(hub, tmp_path):
     hub.bytes_a_second = 1e6
     two = [*command(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(two, env=hub.environment, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: is_planned(tmp_path / "out"), process)
+    until(lambda: is_planned(tmp_path / "out"), process)
     hub.faults = [Spoil(path="003_", times=100)]
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -148,11 +148,3 @@ def test_a_dataset_that_is_not_parquet(hub, documents, tmp_path):
 
 def is_planned(out):
     return list((out / ".build").glob("hub-*.json"))
-
-
-def wait_until(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.005)
