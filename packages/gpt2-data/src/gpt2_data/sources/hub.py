@@ -20,7 +20,7 @@ import tqdm
 
 from gpt2_data import disk
 from gpt2_data.sources import download, files
-from gpt2_data.sources.download import WebFile
+from gpt2_data.sources.download import READ_TIMEOUT, WebFile
 
 SHORT = {name: (f"HuggingFaceFW/{name}", "sample-10BT") for name in ("fineweb-edu", "fineweb")}
 
@@ -106,7 +106,7 @@ def list_files(source: HubSource) -> Listing:
     @download.transport(what)
     def ask() -> Any:
         hub = HfApi(library_name="gpt2-data")
-        return hub.dataset_info(source.repo, revision=source.revision, files_metadata=True, timeout=30)  # seconds
+        return hub.dataset_info(source.repo, revision=source.revision, files_metadata=True, timeout=READ_TIMEOUT)
 
     info = download.insist(what, ask)
     siblings = {row.rfilename: row for row in info.siblings or []}
