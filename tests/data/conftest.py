@@ -8,7 +8,7 @@ import pytest
 from hub_server import HubServer, use
 
 from gpt2_data import BuildConfig, build
-from gpt2_data.sources import web
+from gpt2_data.sources import download
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def server(monkeypatch):
     """A hub that this process talks to, with short waits between tries."""
     with HubServer() as server:
         use(server, monkeypatch)
-        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
         yield server

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gpt2_data.dataset import Dataset, open_dataset
     from gpt2_data.formats.verification import verify
     from gpt2_data.loader import Prefetch, TokenLoader
-    from gpt2_data.sources.download import fetch
+    from gpt2_data.sources.hub import fetch
     from gpt2_data.tokenizer import EOT, encode_documents, get_tokenizer
 
     __version__: str
@@ -27,7 +27,7 @@ _MODULE_OF = {
     **dict.fromkeys(("EOT", "encode_documents", "get_tokenizer"), "tokenizer"),
     "BuildConfig": "building.config",
     "convert": "conversion",
-    "fetch": "sources.download",
+    "fetch": "sources.hub",
     "verify": "formats.verification",
 }
 

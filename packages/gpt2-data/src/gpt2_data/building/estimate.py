@@ -64,7 +64,7 @@ def _mean_document(kind: str, path: str) -> float:
     """Return the mean bytes of a document: of JSON lines by the first megabyte, else those of a web page."""
     if kind != "jsonl":
         return 154 if kind == "tinyshakespeare" else 4_700
-    with files.naming(path), files.open_bytes(path) as file:
+    with files.open_bytes(path) as file:
         sample = file.read(1_000_000)
     return max(len(sample) / max(sample.count(b"\n"), 1), 1)
 

@@ -18,10 +18,10 @@ from typing import Any
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.disk import sha256
-from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
+from gpt2_data.sources import catalog, files, hub, pydocs
 from gpt2_data.sources.catalog import Unit
+from gpt2_data.sources.download import WebFile
 from gpt2_data.sources.hub import HubSource, Listing
-from gpt2_data.sources.web import WebFile
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
@@ -133,7 +133,7 @@ def _local_input(kind: str, path: str) -> Input:
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
     if kind == "tinyshakespeare" and path == kind:
-        path = str(download.tinyshakespeare())
+        path = str(hub.tinyshakespeare())
     status = os.stat(path)
     return Input(kind, path, os.path.basename(path), status.st_size, status.st_mtime_ns)
 
@@ -159,7 +159,8 @@ def _hub_inputs(
     pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)
-        yield Input("stream", text, source, listing.size, sha256=_json_sha256(listing.to_json()))
+        size = sum(file.size for file in listing.files)
+        yield Input("stream", text, source, size, sha256=_json_sha256(listing.to_json()))
         return
     folder = downloads(config) / listing.commit[:12]
     for file, groups in zip(listing.files, row_groups, strict=True):
@@ -200,7 +201,7 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
         if item.kind == "jsonl":
             yield from _cut_lines(item, whole)
         elif item.kind == "stream":
-            count = streaming.num_shards(Listing.from_json(json.loads(item.path)))
+            count = hub.num_shards(Listing.from_json(json.loads(item.path)))
             yield from (dataclasses.replace(whole, start=i, text_bytes=item.bytes // count) for i in range(count))
         else:
             yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)

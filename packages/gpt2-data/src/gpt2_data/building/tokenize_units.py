@@ -113,7 +113,8 @@ def _noted(task: UnitTask) -> Iterator[Batch]:
     number = -1
     with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
-            for row in [batch] if batch.continues else map(batch.row, range(batch.documents)):
+            rows = [batch] if batch.continues else [batch.rows(i, i + 1) for i in range(batch.documents)]
+            for row in rows:
                 number += row.documents  # 0 for the rest of one
                 os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
                 yield row
