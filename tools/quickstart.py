@@ -47,18 +47,13 @@ def main(out: Path) -> None:
     command("gpt2-data", "build", "pydocs", "--out", data, "--order", "shuffled", "--val-tokens", "200k")
 
     heading(2, "A test in HellaSwag's format, from the documents that are held out for validation")
-    if items.exists():
-        click.echo(f"{items} is there already")
-    else:
+    if not items.exists():
         write_items(data, items)
 
     heading(3, "Training: about two minutes on two cores")
-    if checkpoint.exists():
-        click.echo(f"{checkpoint} is there already")
-    else:
-        model = [part for name, value in MODEL.items() for part in ("--model", f"{name}={value}")]
-        settings = [part for name, value in TRAINING.items() for part in (f"--{name}", value)]
-        command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
+    model = [part for name, value in MODEL.items() for part in ("--model", f"{name}={value}")]
+    settings = [part for name, value in TRAINING.items() for part in (f"--{name}", value)]
+    command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
 
     heading(4, "Evaluation: loss on held-out text, and which of four endings belongs to a text")
     command("gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", TRAINING["eval-tokens"])

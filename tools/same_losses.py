@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import click
 from safetensors import deserialize
 
-from benchmarks.harness import ROOT, checkout, commit_of
+from benchmarks.harness import ROOT, checkout, packages_of
 from gpt2_model.command import SETTINGS
 
 GOLDEN = ROOT / "tests" / "train" / "golden_losses.json"
@@ -34,15 +33,13 @@ RUN: dict[str, Any] = {
 @click.argument("head", required=False)
 @click.option("--flags", default="", help='More gpt2-train flags for both, such as "--optimizer muon --steps 20".')
 @click.option("--ranks", default=1, show_default=True, help="Number of processes, started by torchrun.")
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-@click.option(
-    "--write-golden", is_flag=True, help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead."
-)
-def main(base: str | None, head: str | None, flags: str, ranks: int, as_json: bool, write_golden: bool) -> None:
+@click.option("--write-golden", is_flag=True,
+              help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead.")  # fmt: skip
+def main(base: str | None, head: str | None, flags: str, ranks: int, write_golden: bool) -> None:
     """Train a tiny model with the code of BASE and of HEAD, commits of this repository, on one dataset.
 
     HEAD is the working tree if it is left out. It compares each step's loss and gradient norm, and the last
-    checkpoint's weights and optimizer state. Exit 0 if all are equal, 1 if not.
+    checkpoint's weights and optimizer state, and prints a JSON document. Exit 0 if all are equal, 1 if not.
     """
     if write_golden == (base is not None) or (write_golden and (flags or ranks != 1)):
         raise click.UsageError("give a commit to compare with, or --write-golden alone")
@@ -54,7 +51,7 @@ def main(base: str | None, head: str | None, flags: str, ranks: int, as_json: bo
             result = compare(Path(name), base, head, shlex.split(flags), ranks)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
+    click.echo(json.dumps(result, indent=2))
     sys.exit(0 if result["equal"] else 1)
 
 
@@ -64,16 +61,16 @@ def compare(work: Path, base: str, head: str | None, flags: list[str], ranks: in
     Raises:
         ValueError: no such commit, or one whose code cannot train here: with the end of what it said.
     """
-    names = [commit_of(base), "working tree" if head is None else commit_of(head)]
     write_text(work / "text.jsonl")
     runs = [work / "base", work / "head"]
-    with checkout(names[0]) as base_tree, nullcontext(ROOT) if head is None else checkout(names[1]) as head_tree:
+    with checkout(base) as base_tree, nullcontext(ROOT) if head is None else checkout(head) as head_tree:
         _build(base_tree, work / "text.jsonl", work / "data")  # a later version reads an earlier one's datasets
         for tree, out in zip((base_tree, head_tree), runs, strict=True):
             _train(tree, work / "data", out, flags, ranks)
     rows, tensors = _rows_that_differ(*runs), _tensors_that_differ(*runs)
     equal = not rows["steps_that_differ"] and not any(entry["differ"] for entry in tensors.values())
-    return {"equal": equal, "base": names[0], "head": names[1], **rows, "tensors": tensors}
+    names = {"base": base_tree.name, "head": head_tree.name if head else "working tree"}
+    return {"equal": equal, **names, **rows, "tensors": tensors}
 
 
 def write_text(path: Path) -> None:
@@ -115,23 +112,6 @@ def _tensors_that_differ(base: Path, head: Path) -> dict[str, dict[str, Any]]:
     return kinds
 
 
-def as_text(result: Mapping[str, Any]) -> str:
-    """The comparison for a person."""
-    lines = [f"base  {result['base']}", f"head  {result['head']}"]
-    if first := result["first_difference"]:
-        largest = result["largest_relative_difference_of_losses"]
-        lines += [
-            f"{result['steps_that_differ']} of {result['steps']} steps differ, losses by up to {largest:.1e}:",
-            *(f"  {name}  {first[name]}" for name in ("base", "head")),
-        ]
-    else:
-        lines.append(f"loss and gradient norm of all {result['steps']} steps are equal, bit for bit")
-    for name, entry in result["tensors"].items():
-        some = f": {', '.join(entry['names'][:3])} ..." if entry["differ"] else ""
-        lines.append(f"{entry['differ']} of {entry['tensors']} final tensors of the {name} differ{some}")
-    return "\n".join(lines)
-
-
 def _build(tree: Path, text: Path, out: Path) -> None:
     build = "from gpt2_data.cli import main; main()"
     options = ["--val-tokens", "500", "--order", "source", "--workers", "1"]
@@ -149,10 +129,8 @@ def _train(tree: Path, data: Path, out: Path, flags: list[str], ranks: int) -> N
 
 def _python(tree: Path, arguments: list[str]) -> None:
     """Run Python with a tree's packages, on one thread: more would share the sums out by what else is running."""
-    sources = os.pathsep.join(str(path) for path in sorted(tree.glob("packages/*/src")))
-    environment = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": packages_of(tree), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"{tree}: {' '.join(arguments[:2])} failed:\n{result.stderr[-2000:]}")
 
