@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +40,8 @@ def drawn(monkeypatch, *arguments):
     return figures[0], result
 
 
-def texts(axis) -> list[str]:
-    return [text.get_text() for text in axis.texts]
+def legend(axis) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
 def test_runs_of_published_sizes_have_gpt_2_and_gpt_3_beside_them(tmp_path, monkeypatch) -> None:
@@ -53,24 +52,27 @@ def test_runs_of_published_sizes_have_gpt_2_and_gpt_3_beside_them(tmp_path, monk
     ]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
     loss, accuracy = figure.axes
-    assert {"GPT-2 124M  3.29", "GPT-2 350M  3.08"} < set(texts(loss))
-    assert set(texts(accuracy)) == {
-        "guessing  25", "GPT-2 124M  29.45", "GPT-3 125M  33.7", "GPT-2 350M  37.52", "GPT-3 350M  43.6", "30.0",
+    assert {"GPT-2 124M  3.29", "GPT-2 350M  3.08", "medium  3.13: validation"} < set(legend(loss))
+    assert set(legend(accuracy)) == {
+        "small  30.0", "medium  30.0", "other  30.0", "guessing  25",
+        "GPT-2 124M  29.45", "GPT-3 125M  33.7", "GPT-2 350M  37.52", "GPT-3 350M  43.6",
     }  # fmt: skip
     levels = {line.get_ydata()[0] for line in accuracy.lines if len(set(line.get_ydata())) == 1}
     assert {25, 29.45, 33.7, 37.52, 43.6} == levels
     assert "build-nanogpt" in figure.get_supxlabel()
-    assert [entry.get_text() for entry in figure.legends[0].get_texts()][:3] == ["small", "medium", "other"]
     assert result.stderr == ""
     assert accuracy.get_ylabel() == "accuracy on HellaSwag, %"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_another_size_alone_has_no_lines(tmp_path, monkeypatch) -> None:
-    figure, _ = drawn(monkeypatch, write_run(tmp_path / "a", 9, 3, True, (2, 16)), "--out", tmp_path / "a.png")
-    assert not any("GPT" in text for axis in figure.axes for text in texts(axis))
+def test_another_size_alone_has_no_lines_and_another_test_is_called_by_its_file(tmp_path, monkeypatch) -> None:
+    run = write_run(tmp_path / "run", 9, 3, True)
+    (run / "config.toml").write_text('hellaswag = "quickstart/made.jsonl"\n[model]\nn_layer = 2\nn_embd = 16\n')
+    figure, _ = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
+    assert not any("GPT" in text for axis in figure.axes for text in legend(axis))
     assert figure.get_supxlabel() == ""
+    assert figure.axes[1].get_ylabel() == "accuracy on made.jsonl, %"
 
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 0), (1, 1), (2, 0), (20_000, 0), (20_000, 20)])
@@ -91,7 +93,7 @@ def test_validation_alone_is_drawn(tmp_path, monkeypatch) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 10.9}\n')
     figure, result = drawn(monkeypatch, tmp_path / "run", "--out", tmp_path / "a.png")
-    assert texts(figure.axes[0]) == ["10.90"]
+    assert legend(figure.axes[0]) == ["run  10.90: validation"]
     assert result.stderr == ""
 
 
@@ -123,14 +125,13 @@ def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> 
     (tmp_path / "empty").mkdir()
     runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), write_run(tmp_path / "b" / "run", 5)]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
-    shown = [entry.get_text() for entry in figure.legends[0].get_texts()]
-    assert shown[:2] == ["a/run", "b/run"]
+    assert [text.split()[0] for text in legend(figure.axes[0])] == ["a/run", "b/run"]
     assert result.stderr.endswith("empty: no rows of a run to draw\n")
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "a" / "run").rename(tmp_path / "first")
     (tmp_path / "b" / "run").rename(tmp_path / "second")
     figure, result = drawn(monkeypatch, tmp_path, "--out", tmp_path / "a.png")  # all runs in a folder
-    assert [entry.get_text() for entry in figure.legends[0].get_texts()][:2] == ["first", "second"]
+    assert [text.split()[0] for text in legend(figure.axes[0])] == ["first", "second"]
 
 
 @pytest.mark.parametrize("content", [None, "", "{cut"])
@@ -142,13 +143,6 @@ def test_what_is_no_run_is_one_clear_line(tmp_path, content) -> None:
     assert result.stderr.splitlines()[-1] == f"Error: {tmp_path}: no run with a row in its metrics.jsonl"
 
 
-def test_another_test_than_hellaswag_s_is_called_by_its_file(tmp_path, monkeypatch) -> None:
-    run = write_run(tmp_path / "run", 9, 3, True)
-    (run / "config.toml").write_text('hellaswag = "quickstart/made.jsonl"\n[model]\nn_layer = 2\nn_embd = 16\n')
-    figure, _ = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
-    assert figure.axes[1].get_ylabel() == "accuracy on made.jsonl, %"
-
-
 def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path) -> None:
     run = write_run(tmp_path / "run", 5)
     for out in (tmp_path / "no" / "a.png", tmp_path / "a.what"):
@@ -158,19 +152,8 @@ def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_labels_do_not_overlap() -> None:
-    places = [0.0, 0.01, 0.02, 0.3, 0.31, 0.8]
-    middles = plot.spread(places, 0.05)
-    gaps = [above - below for below, above in pairwise(middles)]
-    assert min(gaps) > 0.05 - 1e-9
-    assert middles[-1] == 0.8
-    assert max(abs(middle - place) for middle, place in zip(middles, places, strict=True)) < 0.06
-    assert plot.spread([0.0, 0.04, 0.08], 0.05) == pytest.approx([-0.01, 0.04, 0.09])
-    assert plot.spread([], 0.05) == []
-
-
 def test_the_mean_is_of_the_steps_around(tmp_path, monkeypatch) -> None:
     mean = plot.centred_mean(np.array([4.0, 2.0, 6.0, 8.0, 1.0]), 3)
     assert list(mean) == [3, 4, pytest.approx(16 / 3), 5, 4.5]
     figure, _ = drawn(monkeypatch, write_run(tmp_path / "run", 40), "--out", tmp_path / "a.png")
-    assert "bold: the mean of 10 steps" in figure.legends[0].get_texts()[1].get_text()
+    assert legend(figure.axes[0])[0].endswith(": training, the mean of 10 steps")
