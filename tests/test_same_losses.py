@@ -51,13 +51,14 @@ def test_a_change_of_the_maths_is_found_and_a_harmless_one_is_not(repository) ->
     train = repository / "packages" / "gpt2-train" / "src" / "gpt2_train"
     with (train / "loop.py").open("a") as file:
         file.write("\n\ndef of_no_use() -> None:\n    pass\n")
-    same = compare(repository, base, *QUICK)  # with the working tree
+    same = compare(repository, base, *QUICK)
     assert same.returncode == 0, same.stderr
-    assert "loss and gradient norm of all 3 steps are equal, bit for bit" in same.stdout
-    assert "0 of 28 final tensors of the model differ" in same.stdout
+    found = json.loads(same.stdout)
+    assert (found["equal"], found["steps"], found["steps_that_differ"]) == (True, 3, 0)
+    assert found["tensors"]["model"] == {"tensors": 28, "differ": 0, "names": []}
 
     edit(train / "config.py", "eps: float = _option(1e-8", "eps: float = _option(1.001e-8")
-    changed = compare(repository, base, commit(repository), "--json", *QUICK)
+    changed = compare(repository, base, *QUICK)
     assert changed.returncode == 1, changed.stderr
     found = json.loads(changed.stdout)
     # The loss of step 2 is the first after an update.
@@ -73,6 +74,6 @@ def test_what_cannot_be_compared_says_why(repository) -> None:
     assert compare(repository).returncode == 2
 
     (repository / "packages" / "gpt2-data" / "src" / "gpt2_data" / "cli.py").write_text("oops(")
-    broken = compare(repository, commit(repository), "HEAD~1")
+    broken = compare(repository, commit(repository))
     assert broken.returncode == 1
     assert "SyntaxError: '(' was never closed" in broken.stderr

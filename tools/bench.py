@@ -17,7 +17,7 @@ import click
 from benchmarks import harness
 from benchmarks.harness import ROOT, Bench, Case
 from benchmarks.report import Check, bars_of, brief, provenance, table
-from benchmarks.suite import CASES, FIRST_TOKEN, starting, work_of
+from benchmarks.suite import CASES, work_of
 from gpt2_model.command import SETTINGS, one_line
 
 Document = dict[str, Any]
@@ -156,9 +156,8 @@ def train(
 def decode(fields: dict[str, int], device: str, **options: Any) -> None:
     """Time text generation: ours, transformers, CTranslate2.
 
-    Prompts have 16 tokens, which 1 or 128 new ones follow; the memory's speed bounds all of them. `gpt2-model
-    generate` is timed from its start to its first token. --only "* bf16 x1*" selects a precision and a number of
-    rows.
+    Prompts have 16 tokens, which 1 or 128 new ones follow; the memory's speed bounds all of them.
+    --only "* bf16 x1*" selects a precision and a number of rows.
     """
     on_gpu, new_tokens = device == "cuda", min(128, fields.get("block_size", 1024) - 16)
     groups, checks = list[list[Case]](), list[Check]()
@@ -176,8 +175,6 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
         least = 1 / 1.1 if count == 1 else 2.5 if (precision, rows) == ("bf16", 1) else 1.0
         checks.append((f"ours{where}", f"transformers{where}", least))
         checks += [(f"ours{where}", f"ctranslate2{where}", 1.0)] if count > 1 else []
-    groups.append([starting("start to first token", FIRST_TOKEN, fields)])
-    checks.append(("start to first token", "", 1 / 3))
     title = f"GPT-2 {fields or '124M'}, random weights, prompts of 16 tokens"
     measure("decode", title, groups, [] if on_gpu else checks, device=device, **options)
 
@@ -230,14 +227,11 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
             *(case(f"ours, {library}", prepare="data.building", library=library) for library in least),
             *(case(name, prepare="data.building_as_nanogpt", workers=pools[name]) for name in pools),
         ],
-        [
-            case("loader", unit="tokens", prepare="data.loading"),
-            case("loader, prefetch", unit="tokens", prepare="data.loading", prefetch=True),
-        ],
+        [case("loader", unit="tokens", prepare="data.loading")],
         [case(name, unit="bytes", prepare="data.verifying", program=name) for name in ("gpt2-data", "sha256sum")],
     ]
     checks = [(f"ours, {library}", pool, least[library]) for library in least for pool in pools]
-    checks += [("loader", "", 150e6), ("loader, prefetch", "", 150e6), ("gpt2-data", "sha256sum", 1 / 1.3)]
+    checks += [("loader", "", 150e6), ("gpt2-data", "sha256sum", 1 / 1.3)]
     measure("data", source or f"{megabytes} MB of Python sources", groups, checks, threads=threads, **options)
 
 

@@ -22,7 +22,7 @@ matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 Curve = list[tuple[float, float]]
 GREY, FAINT = "#777777", 0.22
@@ -141,7 +141,7 @@ def draw(runs: list[Run], unit: str) -> Figure:
     for axis, draw_panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, runs)
         axis.set_xlabel(unit)
-        axis.xaxis.set_major_formatter(FuncFormatter(short if unit == "tokens" else "{:,.0f}".format))
+        axis.xaxis.set_major_formatter(EngFormatter(sep="") if unit == "tokens" else "{x:,.0f}")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.grid(alpha=FAINT, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
@@ -154,14 +154,6 @@ def draw(runs: list[Run], unit: str) -> Figure:
 def sizes(runs: list[Run]) -> dict[Reference, str]:
     """The published sizes among the runs, and the color of the first run of each."""
     return {run.reference: run.color for run in reversed(runs) if run.reference}
-
-
-def short(count: float, _place: object = None) -> str:
-    """A number of tokens: 2B, 500M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:g}{letter}"
-    return f"{count:g}"
 
 
 def draw_loss(axis: Axes, runs: list[Run]) -> None:

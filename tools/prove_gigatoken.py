@@ -9,7 +9,6 @@ there is no proof.
 
 import dataclasses
 import json
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise, product
@@ -40,17 +39,16 @@ _PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--out", type=click.Path(path_type=Path), default=gigatoken.PROVEN, help="File of proofs to add to.")
-def main(out: Path) -> None:
+def main() -> None:
     """Compare gigatoken with tiktoken on every character and millions of strings; save the proof."""
     try:
         proof = prove()
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    keep(proof, out)
+    keep(proof, gigatoken.PROVEN)
     click.echo(
         f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken} for {proof.strings:,} strings "
-        f"without the {len(proof.code_points()):,} characters that differ; kept in {out}"
+        f"without the {len(proof.code_points()):,} characters that differ; kept in {gigatoken.PROVEN}"
     )
 
 
@@ -61,25 +59,6 @@ def keep(proof: gigatoken.Proof, file: Path) -> None:
     file.write_text(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1) + "\n")
 
 
-class _Comparison:
-    """Compares texts, and counts them."""
-
-    def __init__(self) -> None:
-        self.bar = tqdm(unit=" strings", unit_scale=True, disable=not sys.stderr.isatty())
-        self.strings = 0
-        self._fast = gigatoken.Encoder(tokenizer.token_ranks())
-        self._encoding = tokenizer.get_tokenizer()
-
-    def differing(self, texts: Sequence[str]) -> list[int]:
-        """Return which of the texts the two libraries encode differently."""
-        data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
-        tokens, ends = self._fast.encode(data, offsets)
-        expected = [self._encoding.encode_ordinary(text) for text in texts]
-        self.strings += len(texts)
-        self.bar.update(len(texts))
-        return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
-
-
 def prove(
     contexts: Iterable[str] = CONTEXTS, code_points: Iterable[int] = range(0x110000), mixtures: int = 3_000_000
 ) -> gigatoken.Proof:
@@ -87,34 +66,37 @@ def prove(
 
     Raises ValueError, with a text that shows why, if no proof comes of it.
     """
-    versions = gigatoken.installed_versions()
+    versions, fast = gigatoken.installed_versions(), gigatoken.Encoder(tokenizer.token_ranks())
     characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
-    comparison = _Comparison()
-    differ = _characters_that_differ(comparison, characters, contexts)
+    differ: set[str] = set()
+    strings = 0
+    for context, some in tqdm(product(contexts, list(_batches(characters))), disable=None):
+        differ.update(some[i] for i in _differing(fast, [context.replace("{}", c) for c in some]))
+        strings += len(some)
+        if len(differ) > MAX_DIFFER or any(c.isascii() for c in differ):
+            example = ascii(context.replace("{}", min(differ)))
+            raise ValueError(f"not proven: {len(differ):,} characters or more differ, as in {example}")
     known = "".join(sorted(set(characters) - differ))
-    strings = chain(_neighbours(known), _special_strings(known), _real_text(differ))
-    for texts in chain(_batches(strings), _mixtures(known, mixtures)):
-        for i in comparison.differing(texts)[:1]:
+    special = chain(_neighbours(known), _special_strings(known), _real_text(differ))
+    for texts in tqdm(chain(_batches(special), _mixtures(known, mixtures)), disable=None):
+        strings += len(texts)
+        for i in _differing(fast, texts)[:1]:
             raise ValueError(f"not proven: the two give different tokens for {texts[i][:1000]!a}")
-    return gigatoken.Proof(*versions, comparison.strings, tuple(_ranges(sorted(map(ord, differ)))))
+    return gigatoken.Proof(*versions, strings, tuple(_ranges(sorted(map(ord, differ)))))
+
+
+def _differing(fast: gigatoken.Encoder, texts: Sequence[str]) -> list[int]:
+    """Return which of the texts the two libraries encode differently."""
+    data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
+    tokens, ends = fast.encode(data, offsets)
+    expected = map(tokenizer.get_tokenizer().encode_ordinary, texts)
+    return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
 
 
 def _batches(strings: Iterable[str]) -> Iterator[list[str]]:
     strings = iter(strings)
     while batch := list(islice(strings, _BATCH)):
         yield batch
-
-
-def _characters_that_differ(
-    comparison: _Comparison, characters: Sequence[str], contexts: Iterable[str]
-) -> set[str]:
-    differ: set[str] = set()
-    for context, some in product(contexts, list(_batches(characters))):
-        differ.update(some[i] for i in comparison.differing([context.replace("{}", c) for c in some]))
-        if len(differ) > MAX_DIFFER or any(c.isascii() for c in differ):
-            example = ascii(context.replace("{}", min(differ)))
-            raise ValueError(f"not proven: {len(differ):,} characters or more differ, as in {example}")
-    return differ
 
 
 def _neighbours(known: str) -> Iterator[str]:

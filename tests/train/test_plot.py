@@ -106,7 +106,7 @@ def test_x_in_tokens(tmp_path, monkeypatch) -> None:
     assert axis.get_xlabel() == "tokens"
     assert axis.lines[0].get_xdata()[-1] == 30e6
     assert "run: val_loss of steps without tokens left out: 1" in result.stderr
-    assert [plot.short(count) for count in (0, 1500, 2.5e6, 10e9)] == ["0", "1.5k", "2.5M", "10B"]
+    assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
 
 
 def test_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:

@@ -26,9 +26,7 @@ from gpt2_data import open_dataset
 from gpt2_eval import Row, evaluate_loss, score_items
 from gpt2_model import GPT, GPTConfig, flops_per_token, generate
 from gpt2_train import make_optimizer
-from gpt2_train.checkpoint import write_checkpoint
 
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -141,7 +139,7 @@ def writing(
         assert [len(row) for row in written] == [new_tokens] * rows, "another number of tokens was drawn"
 
     # A step of the whole batch reads all weights once, but for the positions.
-    weights = (config.num_parameters - config.block_size * config.n_embd) * BYTES[precision]
+    weights = (config.num_parameters - config.block_size * config.n_embd) * KINDS[precision].itemsize
     return Ready(call, rows * new_tokens, "read", new_tokens * weights)
 
 
@@ -169,6 +167,8 @@ def losing(bench: Bench) -> Ready:
 
 def saving(bench: Bench) -> Ready:
     """A checkpoint of 124M with its moments: written, hashed, read back and flushed to the disk."""
+    from gpt2_train.checkpoint import write_checkpoint  # not public, but in every version
+
     model, run = GPT(GPTConfig()), Path(bench.folder, "run")
     moments = {f"{kind}.{name}": torch.zeros_like(p) for kind in "mv" for name, p in model.named_parameters()}
     run.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,11 @@ SHARD_TOKENS = 10_000_000
 
 
 def python_texts(size: int) -> list[str]:
-    """The sources of Python's own library, as many as make `size` bytes."""
-    texts, total = list[str](), 0
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if total > size:
-            break
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-        total += len(texts[-1].encode())
-    return texts
+    """The sources of Python's own library, as many as `size` bytes hold."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    ends = accumulate(file.stat().st_size for file in files)
+    chosen = [file for file, end in zip(files, ends, strict=True) if end <= size]
+    return [file.read_text(encoding="utf-8", errors="replace") for file in chosen]
 
 
 def tokenizing(bench: Bench, library: str) -> Ready:
@@ -53,29 +50,25 @@ def write_corpus(folder: str, megabytes: int) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = f"{folder}/corpus.parquet"
-    texts = python_texts(min(20, megabytes) * 1_000_000)
-    with pq.ParquetWriter(path, pa.schema([("text", pa.large_string())]), compression="zstd") as writer:
-        for copy in range(-(-megabytes // 20)):
-            random.Random(copy).shuffle(texts)
-            writer.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), row_group_size=1000)
+    texts, path = python_texts(min(20, megabytes) * 1_000_000), f"{folder}/corpus.parquet"
+    orders = [random.Random(copy).sample(texts, len(texts)) for copy in range(-(-megabytes // 20))]
+    column = pa.array(chain.from_iterable(orders), pa.large_string())
+    pq.write_table(pa.table({"text": column}), path, row_group_size=1000, compression="zstd")
     return path
 
 
-def read_texts(files: Sequence[str]) -> Iterator[Any]:
-    """The column `text` of Parquet files as Arrow arrays."""
+def read_texts(files: Sequence[str]) -> Iterator[str]:
+    """The column `text` of Parquet files."""
     import pyarrow.parquet as pq
 
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-            yield batch.column(0).fill_null("")
+            yield from batch.column(0).fill_null("").to_pylist()
 
 
 def megabytes_of(files: Sequence[str]) -> float:
     """Megabytes of text, in UTF-8."""
-    import pyarrow.compute as pc
-
-    return sum(pc.sum(pc.binary_length(texts)).as_py() or 0 for texts in read_texts(files)) / 1e6
+    return sum(len(text.encode()) for text in read_texts(files)) / 1e6
 
 
 def dataset(bench: Bench, files: Sequence[str] = ()) -> Path:
@@ -148,9 +141,8 @@ def build_nanogpt(files: Sequence[str], workers: int, out: str) -> None:
         np.save(Path(out) / f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy", tokens)
 
     forks = "fork" in multiprocessing.get_all_start_methods()
-    texts = (text for column in read_texts(files) for text in column.to_pylist())
     with multiprocessing.get_context("fork" if forks else None).Pool(workers) as pool:
-        for tokens in pool.imap(_tokenize, texts, chunksize=16):
+        for tokens in pool.imap(_tokenize, read_texts(files), chunksize=16):
             while filled + len(tokens) >= SHARD_TOKENS:
                 fits = SHARD_TOKENS - filled
                 shard[filled:] = tokens[:fits]
@@ -169,14 +161,13 @@ def _tokenize(text: str) -> NDArray[np.uint16]:
     return array.astype(np.uint16)
 
 
-def loading(bench: Bench, files: Sequence[str] = (), prefetch: bool = False) -> Ready:
+def loading(bench: Bench, files: Sequence[str] = ()) -> Ready:
     """Batches of 64 x 1,024 tokens, shuffled, from the page cache, whose consumer does nothing."""
     batch, length, batches = 64, 1024, 40
     loader = gpt2_data.TokenLoader(dataset(bench, files), batch_size=batch, seq_len=length)
-    stream: Any = loader.prefetch() if prefetch else loader
     tokens = batches * batch * length
     # A batch ends in two copies that make int64 of uint16: inputs and targets.
-    return Ready(lambda: [None for _ in islice(stream, batches)], tokens, "copy", 2 * 8 * tokens)
+    return Ready(lambda: [None for _ in islice(loader, batches)], tokens, "copy", 2 * 8 * tokens)
 
 
 def verifying(bench: Bench, files: Sequence[str] = (), program: str = "") -> Ready:
@@ -190,9 +181,9 @@ def verifying(bench: Bench, files: Sequence[str] = (), program: str = "") -> Rea
     return Ready(lambda: gpt2_data.verify(data, "full", bench.threads), size, "sha256", size)
 
 
-def starting(bench: Bench, words: Sequence[str], fields: Mapping[str, int]) -> Ready:
+def starting(bench: Bench, words: Sequence[str]) -> Ready:
     """A command from its start as a process to its end."""
-    model = model_folder(bench, fields) if "{model}" in words else ""
+    model = model_folder(bench, {}) if "{model}" in words else ""
     command = [word.format(model=model, device=bench.device) for word in words]
     return Ready(lambda: run_command(command), 1)
 

@@ -17,7 +17,7 @@ LIBRARIES = {
     "pyarrow", "transformers", "tokenizers", "ctranslate2", "lm_eval",
 }  # fmt: skip
 FEATURES = {"sha_ni", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16"}
-# A case, a peer, and the least median ratio of their speeds that `--check` accepts; without a peer, the least speed.
+# A case, a peer, and the least median ratio of their speeds that `--check` accepts; without a peer, least speed.
 Check = tuple[str, str, float]
 
 
@@ -100,13 +100,13 @@ def table(document: Mapping[str, Any]) -> str:
         document["title"],
         f"{where}; {settings['rounds']} rounds, median (least..most); ratio: {ratio}",
         "",
-        f"{'':28}{'a second':>28}{'ratio':>20}{'of the machine':>20}{'memory':>10}",
+        f"{'':28}{'a second':>30}{'ratio':>22}{'of the machine':>20}{'memory':>10}",
     ]
     for one in document["results"]:
         speed = f"{_in_short(one['per_second'])} {one['unit']}"
         share = f"{one['share']['median']:.0%} of {one['ceiling']}" if "share" in one else ""
         ratio = _in_short(one["ratio"]) if "ratio" in one else ""
-        lines.append(f"{one['name']:28}{speed:>28}{ratio:>20}{share:>20}{short(one['peak_memory']):>9}B")
+        lines.append(f"{one['name']:28}{speed:>30}{ratio:>22}{share:>20}{short(one['peak_memory']):>9}B")
     lines += [f"absent: {name}: {why}" for name, why in document["absent"].items()]
     for one in document["bars"]:
         lines.append(f"{'holds' if one['holds'] else 'DOES NOT HOLD'}: {one['bar']}: {one['value']:.3g}")

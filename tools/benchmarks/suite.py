@@ -1,6 +1,6 @@
 """The suite: the cases of `bench.py run`, `record` and `compare`. `results.jsonl` knows them by these names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,12 +20,6 @@ class Work:
     seq_len: int
     precision: str
     accumulation: int  # micro-batches of a step
-
-
-def starting(name: str, words: Sequence[str], fields: Mapping[str, int] | None = None) -> Case:
-    """A command from its start as a process to its end."""
-    options = {"words": words, "fields": fields or {}}
-    return Case(name, " ".join(words[:2]), "starts", "benchmarks.data.starting", options)
 
 
 def work_of(
@@ -50,6 +44,10 @@ def _generating(name: str, precision: str, rows: int, *devices: str) -> Case:
     options = {"precision": precision, "rows": rows}
     text = f"124M, rows: {rows}, 64 new tokens"
     return Case(name, text, "tokens", "benchmarks.cases.generating", options, devices)
+
+
+def _starting(name: str, *words: str) -> Case:
+    return Case(name, " ".join(words[:2]), "starts", "benchmarks.data.starting", {"words": words})
 
 
 def _tokenizing(library: str) -> Case:
@@ -82,6 +80,6 @@ CASES = [
     Case("eval-loss", "124M, windows of 1,024", "tokens", "benchmarks.cases.losing"),
     Case("checkpoint-save", "124M with its moments, verified", "bytes", "benchmarks.cases.saving", {}, ("cpu",)),
     Case("checkpoint-load", "124M, from_pretrained", "bytes", "benchmarks.cases.opening"),
-    *(starting(f"start-{name}", (f"gpt2-{name}", "--help")) for name in ("model", "data", "eval", "train")),
-    starting("start-generate", FIRST_TOKEN),
+    *(_starting(f"start-{name}", f"gpt2-{name}", "--help") for name in ("model", "data", "eval", "train")),
+    _starting("start-generate", *FIRST_TOKEN),
 ]
