@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import click
@@ -18,9 +19,10 @@ from click.testing import CliRunner
 import bench
 from benchmarks import data, harness, peers, report
 from benchmarks.harness import Bench, Case, Ready
+from gpt2_data import TokenLoader
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = [word for field in ("n_layer=1", "n_embd=64", "n_head=1") for word in ("--model", field)]
+TINY = "--model n_layer=1 --model n_embd=64 --model n_head=1"
 QUICK = ["--rounds", "1", "--threads", "1", "--json"]
 PLANTED = """
 _encode_texts = encode_texts
@@ -45,7 +47,7 @@ def called(*words, code=0):
 
 
 def document_of(*words) -> dict:
-    return json.loads(called(*words, *QUICK).stdout)
+    return json.loads(called(words[0], *QUICK, *words[1:]).stdout)
 
 
 def result(name, *speeds, **more) -> dict:
@@ -102,6 +104,20 @@ def test_rates_of_the_machine(monkeypatch, name) -> None:
         monkeypatch.setattr(harness, size, 1 << 20)
     assert 1e8 < harness.rate(name, 2, "cpu") < 1e14
     harness._machine.cache_clear()
+
+
+def test_the_loader_is_not_slow(tmp_path) -> None:
+    """A quiet core of 2.5 GHz gives 200 to 300 million tokens a second; a loaded machine must not fail."""
+    folder = data.dataset(Bench(str(tmp_path), 1, "cpu", 1))
+    options = {"batch_size": 64, "seq_len": 1024}
+    loaders = [
+        TokenLoader(folder, order=order, **options) for order in ("shuffled", "sequential", "build-nanogpt")
+    ]
+    with TokenLoader(folder, **options).prefetch() as prefetched:
+        for batches in (*loaders, prefetched):
+            code = "for _ in range(20): next(batches)"
+            seconds = min(timeit.repeat(code, globals={"batches": batches}, number=1, repeat=9))
+            assert 20 * 64 * 1024 / seconds > 20e6
 
 
 # The commands.
@@ -232,72 +248,48 @@ def test_compare_catches_a_regression_that_was_planted(clone) -> None:
     assert list(temporary.iterdir()) == []
 
 
-# Each benchmark from end to end, on a small model.
+# Each benchmark from end to end on a small model, and which cases it times; others may not be installed.
+TIMED = {
+    # In a folder that is no clone of nanoGPT.
+    f"train {TINY} --seq-len 64 --batch 2 --nanogpt . --only ours --only gpt2-t* --only *ers --only nanoGPT": (
+        ["ours", "gpt2-train", "transformers"], {"nanoGPT": "model is not installed"}, 0
+    ),
+    f"decode {TINY} --model block_size=64 --only *fp32?x1": (["ours fp32 x1", "transformers fp32 x1"], {}, 1),
+    # Scores that differ would be refused: ours in one call, the others' a part in each round.
+    f"eval {TINY} --data items.jsonl --rounds 2": (
+        ["ours, karpathy", "build-nanogpt's method", "ours, lm-eval", "lm-evaluation-harness"], {}, 2
+    ),
+    # Tokens that differ, too.
+    "data --megabytes 4": (
+        ["ours, gigatoken", "ours, tiktoken", "build-nanogpt's method", "build-nanogpt's, half", "loader",
+         "gpt2-data", "sha256sum"], {}, 6
+    ),
+    f"scaling {TINY} --only *x4": (["two alone, x4", "two ranks, x4"], {}, 0),
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_train(tmp_path) -> None:
-    """It says what is absent: a folder that is no clone of nanoGPT."""
-    names = ["ours", "gpt2-train", "transformers"]
-    only = [word for name in [*names, "nanoGPT"] for word in ("--only", name)]
-    document = document_of("train", *TINY, *only, "--seq-len", 64, "--batch", 2, "--nanogpt", tmp_path)
-    assert document["absent"] == {"nanoGPT": "model is not installed"}
-    assert [one["name"] for one in document["results"]] == names
-    assert all(0 < one["share"]["median"] < 1.5 for one in document["results"] if one["ceiling"])
-    assert document["bars"] == []  # they are said of 124M
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_decode() -> None:
-    document = document_of("decode", *TINY, "--model", "block_size=64", "--only", "* fp32 x1*")
-    ours, peer, *_ = document["results"]
-    assert (ours["name"], peer["name"]) == ("ours fp32 x1", "transformers fp32 x1")
-    assert peer["ratio"]["median"] == ours["per_second"]["median"] / peer["per_second"]["median"]
-    assert len(document["bars"]) in (2, 3)  # with CTranslate2 or without
-    assert set(document["absent"]) <= {"ctranslate2 fp32 x1", "ctranslate2 fp32 x1, first"}
-
-
-@pytest.fixture
-def items_file(tmp_path) -> Path:
+@pytest.mark.parametrize("words", TIMED)
+def test_each_benchmark(tmp_path, monkeypatch, words) -> None:
+    monkeypatch.chdir(tmp_path)
     draw, lines = random.Random(0), []
-    words = ["person", "then", "takes", "a", "red", "ball", "and", "throws", "over", "the", "high", "wall"]
+    vocabulary = ["person", "then", "takes", "a", "red", "ball", "and", "throws", "over", "the", "high", "wall"]
     for number in range(30):
-        context, *endings = (" ".join(draw.choices(words, k=draw.randint(3, 20))) for _ in "01234")
+        context, *endings = (" ".join(draw.choices(vocabulary, k=draw.randint(3, 20))) for _ in "01234")
         texts = {"ctx": f"{context} They", "ctx_a": context, "ctx_b": "they", "endings": endings}
         lines.append(json.dumps({"ind": number, "label": number % 4, "activity_label": "Games", **texts}))
-    (tmp_path / "items.jsonl").write_text("\n".join(lines))
-    return tmp_path / "items.jsonl"
+    Path("items.jsonl").write_text("\n".join(lines))
 
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_eval_gives_the_same_scores(items_file) -> None:
-    """Else it would be refused: ours in one call, the others a part in each round."""
-    document = json.loads(called("eval", "--data", items_file, *TINY, *QUICK, "--rounds", 2).stdout)
-    names = ["ours, karpathy", "build-nanogpt's method", "ours, lm-eval", "lm-evaluation-harness"]
-    assert [one["name"] for one in document["results"]] == names
-    assert len(document["bars"]) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_data_writes_the_same_tokens() -> None:
-    document = document_of("data", "--megabytes", 4)
-    names = [one["name"] for one in document["results"]]
-    assert names[:3] == ["ours, gigatoken", "ours, tiktoken", "build-nanogpt's method"]
-    assert set(document["absent"]) <= {"sha256sum"}
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_scaling() -> None:
-    document = document_of("scaling", *TINY, "--only", "*x4")
-    alone, ranks = document["results"]
-    assert (alone["name"], ranks["name"]) == ("two alone, x4", "two ranks, x4")
-    assert ranks["ratio"]["median"] > 0.5  # so small a model sends more than it computes
-    assert document["absent"] == {}
+    names, absent, bars = TIMED[words]
+    document = document_of(*words.split())
+    results = [one for one in document["results"] if "ctranslate2" not in one["name"]]
+    assert [one["name"] for one in results] == names
+    assert {name: why for name, why in document["absent"].items() if "ctranslate2" not in name} == absent
+    assert len(document["bars"]) >= bars
+    assert all(0 < one["share"]["median"] < 1.5 for one in results if one["ceiling"])
+    first, peer = (one["per_second"]["rounds"] for one in results[:2])
+    assert results[1]["ratio"]["rounds"] == [ours / other for ours, other in zip(first, peer, strict=True)]
 
 
 def test_build_nanogpt_s_shards_hold_eot_before_each_document(tmp_path) -> None:
