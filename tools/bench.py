@@ -245,10 +245,10 @@ def scaling(fields: dict[str, int], **options: Any) -> None:
     micro-batches of 2 x 256 tokens a step.
     """
     shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, **fields}
-    work, groups = work_of("124M", 2, 256, "fp32", "cpu", shape), []
+    groups = []
     for n in (1, 4):
-        options_of_both = {"steps": 7, "work": work | {"accumulation": n}}
-        case = partial(contender, unit="tokens", prepare="cases.gpt2_train", **options_of_both)
+        work = work_of("124M", 2, 256, "fp32", "cpu", shape) | {"accumulation": n}
+        case = partial(contender, unit="tokens", prepare="cases.gpt2_train", steps=7, work=work)
         groups.append([case(f"two alone, x{n}", copies=2), case(f"two ranks, x{n}", ranks=2)])
     measure("scaling", f"GPT-2 {shape}", groups, **options | {"threads": 1})
 

@@ -46,10 +46,8 @@ def main() -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     keep(proof, gigatoken.PROVEN)
-    click.echo(
-        f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken} for {proof.strings:,} strings "
-        f"without the {len(proof.code_points()):,} characters that differ; kept in {gigatoken.PROVEN}"
-    )
+    libraries = f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken}"
+    click.echo(f"{libraries} for {proof.strings:,} strings, but for {len(proof.code_points()):,} characters")
 
 
 def keep(proof: gigatoken.Proof, file: Path) -> None:

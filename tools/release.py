@@ -33,10 +33,7 @@ class Package:
     version: Version
     ours: dict[str, str]  # what it requires of this repository, as written there: "gpt2-model>=0.1,<0.2", by name
     changelog: str
-
-    @property
-    def unreleased(self) -> str:
-        return self.changelog.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+    unreleased: str
 
 
 def read_packages() -> list[Package]:
@@ -49,7 +46,8 @@ def read_packages() -> list[Package]:
         required = {Requirement(text).name: text for text in project["dependencies"]}
         ours = {other: text for other, text in required.items() if (ROOT / "packages" / other).is_dir()}
         changelog = file.with_name("CHANGELOG.md").read_text(encoding="utf-8")
-        packages.append(Package(name, Path("packages", name), Version(version), ours, changelog))
+        unreleased = changelog.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+        packages.append(Package(name, Path("packages", name), Version(version), ours, changelog, unreleased))
     return packages
 
 
@@ -79,12 +77,6 @@ def range_problems(packages: Iterable[Package]) -> list[str]:
             elif allowed.contains("9999.0.0"):
                 problems.append(f"{where} has no upper end, so that a breaking change below would go unseen")
     return problems
-
-
-def refuse(problems: list[str]) -> None:
-    """Stop here, with a line for each problem."""
-    if problems:
-        raise click.ClickException("\nError: ".join(problems))
 
 
 def run(*words: str | Path) -> str:
@@ -124,7 +116,8 @@ def check(dist: Path | None) -> None:
     them. If not, exit 1 with a line for each reason.
     """
     packages = read_packages()
-    refuse([line for package in packages for line in problems_of(package)] + range_problems(packages))
+    if problems := [line for package in packages for line in problems_of(package)] + range_problems(packages):
+        raise click.ClickException("\nError: ".join(problems))
     with tempfile.TemporaryDirectory(prefix="gpt2-release-") as temporary:
         out = (dist or Path(temporary)).resolve()
         for package in packages:
@@ -159,7 +152,9 @@ def cut(name: str, level: str, dry_run: bool) -> None:
         problems.append(f"the tag {tag} exists")
     if not notes:
         problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
-    refuse(problems + range_problems((packages | {name: replace(package, version=version)}).values()))
+    problems += range_problems((packages | {name: replace(package, version=version)}).values())
+    if problems:
+        raise click.ClickException("\nError: ".join(problems))
     if dry_run:
         click.echo(f"{tag} would be committed and tagged, with:\n{notes}")
         return

@@ -26,15 +26,10 @@ TINY = "--model n_layer=1 --model n_embd=64 --model n_head=1"
 QUICK = ["--rounds", "1", "--threads", "1", "--json"]
 PLANTED = """
 _encode_texts = encode_texts
-
-
 def encode_texts(*args, **options):
-    for _ in range(3):
-        _encode_texts(*args, **options)
-    return _encode_texts(*args, **options)
+    return [_encode_texts(*args, **options) for _ in range(4)][0]
 """
 BROKEN = """
-
 def encode_texts(*args, **options):
     raise ValueError('broken on purpose')
 """
@@ -82,15 +77,14 @@ def test_table_and_brief() -> None:
         result("ours", 12_345, 23_456, seconds=report.spread([1.0, 1.1]), **of_machine),
         result("peer", 6_000, 7_000, seconds=report.spread([2.0, 2.2]), ratio=report.spread([2.1, 3.4])),
     ]
-    bars = [report.bar("ours, over peer, at least 3", 2.7, 3.0)]
     settings = {"threads": 2, "rounds": 2, "device": "cpu", "folder": ""}
     document = {"benchmark": "run", "title": "a title", **report.provenance("cpu"), "settings": settings}
-    document |= {"results": rows, "absent": {"nanoGPT": "not installed"}, "bars": bars}
-    lines = report.table(document).splitlines()
-    assert "17.9k (12.3k..23.5k) tokens" in lines[4]
-    assert "55% of read" in lines[4]
-    assert "2.75 (2.1..3.4)" in lines[5]
-    assert lines[6:] == ["absent: nanoGPT: not installed", "DOES NOT HOLD: ours, over peer, at least 3: 2.7"]
+    document |= {"results": rows, "absent": {"nanoGPT": "not installed"}, "bars": [report.bar("a bar", 2.7, 3.0)]}
+    ours, peer, *rest = report.table(document).splitlines()[4:]
+    assert "17.9k (12.3k..23.5k) tokens" in ours
+    assert "55% of read" in ours
+    assert "2.75 (2.1..3.4)" in peer
+    assert rest == ["absent: nanoGPT: not installed", "DOES NOT HOLD: a bar: 2.7"]
     brief = report.brief(document)
     assert brief["results"]["ours"] == {
         "per_second": 17900, "unit": "tokens", "spread": 0.095, "peak_memory": 10**9, "share": 0.55, "of": "read",
@@ -192,18 +186,14 @@ def test_a_case_that_fails_is_absent_and_a_bar_exits_with_1(monkeypatch) -> None
 
 @pytest.fixture
 def clone(tmp_path):
-    """The project as it lies here, committed, in a repository of its own."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a clone: there is no revision to compare with")
-    folder = tmp_path / "clone"
-    git = ["git", "-C", folder, "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folder], check=True)
+    """The packages and the tools as they lie here, in a repository of their own."""
     for part in ("packages", "tools"):
-        shutil.rmtree(folder / part)
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    subprocess.run([*git, "add", "--all"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "as it is"], check=True)
-    return folder
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / part, tmp_path / "clone" / part, ignore=ignored)
+    git = ["git", "-C", tmp_path / "clone", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in ("init --quiet", "add --all", "commit --quiet --message all"):
+        subprocess.run([*git, *words.split()], check=True)
+    return tmp_path / "clone"
 
 
 @pytest.mark.slow
@@ -234,10 +224,8 @@ def test_compare_catches_a_regression_that_was_planted(clone) -> None:
     assert unchanged.returncode == 0, unchanged.stderr
     assert 0.5 < json.loads(unchanged.stdout)["results"][0]["ratio"]["median"] < 2
 
-    child = subprocess.Popen(
-        [*command, "start-data"], cwd=clone, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert child.stderr
+    words = [*command, "start-data"]
+    child = subprocess.Popen(words, cwd=clone, stderr=subprocess.PIPE, text=True, env=environment)
     with child.stderr as said:
         assert said.readline() == "start-data\n"
         child.terminate()

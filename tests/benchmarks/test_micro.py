@@ -1,5 +1,4 @@
-"""The quickest cases of `bench.py run` under pytest-benchmark, with floors: a fraction of what is measured on two
-cores, so that a loaded machine does not fail them, and a tenfold regression does.
+"""The quickest cases of `bench.py run` under pytest-benchmark, with floors that a tenfold regression breaks.
 
 `make test` runs them alone, before all others: beside other tests they would say nothing.
 """

@@ -97,28 +97,22 @@ def test_validation_alone_is_drawn(tmp_path, monkeypatch) -> None:
     assert result.stderr == ""
 
 
-def test_x_in_tokens(tmp_path, monkeypatch) -> None:
+def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:
     run = write_run(tmp_path / "run", 30, 10, tokens=10**6)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "val_loss": 3.0}\n')  # of no step whose tokens are known
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": 31, "loss": null, "skipped": "loss nan"}\n\xff\xfe\n[1]\n{"step": 30, "loss": 7.5}\n'
+        )
+        file.write(b'{"step": 40, "val_loss": 3.0}\n{"step": 12, "lo')  # step 40 has no tokens
     figure, result = drawn(monkeypatch, run, "--x", "tokens", "--out", tmp_path / "a.png")
     axis = figure.axes[0]
-    assert axis.get_xlabel() == "tokens"
-    assert axis.lines[0].get_xdata()[-1] == 30e6
-    assert "run: val_loss of steps without tokens left out: 1" in result.stderr
-    assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
-
-
-def test_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:
-    run = write_run(tmp_path / "run", 10)
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 11, "loss": null, "skipped": "loss nan"}\n\xff\xfe\n[1]\n')
-        file.write(b'{"step": 10, "loss": 7.5}\n{"step": 12, "lo')
-    figure, result = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
-    x, y = figure.axes[0].lines[0].get_data()
-    assert list(x) == list(range(1, 11))
+    x, y = axis.lines[0].get_data()
+    assert list(x) == [step * 10**6 for step in range(1, 31)]
     assert y[-1] == 7.5
+    assert axis.get_xlabel() == "tokens"
+    assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
     assert "run: broken lines of metrics.jsonl passed over: 3" in result.stderr
+    assert "run: val_loss of steps without tokens left out: 1" in result.stderr
 
 
 def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> None:

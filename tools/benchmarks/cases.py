@@ -114,11 +114,10 @@ def generating(
 ) -> Ready:  # fmt: skip
     """Text of ours, sampled with top-k 50."""
     model = random_model(bench, fields, dtype=KINDS[precision])
-    options: dict[str, Any] = {"compile": True} if compiled else {}
 
     def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:
-        written = generate(model, prompts, max_new_tokens=new_tokens, top_k=50, stop_ids=(), seed=0, **options)
-        return [row.tokens for row in written]
+        options: Any = {"max_new_tokens": new_tokens, "top_k": 50, "stop_ids": (), "compile": compiled or None}
+        return [row.tokens for row in generate(model, prompts, seed=0, **options)]
 
     return writing(model.config, precision, rows, new_tokens, write)
 

@@ -92,7 +92,6 @@ def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields
         converter.convert(str(folder))
     model = ct2.Generator(str(folder), device=bench.device, compute_type=kind, intra_threads=bench.threads)
     words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
-
     lengths = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
 
     def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:

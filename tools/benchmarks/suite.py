@@ -15,7 +15,7 @@ FIRST_TOKEN = ("gpt2-model", "generate", "-m", "{model}", "-d", "{device}", "--m
 class Work:
     """A training step: micro-batches of `batch` sequences of `seq_len` tokens, in fp32 or, by autocast, bf16."""
 
-    shape: Mapping[str, int]  # n_layer, n_head, n_embd and block_size, as all libraries call them
+    shape: Mapping[str, Any]  # n_layer, n_head, n_embd and block_size, as all libraries call them
     batch: int
     seq_len: int
     precision: str
