@@ -114,13 +114,16 @@ def write_items(data: Path, path: Path) -> None:
 
 
 def cut(text: str) -> Iterator[tuple[str, str]]:
-    """(context, ending) pairs of a document, side by side, 300 and about 100 characters long, the ending prose.
+    """(context, ending) pairs of a document, side by side, about 300 and 100 characters long, the ending prose.
 
-    HellaSwag's protocol puts one space between the two.
+    Cut before a word, since HellaSwag's protocol puts one space between the two.
     """
-    for context, ending in re.findall(r"(.{299}\S) ([A-Za-z].{99,148}?)(?=\s)", text, re.DOTALL):
-        if sum(char.isalpha() or char == " " for char in ending) >= 0.9 * len(ending):
-            yield context, ending
+    word, end, place = re.compile(r"(?<=\S) (?=[A-Za-z])"), re.compile(r"(?<=\S)(?=\s)"), 0
+    while (start := word.search(text, place + 300)) and (stop := end.search(text, start.end() + 100)):
+        ending = text[start.end() : stop.start()]
+        if len(ending) < 150 and sum(char.isalpha() or char == " " for char in ending) >= 0.9 * len(ending):
+            yield text[max(place, start.start() - 300) : start.start()], ending
+        place = stop.start()
 
 
 def summary(out: Path, checkpoint: Path, seconds: float) -> None:

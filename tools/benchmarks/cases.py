@@ -78,9 +78,7 @@ def stepping(bench: Bench, work: Work, model: Any, optimizer: Any, loss_of: Call
 def gpt2_train(bench: Bench, work: Mapping[str, Any], steps: int, ranks: int = 1, copies: int = 1) -> Ready:
     """gpt2-train itself, with its loader, logging and clipping: a step's time as metrics.jsonl has it.
 
-    Args:
-        ranks: processes of a run, by torchrun.
-        copies: runs at the same time, whose speeds are added.
+    Each run has that many ranks; the speeds of copies, which run at the same time, are added.
     """
     step = Work(**work)
     tokens = ranks * step.accumulation * step.batch * step.seq_len

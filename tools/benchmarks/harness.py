@@ -229,11 +229,8 @@ def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
 
 
 def take_turns(cases: Iterable[tuple[Case, Path]], bench: Bench) -> list[Worker]:
-    """Time cases, each with the packages of a tree; whoever begins a round ends the next one.
-
-    They start one after the other: the first makes the files that all read.
-    """
-    with ExitStack() as stack:
+    """Time cases, each with the packages of a tree; whoever begins a round ends the next one."""
+    with ExitStack() as stack:  # one starts after the other: the first makes the files that all read
         workers = [stack.enter_context(started(case, bench, tree)) for case, tree in cases]
         for turn in range(bench.rounds):
             for worker in workers[:: 1 if turn % 2 else -1]:
