@@ -164,7 +164,8 @@ def draw_loss(axis: Axes, runs: list[Run]) -> None:
             x, losses = np.array(run.train).T
             window = max(1, len(losses) // 100, min(10, len(losses) // 4))
             smooth = centred_mean(losses, window)
-            label = f"{run.name}  {smooth[-1]:.2f}: training, the mean of {window} steps"
+            label = f"{run.name}  {smooth[-1]:.2f}: training"
+            label += f", the mean of {window} steps" if window > 1 else ""
             axis.plot(x, losses, color=run.color, alpha=FAINT / len(runs) ** 0.5, linewidth=0.7, zorder=2)
             style = "." if len(x) == 1 else "-"
             axis.plot(x, smooth, style, color=run.color, linewidth=1.8, zorder=3, label=label)

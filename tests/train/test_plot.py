@@ -24,16 +24,13 @@ def write_run(folder: Path, steps: int, every: int = 0, accuracy: bool = False, 
             rows.append({**row, "hellaswag_acc_norm": 0.25 + step / steps / 20} if accuracy else row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if shape:
-        (folder / "config.toml").write_text(
-            f"steps = {steps}\n[model]\nn_layer = {shape[0]}\nn_embd = {shape[1]}\n"
-        )
+        (folder / "config.toml").write_text("[model]\nn_layer = {}\nn_embd = {}\n".format(*shape))
     return folder
 
 
 def drawn(monkeypatch, *arguments):
     """(figure, result) of the command."""
-    figures = []
-    draw = plot.draw
+    figures, draw = [], plot.draw
     monkeypatch.setattr(plot, "draw", lambda *given: figures.append(draw(*given)) or figures[-1])
     result = CliRunner().invoke(plot.main, [str(word) for word in arguments])
     assert result.exit_code == 0, result.output
@@ -89,14 +86,6 @@ def test_runs_of_any_length(tmp_path, monkeypatch, steps, every) -> None:
     assert high < 5 or steps < 100  # the fall from 11 does not take the picture
 
 
-def test_validation_alone_is_drawn(tmp_path, monkeypatch) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 10.9}\n')
-    figure, result = drawn(monkeypatch, tmp_path / "run", "--out", tmp_path / "a.png")
-    assert legend(figure.axes[0]) == ["run  10.90: validation"]
-    assert result.stderr == ""
-
-
 def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:
     run = write_run(tmp_path / "run", 30, 10, tokens=10**6)
     with (run / "metrics.jsonl").open("ab") as file:
@@ -117,9 +106,11 @@ def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> No
 
 def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> None:
     (tmp_path / "empty").mkdir()
-    runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), write_run(tmp_path / "b" / "run", 5)]
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    (tmp_path / "b" / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 10.9}\n')
+    runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), tmp_path / "b" / "run"]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
-    assert [text.split()[0] for text in legend(figure.axes[0])] == ["a/run", "b/run"]
+    assert legend(figure.axes[0]) == ["a/run  4.60: training", "b/run  10.90: validation"]
     assert result.stderr.endswith("empty: no rows of a run to draw\n")
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "a" / "run").rename(tmp_path / "first")
@@ -128,22 +119,21 @@ def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> 
     assert [text.split()[0] for text in legend(figure.axes[0])] == ["first", "second"]
 
 
-@pytest.mark.parametrize("content", [None, "", "{cut"])
-def test_what_is_no_run_is_one_clear_line(tmp_path, content) -> None:
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    result = CliRunner().invoke(plot.main, [str(tmp_path)])
+@pytest.mark.parametrize(
+    ("content", "out", "message"),
+    [
+        ("", "a.png", "{}: no run with a row in its metrics.jsonl"),
+        ('{"a": 1}\n{cut', "a.png", "{}: no run with a row in its metrics.jsonl"),
+        ('{"step": 1, "loss": 5}', "no/a.png", "{}/no/a.png cannot be written: "),
+        ('{"step": 1, "loss": 5}', "a.what", "{}/a.what cannot be written: "),
+    ],
+)
+def test_what_is_no_run_or_cannot_be_written_is_one_clear_line(tmp_path, content, out, message) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    result = CliRunner().invoke(plot.main, [str(tmp_path), "--out", f"{tmp_path}/{out}"])
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"Error: {tmp_path}: no run with a row in its metrics.jsonl"
-
-
-def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path) -> None:
-    run = write_run(tmp_path / "run", 5)
-    for out in (tmp_path / "no" / "a.png", tmp_path / "a.what"):
-        result = CliRunner().invoke(plot.main, [str(run), "--out", str(out)])
-        assert result.exit_code == 1
-        assert f"Error: {out} cannot be written: " in result.stderr.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {message.format(tmp_path)}")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_mean_is_of_the_steps_around(tmp_path, monkeypatch) -> None:
