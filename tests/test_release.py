@@ -44,11 +44,10 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
+@pytest.fixture
+def repo(tmp_path) -> Path:
     """The packages, all at 0.1.0 with something to release, and the tools, committed."""
-    repo = tmp_path_factory.mktemp("release") / "original"
-    repo.mkdir()
+    repo = tmp_path / "repo"
     for name in ("packages", "tools"):
         shutil.copytree(ROOT / name, repo / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("LICENSE", ".gitignore"):
@@ -63,11 +62,6 @@ def original(tmp_path_factory) -> Path:
     git(repo, "add", "--all")
     git(repo, "commit", "-q", "-m", "the first")
     return repo
-
-
-@pytest.fixture
-def repo(original, tmp_path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "repo", symlinks=True))
 
 
 RANGE = f"{EVAL}/pyproject.toml: gpt2-model>=0.1,<0.2 leaves out gpt2-model 0.2.0: edit the range there"
