@@ -20,7 +20,6 @@ from benchmarks.report import Check, bars_of, brief, provenance, table
 from benchmarks.suite import CASES, work_of
 from gpt2_model.command import SETTINGS, one_line
 
-Document = dict[str, Any]
 # Tokens a second on an H100: of 124M 1.3 times llm.c's published 468,000, of larger ones half of the maker's 989
 # TFLOP/s, and of the largest two 0.55 of it, as llm.c counts operations.
 H100_TOKENS = {"124M": 616_000, "350M": 216_893, "774M": 110_396, "1558M": 55_407}
@@ -40,17 +39,17 @@ DEVICE = click.option("-d", "--device", type=click.Choice(["cpu", "cuda"]), defa
                       help="Device to measure.")  # fmt: skip
 FIELDS = click.option("--model", "fields", multiple=True, metavar="FIELD=N", callback=_fields,
                       help="Change a field of the model's shape: n_layer=2, n_embd=64, ...")  # fmt: skip
+CHECK = click.option("--check", is_flag=True, help="Exit 1 if a required ratio is missed, with a line for each.")
 
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options of every command that measures."""
-    only = click.option("--only", multiple=True, metavar="NAME", help="Run only cases of this name; repeatable.")
+    only = click.option("--only", multiple=True, metavar="NAME", help="Time only cases of this name or prefix.")
     samples = click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case.")
     threads = click.option("--threads", type=COUNT, default=os.cpu_count(),
                            help="Threads of each.  [default: all cores]")  # fmt: skip
-    check = click.option("--check", is_flag=True, help="Exit 1 if a required ratio is missed.")
     as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
-    return lambda command: only(DEVICE(samples(threads(check(as_json(command))))))
+    return lambda command: only(DEVICE(samples(threads(as_json(command)))))
 
 
 def contender(name: str, unit: str, prepare: str, **options: Any) -> Case:
@@ -102,7 +101,7 @@ def compare(base: str, least: float, **options: Any) -> None:
     neighbouring samples. REV is checked out into a temporary worktree, which is removed again.
     """
     timed = partial(harness.compare, base=base, least=least)
-    measure("compare", f"this tree beside {base}", SUITE, timed=timed, **options | {"check": True})
+    measure("compare", f"this tree beside {base}", SUITE, timed=timed, check=True, **options)
 
 
 @main.command()
@@ -113,6 +112,7 @@ def compare(base: str, least: float, **options: Any) -> None:
 @click.option("--nanogpt", type=CLONE, help="Folder of a nanoGPT clone, to measure it too.")
 @click.option("--build-nanogpt", type=CLONE, help="Folder of a build-nanogpt clone, to measure it too.")
 @FIELDS
+@CHECK
 @measuring(3)
 def train(
     size: str, batch: int | None, seq_len: int | None, precision: str | None, nanogpt: str | None,
@@ -152,6 +152,7 @@ def train(
 
 @main.command()
 @FIELDS
+@CHECK
 @measuring(3)
 def decode(fields: dict[str, int], device: str, **options: Any) -> None:
     """Time text generation: ours, transformers, CTranslate2.
@@ -183,6 +184,7 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
 @click.option("--data", metavar="FILE", default="", help="hellaswag_val.jsonl.  [default: downloaded]")
 @click.option("--items", type=COUNT, default=500, show_default=True, help="Items to take from the file's start.")
 @FIELDS
+@CHECK
 @measuring(3)
 def eval_(data: str, items: int, fields: dict[str, int], device: str, **options: Any) -> None:
     """Time HellaSwag: ours, build-nanogpt's method, lm-eval.
@@ -206,6 +208,7 @@ def eval_(data: str, items: int, fields: dict[str, int], device: str, **options:
               help="Parquet files with a column `text`.  [default: generated]")  # fmt: skip
 @click.option("--megabytes", type=click.IntRange(min=4), default=100, show_default=True,
               help="Size of the generated source: Python's own sources, repeated.")  # fmt: skip
+@CHECK
 @measuring(3)
 def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
     """Time building datasets, loading batches and verifying.
@@ -260,14 +263,14 @@ def temporary_folder() -> str:
 
 def measure(
     name: str, title: str, groups: Sequence[Sequence[Case]], checks: Sequence[Check] = (),
-    timed: Callable[..., Document] = harness.measure, *,
-    only: tuple[str, ...], device: str, rounds: int, threads: int, check: bool, as_json: bool,
-) -> Document:  # fmt: skip
+    timed: Callable[..., dict[str, Any]] = harness.measure, *,
+    only: tuple[str, ...], device: str, rounds: int, threads: int, as_json: bool, check: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Measure groups of cases and show what it gives; exit 1 if `check` is set and a bar does not hold."""
     chosen, bench = choose(groups, only, device), Bench(temporary_folder(), threads, device, rounds)
     try:
         results = timed(chosen, bench)
-        document: Document = {"benchmark": name, "title": title, **provenance(device), "bars": [], **results}
+        document = {"benchmark": name, "title": title, **provenance(device), "bars": [], **results}
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
         sys.exit(130)
