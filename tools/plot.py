@@ -141,7 +141,9 @@ def draw(runs: list[Run], unit: str) -> Figure:
     for axis, draw_panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, runs)
         axis.set_xlabel(unit)
-        axis.xaxis.set_major_formatter(EngFormatter(sep="") if unit == "tokens" else "{x:,.0f}")
+        axis.xaxis.set_major_formatter(
+            (lambda x, _: EngFormatter(sep="")(x).replace("G", "B")) if unit == "tokens" else "{x:,.0f}"
+        )
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.grid(alpha=FAINT, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)

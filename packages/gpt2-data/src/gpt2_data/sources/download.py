@@ -31,7 +31,7 @@ T = TypeVar("T")
 Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
 PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
-UNREACHABLE = 30.0  # the same for a server that has not answered yet
+UNREACHABLE = 30.0  # the same, where a person waits, for a server that has not answered yet
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time, with jitter
 READ_TIMEOUT = 30.0  # seconds without a byte, then the connection counts as lost
 LOGIN = "log in by `hf auth login` or set HF_TOKEN"
@@ -59,10 +59,13 @@ class Again(Exception):
         self.after, self.reached = after, reached
 
 
-def download_file(file: WebFile, folder: Path, progress: Progress = lambda size: None) -> Path:
+def download_file(
+    file: WebFile, folder: Path, progress: Progress = lambda size: None, unreachable: float = UNREACHABLE
+) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError: refused, not reached for PATIENCE seconds, wrong TRIES times, or no room; what arrived is kept.
+    Raises OSError: refused, not reached for `unreachable` seconds, no byte in PATIENCE seconds, wrong TRIES times, or
+    no room; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
@@ -75,7 +78,7 @@ def download_file(file: WebFile, folder: Path, progress: Progress = lambda size:
         digest = file.sha256
         if digest is None or not path.exists() or disk.sha256(path) != digest:
             part = path.with_name(path.name + ".part")
-            digest = _download(file, part, progress)
+            digest = _download(file, part, progress, unreachable)
             part.replace(path)
             disk.sync_folder(path.parent)
         receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
@@ -95,11 +98,11 @@ def is_done(path: Path, file: WebFile) -> bool:
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
-def _download(file: WebFile, part: Path, progress: Progress) -> str:
+def _download(file: WebFile, part: Path, progress: Progress, unreachable: float) -> str:
     """Complete the part and return its SHA-256."""
     for _ in range(TRIES):
         try:
-            insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size)
+            insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size, unreachable)
             with part.open("rb") as complete:
                 os.fsync(complete.fileno())
                 digest = hashlib.file_digest(complete, "sha256").hexdigest()
@@ -188,7 +191,7 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
             for path, (file, folder) in self.files.items():
                 self._room.acquire()
                 note(0)
-                download_file(file, folder, note)
+                download_file(file, folder, note, PATIENCE)  # a build of hours outlasts a network's outage
                 complete += file.size
                 self._arrived.add(path)
                 note(0)
@@ -198,7 +201,9 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
             self._error = error
 
 
-def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0) -> T:
+def insist(
+    what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0, unreachable: float = UNREACHABLE
+) -> T:
     """Return what the function returns; call it anew while it raises Again and patience lasts, else raise OSError.
 
     Patience starts anew whenever `size`, of what has arrived, has grown. `what` is named in errors.
@@ -215,7 +220,7 @@ def insist(what: str, function: Callable[[], T], size: Callable[[], int] = lambd
             delay = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
             delay = delay if again.after is None else again.after
             passed = time.monotonic() - since
-            if passed + delay > (PATIENCE if answered else UNREACHABLE):
+            if passed + delay > (PATIENCE if answered else unreachable):
                 gave_up = f"gave up at try {tries} after {passed:.0f} seconds"
                 raise OSError(f"{what}: {again}; {gave_up}: run the same command again later") from again
         time.sleep(delay)
