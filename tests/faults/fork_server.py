@@ -93,14 +93,19 @@ def _become(arguments: list[str] | None, log: str, faults, env: dict[str, str]) 
 
 def start_ranks(arguments, log, ranks: int, faults=(), **env: str) -> list[Child]:
     """Begin a run on one process or more, as torchrun would; the log of rank r > 0 is LOG.r."""
+    logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, ranks))]
+    return [
+        Child(arguments, log, faults, **of_rank, **env)
+        for log, of_rank in zip(logs, rank_variables(ranks), strict=True)
+    ]
+
+
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun would set for each process; none for a single one."""
     if ranks == 1:
-        return [Child(arguments, log, faults, **env)]
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
-    logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, ranks))]
-    return [
-        Child(arguments, logs[rank], faults, RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(ranks)
-    ]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

@@ -5,20 +5,13 @@ import signal
 import time
 
 import pytest
-from train_faults import good_steps, rows, wait_for_step
+from fork_server import Child, rank_variables
+from train_faults import PLANTED, command_line, good_steps, planted, rows, wait_for_step
 
 LIMITS = {"hang_seconds": 2}
 
 
-@pytest.mark.parametrize(
-    ("do", "ranks"),
-    [
-        ("sleep", 2),
-        ("hold the GIL", 1),
-        pytest.param("sleep", 1, marks=pytest.mark.long),
-        pytest.param("hold the GIL", 2, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize(("do", "ranks"), [("sleep", 2), ("hold the GIL", 1)])
 def test_a_rank_that_hangs(tmp_path, runs, do, ranks) -> None:
     out = tmp_path / "run"
     children = runs.begin(out, ("in_update", {"step": 20, "do": do, "rank": ranks - 1}), ranks=ranks, **LIMITS)
@@ -51,6 +44,20 @@ def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
     runs.must_finish_as_whole(out, ranks=2)
 
 
+def test_a_bug_on_a_rank_does_not_wait_for_one_that_hangs(tmp_path, runs) -> None:
+    """Python would, as it ends: it frees the process group, which waits for the answer to what is under way."""
+    out, (first, second) = tmp_path / "run", rank_variables(2)
+    stop = ("in_update", {"step": 8, "do": "SIGSTOP"})
+    stopped = Child(command_line(runs.data, out), runs.log(out), [stop], **first)
+    failed = planted(
+        [["in_update", {"step": 8, "do": "bug in an exchange"}]], runs.data, out, "-c", PLANTED, **second
+    )
+    assert failed.returncode == 1
+    assert "RuntimeError: planted" in failed.stderr
+    stopped.send(signal.SIGKILL)
+    assert stopped.wait() == -9
+
+
 def test_a_save_that_hangs(tmp_path, runs) -> None:
     """The disk does not answer: the next save waits for the one before it, and that is watched."""
     out = tmp_path / "run"
@@ -65,12 +72,8 @@ def test_slow_is_not_hung(tmp_path, runs) -> None:
     """Ten times the usual time is allowed, however short --hang-seconds is; to the first time, half an hour."""
     out = tmp_path / "run"
     faults = [("slow_steps", {"seconds": 0.15}), ("in_evaluation", {"number": 1, "do": "pause"})]
-    changes = {
-        "steps": 12,
-        "hang_seconds": 0.1,
-        "checkpoint_every": 0,
-    }  # a checkpoint's 0.02 s is a busy disk's tenth
-    assert runs.run(out, *faults, **changes) == 0, runs.said(out)
+    # No checkpoints: 0.02 s for one is a busy disk's tenth.
+    assert runs.run(out, *faults, steps=12, hang_seconds=0.1, checkpoint_every=0) == 0, runs.said(out)
     assert len(rows(out)) == 12
 
 

@@ -34,11 +34,11 @@ run_command(main, "gpt2-train")
 """
 
 
-def planted(faults, data, out, *launcher: str) -> subprocess.CompletedProcess:
+def planted(faults, data, out, *launcher: str, **env: str) -> subprocess.CompletedProcess:
     """Run gpt2-train with faults in processes of their own, by a launcher that takes a program and arguments."""
     return subprocess.run(
         [sys.executable, *launcher, json.dumps(faults), *command_line(data, out)],
-        env=environment(), capture_output=True, text=True, check=False, timeout=300,
+        env={**environment(), **env}, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
 

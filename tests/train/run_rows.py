@@ -9,16 +9,14 @@ from gpt2_train.config import TrainConfig
 from gpt2_train.distributed import World
 from gpt2_train.metrics import RunLog
 
-CPU = torch.device("cpu")
-FLOPS = 803_000_000
-
 
 def open_log(folder: Path, first_step: int = -1, world_size: int = 1, enabled: bool = True, **settings) -> RunLog:
+    """Return the log of a run in a folder, opened on rank 0; `evaluated` is what opening it returned."""
     folder.mkdir(exist_ok=True)
     settings = {"steps": 100, "batch_tokens": 1000, "precision": "bf16", "eval_every": 5, **settings}
-    log = RunLog(TrainConfig(**settings), folder, first_step, World(int(not enabled), world_size, CPU), FLOPS)
-    if enabled:
-        log.open()
+    world = World(int(not enabled), world_size, torch.device("cpu"))
+    log = RunLog(TrainConfig(out=str(folder), **settings), first_step, world)
+    log.evaluated = log.open() if enabled else None
     return log
 
 

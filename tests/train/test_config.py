@@ -72,26 +72,20 @@ def test_the_rate_at_the_end_follows_a_low_peak() -> None:
     assert [TrainConfig(lr=lr).min_lr for lr in (6e-4, 1e-4, 6e-5, 3e-5)] == [6e-5, 6e-5, 6e-5, 3e-5 / 10]
 
 
-def test_a_second_dataset_is_refused() -> None:
-    result = CliRunner().invoke(main, ["--data", "a", "--data", "b", "--out", "o"])
-    assert result.exit_code == 2
-    assert "--data is given more than once: a run trains on one dataset" in result.output
-
-
 def test_help_has_groups_and_the_defaults_a_person_types() -> None:
     usual, full = (CliRunner().invoke(main, [flag]).output for flag in ("--help", "--help-all"))
-    assert "[default: 10Mi]" in usual
-    assert "[default: 524288]" in usual
-    assert "--spike-sigma" not in usual
-    assert "--spike-sigma" in full
-    for group in ("Data and run folder:", "Model:", "Optimisation:", "Hardware:"):
-        assert group in usual
+    groups = ("Data and run folder:", "Model:", "Optimisation:", "Hardware:")
+    defaults = ("[default: 512Ki]", "[default: 10Mi]", "[default: 0.0006]")
+    for text in (*groups, *defaults, "--steps SIZE", "--keep INTEGER", "--seed INTEGER"):
+        assert text in usual
+    assert ("--spike-sigma" in usual, "--spike-sigma" in full) == (False, True)
+    assert "[default: 300]" in full
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be a finite number of at least 1, not 0"),
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0, not nan"),
         ({"lr": 1e-5, "min_lr": 6e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
@@ -126,11 +120,18 @@ def test_bad_files_are_refused(tmp_path, text, message) -> None:
     assert message in result.output
 
 
-def test_a_mistyped_variable_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("GPT2_TRAIN_STEPSS", "3")
-    result = CliRunner().invoke(main, ["--data", "d", "--out", str(tmp_path / "o")])
-    assert result.exit_code == 2
-    assert "unknown environment variable GPT2_TRAIN_STEPSS" in result.output
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        ("--data again", {}, "--data is given more than once: a run trains on one dataset"),
+        ("--json", {}, "--json needs --dry-run"),
+        ("--model n_layer", {}, "--model 'n_layer' must be FIELD=VALUE"),
+        ("", {"GPT2_TRAIN_STEPSS": "3"}, "unknown environment variable GPT2_TRAIN_STEPSS"),
+    ],
+)
+def test_wrong_usage(words, env, message) -> None:
+    result = CliRunner().invoke(main, ["--data", "d", "--out", "o", *words.split()], env=env)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
 
 
 def test_flag_before_environment_before_file_before_recipe(dataset, tmp_path, monkeypatch) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 from run_rows import open_log, rows_of, train_row, write_run
@@ -27,13 +27,11 @@ class Terminal:
         monkeypatch.setattr(sys, "stderr", self.file)
 
     def read(self) -> str:
-        text = b""
-        try:
+        pieces = []
+        with suppress(BlockingIOError):
             while piece := os.read(self.master, 65536):
-                text += piece
-        except BlockingIOError:
-            return text.decode()
-        return text.decode()
+                pieces.append(piece)
+        return b"".join(pieces).decode()
 
     def close(self) -> None:
         self.monkeypatch.undo()
@@ -146,7 +144,7 @@ def test_no_terminal_stops_a_run(tmp_path, monkeypatch, kind, on_terminal) -> No
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
     started = time.monotonic()
-    with open_log(tmp_path, first_step=-1) as log:
+    with closing(open_log(tmp_path, first_step=-1)) as log:
         write_run(log, 1, 50)
         log.say("x" * 3000)
         log.flush()

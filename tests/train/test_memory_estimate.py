@@ -39,15 +39,16 @@ def kept_bytes(shape: GPTConfig, precision: str, rows: int = 2) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("other", [{"n_layer": 5}, {"n_layer": 3, "n_inner": 96}])
+@pytest.mark.parametrize("other", [{"n_layer": 5, "n_inner": 256}, {"n_layer": 3, "n_inner": 96}])
 def test_activations_are_what_autograd_keeps(precision, other) -> None:
     """To the byte: what three or one more layers add is what the estimate says they add."""
-    few, many = GPTConfig(**SMALL), GPTConfig(**{**SMALL, **other})
-    few = replace(few, n_inner=many.n_inner)
-    config = TrainConfig(batch_tokens=64, seq_len=32, model=SMALL)
-    case = {"micro_batch": 2, "world_size": 1, "device_type": "cpu", "compiled": False, "precision": precision}
-    estimated = [peak_memory(config, shape, **case).activations for shape in (few, many)]
-    assert kept_bytes(many, precision) - kept_bytes(few, precision) == estimated[1] - estimated[0] > 0
+    kept, estimated = [], []
+    for layers in (2, other["n_layer"]):
+        model = {**SMALL, **other, "n_layer": layers}
+        config = TrainConfig(batch_tokens=64, seq_len=32, model=model, precision=precision)
+        kept.append(kept_bytes(config.model_config, precision))
+        estimated.append(peak_memory(config, 2, 1, "cpu").activations)
+    assert kept[1] - kept[0] == estimated[1] - estimated[0] > 0
 
 
 def test_optimizer_state_is_what_the_optimizer_has() -> None:
@@ -57,19 +58,16 @@ def test_optimizer_state_is_what_the_optimizer_has() -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     model(tokens, tokens)[1].backward()
     optimizer.step()
-    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
-    assert optimizer_bytes(TrainConfig(), shape, 1) == sum(t.nbytes for t in moments)
+    moments = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    small = TrainConfig(seq_len=32, model=SMALL)
+    assert optimizer_bytes(small, 1) == moments
     # Muon keeps one tensor instead of two for the blocks' matrices, 12 n_embd^2 parameters a block.
-    assert optimizer_bytes(TrainConfig(optimizer="muon"), shape, 1) == sum(t.nbytes for t in moments) - 4 * (
-        2 * 12 * 64**2
-    )
-
-
-def test_a_shared_out_state_is_not_less_than_its_largest_tensor() -> None:
-    config, shape = TrainConfig(shard_optimizer=True), PRESETS["124M"]
-    assert optimizer_bytes(config, shape, 2) == 4 * shape.num_parameters
-    assert optimizer_bytes(config, shape, 64) == 8 * 50257 * 768
-    assert optimizer_bytes(TrainConfig(), shape, 64) == 8 * shape.num_parameters
+    assert optimizer_bytes(replace(small, optimizer="muon"), 1) == moments - 4 * 2 * 12 * 64**2
+    # A shared out state is not less than its largest tensor.
+    whole, shared = TrainConfig(), TrainConfig(shard_optimizer=True)
+    assert optimizer_bytes(shared, 2) == 4 * PRESETS["124M"].num_parameters
+    assert optimizer_bytes(shared, 64) == 8 * 50257 * 768
+    assert optimizer_bytes(whole, 64) == 8 * PRESETS["124M"].num_parameters
 
 
 @pytest.mark.slow
@@ -92,8 +90,7 @@ def test_estimate_is_within_a_tenth_of_a_real_run(dataset, tmp_path, model) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    config = TrainConfig(**settings)
-    memory = peak_memory(config, config.model_config, 1, 1, "cpu", False, "fp32")
+    memory = peak_memory(TrainConfig(**settings), 1, 1, "cpu")
     assert memory.host_bytes == pytest.approx(1024 * int(done.stdout), rel=0.1)
 
 
@@ -134,8 +131,8 @@ def test_available_memory_obeys_cgroups(tmp_path) -> None:
 
 
 SETTINGS = TrainConfig(batch_tokens=24 * 32, seq_len=32, model=SMALL)
+OF_124M = TrainConfig(batch_tokens=16 * 1024)
 CPU = World(0, 1, torch.device("cpu"))
-PLAIN = {"compiled": False, "precision": "fp32"}
 
 
 def fails_above(limit: int, tried: list[int]):
@@ -149,35 +146,31 @@ def fails_above(limit: int, tried: list[int]):
 
 def test_micro_batch_is_the_largest_divisor_that_runs() -> None:
     tried: list[int] = []
-    shape = SETTINGS.model_config
-    assert choose_micro_batch(SETTINGS, shape, CPU, fails_above(7, tried), **PLAIN) == 6
+    assert choose_micro_batch(SETTINGS, CPU, fails_above(7, tried)) == 6
     assert tried == [24, 12, 8, 6, 6]  # twice what fits: the second time beside gradients
     # One that is given is not tried.
-    assert choose_micro_batch(replace(SETTINGS, micro_batch="8"), shape, CPU, fails_above(0, tried), **PLAIN) == 8
+    assert choose_micro_batch(replace(SETTINGS, micro_batch="8"), CPU, fails_above(0, tried)) == 8
     assert len(tried) == 5
     message = "not even one sequence of 32 tokens fits .* use --activation-checkpointing"
     with pytest.raises(ValueError, match=message):
-        choose_micro_batch(SETTINGS, shape, CPU, fails_above(0, []), **PLAIN)
+        choose_micro_batch(SETTINGS, CPU, fails_above(0, []))
 
 
 def test_without_trials_the_estimate_decides(monkeypatch) -> None:
     def needed(micro_batch: int) -> int:
-        memory = peak_memory(config, config.model_config, micro_batch, 1, "cpu", False, "fp32")
+        memory = peak_memory(OF_124M, micro_batch, 1, "cpu")
         return memory.host_bytes - gpt2_train.memory.PROGRAM - memory.weights  # these are there already
 
-    config = TrainConfig(batch_tokens=16 * 1024)
     for free, expected in ((10**12, 4), (needed(2), 2), (needed(2) - 1, 1), (0, 1)):
         monkeypatch.setattr(gpt2_train.memory, "available_memory", lambda free=free: free)
-        assert choose_micro_batch(config, config.model_config, CPU, None, **PLAIN) == expected
+        assert choose_micro_batch(OF_124M, CPU, None) == expected
 
 
 def test_two_processes_on_a_machine_share_its_memory(monkeypatch) -> None:
-    config = TrainConfig(batch_tokens=16 * 1024)
-    memory = peak_memory(config, config.model_config, 4, 2, "cpu", False, "fp32")
+    memory = peak_memory(OF_124M, 4, 2, "cpu")
     both = 2 * (memory.host_bytes - memory.checkpoint_copy) + memory.checkpoint_copy
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert most_that_fit(config, config.model_config, 2, "cpu", False, "fp32", both) == 4
-    assert most_that_fit(config, config.model_config, 2, "cpu", False, "fp32", both - 1) == 2
+    assert [most_that_fit(OF_124M, 2, "cpu", free) for free in (both, both - 1)] == [4, 2]
 
 
 def test_ranks_agree_on_what_fits_on_all(tmp_path) -> None:

@@ -3,12 +3,13 @@
 import errno
 import os
 import resource
+from contextlib import closing
 
 import pytest
 import torch
-from run_rows import FLOPS, open_log, rows_of, train_row, write_run
+from run_rows import open_log, rows_of, train_row, write_run
 
-from gpt2_train import metrics
+from gpt2_model import PRESETS, flops_per_token
 from gpt2_train.config import TrainConfig
 from gpt2_train.metrics import peak_tflops
 
@@ -21,7 +22,7 @@ def test_speed_is_of_the_step_alone_and_mfu_follows_llm_c(tmp_path) -> None:
     first, evaluation, second = rows_of(tmp_path)
     assert first["tokens_per_second"] == 25
     assert second["tokens_per_second"] == 2000
-    assert second["mfu"] == pytest.approx(2000 * FLOPS / (2 * 0.01e12))
+    assert second["mfu"] == pytest.approx(2000 * flops_per_token(PRESETS["124M"], 1024) / (2 * 0.01e12))
     assert set(second) == {
         "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds",
         "peak_memory",
@@ -74,23 +75,22 @@ def test_only_rank_0_writes(tmp_path, capsys) -> None:
 
 
 def test_resume_drops_what_is_about_to_be_written_again(tmp_path) -> None:
-    with open_log(tmp_path / "undisturbed") as log:
+    with closing(open_log(tmp_path / "undisturbed")) as log:
         write_run(log, 1, 20)
-    with open_log(tmp_path / "killed") as log:
+    with closing(open_log(tmp_path / "killed")) as log:
         write_run(log, 1, 18)  # killed after 18, its checkpoint is of 10
-    with open_log(tmp_path / "killed", first_step=10) as log:
-        assert log.last_evaluation == 10
+    with closing(open_log(tmp_path / "killed", first_step=10)) as log:
+        assert log.evaluated == 10
         write_run(log, 11, 20)
-        assert log.last_evaluation == 20
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    with open_log(tmp_path / "killed") as log:  # a fresh start
-        assert log.last_evaluation is None
+    with closing(open_log(tmp_path / "killed")) as log:  # a fresh start
+        assert log.evaluated is None
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "killed", "samples.jsonl") == []
 
 
 def test_a_line_cut_anywhere_is_repaired(tmp_path) -> None:
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         write_run(log, 1, 6)
     for name, at in (("metrics.jsonl", 6), ("samples.jsonl", 5)):
         whole = (tmp_path / name).read_bytes()
@@ -104,7 +104,7 @@ def test_a_line_cut_anywhere_is_repaired(tmp_path) -> None:
 
 
 def test_garbage_inside_is_dropped_and_told(tmp_path, capsys) -> None:
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         write_run(log, 1, 5)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     garbage = [b"\x00\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n']
@@ -116,12 +116,12 @@ def test_garbage_inside_is_dropped_and_told(tmp_path, capsys) -> None:
 
 
 def test_samples_without_their_evaluation_are_dropped(tmp_path) -> None:
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         write_run(log, 1, 5)
         log.sample({"step": 5, "row": 7, "prompt": "", "text": "committed with the rest"})
         log.sample({"step": 6, "row": 0, "prompt": "", "text": "killed before the evaluation's row"})
     log = open_log(tmp_path, first_step=6)
-    assert log.last_evaluation == 5
+    assert log.evaluated == 5
     assert [row["step"] for row in rows_of(tmp_path, "samples.jsonl")] == [5, 5, 5]
 
 
@@ -182,9 +182,3 @@ def test_flush_has_rows_on_the_disk_or_fails(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(Input/output error\)"):
         log.flush()
-
-
-def test_the_table_of_peaks_is_read_from_the_narrow_to_the_wide() -> None:
-    names = list(metrics.PEAK_TFLOPS)
-    for number, name in enumerate(names):
-        assert not [wide for wide in names[:number] if name.startswith(f"{wide} ")], name

@@ -14,7 +14,7 @@ H100_PEAK = 989e12
 PUBLISHED = {"124M": 0.140, "350M": 0.348, "774M": 1.7, "1558M": 2.75}  # seconds of a step on eight GPUs
 MEMORY = 0.95 * 80e9  # as the README's table has it
 
-CONFIGS = {name: TrainConfig(**load_config(recipe=name)) for name in PUBLISHED}
+CONFIGS = {name: TrainConfig(**load_config(recipe=name), precision="bf16") for name in PUBLISHED}
 
 
 def published(name: str) -> float:
@@ -30,7 +30,7 @@ def half_of_peak(name: str) -> float:
 def times(name: str, speed: float, gpus: int) -> tuple[float, float]:
     """Seconds of a step's computation, and of the backward of its last micro-batch."""
     config = CONFIGS[name]
-    fit = most_that_fit(config, config.model_config, gpus, "cuda", True, "bf16", MEMORY)
+    fit = most_that_fit(config, gpus, "cuda", MEMORY)
     _, accumulation = micro_batches(config, gpus, fit)
     step = config.batch_tokens / gpus / speed
     return step, 2 / 3 * step / accumulation
@@ -59,26 +59,19 @@ def rows_of_speeds():
 
 def test_gradients() -> None:
     for name, config in CONFIGS.items():
-        parameters = config.model_config.num_parameters
-        sizes = [4 * parameters, 2 * parameters]
-        sizes += [gradient_bytes_sent(parameters, 8, "none"), gradient_bytes_sent(parameters, 64, "none")]
-        last = (config.model_config.vocab_size + config.model_config.block_size) * config.model_config.n_embd
+        shape = config.model_config
+        parameters, last = shape.num_parameters, (shape.vocab_size + shape.block_size) * shape.n_embd
+        sizes = [4 * parameters, 2 * parameters, *(gradient_bytes_sent(parameters, n, "none") for n in (8, 64))]
         cells = [name, f"{parameters:,}", *(f"{size / 1e9:.2f} GB" for size in sizes), f"{last / parameters:.0%}"]
         assert f"| {' | '.join(cells)} |" in PAGE
 
 
-def test_step_times() -> None:
+def test_step_times_and_bandwidths() -> None:
     for title, name, speed in rows_of_speeds():
         cells = [" / ".join(f"{1e3 * part:,.0f}" for part in times(name, speed, gpus)) for gpus in GPUS]
         assert f"| {title} | {speed / 1e3:,.0f} | {' | '.join(cells)} |" in PAGE
-
-
-def test_bandwidths() -> None:
-    for title, name, speed in rows_of_speeds():
-        cells = [
-            "{} ({})".format(*(in_units(rate, 1e9) for rate in bandwidths(name, speed, gpus))) for gpus in GPUS
-        ]
-        assert f"| {title} | {' | '.join(cells)} |" in PAGE
+        pairs = [[in_units(rate, 1e9) for rate in bandwidths(name, speed, gpus)] for gpus in GPUS]
+        assert f"| {title} | {' | '.join(f'{overlapped} ({plain})' for overlapped, plain in pairs)} |" in PAGE
 
 
 def test_a_step_with_that_bandwidth_is_at_90_percent() -> None:

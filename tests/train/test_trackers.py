@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,7 +14,7 @@ from gpt2_train.trackers import check_trackers
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path) -> None:
-    with open_log(tmp_path, tensorboard=True) as log:
+    with closing(open_log(tmp_path, tensorboard=True)) as log:
         write_run(log, 1, 12)
     killed = open_log(tmp_path, first_step=10, tensorboard=True)
     for step in range(11, 14):
@@ -22,12 +23,12 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path) -> None:
     newest = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     killed.close()
     os.truncate(newest, newest.stat().st_size - 5)  # killed while it was written
-    with open_log(tmp_path, first_step=10, tensorboard=True) as log:
+    with closing(open_log(tmp_path, first_step=10, tensorboard=True)) as log:
         write_run(log, 11, 15)
     assert scalars(tmp_path, "train/loss") == [(step, pytest.approx(10 / step)) for step in range(1, 16)]
     assert scalars(tmp_path, "val/loss") == [(5, 3.0), (10, 3.0), (15, 3.0)]
     assert scalars(tmp_path, "train/tokens_per_second")[0] == (1, 2000.0)
-    with open_log(tmp_path, tensorboard=True) as log:  # a fresh start in the same folder
+    with closing(open_log(tmp_path, tensorboard=True)) as log:  # a fresh start in the same folder
         write_run(log, 1, 2)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2]
 
@@ -67,9 +68,9 @@ def wandb(monkeypatch):
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, wandb) -> None:
-    with open_log(tmp_path, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, wandb="gpt2")) as log:
         write_run(log, 1, 12)
-    with open_log(tmp_path, first_step=10, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, first_step=10, wandb="gpt2")) as log:
         write_run(log, 11, 15)
     (run,) = wandb.runs.values()
     assert run.finished
@@ -84,20 +85,25 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, wandb) -> None:
     assert len(wandb.runs) == 2  # a fresh start is another run
 
 
-def test_wandb_that_fails_on_the_way_stops_nothing(tmp_path, wandb, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "s3cret" * 7)
-    log = open_log(tmp_path, wandb="gpt2")
-    log.train(train_row(1))
-    (run,) = wandb.runs.values()
-    run.fails = ConnectionError(f"no route for\n{'s3cret' * 7}")
-    write_run(log, 2, 6)
-    log.close()
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warnings == [
-        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY>): the run continues without it; "
-        "metrics.jsonl has all rows"
+def test_wandb_that_fails_stops_nothing_and_tells_no_secret(tmp_path, wandb, capfd, monkeypatch) -> None:
+    """tests/faults/test_train_hangs.py has secrets of whole runs, which W&B, absent there, takes no part in."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "0123456789" + name)
+    with closing(open_log(tmp_path, tensorboard=True, wandb="gpt2")) as log:
+        log.train(train_row(1))
+        (run,) = wandb.runs.values()
+        run.fails = ConnectionError("no route for\n0123456789WANDB_API_KEY or 0123456789HF_TOKEN")
+        write_run(log, 2, 6)
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if "warning" in line] == [
+        "warning: W&B failed (ConnectionError: no route for <WANDB_API_KEY> or <HF_TOKEN>): the run continues "
+        "without it; metrics.jsonl has all rows"
     ]
     assert len(rows_of(tmp_path)) == 7
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) >= 4
+    assert [name for name, content in files.items() if b"0123456789" in content] == []
+    assert "0123456789" not in said + repr(run.settings) + repr(run.rows)
 
 
 def test_wandb_that_does_not_start_ends_a_fresh_run_alone(tmp_path, wandb, capsys) -> None:
@@ -110,7 +116,7 @@ def test_wandb_that_does_not_start_ends_a_fresh_run_alone(tmp_path, wandb, capsy
     ) as caught:
         open_log(tmp_path, wandb="gpt2")
     assert "\n" not in str(caught.value)
-    with open_log(tmp_path, first_step=3, wandb="gpt2") as log:
+    with closing(open_log(tmp_path, first_step=3, wandb="gpt2")) as log:
         log.train(train_row(4))
     assert "warning: W&B does not start" in capsys.readouterr().err
 
@@ -125,20 +131,3 @@ def test_a_missing_package_is_named_at_the_start(tmp_path, monkeypatch, name) ->
             check_trackers(TrainConfig(**settings))
         with pytest.raises(ValueError, match=f"--{name} needs .* pip install {name}$"):
             open_log(tmp_path, **settings)
-
-
-def test_secrets_are_in_no_file_and_not_given_to_wandb(tmp_path, monkeypatch, wandb, capfd) -> None:
-    """tests/faults/test_train_hangs.py has it for whole runs, which W&B, absent there, takes no part in."""
-    for name in ("WANDB_API_KEY", "HF_TOKEN"):
-        monkeypatch.setenv(name, "0123456789" + name)
-    with open_log(tmp_path, tensorboard=True, wandb="gpt2") as log:
-        write_run(log, 1, 5)
-        (run,) = wandb.runs.values()
-        run.fails = ConnectionError("0123456789WANDB_API_KEY or 0123456789HF_TOKEN is refused")
-        write_run(log, 6, 6)
-    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(files) >= 4
-    assert [name for name, content in files.items() if b"0123456789" in content] == []
-    said = "".join(capfd.readouterr())
-    assert "<WANDB_API_KEY> or <HF_TOKEN> is refused" in said
-    assert "0123456789" not in said + repr(run.settings) + repr(run.rows)

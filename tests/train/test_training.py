@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from train_faults import good_steps, read_rows, wait_for_step
 
 from gpt2_data import TokenLoader
 from gpt2_model import GPT
-from gpt2_train import TrainConfig, checkpoint, train, verify_checkpoint
+from gpt2_train import TrainConfig, train
 from gpt2_train.cli import main
 
 
@@ -65,60 +64,6 @@ def test_batches_are_loaded_by_a_thread_that_ends_with_the_run(dataset, tmp_path
     assert len(threads) >= 2 * 2
     assert threading.main_thread() not in threads
     assert not any(thread.is_alive() for thread in threads)
-
-
-def test_older_checkpoints_go_only_after_the_new_one_was_read_back(dataset, tmp_path, monkeypatch) -> None:
-    events, rename = [], Path.rename
-    monkeypatch.setattr(
-        checkpoint,
-        "verify_checkpoint",
-        lambda path: (events.append(f"verify {path.name}"), verify_checkpoint(path))[1],
-    )
-    monkeypatch.setattr(
-        Path, "rename", lambda path, to: (events.append(f"{path.name} -> {to.name}"), rename(path, to))[1]
-    )
-    run_here(dataset, tmp_path, steps=2, checkpoint_every=1, keep=1)
-    steps = [event for event in events if "step-" in event]
-    assert steps == [
-        "verify .tmp-step-00000001", ".tmp-step-00000001 -> step-00000001",
-        "verify .tmp-step-00000002", ".tmp-step-00000002 -> step-00000002",
-        "step-00000001 -> .tmp-old-step-00000001",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("lr", "says", "saved"),
-    [(1e20, "10 updates in a row were skipped", [4, 8]), (1e39, "is not finite at step 4", [])],
-    ids=["of a gradient", "of a weight"],
-)
-def test_weights_that_overflow_are_not_saved(dataset, tmp_path, lr, says, saved) -> None:
-    """The first update, and not a batch, is what makes these NaN: skipping some does not help."""
-    with pytest.raises(ValueError, match=says):
-        run_here(dataset, tmp_path, lr=lr, warmup=0, steps=40, grad_clip=0.0)
-    assert good_steps(tmp_path) == saved
-    for folder in checkpoint.checkpoints(tmp_path):
-        assert all(tensor.isfinite().all() for tensor in GPT.from_pretrained(folder).parameters())
-
-
-def test_memory_that_runs_out_in_a_save_is_said_in_a_line(dataset, tmp_path, monkeypatch) -> None:
-    save = GPT.save_pretrained
-
-    def fail_at_4(model, folder) -> None:
-        if folder.name == ".tmp-step-00000004":
-            raise MemoryError
-        save(model, folder)
-
-    monkeypatch.setattr(GPT, "save_pretrained", fail_at_4)
-    words = flags(dataset, tmp_path)
-    ended = CliRunner().invoke(main, words)
-    assert ended.exit_code == 1
-    assert ended.stderr.splitlines()[-1] == "Error: saving failed: MemoryError()"
-    assert losses(tmp_path)[-1][0] <= 8  # the next save is due
-    resumed = CliRunner().invoke(main, [*words, "--on-save-error", "continue"])
-    assert resumed.exit_code == 0, resumed.output
-    assert "training continues because of --on-save-error continue" in resumed.stderr
-    assert "Traceback" not in ended.output + resumed.output
-    assert good_steps(tmp_path) == [8, 12]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU's driver")

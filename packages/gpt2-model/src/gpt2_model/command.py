@@ -49,9 +49,9 @@ class Size(click.ParamType[int]):
 
 
 def format_size(number: int) -> str:
-    """Return a number as a person would type it: 500000 is "500k", 10485760 is "10Mi"."""
-    for suffix, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3), ("Mi", 2**20)):
-        if number and number % factor == 0:
+    """Return a number as a person would type it: 500000 is "500k", 524288 is "512Ki", 1024 is "1024"."""
+    for suffix, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3), ("Mi", 2**20), ("Ki", 2**10)):
+        if number >= 10_000 and number % factor == 0:
             return f"{number // factor}{suffix}"
     return str(number)
 
@@ -99,14 +99,17 @@ def run_command(command: click.Command, name: str) -> None:
     """Run a command as a program. Under torchrun the process exits without Python's own clean-up."""
     try:
         command(prog_name=name)
-    except SystemExit as done:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(done.code, int | None):
+    except (SystemExit, Exception) as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(code, int | None):
             raise
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
         # One rank of a hundred died at exit, its work done, by a thread of torch.distributed that outlived its
         # owner. Another hung for ever while it freed its process group, when the other rank had been killed.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(done.code or 0)
+        os._exit(code or 0)
 
 
 def find_device(name: str) -> "torch.device":

@@ -7,27 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt2_train.checkpoint import find_checkpoint as find_checkpoint
-    from gpt2_train.checkpoint import verify_checkpoint as verify_checkpoint
-    from gpt2_train.config import RECIPES as RECIPES
-    from gpt2_train.config import TrainConfig as TrainConfig
-    from gpt2_train.config import load_config as load_config
-    from gpt2_train.distributed import World as World
-    from gpt2_train.loop import train as train
-    from gpt2_train.optimizer import lr_at as lr_at
-    from gpt2_train.optimizer import make_optimizer as make_optimizer
+    from gpt2_train.checkpoint import find_checkpoint, verify_checkpoint
+    from gpt2_train.config import RECIPES, TrainConfig, load_config
+    from gpt2_train.distributed import World
+    from gpt2_train.loop import train
+    from gpt2_train.optimizer import lr_at, make_optimizer
 
     __version__: str
 
-_NAMES = {
-    "checkpoint": ("find_checkpoint", "verify_checkpoint"),
-    "config": ("RECIPES", "TrainConfig", "load_config"),
-    "distributed": ("World",),
-    "loop": ("train",),
-    "optimizer": ("lr_at", "make_optimizer"),
+__all__ = ["RECIPES", "TrainConfig", "World", "find_checkpoint", "load_config", "lr_at", "make_optimizer", "train",
+           "verify_checkpoint"]  # fmt: skip
+_MODULE_OF = {
+    **dict.fromkeys(("find_checkpoint", "verify_checkpoint"), "checkpoint"),
+    **dict.fromkeys(("RECIPES", "TrainConfig", "load_config"), "config"),
+    **dict.fromkeys(("lr_at", "make_optimizer"), "optimizer"),
+    "World": "distributed",
+    "train": "loop",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

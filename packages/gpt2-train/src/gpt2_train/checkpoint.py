@@ -5,9 +5,8 @@
                     trainer.json                        step, loader state, resolved config, versions
                     manifest.json                       size and SHA-256 of every file, written last
 
-A checkpoint is written under another name, flushed, and renamed: a kill leaves all of it or nothing. Hashes are
-checked before any tensor is used; nothing is pickled. There is no generator state: the order of the data and the
-samples depend on (seed, step) alone, and GPT-2 is pretrained without dropout.
+A checkpoint appears whole or not at all, its hashes are checked before any tensor is used, and nothing is pickled.
+There is no generator state: data and samples depend on (seed, step) alone, and there is no dropout.
 """
 
 import json
@@ -58,13 +57,12 @@ def write_checkpoint(
         shutil.copymode(temporary / "config.json", temporary / "optimizer.safetensors")
         document = {"format_version": FORMAT_VERSION, "step": step, **trainer, "versions": versions()}
         (temporary / "trainer.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        names = sorted(path.name for path in temporary.iterdir())
-        paths = {name: temporary / name for name in names}
-        files = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
+        paths = sorted(temporary.iterdir())
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
         manifest = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=2)
         (temporary / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
-        for name in [*names, "manifest.json", "."]:
-            _fsync(temporary / name)
+        for path in (*paths, temporary / "manifest.json", temporary):
+            _fsync(path)
         if problems := verify_checkpoint(temporary):
             raise OSError(f"what the disk returns is not what was written: {problems[0]}")
         if folder.exists():  # a damaged one of this step, or the run would have gone on from it
@@ -142,9 +140,9 @@ def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
+def _refuse_newer(folder: Path) -> None:
     try:
-        version = json.loads((folder / name).read_text(encoding="utf-8"))["format_version"]
+        version = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -155,12 +153,9 @@ def _refuse_newer(folder: Path, name: str = "manifest.json") -> None:
 def choose_checkpoint(run: Path, resume: str) -> Path | None:
     """Return the verified checkpoint that a run resumes from; None to begin at step 0.
 
-    Args:
-        resume: "auto" for the newest good one in `run`, "never", or a checkpoint folder: the newest good one of
-            `run`, or another run's, from which `run` begins until it has checkpoints of its own.
-
-    Raises:
-        CannotResume: the one asked for is damaged or not the newest, all are, or "never" would write over a run.
+    `resume` is "auto" for the newest good one in `run`, "never", or a checkpoint folder: the newest good one of
+    `run`, or another run's, from which `run` begins until it has checkpoints of its own. Raises CannotResume if
+    the one asked for is damaged or not the newest, if all are, or if "never" would write over a run.
     """
     has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":
@@ -181,21 +176,18 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         example = checkpoint_folder(run, 5000)
         raise CannotResume(f"--resume {resume} is not a checkpoint: name a folder like {example}")
     newest = find_checkpoint(run)[0] if inside else None
-    if newest is not None and newest.name == asked.name:
-        return asked  # verified just now: gigabytes that need no more hashing
-    if problems := verify_checkpoint(asked):
-        raise CannotResume(f"cannot resume {resume}: {problems[0]}")
     if newest is not None and newest.name > asked.name:
         advice = f"choose another --out, or move the checkpoints after {asked.name} away"
         raise CannotResume(f"{run} already has {newest.name}: {advice}")
+    # The newest was verified just now: gigabytes that need no more hashing.
+    if (newest is None or newest.name != asked.name) and (problems := verify_checkpoint(asked)):
+        raise CannotResume(f"cannot resume {resume}: {problems[0]}")
     return asked
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """Return the trainer.json of a verified checkpoint. Raises CannotResume if a newer program wrote it."""
-    state: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    _refuse_newer(folder, "trainer.json")
-    return state
+    """Return the trainer.json of a verified checkpoint."""
+    return json.loads((folder / "trainer.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
@@ -205,10 +197,7 @@ def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints; damaged ones do not count.
-
-    `verified` are names of those that this process has read back: gigabytes that need no more hashing.
-    """
+    """Delete all but the `keep` newest good checkpoints; those in `verified`, by name, need no more hashing."""
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
         return
@@ -229,10 +218,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Lock a run's folder, creating it if need be: two trainers in one folder would mix their checkpoints.
-
-    A folder that is new is removed again if the run fails before it writes anything. Raises what `locked` raises.
-    """
+    """Lock a run's folder, made if need be, and removed again if the run fails before it writes anything."""
     is_new = not run.exists()
     with locked(run):
         try:
@@ -245,15 +231,14 @@ def hold_folder(run: Path) -> Iterator[None]:
 
 
 class Saver:
-    """Saves a run while it trains on: a copy in host memory, then a thread that writes and verifies it.
+    """Saves a run while it trains on: rank 0's copies to host memory, and its thread writes and verifies that.
 
-    Every rank has a Saver; rank 0's copies and writes, one checkpoint at a time. The copy takes 12 bytes of its
-    host's memory a parameter, from the first save on: page-locked, for a GPU.
+    The copy takes 12 bytes a parameter, from the first save on: page-locked, for a GPU.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
         self.run, self.keep, self.world = run, keep, world
-        self.error: Exception | None = None  # of the thread, until `take_error`
+        self.error: Exception | None = None  # of the thread; the loop takes it
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
         self._optimizer: dict[str, torch.Tensor] = {}
@@ -281,11 +266,6 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def take_error(self) -> Exception | None:
-        """Return what went wrong since the last call."""
-        error, self.error = self.error, None
-        return error
-
     def _allocate(self, model: GPT, optimizers: Optimizers) -> None:
         def empty(shape: torch.Size) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, pin_memory=self.world.device.type == "cuda")
@@ -303,8 +283,10 @@ class Saver:
                     raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
             self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
             prune(self.run, self.keep, self._verified)
-        except Exception as error:  # whatever it is, the loop must learn of it
+        except (ValueError, OSError) as error:
             self.error = error
+        except Exception as error:  # whatever it is, the loop must learn of it
+            self.error = OSError(f"saving failed: {error!r}")
 
 
 def _fsync(path: Path) -> None:

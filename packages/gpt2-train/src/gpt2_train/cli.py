@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -14,10 +13,12 @@ from click_option_group import GroupedOption, optgroup
 
 from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
 from gpt2_train import RECIPES, TrainConfig, load_config
-from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out, model_shape
+from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
+# Small whole numbers. The others may be as large as 10M or 512Ki, and are written so.
+COUNTS = {"seed", "num_samples", "keep", "max_skips", "profile"}
 
 
 class Command(click.Command):
@@ -38,8 +39,8 @@ def _option(item: "Field[Any]") -> Any:
     flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
     flags += ["-d"] * (item.name == "device")
     kind: Any = type(default)
-    shown: Any = default
-    if kind is int:
+    shown: Any = f"{default:g}" if kind is float else default
+    if kind is int and item.name not in COUNTS:
         kind, shown = Size(), format_size(default)
     elif item.name in CHOICES:
         kind = click.Choice(CHOICES[item.name])
@@ -47,7 +48,7 @@ def _option(item: "Field[Any]") -> Any:
         kind = PATH
     elif item.name == "min_lr":
         shown = "6e-05, or a tenth of --lr if --lr is below that"
-    if shown not in ("", False):
+    if default not in ("", False):
         text += f"  [default: {shown}]"
     return optgroup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
@@ -105,7 +106,7 @@ def main(
             ctx.exit(_print_plan(run, as_json))
         from gpt2_data import open_dataset
 
-        check_out(Path(run.out))
+        check_out(run.out)
         open_dataset(run.data)
         from gpt2_train.loop import train  # two seconds of torch, after everything that can be refused without it
 
@@ -132,21 +133,15 @@ def _resolve(
     """Return the run's settings: flags and environment override the config file, which overrides the recipe."""
     try:
         keys = load_config(config, recipe)
-        shape = keys.pop("model", {})
+        shape: dict[str, Any] = keys.pop("model", {})
         for name, value in keys.items():
             if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
                 settings[name] = value
         if missing := [name for name in ("data", "out") if not settings[name]]:
             raise click.UsageError(f"--{missing[0]} is missing")
-        texts = {}
-        for assignment in assignments:
-            name, equals, text = assignment.partition("=")
-            if not equals:
-                raise click.UsageError(f"--model {name!r} must be FIELD=VALUE")
-            texts[name] = text
-        asked = model_shape(shape).with_fields(texts)
-        model = {name: getattr(asked, name) for name in {**shape, **texts}}
-        return TrainConfig(**settings, model=model)
+        if wrong := [assignment for assignment in assignments if "=" not in assignment]:
+            raise click.UsageError(f"--model {wrong[0]!r} must be FIELD=VALUE")
+        return TrainConfig(**settings, model=shape | dict(assignment.split("=", 1) for assignment in assignments))
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from None
 

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = {
     *("max_skips", "hang_seconds", "tensorboard", "wandb", "profile", "peak_tflops"),
 }
 
+AT_LEAST_1 = {"steps", "batch_tokens", "seq_len", "keep", "eval_tokens", "max_skips"}
 CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "compile": ("auto", "on", "off"),
@@ -55,7 +56,8 @@ def _option(default: Any, group: str, help: str) -> Any:
 class TrainConfig:
     """A whole run. Each field is a key of config.toml, in this order, and, with dashes, a flag with this help.
 
-    `model` holds GPTConfig fields that differ from the 124M defaults. A step is one update of the weights.
+    `model` holds GPTConfig fields that differ from the 124M defaults, as values or text. A step is one update of
+    the weights.
 
     Raises:
         ValueError: values that are out of range or do not go together; the message says what would do.
@@ -95,9 +97,7 @@ class TrainConfig:
     num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
     checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
     keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
-    resume: str = _option(
-        "auto", CHECKPOINTS, "auto: the newest good one in --out; never; or a checkpoint folder."
-    )
+    resume: str = _option("auto", CHECKPOINTS, "auto: the newest good one in --out; never; or the path of one.")
     on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
     max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
     spike_sigma: float = _option(0.0, FAULTS, "Skip updates this many deviations above the last 128; 0: never.")
@@ -113,45 +113,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if math.isnan(self.min_lr):  # a run of 0.1 that did not name it has 6e-5, and must stay resumable
             object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
-        for name in ("steps", "batch_tokens", "seq_len", "keep", "eval_tokens", "max_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        names = ("warmup", "eval_every", "checkpoint_every", "num_samples", "seed", "decay_steps", "profile")
-        rates = ("lr", "min_lr", "weight_decay", "eps", "grad_clip", "spike_sigma", "hang_seconds", "peak_tflops")
-        for name in (*names, *rates):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 and beta2 must be from 0 to below 1, not {self.beta1} and {self.beta2}")
-        if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
-            raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
-        self._check_choices()
-        # Weights to begin with bring their own context: set_up and --dry-run compare that.
-        if not self.init and self.seq_len > self.model_config.block_size:
-            raise ValueError(
-                f"seq_len {self.seq_len} is longer than the model's context of {self.model_config.block_size}: "
-                f"add --model block_size={self.seq_len}"
-            )
-
-    def _check_choices(self) -> None:
+        for item in fields(self):
+            value, least = getattr(self, item.name), int(item.name in AT_LEAST_1)
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise ValueError(f"{item.name} must be a finite number of at least {least}, not {value}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: add --min-lr {self.lr / 10:g}")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1 and beta2 must be from 0 to below 1, not {self.beta1} and {self.beta2}")
+        if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
+            raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
+        context = self.model_config.block_size
+        # Weights to begin with bring their own context: set_up and --dry-run compare that.
+        if not self.init and self.seq_len > context:
+            advice = f"add --model block_size={self.seq_len}"
+            raise ValueError(f"seq_len {self.seq_len} is longer than the model's context of {context}: {advice}")
 
     @property
     def model_config(self) -> GPTConfig:
         """The model's shape. Raises ValueError for an unknown field or a value that is not of its type."""
-        return model_shape(self.model)
+        return GPTConfig().with_fields({name: str(value) for name, value in self.model.items()})
 
-
-def model_shape(values: Mapping[str, Any]) -> GPTConfig:
-    """Return the 124M shape with some fields replaced. Raises ValueError for an unknown field or a wrong value."""
-    known = sorted(field.name for field in fields(GPTConfig))
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"unknown model field {unknown[0]!r}: choose from {', '.join(known)}")
-    return GPTConfig(**values)
+    def compiles(self, device_type: str) -> bool:
+        """Return whether a step on such a device ("cuda", "cpu", ...) is compiled."""
+        return self.compile == "on" or (self.compile == "auto" and device_type == "cuda")
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
@@ -241,9 +229,9 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
     return micro, rows // micro
 
 
-def check_out(out: Path) -> None:
+def check_out(out: str) -> None:
     """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
-    parent = existing(out)
+    parent = existing(Path(out))
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         problem = "cannot be written to" if parent.is_dir() else "is not a folder"
         raise OSError(f"--out {out}: {parent} {problem}")

@@ -51,8 +51,7 @@ class Console:
             self._quietly(self._open_bar)
         if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or step == self.steps):
             self.last_bar, self.bar.n = now, step
-            self.bar.set_postfix_str(time_left, refresh=False)
-            self._quietly(self.bar.refresh)
+            self.working(time_left)
 
     def _time_left(self, step: int, now: float) -> str:
         """As "1:02:03 left", by the mean pace since this process's first step, evaluations and all."""
@@ -65,7 +64,7 @@ class Console:
         return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
 
     def working(self, what: str) -> None:
-        """Show on a terminal what takes a while: in the bar, or, before there is one, on a line."""
+        """Show a word on a terminal: in the bar, or, before there is one, on a line."""
         if self.bar is not None:
             self.bar.set_postfix_str(what, refresh=False)
             self._quietly(self.bar.refresh)
@@ -118,16 +117,13 @@ def _discard(stream: TextIO) -> None:
 
 def step_line(row: dict[str, Any], steps: int) -> str:
     """Return a training row as one line, without what is not known; 78 columns with five-digit steps on a GPU."""
-    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
-    forms = {"loss": "loss {:.4f}", "grad_norm": "norm {:.3f}", "lr": "lr {:.2e}"}
-    parts += [form.format(row[name]) for name, form in forms.items() if row.get(name) is not None]
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{short(row['tokens_per_second'])} tok/s")
-    if row.get("mfu") is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
-    if "skipped" in row:
-        parts.append(f"update skipped: {row['skipped']}")
-    return "  ".join(parts)
+    forms: dict[str, Callable[[Any], str]] = {
+        "loss": "loss {:.4f}".format, "grad_norm": "norm {:.3f}".format, "lr": "lr {:.2e}".format,
+        "tokens_per_second": lambda number: f"{short(number)} tok/s", "mfu": "MFU {:.1%}".format,
+        "skipped": "update skipped: {}".format,
+    }  # fmt: skip
+    parts = [form(row[name]) for name, form in forms.items() if row.get(name) is not None]
+    return "  ".join([f"step {row['step']:>{len(str(steps))}}/{steps}", *parts])
 
 
 def short(number: float) -> str:

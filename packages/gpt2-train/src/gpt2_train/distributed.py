@@ -135,17 +135,22 @@ def gradient_bytes_sent(parameters: int, processes: int, compression: str) -> in
 
 
 def stop(world: World) -> None:
-    """Leave the run. Without it NCCL warns, and may hang, at exit."""
+    """Leave the run, which all ranks must do. Without it NCCL warns, and may hang, at exit."""
     if world.size > 1:
         dist.destroy_process_group()
 
 
-def has_bf16(device: torch.device) -> bool:
-    """True if the processor multiplies bf16 matrices itself.
+def choose_precision(asked: str, device: torch.device | None) -> str:
+    """Return "fp32" or "bf16"; for "auto" bf16 where the processor multiplies such matrices itself.
 
-    On a CPU that does not, torch emulates: 44 GFLOP/s instead of 166 in fp32, measured on two AVX-512 cores.
+    A device that is not here (None) is taken for one that does. On a CPU that does not, torch emulates: 44 GFLOP/s
+    instead of 166 in fp32, measured on two AVX-512 cores.
     """
+    if asked != "auto" or device is None:
+        return "bf16" if asked == "auto" else asked
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
-    return device.type == "cpu" and any(abilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.11
+        has_bf16 = device.type == "cpu" and any(map(abilities.get, ("amx_bf16", "avx512_bf16", "bf16")))
+    return "bf16" if has_bf16 else "fp32"

@@ -58,12 +58,10 @@ class StopSignal:
 class Watchdog:
     """Ends this process, with exit code 1, when the work it watches takes much longer than usual.
 
-    One process that hangs leaves the others waiting in their next exchange, so each finds out by itself, and each
-    prints its own stacks. A Python thread says where training is. If the interpreter is locked, faulthandler's own
-    thread, which needs no lock, prints the stacks two seconds later and exits.
-
-    Args:
-        seconds: time that any work may take; ten times the median of its last times is allowed, too. 0: no limit.
+    That is `seconds` (0: no limit), or ten times the median of its last times. One process that hangs leaves the
+    others waiting in their next exchange, so each finds out by itself, and each prints its own stacks. A Python
+    thread says where training is. If the interpreter is locked, faulthandler's own thread, which needs no lock,
+    prints the stacks two seconds later and exits.
     """
 
     def __init__(self, rank: int, seconds: float) -> None:
@@ -109,32 +107,26 @@ class Watchdog:
 
 @dataclass
 class Guard:
-    """Judges each step by its mean loss and gradient norm, which all processes share: so all decide alike.
+    """Judges each step by its mean loss and gradient norm, which all processes share: so all decide alike."""
 
-    Attributes:
-        sigma: leave out a step more than this many deviations above the mean of the window; 0 for no such test.
-        losses, norms: those of the last steps not left out: an outlier must not widen what counts as usual.
-        skips, total_skips: updates left out in a row, and in all.
-    """
-
-    sigma: float = 0.0
+    sigma: float = 0.0  # leave out a step more than so many deviations above the mean of the window; 0: none
+    # Of the last steps not left out: an outlier must not widen what counts as usual.
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    skips: int = 0
+    skips: int = 0  # updates left out in a row
     total_skips: int = 0
 
     def judge(self, loss: float, norm: float) -> str | None:
         """Note a step; return why its update must be left out, or None if it may be made."""
-        reason = self._reason(loss, norm)
-        if reason is None:
-            self.skips = 0
-            if self.sigma:
-                self.losses = [*self.losses, loss][-WINDOW:]
-                self.norms = [*self.norms, norm][-WINDOW:]
-        else:
+        if reason := self._reason(loss, norm):
             self.skips += 1
             self.total_skips += 1
-        return reason
+            return reason
+        self.skips = 0
+        if self.sigma:
+            self.losses = [*self.losses, loss][-WINDOW:]
+            self.norms = [*self.norms, norm][-WINDOW:]
+        return None
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):

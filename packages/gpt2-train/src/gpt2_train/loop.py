@@ -17,7 +17,7 @@ from gpt2_train.config import TrainConfig
 from gpt2_train.distributed import World
 from gpt2_train.faults import StopSignal
 from gpt2_train.optimizer import lr_at
-from gpt2_train.setup import Run, compiled, set_up
+from gpt2_train.setup import Run, set_up
 from gpt2_train.trackers import profiling
 
 
@@ -37,10 +37,11 @@ def train(config: TrainConfig) -> int:
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
         world = distributed.start(config.device, deterministic=config.deterministic)
-        stack.callback(distributed.stop, world)
         # Rank 0 holds the folder; all ranks learn if it cannot.
         world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
-        return _train(config, world, stop)
+        status = _train(config, world, stop)
+    distributed.stop(world)  # not after an error: it would wait for ranks that hang to answer what is under way
+    return status
 
 
 def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
@@ -164,7 +165,7 @@ def _evaluate(run: Run) -> None:
     config, started = run.config, time.perf_counter()
     options: dict[str, Any] = {
         "autocast_dtype": torch.bfloat16 if config.precision == "bf16" else None,
-        "compile": compiled(config, run.world.device),
+        "compile": config.compiles(run.world.device.type),
         "stop": lambda: run.stop.number > 0,
     }
     row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
@@ -241,14 +242,11 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
     """End the run on all ranks if a checkpoint could not be written, or say so."""
 
     def check() -> None:
-        error = run.saver.take_error()
-        if error is None:
-            return
-        if not isinstance(error, ValueError | OSError):
-            error = OSError(f"saving failed: {error!r}")
-        if not may_go_on:
+        error, run.saver.error = run.saver.error, None
+        if error is not None and not may_go_on:
             raise error
-        run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
+        if error is not None:
+            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import GPT
 from gpt2_train.config import TrainConfig, divisors, existing, micro_batches, sequences
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import optimizer_bytes
@@ -27,32 +27,20 @@ CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's.
+    """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's."""
 
-    Attributes:
-        weights, gradients: the parameters in fp32, and as much again, or less where they come as activations go.
-        optimizer: this process's share of the optimizer's state.
-        activations: what the backward pass of a micro-batch needs, and under autocast the weights in bf16.
-        head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
-        heap: holes between tensors that the allocator cannot use.
-        checkpoint_copy: weights and optimizer state in the memory of rank 0's host, from the first checkpoint on.
-        program: Python, torch and the libraries.
-        on_host: True if the device is the host.
-        device_bytes: bytes on the accelerator; without one, 0.
-        host_bytes: bytes on the host of rank 0; other ranks have no `checkpoint_copy`.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    head: int
-    heap: int
-    checkpoint_copy: int
-    program: int
-    on_host: bool
-    device_bytes: int
-    host_bytes: int
+    weights: int  # in fp32
+    gradients: int  # as much again, or less where they come as activations go
+    optimizer: int  # this process's share of the optimizer's state
+    activations: int  # what the backward pass of a micro-batch needs, and under autocast the weights in bf16
+    head: int  # logits or blocks of them, the loss, and the gradients of output projection and token embedding
+    heap: int  # holes between tensors that the allocator cannot use
+    checkpoint_copy: (
+        int  # weights and optimizer state in the memory of rank 0's host, from the first checkpoint on
+    )
+    program: int  # Python, torch and the libraries
+    device_bytes: int  # on the accelerator; without one, 0
+    host_bytes: int  # on the host of rank 0; other ranks have no `checkpoint_copy`
 
     def needed_on_host(self) -> int:
         """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
@@ -60,38 +48,33 @@ class Memory:
         return processes_here() * (self.host_bytes - copy + self.device_bytes) + copy
 
 
-def peak_memory(
-    config: TrainConfig, shape: GPTConfig, micro_batch: int, world_size: int, device_type: str, compiled: bool,
-    precision: str,
-) -> Memory:  # fmt: skip
+def peak_memory(config: TrainConfig, micro_batch: int, world_size: int, device_type: str) -> Memory:
     """Return the peak of training with `micro_batch` sequences at once on each of `world_size` processes.
 
     CPU figures are held to 10 % by a test; those of other devices ("cuda", "mps") are counted in the same way, and
-    measured by `choose_micro_batch` where it matters. `precision` is "fp32" or "bf16".
+    measured by `choose_micro_batch` where it matters. Here and below the precision of `config` is resolved.
     """
+    shape = config.model_config
     blocks, head, heap = GPT.activation_bytes(
-        shape, micro_batch, config.seq_len, device_type=device_type, bf16=precision == "bf16", compiled=compiled,
-        checkpointing=config.activation_checkpointing,
+        shape, micro_batch, config.seq_len, device_type=device_type, bf16=config.precision == "bf16",
+        compiled=config.compiles(device_type), checkpointing=config.activation_checkpointing,
     )  # fmt: skip
     weights = gradients = 4 * shape.num_parameters
     on_host = device_type == "cpu"
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
         # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
         gradients = 4 * shape.vocab_size * shape.n_embd
-    optimizer, copy = optimizer_bytes(config, shape, world_size), weights + optimizer_bytes(config, shape, 1)
+    optimizer, copy = optimizer_bytes(config, world_size), weights + optimizer_bytes(config, 1)
     step = weights + gradients + optimizer + blocks + head + heap
     return Memory(
         weights=weights, gradients=gradients, optimizer=optimizer, activations=blocks, head=head, heap=heap,
-        checkpoint_copy=copy, program=PROGRAM, on_host=on_host, device_bytes=0 if on_host else step + CUDA_CONTEXT,
+        checkpoint_copy=copy, program=PROGRAM, device_bytes=0 if on_host else step + CUDA_CONTEXT,
         host_bytes=copy + PROGRAM + (step if on_host else 0),
     )  # fmt: skip
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of host memory that a process may still take, as the kernel and its cgroup say.
-
-    Without /proc (macOS) it is all the memory of the machine, since nothing tells how much is free.
-    """
+    """Return the bytes of host memory that a process may still take; without /proc (macOS) all of the machine."""
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
@@ -115,55 +98,44 @@ def available_memory(root: Path = Path("/")) -> int:
     return free
 
 
-def most_that_fit(
-    config: TrainConfig, shape: GPTConfig, world_size: int, device_type: str, compiled: bool, precision: str,
-    free: float,
-) -> int:  # fmt: skip
+def most_that_fit(config: TrainConfig, world_size: int, device_type: str, free: float) -> int:
     """Return the largest micro-batch, in sequences, whose estimate fits into `free` bytes; 0 if none does."""
     rows = sequences(config, world_size)
     most = rows if device_type == "cuda" else min(rows, max(1, MOST_TOKENS // config.seq_len))
     for micro_batch in divisors(rows, most):
-        memory = peak_memory(config, shape, micro_batch, world_size, device_type, compiled, precision)
+        memory = peak_memory(config, micro_batch, world_size, device_type)
         if (memory.device_bytes if device_type == "cuda" else memory.needed_on_host()) <= free:
             return micro_batch
     return 0
 
 
-def choose_micro_batch(
-    config: TrainConfig, shape: GPTConfig, world: World, try_one: Callable[[int], None] | None, *, compiled: bool,
-    precision: str, reserve: int = 0,
-) -> int:  # fmt: skip
+def choose_micro_batch(config: TrainConfig, world: World, try_one: Callable[[int], None] | None) -> int:
     """Return the sequences that a process computes at once: `config.micro_batch`, or for "auto" the most that fit.
 
-    All processes get the same number: the least that any of them has room for.
+    All processes get the same number: the least that any of them has room for. `try_one` does a forward and
+    backward pass of n sequences, without any exchange: a process that runs out of memory would leave the others
+    waiting. It is called twice for each number, the second time beside the gradients of the first. Without it the
+    estimate is believed, as it must be where the system kills what needs too much.
 
-    Args:
-        try_one: one forward and backward pass of n sequences, without any exchange between processes: one that
-            runs out of memory would leave the others waiting. It is called twice for each number, the second time
-            beside the gradients of the first, which the caller clears in the end. None: the estimate is believed,
-            as it must be where the system kills what needs too much memory.
-        reserve: bytes of the device to keep free in the trials for what is not there yet: the optimizer's state.
-
-    Raises:
-        ValueError: the batch cannot be shared out, or not even one sequence runs; says what would do.
+    Raises ValueError if the batch cannot be shared out, or not even one sequence runs.
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
-    device, kind = world.device, world.device.type
-    if kind == "cuda":
+    device = world.device
+    if device.type == "cuda":
         free, taken = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device) + CUDA_CONTEXT
     else:
-        free, taken = available_memory(), processes_here() * (PROGRAM + 4 * shape.num_parameters)
+        free = available_memory()
+        taken = processes_here() * (PROGRAM + 4 * config.model_config.num_parameters)
     room = (free + taken) * (1.0 if try_one is None else 1.2)
-    most = max(1, most_that_fit(config, shape, world.size, kind, compiled, precision, room))
-    most = min(world.gather(most))
+    most = min(world.gather(max(1, most_that_fit(config, world.size, device.type, room))))
     if try_one is None:
         return most
-    kept_free = torch.empty(reserve, dtype=torch.uint8, device=device)
+    # The optimizer's state is not there yet: its bytes are kept free in the trials.
+    _reserved = torch.empty(optimizer_bytes(config, world.size), dtype=torch.uint8, device=device)
     for micro_batch in divisors(sequences(config, world.size), most):
         if all(world.gather(_runs(try_one, micro_batch))):
             return micro_batch
-    del kept_free
     raise ValueError(
         f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {device}: use "
         "--activation-checkpointing, a shorter --seq-len or a smaller model, or share the optimizer's state out "
@@ -187,9 +159,9 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def checkpoint_bytes(config: TrainConfig, shape: GPTConfig) -> int:
+def checkpoint_bytes(config: TrainConfig) -> int:
     """Return the size of a checkpoint: 12 bytes a parameter with AdamW, and the vocabulary's files."""
-    return 4 * shape.num_parameters + optimizer_bytes(config, shape, 1) + FILES_BYTES
+    return 4 * config.model_config.num_parameters + optimizer_bytes(config, 1) + FILES_BYTES
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
@@ -198,12 +170,12 @@ def checkpoints_at_once(config: TrainConfig) -> int:
     return min(config.keep + 1, written)
 
 
-def check_space(run: Path, config: TrainConfig, shape: GPTConfig) -> None:
+def check_space(config: TrainConfig) -> None:
     """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder.
 
     What the run has there counts as free: it makes room as new ones are written.
     """
-    each, number = checkpoint_bytes(config, shape), checkpoints_at_once(config)
+    run, each, number = Path(config.out), checkpoint_bytes(config), checkpoints_at_once(config)
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(run)).free
     if number * each > free + own:

@@ -10,14 +10,14 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
-from gpt2_model import GPTConfig
+from gpt2_model import flops_per_token
 from gpt2_model.command import sync_folder, write_whole
 from gpt2_train.config import TrainConfig
 from gpt2_train.console import Console
@@ -40,43 +40,35 @@ EVALUATION_WORDS = (
 _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
-class RunLog(AbstractContextManager["RunLog"]):
+class RunLog:
     """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it.
 
-    Args:
-        config: the run, its precision resolved.
-        first_step: the step that training resumes from; later rows are dropped. -1: a fresh start, without rows.
-        flops_per_token: llm.c's count, forward and backward.
-
-    Attributes:
-        last_evaluation: step of the newest evaluation in the file, None if there is none, or on another rank.
+    Training resumes from `first_step`: later rows are dropped. At -1 it starts afresh, and drops all.
     """
 
-    def __init__(
-        self, config: TrainConfig, folder: Path, first_step: int, world: World, flops_per_token: int
-    ) -> None:
-        self.config, self.folder, self.first_step, self.world = config, folder, first_step, world
-        self.flops_per_token, self.enabled = flops_per_token, world.is_main
-        self.last_evaluation: int | None = None
+    def __init__(self, config: TrainConfig, first_step: int, world: World) -> None:
+        self.config, self.first_step, self.world = config, first_step, world
+        self.enabled = world.is_main
         self.trackers: list[Tracker] = []
 
-    def open(self) -> None:
+    def open(self) -> int | None:
         """Repair the files of a run that was killed, open them, and start the trackers.
 
-        Raises OSError for files that cannot be read or written, as do the methods that write; ValueError for a
-        tracker that is not installed, or, in a fresh run, does not start.
+        Returns the step of the newest evaluation in the files. Raises OSError for files that cannot be read or
+        written, as do the methods that write; ValueError for a tracker that is not installed or does not start.
         """
-        config, folder = self.config, self.folder
+        config, folder = self.config, Path(self.config.out)
         check_trackers(config)
         evaluated, broken = _repair(folder, self.first_step)
-        self.last_evaluation = max(evaluated, default=None)
         self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
         sync_folder(folder)
         self.console = Console(config.steps)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
+        # MFU: the operations of a step, by llm.c's count, over those that all devices could do meanwhile.
         peak = peak_tflops(config, self.world.device)
         self.peak = peak[1] * 1e12 * self.world.size if peak else None
+        self.flops_per_token = flops_per_token(config.model_config, config.seq_len)
         if config.tensorboard:
             self.trackers.append(start_tensorboard(folder, self.first_step))
         if config.wandb:
@@ -87,12 +79,10 @@ class RunLog(AbstractContextManager["RunLog"]):
                 if self.first_step < 0:
                     raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
                 self.say(f"warning: {error}; the run continues without it")
+        return max(evaluated, default=None)
 
     def train(self, row: dict[str, Any]) -> None:
-        """Record a step: step, tokens, loss, grad_norm, lr, seconds, data_seconds, peak_memory.
-
-        Where it applies, `skipped` says why the update was left out.
-        """
+        """Record a step; where it applies, `skipped` says why its update was left out."""
         if not self.enabled:
             return
         speed = self.config.batch_tokens / row["seconds"] if row["seconds"] > 0 else None
@@ -104,21 +94,18 @@ class RunLog(AbstractContextManager["RunLog"]):
         self.console.step(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Record an evaluation: step, tokens, val_loss and hellaswag_acc_norm where they were measured, seconds.
-
-        Its samples come before it: without this row, they are dropped when the run is resumed.
-        """
+        """Record an evaluation, after its samples: without this row, they are dropped when the run is resumed."""
         if not self.enabled:
             return
         row = finite(row)
         self.metrics.append(row)
-        self.last_evaluation = row["step"]
         names = ("val_loss", "hellaswag_acc_norm")
         self._log(row["step"], {f"val/{name.removeprefix('val_')}": row.get(name) for name in names})
-        parts = []
-        for name, words, form in EVALUATION_WORDS:
-            if name in row:
-                parts.append(words.format("not finite" if row[name] is None else format(row[name], form)))
+        parts = [
+            words.format("not finite" if row[name] is None else format(row[name], form))
+            for name, words, form in EVALUATION_WORDS
+            if name in row
+        ]
         self.say(f"step {row['step']:,}: {'   '.join(parts)}")
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -157,9 +144,6 @@ class RunLog(AbstractContextManager["RunLog"]):
             self.metrics.file.close()
             self.samples.file.close()
 
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
     def _log(self, step: int, values: dict[str, float | None]) -> None:
         known = {name: value for name, value in values.items() if value is not None}
         self._track(lambda tracker: tracker.log(step, known))
@@ -185,9 +169,7 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] 
     return next((item for item in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(item[0])}\b", name)), None)
 
 
-def assumed_speed(
-    config: TrainConfig, shape: GPTConfig, device: torch.device, here: bool
-) -> tuple[float | None, str]:
+def assumed_speed(config: TrainConfig, device: torch.device, here: bool) -> tuple[float | None, str]:
     """Return the operations a second to expect of one process, None if nothing is known; and where this is from.
 
     A device that is `here`, on this machine, and whose peak is not known, is measured for a second.
@@ -200,11 +182,11 @@ def assumed_speed(
     if known := peak_tflops(config, device):
         return known[1] * 1e12 * share, f"{share:.0%} (assumed) of the {known[1]:,.0f} TFLOP/s of {known[0]}"
     # The product that a step has most of: activations by the MLP's first matrix. `item` waits for the device.
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    shape, dtype = config.model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32
     x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
     weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
-    names, threads = {"x": x, "weight": weight}, torch.get_num_threads()
-    timer = Timer("(x @ weight).sum().item()", globals=names, num_threads=threads)
+    operands = {"x": x, "weight": weight}
+    timer = Timer("(x @ weight).sum().item()", globals=operands, num_threads=torch.get_num_threads())
     rate = 2 * x.numel() * shape.mlp_dim / timer.blocked_autorange(min_run_time=1.0).median
     product = f"the {rate / 1e9:,.0f} GFLOP/s of a matrix product, measured here"
     return rate * PRODUCT_SHARE, f"{PRODUCT_SHARE:.0%} (assumed) of {product}"
@@ -224,9 +206,7 @@ class _Lines:
     """A file that rows are appended to. It stays open: a process that is short of descriptors loses nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._clear_error():
-            self.file = path.open("ab", buffering=0)
+        self.path, self.file = path, path.open("ab", buffering=0)
         weakref.finalize(self, self.file.close)  # also when a run fails while it begins
 
     def append(self, row: dict[str, Any]) -> None:
@@ -234,9 +214,8 @@ class _Lines:
         end = self.file.seek(0, os.SEEK_END)
         with self._clear_error():
             try:
-                written = 0
-                while written < len(line):  # a disk that fills up takes a part first, and fails then
-                    written += os.write(self.file.fileno(), line[written:])
+                while line:  # a disk that fills up takes a part first, and fails then
+                    line = line[os.write(self.file.fileno(), line) :]
             except OSError:
                 self.file.truncate(end)
                 raise
@@ -250,10 +229,8 @@ class _Lines:
         try:
             yield
         except OSError as error:
-            text = (
-                f"{self.path} cannot be written ({error.strerror}): fix that, then run the same command to resume"
-            )
-            raise OSError(error.errno, text) from None
+            advice = "fix that, then run the same command to resume"
+            raise OSError(error.errno, f"{self.path} cannot be written ({error.strerror}): {advice}") from None
 
 
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
@@ -261,8 +238,7 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
 
     Returns the steps whose evaluation is still there, and the number of lines that were broken.
     """
-    evaluated: set[int] = set()
-    broken = 0
+    evaluated, broken = set[int](), 0
     for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
         content, lines = path.read_bytes() if path.exists() else b"", []
         for line in filter(None, content.split(b"\n")):  # by bytes: str.splitlines cuts inside a text

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2_model import GPTConfig
 from gpt2_train.config import TrainConfig
 
 Optimizers = list[torch.optim.Optimizer]
@@ -95,11 +94,12 @@ def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.
                 yield f"{key}.{name}", parameter, optimizer.state
 
 
-def optimizer_bytes(config: TrainConfig, shape: GPTConfig, world_size: int) -> int:
+def optimizer_bytes(config: TrainConfig, world_size: int) -> int:
     """Return the bytes of state on a process: AdamW has two fp32 moments, Muon one, for the blocks' matrices.
 
     Shared out, whole tensors go to the processes, so that one has at least the token embedding's.
     """
+    shape = config.model_config
     muon = shape.matrix_parameters if config.optimizer == "muon" else 0
     total = 8 * shape.num_parameters - 4 * muon
     if not config.shard_optimizer:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from gpt2_data import open_dataset
+from gpt2_data import Dataset, open_dataset
 from gpt2_eval import load_hellaswag
 from gpt2_model import GPT, flops_per_token
 from gpt2_model.command import find_device, one_line
 from gpt2_train import checkpoint, memory
 from gpt2_train.config import TrainConfig, check_out, existing, micro_batches
 from gpt2_train.console import short
-from gpt2_train.distributed import gradient_bytes_sent, has_bf16
+from gpt2_train.distributed import choose_precision, gradient_bytes_sent
 from gpt2_train.memory import Memory, available_memory, in_gb, most_that_fit, peak_memory
 from gpt2_train.metrics import assumed_speed
-from gpt2_train.setup import check_shape, compiled, make_loader, starting_point, validation_tokens, warnings_of
+from gpt2_train.setup import check_shape, make_loader, starting_point, validation_tokens, warnings_of
 from gpt2_train.trackers import check_trackers
 
 FORMULA = "6 N + 6 L C T a token (llm.c)"
@@ -32,99 +32,99 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
     """Work out a run's plan, as --json prints it, by the very checks that a start makes. Writes nothing.
 
     `problems` and `warnings` hold a line each; a figure that a failed check leaves open is None. Sizes are bytes.
-    It takes a second where the speed must be measured.
     """
     problems: list[str] = []
 
-    def check(work: Callable[[], Any]) -> Any:
+    def check(work: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return work()
+            return work(*arguments)
         except (ValueError, OSError) as error:
             problems.append(one_line(error))
             return None
 
-    out = Path(config.out)
-    here = check(lambda: find_device(config.device))
+    here = check(find_device, config.device)
     device = here or torch.device(config.device if config.device in ("cuda", "mps") else "cpu")
-    if config.precision == "auto":
-        config = replace(config, precision="bf16" if here is None or has_bf16(here) else "fp32")
-    dataset = check(lambda: open_dataset(config.data))
-    start = check(lambda: starting_point(config, dataset)) if dataset else None
+    config = replace(config, precision=choose_precision(config.precision, here))
+    dataset = check(open_dataset, config.data)
+    start = check(starting_point, config, dataset) if dataset else None
     source = start or config.init
-    shape = (check(lambda: GPT.inspect(source)) if source else None) or config.model_config
+    shape = (check(GPT.inspect, source) if source else None) or config.model_config
+    if dataset:
+        check(check_shape, config, shape, dataset, start)
+        check(make_loader, config, 1, 0, world_size)
+    config = replace(config, model=asdict(shape))
     free_host, free_device = available_memory(), None
     if device.type == "cuda":
         free_device = torch.cuda.mem_get_info(here)[0] if here else ASSUMED_GPU_BYTES
-    case = (world_size, device.type, compiled(config, device), config.precision)
     # 5 % of a GPU's memory is lost between the allocator's blocks.
     free = free_host if free_device is None else 0.95 * free_device
-    split = check(lambda: micro_batches(config, world_size, most_that_fit(config, shape, *case, free)))
+    split = check(lambda: micro_batches(config, world_size, most_that_fit(config, world_size, device.type, free)))
     micro_batch, accumulation = split or (None, None)
-    if dataset is not None:
-        check(lambda: check_shape(config, shape, dataset, start))
-        check(lambda: make_loader(config, micro_batch or 1, 0, world_size))
-    check(lambda: check_out(out))
-    check(lambda: memory.check_space(out, config, shape))
-    check(lambda: check_trackers(config))
-    if config.hellaswag:
-        check(lambda: load_hellaswag(config.hellaswag))
-    peak = again = None
+    peak = None
     if micro_batch is not None:
-        plain, again = (
-            peak_memory(replace(config, activation_checkpointing=chosen), shape, micro_batch, *case)
-            for chosen in (False, True)
-        )
-        peak = again if config.activation_checkpointing else plain
-        check(lambda: _check_memory(peak, free_device, free_host))
-    flops, tokens = flops_per_token(shape, config.seq_len), config.steps * config.batch_tokens
-    speed, speed_source = assumed_speed(config, shape, device, here is not None)
+        peak = peak_memory(config, micro_batch, world_size, device.type)
+        check(_check_memory, peak, free_device, free_host)
+    check(check_out, config.out)
+    check(memory.check_space, config)
+    check(check_trackers, config)
+    if config.hellaswag:
+        check(load_hellaswag, config.hellaswag)
+    work = _work(config, dataset, world_size, *assumed_speed(config, device, here is not None))
+    warnings = warnings_of(config, dataset) if dataset else []
+    if work["hours"] and work["hours"] > LONG_HOURS:
+        warnings.append(f"the run takes about {_duration(work['hours'])} here: lower --steps or --batch-tokens")
+    return work | {
+        "device": device.type,
+        "compiled": config.compiles(device.type),
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "memory": peak and asdict(peak),
+        "free_device_bytes": free_device,
+        "free_host_bytes": free_host,
+        "resumes_from": str(start) if start else None,
+        "resumes_at_step": checkpoint.read_trainer_state(start)["step"] if start else None,
+        "warnings": warnings,
+        "problems": problems,
+    }
+
+
+def _work(
+    config: TrainConfig, dataset: Dataset | None, world_size: int, speed: float | None, speed_source: str
+) -> dict[str, Any]:
+    """Return what the run computes, sends, writes, and how long that takes at `speed` operations a second."""
+    shape, tokens = config.model_config, config.steps * config.batch_tokens
+    flops = flops_per_token(shape, config.seq_len)
     token_hours = flops / (speed * world_size) / 3600 if speed else None
-    hours = tokens * token_hours if token_hours else None
     train_tokens = dataset.tokens("train") if dataset else None
     # One before the first step, one after the last; a forward pass is a third of a step.
     validations = 1 + -(-config.steps // config.eval_every) if config.eval_every else 0
     to_validate = validation_tokens(config, dataset) if dataset else None
-    plan = {
-        "parameters": shape.num_parameters,
+    return {
+        "out": config.out,
         "steps": config.steps,
         "batch_tokens": config.batch_tokens,
+        "seq_len": config.seq_len,
+        "precision": config.precision,
+        "processes": world_size,
+        "parameters": shape.num_parameters,
         "tokens": tokens,
         "train_tokens": train_tokens,
         "val_tokens": dataset.tokens("val") if dataset else None,
         "epochs": tokens / train_tokens if train_tokens else None,
+        "flops_formula": FORMULA,
         "flops_per_token": flops,
         "flops": float(flops * tokens),
-        "hours": hours,
+        "flops_per_second": speed,
+        "speed_source": speed_source,
+        "hours": tokens * token_hours if token_hours else None,
         "validations": validations,
         "validation_tokens": to_validate,
         "validation_hours": token_hours and to_validate and validations * to_validate * token_hours / 3,
-        "processes": world_size,
-        "device": device.type,
-        "precision": config.precision,
-        "compiled": compiled(config, device),
-        "seq_len": config.seq_len,
-        "micro_batch": micro_batch,
-        "accumulation": accumulation,
         "gradient_bytes_sent": gradient_bytes_sent(shape.num_parameters, world_size, config.grad_compression),
-        "memory": peak and asdict(peak),
-        "activation_bytes": peak and plain.activations,
-        "activation_bytes_checkpointed": again and again.activations,
-        "free_device_bytes": free_device,
-        "free_host_bytes": free_host,
-        "flops_formula": FORMULA,
-        "flops_per_second": speed,
-        "speed_source": speed_source,
-        "checkpoint_bytes": memory.checkpoint_bytes(config, shape),
+        "checkpoint_bytes": memory.checkpoint_bytes(config),
         "checkpoints_at_once": memory.checkpoints_at_once(config),
-        "free_disk_bytes": shutil.disk_usage(existing(out)).free,
-        "out": config.out,
-        "resumes_from": str(start) if start else None,
-        "resumes_at_step": checkpoint.read_trainer_state(start)["step"] if start else None,
+        "free_disk_bytes": shutil.disk_usage(existing(Path(config.out))).free,
     }
-    warnings = warnings_of(config, dataset) if dataset else []
-    if hours and hours > LONG_HOURS:
-        warnings.append(f"the run takes about {_duration(hours)} here: lower --steps or --batch-tokens")
-    return {**plan, "warnings": warnings, "problems": problems}
 
 
 def _check_memory(peak: Memory, free_device: int | None, free_host: int) -> None:
@@ -185,14 +185,12 @@ def _memory_facts(plan: dict[str, Any]) -> dict[str, str]:
         "head": "logits and loss", "program": "torch", "checkpoint_copy": "copy for checkpoints",
     }  # fmt: skip
     parts = [f"{name} {in_gb(peak[part])}" for part, name in names.items()]
-    if not peak["on_host"]:
+    if peak["device_bytes"]:
         free = in_gb(plan["free_device_bytes"] or 0)
         facts["device memory"] = f"{in_gb(peak['device_bytes'])} of {free}: {', '.join(parts[:-2])}"
         parts = parts[-2:]
     free = in_gb(plan["free_host_bytes"])
     facts["host memory"] = f"{in_gb(peak['host_bytes'])} of {free} free, on rank 0: {', '.join(parts)}"
-    plain, again = in_gb(plan["activation_bytes"]), in_gb(plan["activation_bytes_checkpointed"])
-    facts["activations"] = f"{plain}; with --activation-checkpointing {again}"
     return facts
 
 

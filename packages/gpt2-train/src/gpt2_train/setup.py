@@ -12,7 +12,7 @@ import torch
 
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import HellaSwag, load_hellaswag
-from gpt2_model import GPT, GPTConfig, flops_per_token
+from gpt2_model import GPT, GPTConfig
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
@@ -21,7 +21,7 @@ from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import check_space, choose_micro_batch
 from gpt2_train.metrics import RunLog
-from gpt2_train.optimizer import Optimizers, load_state, make_optimizers, optimizer_bytes
+from gpt2_train.optimizer import Optimizers, load_state, make_optimizers
 
 MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
 
@@ -31,48 +31,36 @@ LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], to
 
 @dataclass(kw_only=True)
 class Run:
-    """What a step works on.
+    """What a step works on."""
 
-    Attributes:
-        config: the settings, resolved: precision and the model's shape are known.
-        parallel: the model as a step calls it: compiled, and wrapped by DDP.
-        micro_batch, accumulation: sequences that this process computes at once, and how often it does in a step.
-        loader, batches: where the data stands, and the thread that moves it.
-        stop, stopped_by: the signal that came to this process, and its number once all processes know of it.
-        step, updates: batches trained on, and the updates that were made: some may have been left out.
-        saved: the newest step that has a checkpoint, or whose checkpoint is being written.
-        evaluated: the newest step that has been evaluated.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # resolved: precision and the model's shape are known
     world: World
     folder: Path
     dataset: Dataset
     model: GPT
-    parallel: torch.nn.Module
+    parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
     optimizers: Optimizers
-    loader: TokenLoader
-    micro_batch: int
-    accumulation: int
+    loader: TokenLoader  # where the data stands
+    batches: Prefetch = field(init=False)  # the thread that moves it
+    micro_batch: int  # sequences that this process computes at once
+    accumulation: int  # how often it does in a step
     log: RunLog
     saver: Saver
     guard: Guard
     watchdog: Watchdog
-    stop: StopSignal
+    stop: StopSignal  # the signal that came to this process
+    stopped_by: int = 0  # its number, once all processes know of it
     hellaswag: HellaSwag | None
-    batches: Prefetch = field(init=False)
-    step: int
-    updates: int
-    stopped_by: int = 0
-    saved: int
-    evaluated: int | None
+    step: int  # batches trained on
+    updates: int  # those that changed the weights: some may have been left out
+    saved: int  # the newest step that has a checkpoint, or whose checkpoint is being written
+    evaluated: int | None  # the newest step that has been evaluated
 
 
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
     """Build a run, or read it from its newest good checkpoint. Raises what `loop.train` says."""
     folder, dataset = Path(config.out), open_dataset(config.data)
-    if config.precision == "auto":
-        config = replace(config, precision="bf16" if distributed.has_bf16(world.device) else "fp32")
+    config = replace(config, precision=distributed.choose_precision(config.precision, world.device))
     world.on_main(lambda: checkpoint.remove_abandoned(folder))
     start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
@@ -82,11 +70,12 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
     check_shape(config, model.config, dataset, start)
     config = replace(config, model=asdict(model.config))
-    world.on_main(lambda: check_space(folder, config, model.config))
+    world.on_main(lambda: check_space(config))
     model.to(world.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config, sharded=config.shard_optimizer and world.size > 1)
-    stepped: Any = torch.compile(model, dynamic=False) if compiled(config, world.device) else model
+    compiles, on_gpu = config.compiles(world.device.type), world.device.type == "cuda"
+    stepped: Any = torch.compile(model, dynamic=False) if compiles else model
 
     def one_pass(module: torch.nn.Module, rows: int) -> None:
         """A forward and backward pass over nothing in particular."""
@@ -98,43 +87,34 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
         micro_batch = int(state["micro_batch"])  # the same bits need the sums of the run before
     else:
         # On a GPU the largest is found by trying, since what a kernel needs besides is not known.
-        micro_batch = choose_micro_batch(
-            config, model.config, world, partial(one_pass, stepped) if world.device.type == "cuda" else None,
-            compiled=compiled(config, world.device), precision=config.precision,
-            reserve=optimizer_bytes(config, model.config, world.size),
-        )  # fmt: skip
+        micro_batch = choose_micro_batch(config, world, partial(one_pass, stepped) if on_gpu else None)
         model.zero_grad(set_to_none=True)
-    if start is not None:
-        load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start))
-    accumulation = sequences(config, world.size) // micro_batch
-    parallel = stepped
     if world.size > 1:
-        if compiled(config, world.device):
+        if compiles:
             # Trying micro-batches has compiled the backward whole, and all gradients would be sent at its end.
             # Compiled anew, within DDP, it is cut where a bucket is full.
             torch.compiler.reset()
-        parallel = distributed.data_parallel(stepped, config.grad_compression)
+        stepped = distributed.data_parallel(stepped, config.grad_compression)
     loader = make_loader(config, micro_batch, world.rank, world.size)
+    if start is not None:
+        load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start))
+        loader.restore(state["loader"])
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
-    step = state.get("step", 0)
-    log = RunLog(config, folder, step if state else -1, world, flops_per_token(model.config, config.seq_len))
-    world.on_main(log.open)
+    log, step = RunLog(config, state.get("step", -1), world), state.get("step", 0)
     run = Run(
-        config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=parallel,
-        optimizers=optimizers, loader=loader, micro_batch=micro_batch, accumulation=accumulation, log=log,
+        config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=stepped,
+        optimizers=optimizers, loader=loader, micro_batch=micro_batch, log=log,
+        accumulation=sequences(config, world.size) // micro_batch, evaluated=world.on_main(log.open),
         saver=Saver(folder, config.keep, world), guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
         watchdog=Watchdog(world.rank, config.hang_seconds), stop=stop, hellaswag=hellaswag,
         step=step, updates=state.get("updates", 0), saved=step,
-        evaluated=world.on_main(lambda: log.last_evaluation),
     )  # fmt: skip
-    if state:
-        loader.restore(state["loader"])
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start, state)
     _warm_up(run, one_pass)
     # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
     # filled again before as many batches later as a step has.
-    run.batches = loader.prefetch(max(accumulation, 2), _pinned if world.device.type == "cuda" else None)
+    run.batches = loader.prefetch(max(run.accumulation, 2), _pinned if on_gpu else None)
     return run
 
 
@@ -196,19 +176,13 @@ def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
     return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
 
 
-def compiled(config: TrainConfig, device: torch.device) -> bool:
-    """True if a step is compiled."""
-    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-
-
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
     """Do a pass that trains nothing, where the first is not like the others.
 
-    It compiles, so that no step's time has that in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks: so the first step after a resume is like any
-    other.
+    It compiles, which no step's time should have in it. And after its first backward pass DDP lays its buckets out
+    anew, which changes the order of sums over three or more ranks.
     """
-    compiles = compiled(run.config, run.world.device)
+    compiles = run.config.compiles(run.world.device.type)
     if compiles:
         run.log.say("compiling")
     if compiles or run.world.size > 1:

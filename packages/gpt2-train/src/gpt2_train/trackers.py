@@ -54,15 +54,12 @@ def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
         with write_whole(id_file) as file:
             file.write(secrets.token_hex(4).encode())
     try:
+        # Its console would put its own streams before stdout and stderr, and copy what they carry.
+        settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
         run = wandb.init(
-            project=config.wandb,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(folder),
-            config=asdict(config),
-            # It would put its own streams before stdout and stderr, and copy what they carry.
-            settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
-        )
+            project=config.wandb, id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
+            config=asdict(config), settings=settings,
+        )  # fmt: skip
     except Exception as error:
         raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
 
@@ -100,11 +97,10 @@ def in_one_line(error: BaseException) -> str:
 def profiling(
     folder: Path, steps: int, first: int, last: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Trace `steps` steps of this process into `folder`/profile/steps-A-B.json.gz, in Chrome's trace format.
+    """Trace some of the steps `first` to `last` into `folder`/profile/steps-A-B.json.gz, in Chrome's format.
 
-    The process is going to do the steps `first` to `last`. The first ten of them are passed over, or, if that
-    leaves too few, the first one. A run that stops in between has its trace too; one that cannot be written is no
-    reason to stop a run. Yields what must be called after each step.
+    The first ten are passed over, or, if that leaves too few, the first one. A run that stops in between has its
+    trace too; one that cannot be written is no reason to stop a run. Yields what must be called after each step.
     """
     remaining = last - first + 1
     if steps == 0 or remaining < 1:

@@ -64,7 +64,7 @@ def download_file(
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError: refused, not reached for `unreachable` seconds, without a byte for PATIENCE seconds, wrong TRIES
+    Raises OSError: refused, not reached for `unreachable` seconds, no byte for PATIENCE seconds, wrong TRIES
     times, or no room; what arrived is kept.
     """
     path = folder / file.path
