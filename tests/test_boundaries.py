@@ -106,10 +106,10 @@ def test_source_stays_short() -> None:
     tools, tests = lines_of("tools/**/*.py"), lines_of("tests/**/*.py")
     assert len(packages) > 25
     assert {file: lines for file, lines in (packages | tools).items() if lines > 400} == {}
-    # These bounds only go down: the aims are 13,500, 2,300 and 15,000.
-    assert sum(packages.values()) <= 14_500
-    assert sum(tools.values()) <= 2_700
-    assert sum(tests.values()) <= 15_750
+    # A change that raises a bound says in its commit what it took away first.
+    assert sum(packages.values()) <= 13_500
+    assert sum(tools.values()) <= 2_300
+    assert sum(tests.values()) <= 15_000
     assert len(list(ROOT.glob("packages/gpt2-data/src/gpt2_data/*.*"))) <= 14
 
 

@@ -48,7 +48,7 @@ def _option(item: "Field[Any]") -> Any:
         kind = PATH
     elif item.name == "min_lr":
         shown = "6e-05, or a tenth of --lr if --lr is below that"
-    if default not in ("", False):
+    if default != "" and default is not False:
         text += f"  [default: {shown}]"
     return optgroup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
