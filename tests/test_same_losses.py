@@ -17,12 +17,6 @@ def git(repository: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def commit(repository: Path) -> str:
-    git(repository, "add", "--all")
-    git(repository, "commit", "--quiet", "--message", "a change")
-    return git(repository, "rev-parse", "HEAD")
-
-
 def compare(repository: Path, *words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, repository / "tools" / "same_losses.py", *words]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -30,34 +24,31 @@ def compare(repository: Path, *words: str) -> subprocess.CompletedProcess:
     return result
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    assert path.read_text().count(old) == 1
-    path.write_text(path.read_text().replace(old, new))
-
-
 @pytest.fixture
 def repository(tmp_path):
     """Today's packages and the tool, as one commit."""
     for name in ("packages", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    git(tmp_path, "init", "--quiet")
-    commit(tmp_path)
+    for words in ("init --quiet", "add --all", "commit --quiet --message all"):
+        git(tmp_path, *words.split())
     return tmp_path
 
 
 @pytest.mark.slow
 def test_a_change_of_the_maths_is_found_and_a_harmless_one_is_not(repository) -> None:
-    base = git(repository, "rev-parse", "HEAD")
     train = repository / "packages" / "gpt2-train" / "src" / "gpt2_train"
     with (train / "loop.py").open("a") as file:
         file.write("\n\ndef of_no_use() -> None:\n    pass\n")
-    same = compare(repository, base, *QUICK)  # with the working tree
+    same = compare(repository, "HEAD", *QUICK)
     assert same.returncode == 0, same.stderr
-    assert "loss and gradient norm of all 3 steps are equal, bit for bit" in same.stdout
-    assert "0 of 28 final tensors of the model differ" in same.stdout
+    found = json.loads(same.stdout)
+    assert (found["equal"], found["steps"], found["steps_that_differ"]) == (True, 3, 0)
+    assert found["tensors"]["model"] == {"tensors": 28, "differ": 0, "names": []}
 
-    edit(train / "config.py", "eps: float = _option(1e-8", "eps: float = _option(1.001e-8")
-    changed = compare(repository, base, commit(repository), "--json", *QUICK)
+    config = (train / "config.py").read_text()
+    assert config.count("_option(1e-8") == 1
+    (train / "config.py").write_text(config.replace("_option(1e-8", "_option(1.001e-8"))
+    changed = compare(repository, "HEAD", *QUICK)
     assert changed.returncode == 1, changed.stderr
     found = json.loads(changed.stdout)
     # The loss of step 2 is the first after an update.
@@ -72,7 +63,7 @@ def test_what_cannot_be_compared_says_why(repository) -> None:
     assert unknown.stderr == f"Error: 'nowhere' is no commit of {repository}: give a branch, a tag or a hash\n"
     assert compare(repository).returncode == 2
 
-    (repository / "packages" / "gpt2-data" / "src" / "gpt2_data" / "cli.py").write_text("oops(")
-    broken = compare(repository, commit(repository), "HEAD~1")
+    (repository / "packages" / "gpt2-train" / "src" / "gpt2_train" / "loop.py").write_text("oops(")
+    broken = compare(repository, "HEAD", *QUICK)
     assert broken.returncode == 1
     assert "SyntaxError: '(' was never closed" in broken.stderr

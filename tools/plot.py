@@ -5,11 +5,11 @@ runs of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
 """
 
 import json
+import os
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import click
@@ -22,12 +22,10 @@ matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 Curve = list[tuple[float, float]]
-INK, GREY, FAINT = "#222222", "#777777", 0.22
-LINE = 0.045  # height of a label, of its axis'
+GREY, FAINT = "#777777", 0.22
 # Told apart by the colour-blind, too (Okabe and Ito, but for the yellow, which paper swallows).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B6914", "#5D3A9B", "#E69F00")
 
@@ -79,25 +77,22 @@ class Run:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", default="loss.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
               help="Picture to write: PNG, or another format by its suffix.")  # fmt: skip
-@click.option(
-    "--x", "unit", type=click.Choice(("step", "tokens")), default="step", show_default=True, help="Axis."
-)
+@click.option("--x", "unit", type=click.Choice(["step", "tokens"]), default="step", show_default=True,
+              help="Axis.")  # fmt: skip
 def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one.
 
     A folder of runs stands for all runs in it.
     """
-    inner = [[path.parent for path in sorted(folder.glob("*/metrics.jsonl"))] for folder in runs]
-    folders = [run for folder, inside in zip(runs, inner, strict=True) for run in inside or [folder]]
-    loaded = [load_run(*pair, unit) for pair in zip(folders, names(folders), strict=True)]
+    files = [file for run in runs for file in sorted(run.glob("*/metrics.jsonl")) or [run / "metrics.jsonl"]]
+    folders = [file.parent.absolute() for file in files]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    loaded = [load_run(folder, str(folder.relative_to(common)), unit) for folder in folders]
     shown = [run for run in loaded if run.last >= 0]
     if not shown:
         raise click.ClickException(f"{', '.join(map(str, runs))}: no run with a row in its metrics.jsonl")
-    for number, run in enumerate(shown):
-        run.color = COLORS[number % len(COLORS)]
-    for run in loaded:
-        if run.last < 0:
-            click.echo(f"{run.name}: no rows of a run to draw", err=True)
+    for run, color in zip(shown, cycle(COLORS), strict=False):
+        run.color = color
     figure = draw(shown, unit)
     try:
         with write_whole(out) as file:
@@ -107,19 +102,10 @@ def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
     click.echo(str(out))
 
 
-def names(runs: Sequence[Path]) -> list[str]:
-    """A short name of each folder: its own, with its parents' where others have the same."""
-    parts = [run.absolute().parts for run in runs]
-    length = 1
-    while length < max(map(len, parts)) and len({part[-length:] for part in parts}) < len(set(parts)):
-        length += 1
-    return [str(Path(*part[-length:])) for part in parts]
-
-
 def load_run(folder: Path, name: str, unit: str) -> Run:
     """A run's curves; broken lines and rows without tokens are passed over, with a word to stderr."""
     run, rows, broken, file = Run(name), [], 0, folder / "metrics.jsonl"
-    for line in filter(None, file.read_bytes().split(b"\n") if file.exists() else ()):
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
@@ -135,6 +121,8 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
         curve += [(x, values[step]) for step, x in places.items() if x is not None]
         if len(curve) < len(values):
             click.echo(f"{name}: {key} of steps without tokens left out: {len(values) - len(curve)}", err=True)
+    if run.last < 0:
+        click.echo(f"{name}: no rows of a run to draw", err=True)
     try:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         run.reference = REFERENCES.get((config["model"]["n_layer"], config["model"]["n_embd"]))
@@ -147,139 +135,85 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
 
 def draw(runs: list[Run], unit: str) -> Figure:
     """One panel of losses, and one of accuracies if there are any."""
-    with_accuracy = any(run.accuracy for run in runs)
-    references = [one for one in REFERENCES.values() if one in [run.reference for run in runs]]
-    size = (13 if with_accuracy else 8, 4.8)
-    figure, axes = plt.subplots(1, 1 + with_accuracy, figsize=size, squeeze=False, layout="constrained")
-    handles = draw_loss(axes[0, 0], runs, references, unit)
-    if with_accuracy:
-        draw_accuracy(axes[0, 1], runs, references)
-    for axis in axes[0]:
+    panels = [draw_loss, draw_accuracy] if any(run.accuracy for run in runs) else [draw_loss]
+    size = (6.5 * len(panels), 4.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, draw_panel in zip(axes[0], panels, strict=True):
+        draw_panel(axis, runs)
         axis.set_xlabel(unit)
-        axis.xaxis.set_major_formatter(FuncFormatter(short if unit == "tokens" else "{:,.0f}".format))
+        axis.xaxis.set_major_formatter(
+            (lambda x, _: EngFormatter(sep="")(x).replace("G", "B")) if unit == "tokens" else "{x:,.0f}"
+        )
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.grid(alpha=FAINT, linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(GREY)
-        axis.tick_params(colors=INK, length=3)
         axis.set_xlim(0, 1.015 * max(1, *(run.last for run in runs)))
-    columns = 5 if with_accuracy else 3
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
-    if references:
+    if any(run.reference for run in runs):
         figure.supxlabel(SOURCES, fontsize=7.5, color=GREY, x=0.01, ha="left", linespacing=1.4)
     return figure
 
 
-def short(count: float, _place: object = None) -> str:
-    """A number of tokens: 2B, 500M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:g}{letter}"
-    return f"{count:g}"
+def sizes(runs: list[Run]) -> dict[Reference, str]:
+    """The published sizes among the runs, and the color of the first run of each."""
+    return {run.reference: run.color for run in reversed(runs) if run.reference}
 
 
-def draw_loss(axis: Axes, runs: list[Run], references: list[Reference], unit: str) -> list[Line2D]:
-    """Each step's loss, faint, its mean over it, and the validation losses; what the lines mean, for a legend."""
-    labels, values, settled, windows = [], [], [], []
+def draw_loss(axis: Axes, runs: list[Run]) -> None:
+    """Each step's loss, faint, its mean over the steps around, and the validation losses; beside them GPT-2's."""
+    values, ends, settled = [], [], []
     for run in runs:
         if run.train:
             x, losses = np.array(run.train).T
-            windows.append(max(1, len(losses) // 100, min(10, len(losses) // 4)))
-            smooth = centred_mean(losses, windows[-1])
+            window = max(1, len(losses) // 100, min(10, len(losses) // 4))
+            smooth = centred_mean(losses, window)
+            label = f"{run.name}  {smooth[-1]:.2f}: training"
+            label += f", the mean of {window} steps" if window > 1 else ""
             axis.plot(x, losses, color=run.color, alpha=FAINT / len(runs) ** 0.5, linewidth=0.7, zorder=2)
-            axis.plot(x, smooth, color=run.color, linewidth=1.8, zorder=3, marker="." if len(x) == 1 else "")
-            values += [*np.quantile(losses[len(losses) // 2 :], [0.01]), *smooth]
+            style = "." if len(x) == 1 else "-"
+            axis.plot(x, smooth, style, color=run.color, linewidth=1.8, zorder=3, label=label)
+            values += [np.quantile(losses[len(losses) // 2 :], 0.01), *smooth]
             settled += [smooth[len(smooth) // 20]] if len(smooth) > 100 else []
+            ends.append(smooth[-1])
         if run.validation:
-            plot_marked(axis, run.validation, run.color, linewidth=1, markerfacecolor="white", zorder=4)
+            ends.append(run.validation[-1][1])
+            label = f"{run.name}  {ends[-1]:.2f}: validation"
+            plot_marked(axis, run.validation, run.color, linewidth=1, markerfacecolor="white", label=label)
             values += [loss for _, loss in run.validation]
-        if run.validation or run.train:
-            last = run.validation[-1][1] if run.validation else float(smooth[-1])
-            labels.append((last, f"{last:.2f}", run.color))
-    for one in references:
-        axis.axhline(one.val_loss, color=INK, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-        labels.append((one.val_loss, f"GPT-2 {one.title}  {one.val_loss:.2f}", INK))
-        values.append(one.val_loss)
+    for size, color in sizes(runs).items():
+        label = f"GPT-2 {size.title}  {size.val_loss:.2f}"
+        axis.axhline(size.val_loss, color=color, linestyle="--", linewidth=1, zorder=1, label=label)
+        ends.append(size.val_loss)
     axis.set_ylabel("loss, nats per token")
     # The first steps of a long run fall from 11 within no time, and would take most of the picture.
-    low, high, high_enough = min(values), max(values), max([*settled, *(y for y, _, _ in labels)])
+    low, high, high_enough = min(values + ends), max(values + ends), max(settled + ends)
     high = high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high
-    label_right(axis, labels, low, high)
-
-    color = runs[0].color if len(runs) == 1 else GREY
-    handles = [Line2D([], [], color=run.color, linewidth=2, label=run.name) for run in runs]
-    if windows:
-        means = "the mean" if len(set(windows)) > 1 else f"the mean of {windows[0]} steps"
-        label = f"training loss, each step; bold: {means}"
-        handles.append(Line2D([], [], color=color, alpha=0.4, linewidth=0.9, label=label))
-    if any(run.validation for run in runs):
-        handles.append(Line2D([], [], color=color, marker="o", markersize=4, linewidth=1, markerfacecolor="white",
-                              label="validation"))  # fmt: skip
-    return handles
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    axis.set_ylim(low - room, high + room)
+    axis.legend(loc="upper right", fontsize=8.5)
 
 
-def draw_accuracy(axis: Axes, runs: list[Run], references: list[Reference]) -> None:
+def draw_accuracy(axis: Axes, runs: list[Run]) -> None:
     """Accuracy in percent at each evaluation, what guessing gives, and what GPT-2 and GPT-3 have."""
-    labels, values = [(25.0, "guessing  25", GREY)], [25.0]
-    axis.axhline(25, color=GREY, linestyle=":", linewidth=1, zorder=1)
     for run in runs:
         if run.accuracy:
             percent = [(x, 100 * accuracy) for x, accuracy in run.accuracy]
-            plot_marked(axis, percent, run.color, linewidth=1.8, zorder=3)
-            labels.append((percent[-1][1], f"{percent[-1][1]:.1f}", run.color))
-            values += [value for _, value in percent]
-    for one in references:
-        gpt2 = (f"GPT-2 {one.title}", one.hellaswag, (5, 3))
-        for name, value, dashes in (gpt2, (f"GPT-3 {one.gpt3_title}", one.gpt3_hellaswag, (5, 2, 1, 2))):
-            axis.axhline(value, color=INK, linestyle=(0, dashes), linewidth=1, zorder=1)
-            labels.append((value, f"{name}  {value:.4g}", INK))
-            values.append(value)
+            label = f"{run.name}  {percent[-1][1]:.1f}"
+            plot_marked(axis, percent, run.color, linewidth=1.8, label=label)
+    for size, color in sizes(runs).items():
+        gpt2 = (f"GPT-2 {size.title}", size.hellaswag, "--")
+        for name, value, style in (gpt2, (f"GPT-3 {size.gpt3_title}", size.gpt3_hellaswag, "-.")):
+            axis.axhline(value, color=color, linestyle=style, linewidth=1, zorder=1, label=f"{name}  {value:.4g}")
+    axis.axhline(25, color=GREY, linestyle=":", linewidth=1, zorder=1, label="guessing  25")
     tests = {run.test for run in runs if run.accuracy}
     axis.set_ylabel(f"accuracy on {', '.join(sorted(test or 'HellaSwag' for test in tests))}, %")
     axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    label_right(axis, labels, min(values), max(values))
+    axis.legend(loc="upper left", fontsize=8.5)
 
 
 def plot_marked(axis: Axes, curve: Curve, color: str, **style: Any) -> None:
     """Draw a curve with marks, on its last point too: forty of them are a line, more are a smear."""
     marks = list(range(len(curve) - 1, -1, -1 - len(curve) // 40))
-    axis.plot(*zip(*curve, strict=True), "o-", color=color, markersize=4, markevery=marks, **style)
-
-
-def label_right(axis: Axes, labels: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Set the range of y, with some room, and write (y, text, color) each beside its right end, moved apart."""
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1
-    low, high = low - room, high + room
-    axis.set_ylim(low, high)
-    labels = sorted(labels)
-    places = [(y - low) / (high - low) for y, _, _ in labels]
-    for place, middle, (_, text, color) in zip(places, spread(places, LINE), labels, strict=True):
-        arrow = {
-            "arrowstyle": "-",
-            "color": color,
-            "linewidth": 0.7,
-            "shrinkA": 1,
-            "shrinkB": 0,
-            "relpos": (0, 0.5),
-        }
-        axis.annotate(text, (1, place), (1.04, middle), "axes fraction", "axes fraction", arrow,
-                      color=color, fontsize=8.5, va="center")  # fmt: skip
-
-
-def spread(places: Sequence[float], height: float) -> list[float]:
-    """Middles of boxes of one height that want to be at `places`, ascending, and must not overlap.
-
-    Boxes that would overlap form a stack, whose middle is the mean of their places; a stack may run into the next.
-    """
-    stacks: list[list[float]] = []
-    for place in places:
-        stacks.append([place])
-        while len(stacks) > 1:
-            below, above = stacks[-2:]
-            if mean(above) - mean(below) >= height * (len(above) + len(below)) / 2:
-                break
-            stacks[-2:] = [below + above]
-    return [mean(stack) + height * (n - (len(stack) - 1) / 2) for stack in stacks for n in range(len(stack))]
+    axis.plot(*zip(*curve, strict=True), "o-", color=color, markersize=4, markevery=marks, zorder=4, **style)
 
 
 def centred_mean(values: np.ndarray, window: int) -> Any:

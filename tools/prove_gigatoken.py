@@ -8,11 +8,10 @@ there is no proof.
 """
 
 import dataclasses
-import itertools
 import json
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 
 import click
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from gpt2_data import gigatoken, tokenizer
 from gpt2_data.sources import pydocs
+from gpt2_model.command import SETTINGS
 
 CONTEXTS = (
     *("{}'s", "a{}'ll {}b", " {}{}'t", "x {} 're", "1{}2", "'{}s'd", "don't{}", "\n{}\n'm"),
@@ -38,19 +38,16 @@ _ENGLISH = "etaoin shrdlu \n'.,0123456789STDM-\t"
 _PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--out", type=click.Path(path_type=Path), default=gigatoken.PROVEN, help="File of proofs to add to.")
-def main(out: Path) -> None:
+@click.command(context_settings=SETTINGS)
+def main() -> None:
     """Compare gigatoken with tiktoken on every character and millions of strings; save the proof."""
     try:
         proof = prove()
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    keep(proof, out)
-    click.echo(
-        f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken} for {proof.strings:,} strings "
-        f"without the {len(proof.code_points()):,} characters that differ; kept in {out}"
-    )
+    keep(proof, gigatoken.PROVEN)
+    libraries = f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken}"
+    click.echo(f"{libraries} for {proof.strings:,} strings, but for {len(proof.code_points()):,} characters")
 
 
 def keep(proof: gigatoken.Proof, file: Path) -> None:
@@ -60,110 +57,83 @@ def keep(proof: gigatoken.Proof, file: Path) -> None:
     file.write_text(json.dumps([dataclasses.asdict(item) for item in proofs], indent=1) + "\n")
 
 
-class _Comparison:
-    """Compares texts, and counts them."""
-
-    def __init__(self) -> None:
-        self.bar = tqdm(unit=" strings", unit_scale=True, disable=not sys.stderr.isatty())
-        self.strings = 0
-        self._fast = gigatoken.Encoder(tokenizer.token_ranks())
-        self._encoding = tokenizer.get_tokenizer()
-
-    def differing(self, texts: Sequence[str]) -> list[int]:
-        """Return which of the texts the two libraries encode differently."""
-        data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
-        tokens, ends = self._fast.encode(data, offsets)
-        expected = [self._encoding.encode_ordinary(text) for text in texts]
-        self.strings += len(texts)
-        self.bar.update(len(texts))
-        same_lengths = np.diff(ends).tolist() == list(map(len, expected))
-        if same_lengths and tokens.tolist() == list(itertools.chain.from_iterable(expected)):
-            return []
-        return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
-
-    def check(self, batches: Iterable[Sequence[str]]) -> None:
-        """Raise ValueError if any of the texts is encoded differently."""
-        for texts in batches:
-            for i in self.differing(texts)[:1]:
-                raise ValueError(f"not proven: the two give different tokens for {texts[i][:1000]!a}")
-
-
 def prove(
-    contexts: Iterable[str] = CONTEXTS,
-    code_points: Iterable[int] = range(0x110000),
-    mixtures: int = 3_000_000,
-    seed: int = 0,
+    contexts: Iterable[str] = CONTEXTS, code_points: Iterable[int] = range(0x110000), mixtures: int = 3_000_000
 ) -> gigatoken.Proof:
     """Compare the two installed libraries by these code points, but for surrogates, and so many random mixtures.
 
     Raises ValueError, with a text that shows why, if no proof comes of it.
     """
-    versions = gigatoken.installed_versions()
+    versions, fast = gigatoken.installed_versions(), gigatoken.Encoder(tokenizer.token_ranks())
     characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
-    comparison = _Comparison()
-    differ = _characters_that_differ(comparison, characters, contexts)
-    known = "".join(sorted(set(characters) - differ))
-    comparison.check(_neighbours(known))
-    comparison.check(_special_strings(known))
-    comparison.check(_real_text(differ))
-    comparison.check(_mixtures(known, mixtures, seed))
-    return gigatoken.Proof(*versions, comparison.strings, tuple(_ranges(sorted(map(ord, differ)))))
-
-
-def _characters_that_differ(
-    comparison: _Comparison, characters: Sequence[str], contexts: Iterable[str]
-) -> set[str]:
     differ: set[str] = set()
-    for context in contexts:
-        for start in range(0, len(characters), _BATCH):
-            some = characters[start : start + _BATCH]
-            differ.update(some[i] for i in comparison.differing([context.replace("{}", c) for c in some]))
-            if len(differ) > MAX_DIFFER or any(c.isascii() for c in differ):
-                example = ascii(context.replace("{}", min(differ)))
-                raise ValueError(f"not proven: {len(differ):,} characters or more differ, as in {example}")
-    return differ
+    strings = 0
+    for context, some in tqdm(product(contexts, list(_batches(characters))), disable=None):
+        differ.update(some[i] for i in _differing(fast, [context.replace("{}", c) for c in some]))
+        strings += len(some)
+        if len(differ) > MAX_DIFFER or any(c.isascii() for c in differ):
+            example = ascii(context.replace("{}", min(differ)))
+            raise ValueError(f"not proven: {len(differ):,} characters or more differ, as in {example}")
+    known = "".join(sorted(set(characters) - differ))
+    special = chain(_neighbours(known), _special_strings(known), _real_text(differ))
+    for texts in tqdm(chain(_batches(special), _mixtures(known, mixtures)), disable=None):
+        strings += len(texts)
+        for i in _differing(fast, texts)[:1]:
+            raise ValueError(f"not proven: the two give different tokens for {texts[i][:1000]!a}")
+    return gigatoken.Proof(*versions, strings, tuple(_ranges(sorted(map(ord, differ)))))
 
 
-def _neighbours(known: str) -> Iterator[list[str]]:
+def _differing(fast: gigatoken.Encoder, texts: Sequence[str]) -> list[int]:
+    """Return which of the texts the two libraries encode differently."""
+    data, offsets = tokenizer.text_buffers(pa.array(texts, pa.large_string()))
+    tokens, ends = fast.encode(data, offsets)
+    expected = map(tokenizer.get_tokenizer().encode_ordinary, texts)
+    return [i for i, own in enumerate(expected) if own != tokens[ends[i] : ends[i + 1]].tolist()]
+
+
+def _batches(strings: Iterable[str]) -> Iterator[list[str]]:
+    strings = iter(strings)
+    while batch := list(islice(strings, _BATCH)):
+        yield batch
+
+
+def _neighbours(known: str) -> Iterator[str]:
     """Each character between those that follow it and that stand before it in Unicode: of its own script."""
-    text = "".join(sorted(known))
-    for start in range(0, len(text), _BATCH):
-        stop = min(start + _BATCH, len(text))
-        yield [text[i + 1 : i + 2] + text[max(0, i - 1) : i + 2] for i in range(start, stop)]
+    for i in range(len(known)):
+        yield known[i + 1 : i + 2] + known[max(0, i - 1) : i + 2]
 
 
-def _special_strings(known: str) -> Iterator[list[str]]:
+def _special_strings(known: str) -> Iterator[str]:
     """Runs of each kind of character, all short mixtures of white space and one sign of each kind, and more."""
     of_each_category = {unicodedata.category(character): character for character in known}.values()
     examples = [*map(chr, range(128)), *of_each_category, *(c for c in _WHITE if c in known)]
     lengths = (*range(1, 35), 63, 64, 65, 128, 129, 257, 1000)
-    yield [character * 20_000 for character in " \na1^"]
-    for character in examples:
-        yield [frame.format(character * n) for n in lengths for frame in ("{}", "a {}", " {}b1", "\n{} ")]
+    yield from (character * 20_000 for character in " \na1^")
+    for character, n, frame in product(examples, lengths, ("{}", "a {}", " {}b1", "\n{} ")):
+        yield frame.format(character * n)
     alphabet = [c for c in " \n\t\xa0\u3000a1.'" if c in known]
     for length in range(1, 6):
-        strings = map("".join, itertools.product(alphabet, repeat=length))
-        while some := list(itertools.islice(strings, _BATCH)):
-            yield some
+        yield from map("".join, product(alphabet, repeat=length))
     contractions = ("s", "t", "re", "ve", "m", "ll", "d", "S", "LL", "r", "l", "v", "st", "\u017f")
     frames = ("'{}", "I'{}", "I '{} ", "''{}", "1'{}'{}", "\n'{}", "don’{}", "'{}'", "a'{}b")
-    yield [frame.replace("{}", end) for frame in frames for end in contractions]
+    yield from (frame.replace("{}", end) for frame in frames for end in contractions)
     end = "<|endoftext|>"
-    yield [text for n in range(len(end)) for text in (end, end * n, f"a {end}\n", end[n:], end[:n], f"\0{end}\0")]
+    for n in range(len(end)):
+        yield from (end, end * n, f"a {end}\n", end[n:], end[:n], f"\0{end}\0")
 
 
-def _real_text(differ: set[str]) -> Iterator[list[str]]:
+def _real_text(differ: set[str]) -> Iterator[str]:
     """The text that Python carries, whole, and cut anywhere."""
     documents = [tokenizer.repair_surrogates(text) for _, text in pydocs.documents()]
     documents = [text for text in documents if differ.isdisjoint(text)]
-    yield documents
+    yield from documents
     rng = np.random.default_rng(0)
     for text in documents[:: max(1, len(documents) // 50)]:
         places = sorted({0, len(text), *rng.integers(0, len(text) + 1, 200).tolist()})
-        yield [text[start:stop] for start, stop in itertools.pairwise(places)]
+        yield from (text[start:stop] for start, stop in pairwise(places))
 
 
-def _mixtures(known: str, count: int, seed: int) -> Iterator[list[str]]:
+def _mixtures(known: str, count: int, seed: int = 0) -> Iterator[list[str]]:
     """Random strings: a third of the signs English, a third white space and ASCII, a third of any category."""
     rng = np.random.default_rng(seed)
     common = [[c for c in pool if c in known] for pool in (_ENGLISH, _ENGLISH, _PRINTABLE, _WHITE)]
@@ -174,8 +144,7 @@ def _mixtures(known: str, count: int, seed: int) -> Iterator[list[str]]:
     each = max(1, len(by_category) // len(common) // 2)
     pools = [np.array(list(map(ord, pool))) for pool in (*common * each, *by_category.values())]
     sizes = np.array([len(pool) for pool in pools])
-    starts = np.cumsum(sizes) - sizes
-    together = np.concatenate(pools)
+    starts, together = np.cumsum(sizes) - sizes, np.concatenate(pools)
     for start in range(0, count, _BATCH):
         lengths = rng.integers(1, 24, min(_BATCH, count - start))
         pool = rng.integers(0, len(pools), int(lengths.sum()))
@@ -183,7 +152,7 @@ def _mixtures(known: str, count: int, seed: int) -> Iterator[list[str]]:
         runs = rng.choice([1, 1, 1, 1, 1, 1, 2, 5], len(chosen))
         ends = np.cumsum(runs)[np.cumsum(lengths) - 1].tolist()
         text = np.repeat(chosen, runs).astype("<u4").tobytes().decode("utf-32-le")
-        yield [text[a:b] for a, b in itertools.pairwise([0, *ends])]
+        yield [text[a:b] for a, b in pairwise([0, *ends])]
 
 
 def _ranges(code_points: Sequence[int]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ TRAINING = {
     "checkpoint-every": STEPS // 2, "keep": 1,
 }  # fmt: skip
 HELLASWAG_ITEMS = 200
+heading = partial(click.secho, bold=True)
 
 
 @click.command(context_settings=SETTINGS)
@@ -43,37 +45,27 @@ def main(out: Path) -> None:
     checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
     click.echo("Every command below can be typed by hand, after: source .venv/bin/activate")
 
-    heading(1, "Text to tokens: the documentation and the sources that every Python carries")
+    heading("\n1. Text to tokens: the documentation and the sources that every Python carries")
     command("gpt2-data", "build", "pydocs", "--out", data, "--order", "shuffled", "--val-tokens", "200k")
 
-    heading(2, "A test in HellaSwag's format, from the documents that are held out for validation")
-    if items.exists():
-        click.echo(f"{items} is there already")
-    else:
+    heading("\n2. A test in HellaSwag's format, from the documents that are held out for validation")
+    if not items.exists():
         write_items(data, items)
 
-    heading(3, "Training: about two minutes on two cores")
-    if checkpoint.exists():
-        click.echo(f"{checkpoint} is there already")
-    else:
-        model = [part for name, value in MODEL.items() for part in ("--model", f"{name}={value}")]
-        settings = [part for name, value in TRAINING.items() for part in (f"--{name}", value)]
-        command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
+    heading("\n3. Training: about two minutes on two cores")
+    model = [part for name, value in MODEL.items() for part in ("--model", f"{name}={value}")]
+    settings = [part for name, value in TRAINING.items() for part in (f"--{name}", value)]
+    command("gpt2-train", "--data", data, "--out", run, *model, *settings, "--hellaswag", items)
 
-    heading(4, "Evaluation: loss on held-out text, and which of four endings belongs to a text")
+    heading("\n4. Evaluation: loss on held-out text, and which of four endings belongs to a text")
     command("gpt2-eval", "loss", "-m", checkpoint, "--data", data, "--tokens", TRAINING["eval-tokens"])
     command("gpt2-eval", "hellaswag", "-m", checkpoint, "--data", items, "--protocol", "karpathy")
 
-    heading(5, "Generated text (two minutes teach indentation and common words), and the loss curve")
+    heading("\n5. Generated text (two minutes teach indentation and common words), and the loss curve")
     words = ("--max-new-tokens", 48, "--temperature", 0.8, "The function returns")
     command("gpt2-model", "generate", "-m", checkpoint, *words)
     command("python", "tools/plot.py", run, "--out", out / "loss.png")
     summary(out, checkpoint, time.monotonic() - started)
-
-
-def heading(number: int, text: str) -> None:
-    """Announce a step."""
-    click.secho(f"\n{number}. {text}", bold=True)
 
 
 def command(program: str, *arguments: Any) -> None:
@@ -100,7 +92,7 @@ def write_items(data: Path, path: Path) -> None:
 
     texts = [tokenizer.decode(tokens[1:].tolist()) for tokens in dataset.documents("val")]
     pieces = [[(context, ending, mean_frequency(ending)) for context, ending in cut(text)] for text in texts]
-    pieces = [of_document for of_document in pieces if of_document]
+    pieces = list(filter(None, pieces))
     lines = []
     for number in range(HELLASWAG_ITEMS):
         own = number % len(pieces)
@@ -126,11 +118,8 @@ def cut(text: str) -> Iterator[tuple[str, str]]:
 
     Cut before a word, since HellaSwag's protocol puts one space between the two.
     """
-    place = 0
-    while start := re.compile(r"(?<=\S) (?=[A-Za-z])").search(text, place + 300):
-        stop = re.compile(r"(?<=\S)(?=\s)").search(text, start.end() + 100)
-        if stop is None:
-            return
+    word, end, place = re.compile(r"(?<=\S) (?=[A-Za-z])"), re.compile(r"(?<=\S)(?=\s)"), 0
+    while (start := word.search(text, place + 300)) and (stop := end.search(text, start.end() + 100)):
         ending = text[start.end() : stop.start()]
         if len(ending) < 150 and sum(char.isalpha() or char == " " for char in ending) >= 0.9 * len(ending):
             yield text[max(place, start.start() - 300) : start.start()], ending
@@ -138,12 +127,12 @@ def cut(text: str) -> Iterator[tuple[str, str]]:
 
 
 def summary(out: Path, checkpoint: Path, seconds: float) -> None:
-    """Say what came out, where it lies, and what to type next."""
+    """Say what came out, and where it lies."""
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [(row["val_loss"], row["hellaswag_acc_norm"]) for row in rows if "val_loss" in row]
     (loss_before, right_before), (loss, right) = evaluations[0], evaluations[-1]
     error = (right * (1 - right) / HELLASWAG_ITEMS) ** 0.5
-    click.secho(f"\nDone in {seconds:.0f} s", bold=True)
+    heading(f"\nDone in {seconds:.0f} s")
     click.echo(f"""
   as training measured it     untrained   trained
   validation loss             {loss_before:9.2f} {loss:9.2f}   nats per token
@@ -154,11 +143,8 @@ def summary(out: Path, checkpoint: Path, seconds: float) -> None:
   {out / "data"}            the dataset: gpt2-data info {out / "data"}
   {checkpoint}
                             the model, in Hugging Face's format
-Next, the real thing:
-  gpt2-model generate -m gpt2 "Hello, I'm a language model,"      OpenAI's weights, from the hub
-  gpt2-data build --help                                          your own text: Parquet, JSONL, plain files
-  torchrun --standalone --nproc_per_node=8 -m gpt2_train --recipe 124M --data DIR --out runs/124M
-                                                                  GPT-2 124M on 10B tokens, on 8 GPUs""")
+
+README.md has the same commands for OpenAI's weights, your own text, and 8 GPUs.""")
     if loss_before - loss < 3:  # 10.8 -> 5.3
         raise click.ClickException("the trained model is hardly better than the untrained one: please report this")
 

@@ -1,4 +1,4 @@
-"""Compare what two commits train, bit for bit: python tools/same_losses.py BASE [HEAD]"""
+"""Compare what a commit and the working tree train, bit for bit: python tools/same_losses.py BASE"""
 
 import json
 import os
@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import click
 from safetensors import deserialize
 
-from benchmarks.harness import ROOT, checkout, commit_of
+from benchmarks.harness import ROOT, checkout, packages_of
 from gpt2_model.command import SETTINGS
 
 GOLDEN = ROOT / "tests" / "train" / "golden_losses.json"
@@ -31,49 +29,44 @@ RUN: dict[str, Any] = {
 
 @click.command(context_settings=SETTINGS)
 @click.argument("base", required=False)
-@click.argument("head", required=False)
 @click.option("--flags", default="", help='More gpt2-train flags for both, such as "--optimizer muon --steps 20".')
-@click.option("--ranks", default=1, show_default=True, help="Number of processes, started by torchrun.")
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-@click.option(
-    "--write-golden", is_flag=True, help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead."
-)
-def main(base: str | None, head: str | None, flags: str, ranks: int, as_json: bool, write_golden: bool) -> None:
-    """Train a tiny model with the code of BASE and of HEAD, commits of this repository, on one dataset.
+@click.option("--write-golden", is_flag=True,
+              help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead.")  # fmt: skip
+def main(base: str | None, flags: str, write_golden: bool) -> None:
+    """Train a tiny model with the code of BASE, a commit, and of the working tree, on one dataset.
 
-    HEAD is the working tree if it is left out. It compares each step's loss and gradient norm, and the last
-    checkpoint's weights and optimizer state. Exit 0 if all are equal, 1 if not.
+    Print a JSON document that compares each step's loss and gradient norm, and the last checkpoint's weights and
+    optimizer state. Exit 0 if all are equal, 1 if not.
     """
-    if write_golden == (base is not None) or (write_golden and (flags or ranks != 1)):
+    if write_golden == (base is not None) or (write_golden and flags):
         raise click.UsageError("give a commit to compare with, or --write-golden alone")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the work trees are removed
     try:
         with tempfile.TemporaryDirectory(prefix="same-losses-") as name:
             if base is None:
                 return _write_golden(Path(name))
-            result = compare(Path(name), base, head, shlex.split(flags), ranks)
+            result = compare(Path(name), base, shlex.split(flags))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
+    click.echo(json.dumps(result, indent=2))
     sys.exit(0 if result["equal"] else 1)
 
 
-def compare(work: Path, base: str, head: str | None, flags: list[str], ranks: int) -> dict[str, Any]:
+def compare(work: Path, base: str, flags: list[str]) -> dict[str, Any]:
     """Train both and compare them; `work` is an empty folder.
 
     Raises:
         ValueError: no such commit, or one whose code cannot train here: with the end of what it said.
     """
-    names = [commit_of(base), "working tree" if head is None else commit_of(head)]
     write_text(work / "text.jsonl")
     runs = [work / "base", work / "head"]
-    with checkout(names[0]) as base_tree, nullcontext(ROOT) if head is None else checkout(names[1]) as head_tree:
-        _build(base_tree, work / "text.jsonl", work / "data")  # a later version reads an earlier one's datasets
-        for tree, out in zip((base_tree, head_tree), runs, strict=True):
-            _train(tree, work / "data", out, flags, ranks)
+    with checkout(base) as tree:
+        _build(tree, work / "text.jsonl", work / "data")  # a later version reads an earlier one's datasets
+        for code, out in zip((tree, ROOT), runs, strict=True):
+            _train(code, work / "data", out, flags)
     rows, tensors = _rows_that_differ(*runs), _tensors_that_differ(*runs)
     equal = not rows["steps_that_differ"] and not any(entry["differ"] for entry in tensors.values())
-    return {"equal": equal, "base": names[0], "head": names[1], **rows, "tensors": tensors}
+    return {"equal": equal, "base": tree.name, **rows, "tensors": tensors}
 
 
 def write_text(path: Path) -> None:
@@ -115,44 +108,24 @@ def _tensors_that_differ(base: Path, head: Path) -> dict[str, dict[str, Any]]:
     return kinds
 
 
-def as_text(result: Mapping[str, Any]) -> str:
-    """The comparison for a person."""
-    lines = [f"base  {result['base']}", f"head  {result['head']}"]
-    if first := result["first_difference"]:
-        largest = result["largest_relative_difference_of_losses"]
-        lines += [
-            f"{result['steps_that_differ']} of {result['steps']} steps differ, losses by up to {largest:.1e}:",
-            *(f"  {name}  {first[name]}" for name in ("base", "head")),
-        ]
-    else:
-        lines.append(f"loss and gradient norm of all {result['steps']} steps are equal, bit for bit")
-    for name, entry in result["tensors"].items():
-        some = f": {', '.join(entry['names'][:3])} ..." if entry["differ"] else ""
-        lines.append(f"{entry['differ']} of {entry['tensors']} final tensors of the {name} differ{some}")
-    return "\n".join(lines)
-
-
 def _build(tree: Path, text: Path, out: Path) -> None:
     build = "from gpt2_data.cli import main; main()"
     options = ["--val-tokens", "500", "--order", "source", "--workers", "1"]
     _python(tree, ["-c", build, "build", str(text), "--out", str(out), *options])
 
 
-def _train(tree: Path, data: Path, out: Path, flags: list[str], ranks: int) -> None:
+def _train(tree: Path, data: Path, out: Path, flags: list[str]) -> None:
     settings = RUN | {"data": data, "out": out}
     model = settings.pop("model")
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += [word for name, value in model.items() for word in ("--model", f"{name}={value}")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    _python(tree, [*launcher, "-m", "gpt2_train", *words, *flags])
+    _python(tree, ["-m", "gpt2_train", *words, *flags])
 
 
 def _python(tree: Path, arguments: list[str]) -> None:
     """Run Python with a tree's packages, on one thread: more would share the sums out by what else is running."""
-    sources = os.pathsep.join(str(path) for path in sorted(tree.glob("packages/*/src")))
-    environment = os.environ | {"PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": packages_of(tree), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(f"{tree}: {' '.join(arguments[:2])} failed:\n{result.stderr[-2000:]}")
 
@@ -160,7 +133,7 @@ def _python(tree: Path, arguments: list[str]) -> None:
 def _write_golden(work: Path) -> None:
     write_text(work / "text.jsonl")
     _build(ROOT, work / "text.jsonl", work / "data")
-    _train(ROOT, work / "data", work / "run", [], 1)
+    _train(ROOT, work / "data", work / "run", [])
     rows = ",\n".join(f"    {json.dumps(row)}" for row in read_rows(work / "run"))
     torch = json.dumps(version("torch"))
     GOLDEN.write_text(f'{{\n  "torch": {torch},\n  "settings": {json.dumps(RUN)},\n  "rows": [\n{rows}\n  ]\n}}\n')

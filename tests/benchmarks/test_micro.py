@@ -1,13 +1,14 @@
-"""The quickest cases of `bench.py run` under pytest-benchmark, with floors: a fraction of what is measured on two
-cores, so that a loaded machine does not fail them, and a tenfold regression does.
+"""The quickest cases of `bench.py run` under pytest-benchmark, with floors that a tenfold regression breaks.
 
 `make test` runs them alone, before all others: beside other tests they would say nothing.
 """
 
+from pkgutil import resolve_name
+
 import pytest
 
-from benchmarks.cases import CASES
 from benchmarks.harness import Bench, rate
+from benchmarks.suite import CASES
 
 # Of what bounds it, in the same process; where nothing does, units a second.
 FLOORS = {
@@ -31,7 +32,7 @@ def bench(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in FLOORS], ids=lambda case: case.name)
 def test_is_no_slower_than_its_floor(benchmark, bench, case) -> None:
-    ready = case.prepare(bench, **case.options)
+    ready = resolve_name(case.prepare)(bench, **case.options)
     benchmark.pedantic(ready.call, rounds=1, warmup_rounds=1)
     speed = (ready.cost or ready.amount) / benchmark.stats.stats.min
     if ready.ceiling:

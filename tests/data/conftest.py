@@ -8,25 +8,15 @@ import pytest
 from hub_server import HubServer, use
 
 from gpt2_data import BuildConfig, build
-from gpt2_data.sources import web
+from gpt2_data.sources import download
 
 
 @pytest.fixture
 def texts():
     """Documents of many lengths, with all that is awkward in text."""
     rng = random.Random(7)
-    words = [
-        "the",
-        "<|endoftext|>",
-        "naïve",
-        "日本語",
-        "\n\n  def f(x):\n\treturn x",
-        "🙂",
-        "don't",
-        "1234",
-        "\x00",
-        "\r\n",
-    ]
+    code = "\n\n  def f(x):\n\treturn x"
+    words = ["the", "<|endoftext|>", "naïve", "日本語", code, "🙂", "don't", "1234", "\x00", "\r\n"]
     return [" ".join(rng.choice(words) for _ in range(rng.choice([1, 3, 10, 40, 200]))) for _ in range(120)]
 
 
@@ -77,5 +67,5 @@ def server(monkeypatch):
     """A hub that this process talks to, with short waits between tries."""
     with HubServer() as server:
         use(server, monkeypatch)
-        monkeypatch.setattr(web, "FIRST_WAIT", 0.01)
+        monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
         yield server

@@ -15,17 +15,11 @@ def random_words(seed, size=1_000_000):
     return data, np.array([0, size])
 
 
-def growth(bound):
-    """Most bytes that an encoder took, and its renewals."""
-    encoder = fast.Encoder(tokenizer.token_ranks(), max_growth=bound)
+if __name__ == "__main__":
+    encoder = fast.Encoder(tokenizer.token_ranks(), max_growth=int(sys.argv[1]))
     encoder.encode(*random_words(0))
-    before = fast._memory()
-    most = 0
+    before, most = fast._memory(), 0
     for seed in range(1, 30):
         encoder.encode(*random_words(seed))
         most = max(most, fast._memory() - before)
-    return most, encoder.renewals
-
-
-if __name__ == "__main__":
-    print(json.dumps(growth(int(sys.argv[1]))))
+    print(json.dumps([most, encoder.renewals]))

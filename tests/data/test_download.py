@@ -6,22 +6,20 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall
+from hub_server import FIRST, Drop, NoRanges, Refuse, Short, Spoil, Stall, until
 from huggingface_hub import constants
 
 import gpt2_data
-from gpt2_data.sources import download, hub, web
-from gpt2_data.sources.download import Downloader, download_file, tinyshakespeare
-from gpt2_data.sources.hub import HubSource, hub_file, list_files
-from gpt2_data.sources.web import WebFile
+from gpt2_data.sources import download, hub
+from gpt2_data.sources.download import Downloader, WebFile, download_file
+from gpt2_data.sources.hub import HubSource, list_files, tinyshakespeare
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -39,27 +37,20 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def fetching(server, folder, **environment):
+def fetching(server, folder, before=""):
     """A process that fetches the file."""
     code = (
-        "import sys\nfrom pathlib import Path\n"
-        "from gpt2_data.sources import download, hub, web\nweb.FIRST_WAIT = 0.01\n"
+        f"import sys\n{before}\nfrom pathlib import Path\n"
+        "from gpt2_data.sources import download, hub\ndownload.FIRST_WAIT = 0.01\n"
         f"file = hub.hub_file('a/b', {FIRST!r}, 'data/big.parquet', {SIZE}, {SHA256!r})\n"
         f"try:\n    print(download.download_file(file, Path({str(folder)!r})))\n"
         "except OSError as error:\n    sys.exit(f'{type(error).__name__} {error.filename}: {error}')\n"
     )
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=inherited | server.environment | environment,
-    )  # fmt: skip
+    return server.start(code)
 
 
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def ranges(server):
+    return [request.range for request in server.asked("cdn")]
 
 
 def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
@@ -81,12 +72,8 @@ def test_a_file_arrives_and_is_known_again(server, file, tmp_path):
     assert download.is_done(path, file)
     assert server.requests == []
 
-
-def test_a_file_that_changed_on_the_disk_is_fetched_anew(server, file, tmp_path):
-    path = download_file(file, tmp_path)
-    status = path.stat()
+    # It changed on the disk: in its bytes, or in its size.
     path.write_bytes(OTHER)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert not download.is_done(path, file)
     assert download_file(file, tmp_path).read_bytes() == CONTENT
     path.write_bytes(CONTENT[:-1])
@@ -111,7 +98,7 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
     server.requests.clear()
     out, err = fetching(server, tmp_path).communicate()
     assert Path(out.strip()).read_bytes() == CONTENT, err
-    assert [request.range for request in server.asked(store=True)] == [f"bytes={have}-"]
+    assert ranges(server) == [f"bytes={have}-"]
     assert server.sent("big.parquet") == SIZE - have
 
 
@@ -120,58 +107,64 @@ def test_killed_and_resumed_in_another_process(server, file, tmp_path):
     [
         [Drop(at=1_000_000), Drop(at=0), Drop(at=500_000)],
         [Refuse(status=503), Refuse(status=500), Refuse(store=False, path="resolve", status=502)],
-        [Drop(at=1_000_000), Short(missing=1000)],
+        [Drop(at=1_000_000), Short()],
         [Drop(at=2_000_000), Refuse(status=429, headers={"Retry-After": "0"})],
+        [Stall(at=100_000)],  # for longer than its link is good
     ],
 )
-def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, faults):
-    server.faults = faults
-    server.chunk = 10_000
+def test_what_arrived_before_a_fault_is_not_asked_for_again(server, file, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr(download, "READ_TIMEOUT", 1.0)
+    server.faults, server.chunk, server.link_seconds = faults, 10_000, 0.2
+    before = time.monotonic()
     assert download_file(file, tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - before < 5
     assert server.sent("big.parquet") == SIZE
     assert not any(fault.times for fault in faults)
 
 
 def test_patience_ends(server, file, tmp_path, monkeypatch):
     server.faults = [Refuse(status=429, headers={"Retry-After": "86400"})]
-    with pytest.raises(OSError, match=r"HTTP 429\), and asks to wait 86400 seconds; gave up after one try"):
+    with pytest.raises(OSError, match=r"HTTP 429 and asks to wait 86400 seconds; gave up at try 1 after"):
         download_file(file, tmp_path)
-    monkeypatch.setattr(web, "PATIENCE", 0.3)
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
     server.faults = [Drop(at=1000), Drop(at=0, times=10_000)]
-    with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up after .* tries in .* run the same command"):
+    with pytest.raises(OSError, match="big.parquet: .*broke.*; gave up at try .* seconds: run the same command"):
         download_file(file, tmp_path)
     assert (tmp_path / "data" / "big.parquet.part").read_bytes() == CONTENT[:1000]
 
 
-def test_a_stalled_connection_and_a_link_that_expires(server, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "READ_TIMEOUT", 0.3)
-    server.link_seconds = 0.2
-    server.faults = [Stall(at=100_000)]
-    before = time.monotonic()
-    assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert time.monotonic() - before < 5
-    assert server.sent("big.parquet") == SIZE
-
-
-def test_wrong_content_once_and_always(server, file, tmp_path):
+def test_wrong_content_and_a_server_without_ranges_start_over(server, file, tmp_path):
     server.faults = [Spoil()]
     assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert server.sent("big.parquet") == 2 * SIZE
-    server.faults, folder = [Spoil(times=100)], tmp_path / "other"
-    wrong = hashlib.sha256(bytes(SIZE)).hexdigest()
-    with pytest.raises(
-        OSError, match=f"parquet: given up after 3 downloads: SHA-256 is {wrong}, should be {SHA256}"
-    ):
-        download_file(file, folder)
-    assert names(folder / "data") == ["big.parquet.lock"]
-    assert server.faults[0].times == 97
+    server.requests.clear()
+    server.faults = [Drop(at=1_000_000), NoRanges()]
+    assert download_file(file, tmp_path / "other").read_bytes() == CONTENT
+    assert ranges(server) == ["bytes=0-", "bytes=1000000-", "bytes=0-"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "size", "message"),
+    [
+        ([Spoil()], SIZE, f"SHA-256 is {hashlib.sha256(bytes(SIZE)).hexdigest()}, should be {SHA256}"),
+        ([Drop(at=1_000_000), NoRanges()], SIZE, "the server cannot send the file from byte 1,000,000 on"),
+        ([], SIZE - 1, "the file has 3,000,000 bytes, should have 2,999,999"),
+        ([], SIZE + 1, "the file has 3,000,000 bytes, should have 3,000,001"),
+    ],
+)
+def test_what_stays_wrong_is_given_up(server, file, tmp_path, faults, size, message):
+    server.faults = [replace(fault) for fault in 3 * faults]
+    with pytest.raises(OSError, match=f"parquet: {message}; given up after 3 downloads"):
+        download_file(replace(file, size=size), tmp_path)
+    assert names(tmp_path / "data") == ["big.parquet.lock"]
+    assert len(server.asked("cdn")) == max(3, 3 * len(faults))
 
 
 def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     """Not by a part that an earlier process left, nor where the file changes between two connections."""
     part = tmp_path / "data" / "big.parquet.part"
     part.parent.mkdir()
-    for wrong in (OTHER[:1_000_000], OTHER + b"more", OTHER, b""):
+    for wrong in (OTHER[:1_000_000], OTHER + b"more", CONTENT + b"more", OTHER, b""):
         part.write_bytes(wrong)
         path = download_file(file, tmp_path)
         assert path.read_bytes() == CONTENT
@@ -186,30 +179,7 @@ def test_a_part_of_another_file_is_never_spliced(server, file, tmp_path):
     server.faults = [Drop(store=False, path="page", at=100_000)]
     path = download_file(small, tmp_path, lambda done: server.pages.update(page=CONTENT))
     assert path.read_bytes() == CONTENT
-    assert [request.range for request in server.asked("page")] == [None, "bytes=100000-", None]
-
-
-def test_a_server_without_ranges_starts_over(server, file, tmp_path):
-    server.faults = [Drop(at=1_000_000), NoRanges()]
-    assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-", None]
-    server.faults = [fault for _ in range(3) for fault in (Drop(at=1_000_000), NoRanges())]
-    with pytest.raises(
-        OSError, match="after 3 downloads: the server does not resume at byte 1,000,000 of 3,000,0"
-    ):
-        download_file(file, tmp_path / "other")
-
-
-def test_a_file_of_another_size(server, file, tmp_path):
-    for size in (SIZE - 1, SIZE + 1):
-        meant = hub_file("a/b", FIRST, "data/big.parquet", size, SHA256)
-        message = f"given up after 3 downloads: the file has 3,000,000 bytes, should have {size:,}"
-        with pytest.raises(OSError, match=message):
-            download_file(meant, tmp_path)
-    assert len(server.asked("cdn")) == 6
-    (tmp_path / "data" / "big.parquet.part").write_bytes(CONTENT)
-    with pytest.raises(OSError, match="should have 3,000,001"):
-        download_file(meant, tmp_path)
+    assert [request.range for request in server.asked("page")] == ["bytes=0-", "bytes=0-"]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +199,7 @@ def test_refusals_are_final(server, file, tmp_path, store, status, headers, mess
         download_file(file, tmp_path)
     assert str(error.value).startswith(file.url)
     assert "\n" not in str(error.value)
+    assert "Signature" not in str(error.value)
     assert len(server.requests) <= 2
 
 
@@ -250,23 +221,18 @@ def test_the_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch, caplog, 
 
 def test_a_full_disk(server, file, tmp_path):
     """A limit on the size of files stands in: the same error at the same place."""
-    code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
-    (tmp_path / "sitecustomize.py").write_text(code)
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    process = fetching(server, tmp_path, PYTHONPATH=path)
-    _, err = process.communicate()
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))"
+    _, err = fetching(server, tmp_path, limit).communicate()
     part = tmp_path / "data" / "big.parquet.part"
-    assert process.returncode == 1
     assert err.startswith(f"OSError {part}: [Errno 27] File too large"), err
     assert part.read_bytes() == CONTENT[:1_000_000]
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert [request.range for request in server.asked("cdn")] == [None, "bytes=1000000-"]
+    assert ranges(server) == ["bytes=0-", "bytes=1000000-"]
 
 
 def test_several_processes_fetch_a_file_once(server, file, tmp_path):
     server.bytes_a_second = 6e6
-    processes = [fetching(server, tmp_path) for _ in range(3)]
-    for process in processes:
+    for process in [fetching(server, tmp_path) for _ in range(3)]:
         out, err = process.communicate()
         assert out.strip() == str(tmp_path / "data" / "big.parquet"), err
     assert server.sent("big.parquet") == SIZE
@@ -290,18 +256,16 @@ def test_no_more_are_there_than_asked_for(server, files, tmp_path):
             assert there == [f"{j}.parquet" for j in range(i, min(i + 2, 5))]
             assert path.read_bytes() == bytes([i]) * 100_000
             downloader.release(path)
-    assert [name for name in names(tmp_path) if not name.endswith(".lock")] == []
+    assert names(tmp_path) == [f"{i}.parquet.lock" for i in range(5)]
 
 
 def test_all_are_fetched_where_none_is_deleted(server, files, tmp_path):
     download_file(*files[0])
-    server.requests.clear()
     with Downloader(files) as downloader:
         until(lambda: all(downloader.ready(path) for path in downloader.files))
         downloader.release(next(iter(downloader.files)))
         assert downloader.bytes_done == downloader.bytes_total
-    assert len(server.asked("cdn")) == 4
-    assert len([name for name in names(tmp_path) if name.endswith(".parquet")]) == 5
+    assert len(server.asked("cdn")) == len(list(tmp_path.glob("*.parquet"))) == 5
 
 
 def test_its_error_comes_to_the_caller(server, files):
@@ -317,41 +281,38 @@ def test_its_error_comes_to_the_caller(server, files):
 def test_closing_in_the_middle(server, file, tmp_path):
     """It returns soon: while bytes come, in a wait, while another has the lock, and while a server is silent."""
     part = tmp_path / "data" / "big.parquet.part"
+    threads = []
 
     @contextlib.contextmanager
-    def closed_soon(seconds=1):
-        with contextlib.ExitStack() as stack:
-            downloader = stack.enter_context(Downloader([(file, tmp_path)]))
+    def closed_soon():
+        with Downloader([(file, tmp_path)]) as downloader:
+            threads.append(downloader._thread)
             yield downloader
             before = time.monotonic()
-            stack.close()
-            assert time.monotonic() - before < seconds
-            assert not downloader._thread.is_alive() or seconds > 2
+        assert time.monotonic() - before < 2.5
 
     server.bytes_a_second, server.chunk = 2e6, 10_000
     with closed_soon() as downloader:
         until(lambda: downloader.bytes_done > 200_000)
-        assert not downloader.ready(next(iter(downloader.files)))
-    size = part.stat().st_size
-    assert part.read_bytes() == CONTENT[:size]
-    assert size > 200_000
+        assert not downloader.ready(tmp_path / file.path)
+    assert not threads[0].is_alive()
+    have = part.stat().st_size
+    assert have > 200_000
+    assert part.read_bytes() == CONTENT[:have]
 
-    server.faults = [Refuse(status=429, headers={"Retry-After": "60"})]
+    server.faults = [Refuse(status=429, headers={"Retry-After": "1"})]
     with closed_soon():
         until(lambda: not server.faults[0].times)
         with closed_soon():
             time.sleep(0.1)
+    until(lambda: not any(thread.is_alive() for thread in threads))
 
-    server.bytes_a_second = None
-    server.requests.clear()
-    server.faults = [Stall(at=1000)]
-    with closed_soon(3) as downloader:
-        until(lambda: downloader.bytes_done > size)
+    have, server.faults, server.bytes_a_second = part.stat().st_size, [Stall(at=1000)], None
+    with closed_soon() as downloader:
+        until(lambda: downloader.bytes_done > have)
     server.stopping.set()
-    downloader._thread.join(5)
-    assert not downloader._thread.is_alive()
+    until(lambda: not threads[-1].is_alive())
     assert download_file(file, tmp_path).read_bytes() == CONTENT
-    assert server.sent("big.parquet") == SIZE - size
 
 
 def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypatch):
@@ -369,10 +330,9 @@ def test_fetch_from_an_address_and_from_the_hub(server, file, tmp_path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert gpt2_data.fetch(address, tmp_path, sha256=digest) == tmp_path / "page.txt"
     assert gpt2_data.fetch("hf:a/b", tmp_path, name="big", sha256=SHA256) == tmp_path / "big"
-    with pytest.raises(OSError, match=r"^hf:a/b::train: HF_HUB_OFFLINE is set"):
-        gpt2_data.fetch("hf:a/b", tmp_path, name="big")
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE"):
-        download_file(file, tmp_path / "empty")
+    for fetched in lambda: gpt2_data.fetch("hf:a/b", tmp_path), lambda: download_file(file, tmp_path / "empty"):
+        with pytest.raises(OSError, match=r"offline mode is enabled.*unset the `HF_HUB_OFFLINE`"):
+            fetched()
     assert server.requests == []
 
 
@@ -380,11 +340,11 @@ def test_fetch_says_what_is_wrong(server, tmp_path):
     server.pages["page.txt"] = OTHER
     server.add("two/files", {"a.parquet": b"a", "b.parquet": b"b"})
     for source, kind, message in (
-        (f"{server.url}/page.txt", OSError, "given up after 3 downloads: SHA-256 is"),
+        (f"{server.url}/page.txt", OSError, "page.txt: SHA-256 is .*; given up after 3 downloads"),
         (f"{server.url}/none.txt", OSError, r"none.txt: no such file \(HTTP 404\)"),
         ("hf:two/files", ValueError, "has 2 files on the hub, not one"),
-        ("page.txt", ValueError, "write an address"),
-        (f"{server.url}/", ValueError, "names no file"),
+        ("page.txt", ValueError, "write the address of a file"),
+        (f"{server.url}/", ValueError, "write the address of a file"),
     ):
         with pytest.raises(kind, match=message):
             gpt2_data.fetch(source, tmp_path, sha256="0" * 64)
@@ -393,23 +353,18 @@ def test_fetch_says_what_is_wrong(server, tmp_path):
 def test_tinyshakespeare_is_fetched_once_into_the_user_s_cache(server, tmp_path, monkeypatch):
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100
     server.pages["input.txt"] = text
-    monkeypatch.setattr(download, "TINYSHAKESPEARE", f"{server.url}/input.txt")
-    monkeypatch.setattr(download, "TINYSHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(hub, "TINYSHAKESPEARE", f"{server.url}/input.txt")
+    monkeypatch.setattr(hub, "TINYSHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "cache" / "gpt2-data" / "tinyshakespeare.txt"
-    with monkeypatch.context() as offline:
-        offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
-            tinyshakespeare()
-        path.parent.mkdir(parents=True)
-        path.write_bytes(text)
-        assert tinyshakespeare() == path
-    assert server.requests == []
-    path.unlink()
     status = tinyshakespeare().stat()
     path.write_bytes(bytes(len(text)))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # its receipt would not tell
     assert tinyshakespeare().read_bytes() == text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert tinyshakespeare() == path  # known by its hash
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tinyshakespeare() == tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
+    path = tmp_path / "home" / ".cache" / "gpt2-data" / "tinyshakespeare.txt"
+    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE.*; or put {server.url}/input.txt at {path}$"):
+        tinyshakespeare()

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -135,14 +136,8 @@ def test_choice_of_the_library(monkeypatch, a_proof):
 
 
 def test_gigatoken_is_not_installed(monkeypatch):
-    version = importlib.metadata.version
-
-    def without(name):
-        if name == "gigatoken":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", without)
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     assert tokenizer.choose_backend("auto") == "tiktoken"
     with pytest.raises(ValueError, match=r"pip install 'gpt2-data\[fast\]'"):
         tokenizer.choose_backend("gigatoken")

@@ -75,14 +75,8 @@ def test_batches_are_windows_shifted_by_one(folder):
 def test_no_token_of_an_epoch_is_lost(folder, order):
     dataset = open_dataset(folder)
     tokens = dataset.tokens("val")
-    for seq_len in {
-        1,
-        7,
-        tokens // 3,
-        tokens - 2,
-        tokens - 1,
-        *(t for t in range(1, 60) if (tokens - 1) % t == 0),
-    }:
+    divisors = [t for t in range(1, 60) if (tokens - 1) % t == 0]
+    for seq_len in {1, 7, tokens // 3, tokens - 2, tokens - 1, *divisors}:
         loader = TokenLoader(folder, "val", batch_size=1, seq_len=seq_len, order=order)
         assert loader.num_windows == [-(-(tokens - 1) // seq_len)]
         _, starts = loader.windows(np.arange(loader.num_windows[0]))
@@ -232,14 +226,13 @@ def test_an_id_outside_the_vocabulary_is_named(folder, order):
         file.seek(1024 + 2 * 500)
         file.write((60_000).to_bytes(2, "little"))
     loader = TokenLoader(folder, batch_size=4, seq_len=100, order=order)
-    with pytest.raises(
-        ValueError, match=r"train_000002\.bin: token 500 is 60000, the vocabulary has 50257: damaged"
-    ):
+    with pytest.raises(ValueError, match=r"train_000002\.bin: token 500 is 60000, the vocabulary has 50257"):
         take(loader, loader.num_windows[0])
 
 
-def test_a_shard_cut_while_it_is_read_is_an_error(folder):
-    loader = TokenLoader(folder, batch_size=4, seq_len=100, order="sequential")
+@pytest.mark.parametrize("seq_len", [100, 1200])  # most rows within a shard, and all across several
+def test_a_shard_cut_while_it_is_read_is_an_error(folder, seq_len):
+    loader = TokenLoader(folder, batch_size=4, seq_len=seq_len, order="sequential")
     next(loader)
     os.truncate(folder / "train_000002.bin", 1524)
     with pytest.raises(ValueError, match=r"train_000002\.bin: cut short while it was read, at token"):

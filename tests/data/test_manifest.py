@@ -66,16 +66,6 @@ def test_a_flipped_bit_is_found_by_the_full_level(folder):
         (folder / name).write_bytes(data)
 
 
-def test_an_id_outside_the_vocabulary_is_found(folder):
-    path = folder / "train_000001.bin"
-    data = bytearray(path.read_bytes())
-    data[1024 + 2 * 17 : 1024 + 2 * 18] = struct.pack("<H", 65535)
-    path.write_bytes(data)
-    assert "train_000001.bin: token 17 is 65535, not below 50257" in verify(folder, "full").problems
-    with pytest.raises(ValueError, match=r"train_000001\.bin: token 17 is 65535"):
-        open_dataset(folder).read("train", 0, 100)
-
-
 def test_files_cut_missing_extra_and_swapped(folder):
     first, second = folder / "train_000001.bin", folder / "train_000002.bin"
     whole = first.read_bytes()
@@ -107,8 +97,7 @@ def test_a_shard_with_another_count_is_found(folder):
 
 def rewritten(folder, name, change):
     """Change a file and dataset.json's hashes of it, as a faulty builder would have written both."""
-    data = bytearray((folder / name).read_bytes())
-    change(data)
+    data = change((folder / name).read_bytes())
     (folder / name).write_bytes(data)
     content = json.loads((folder / "dataset.json").read_bytes())
     for shard in content["shards"]:
@@ -118,23 +107,16 @@ def rewritten(folder, name, change):
     (folder / "dataset.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def set_u64(data, at, value):
-    data[at : at + 8] = struct.pack("<Q", value)
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("train_000001.docs", lambda data: set_u64(data, 32, struct.unpack("<Q", data[32:40])[0] + 1)),
-        ("train_000001.docs", lambda data: set_u64(data, 32, 2**63 + 5)),
-        ("train_000001.docs", lambda data: set_u64(data, len(data) - 8, 3000)),
-        ("train_000001.docs", lambda data: data.__setitem__(slice(24, 40), data[32:40] + data[24:32])),
-        ("train_000001.docs", lambda data: data.__setitem__(slice(32, 40), data[24:32])),
-        ("train_000001.bin", lambda data: data.__setitem__(slice(1030, 1032), struct.pack("<H", 50256))),
-        (
-            "train_000001.bin",
-            lambda data: data.__setitem__(slice(1024, -1), data[1024:-1].replace(b"P\xc4", b"P\x00")),
-        ),
+        ("train_000001.docs", lambda data: data[:32] + bytes([data[32] ^ 1]) + data[33:]),
+        ("train_000001.docs", lambda data: data[:32] + struct.pack("<Q", 2**63 + 5) + data[40:]),
+        ("train_000001.docs", lambda data: data[:-8] + struct.pack("<Q", 3000)),
+        ("train_000001.docs", lambda data: data[:24] + data[32:40] + data[24:32] + data[40:]),
+        ("train_000001.docs", lambda data: data[:32] + data[24:32] + data[40:]),
+        ("train_000001.bin", lambda data: data[:1030] + b"P\xc4" + data[1032:]),
+        ("train_000001.bin", lambda data: data[:1024] + data[1024:].replace(b"P\xc4", b"P\x00")),
     ],
     ids=["moved", "far outside", "behind the end", "out of order", "twice", "an EOT more", "no EOTs"],
 )
@@ -146,12 +128,12 @@ def test_documents_that_do_not_fit_are_found_though_the_hashes_do(folder, name, 
 
 
 def test_blocks_and_threads_do_not_matter(folder, monkeypatch):
-    rewritten(folder, "train_000001.bin", lambda data: data.__setitem__(slice(1624, 1626), b"\xff\xff"))
+    rewritten(folder, "train_000001.bin", lambda data: data[:1624] + b"\xff\xff" + data[1626:])
     (folder / "train_000002.docs").unlink()
     problems = "train_000001.bin: token 300 is 65535, not below 50257", "train_000002.docs: missing"
     for block, workers in (2, 1), (6, None), (1024, 3), (6000, 1):
         monkeypatch.setattr(verification, "_BLOCK", block)
-        assert verify(folder, "full", workers=workers).problems == problems
+        assert verify(folder, "full", workers).problems == problems
 
 
 @pytest.mark.parametrize(
@@ -221,8 +203,6 @@ def test_a_manifest_is_not_trusted(folder, path, value, message):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no dataset\.json in it"):
-        open_dataset(tmp_path)
     with pytest.raises(ValueError, match="is not a dataset"):
         open_dataset(tmp_path / "missing")
     (tmp_path / ".build").mkdir()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2_data import TokenLoader, open_dataset
-from gpt2_data.mixing import BLOCK, apportion, integer_weights
+from gpt2_data.order import BLOCK, apportion, integer_weights
 
 MIXES = [[1, 1], [7, 3], [1, 4095], [1, 2, 3, 4, 5], [333, 333, 334], [10**20, 10**20 + 1, 3 * 10**17], [5]]
 
@@ -36,9 +36,7 @@ def test_a_weight_that_is_no_positive_number_is_refused(weight):
 
 def test_a_weight_too_small_for_a_block_is_refused():
     assert integer_weights([1, BLOCK - 1]) == [1, BLOCK - 1]
-    with pytest.raises(
-        ValueError, match="weight 1 is under 1/4096 of the sum of weights, 4097: leave that dataset"
-    ):
+    with pytest.raises(ValueError, match="weight 1 is under 1/4096 of the sum of weights, 4097: leave that"):
         integer_weights([1, BLOCK])
 
 

@@ -1,5 +1,6 @@
 """Batches loaded ahead by a thread: the same ones, in buffers that stay valid as long as is said."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -106,14 +107,11 @@ def test_the_state_is_where_the_consumer_is(folder, loaded):
 
 
 def until_error(batches):
-    """The batches before an error, and it."""
+    """The batches before an error, and its words."""
     taken = []
-    while True:
-        try:
-            x, y = next(batches)
-        except Exception as error:
-            return taken, error
-        taken.append((x.copy(), y.copy()))
+    with pytest.raises(ValueError) as error:
+        taken.extend((x.copy(), y.copy()) for x, y in batches)
+    return taken, str(error.value)
 
 
 def test_an_error_comes_in_its_place_with_its_words(folder):
@@ -126,9 +124,7 @@ def test_an_error_comes_in_its_place_with_its_words(folder):
     taken, error = until_error(batches)
     assert len(taken) == len(expected) == 2472 // 200 - 1
     assert np.array_equal(taken, expected)
-    assert isinstance(error, ValueError)
-    assert "train_000002.bin: cut short while it was read, at token" in str(error)
-    assert str(error) == str(reason)
+    assert "train_000002.bin: cut short while it was read, at token" in error == reason
     assert batches.state() == plain.state()
     with pytest.raises(ValueError, match="this prefetch is closed"):
         next(batches)
@@ -155,29 +151,22 @@ def test_buffers_are_the_callers(folder):
 def test_a_loader_that_was_moved_meanwhile_is_noticed(folder):
     loader = loader_of(folder)
     start = loader.state()
-    with loader.prefetch() as batches:
-        next(batches)
-        loader.restore(start)
-        with pytest.raises(ValueError, match="the loader was used during a prefetch"):
+    for use in (lambda: loader.restore(start)), (lambda: next(loader)):
+        with loader.prefetch() as batches:
             next(batches)
-    with loader.prefetch() as batches:
-        next(loader)
-        with pytest.raises(ValueError, match="the loader was used during a prefetch"):
-            next(batches)
+            use()
+            with pytest.raises(ValueError, match="the loader was used during a prefetch"):
+                next(batches)
 
 
 def test_the_thread_ends_with_the_block_an_error_close_or_the_last_reference(folder):
     def thread_runs():
         return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
-    def fail():
-        with loader_of(folder).prefetch() as batches:
-            next(batches)
-            assert thread_runs()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
+    with contextlib.suppress(KeyError), loader_of(folder).prefetch() as batches:
+        next(batches)
+        assert thread_runs()
+        raise KeyError
     assert not thread_runs()
     batches = loader_of(folder).prefetch()
     batches.close()

@@ -45,6 +45,7 @@ def test_parquet_in_row_groups_of_a_thousand(tmp_path, monkeypatch):
     units, documents = read(path, tmp_path)
     assert [(unit.start, unit.stop) for unit in units] == [(0, 2), (2, 4)]
     assert [text for text, _ in documents] == [text or "" for text in texts]
+    assert sources.document_name(units[1], 3) == f"{path}: row 2,003, counted from 0"
 
 
 def test_limits_cut_every_kind_at_the_same_place(tmp_path, monkeypatch):
@@ -111,20 +112,10 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
 def test_another_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["no"], body=["yes"])
     (tmp_path / "b.jsonl").write_text('{"body": "too"}\n')
-    names = [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
-    assert [text for text, _ in read(names, tmp_path, column="body")[1]] == ["yes", "too"]
-    with pytest.raises(
-        ValueError, match="no key 'text'; the keys are body: name the key of the text with --column"
-    ):
+    _, documents = read([tmp_path / "a.parquet", tmp_path / "b.jsonl"], tmp_path, column="body")
+    assert [text for text, _ in documents] == ["yes", "too"]
+    with pytest.raises(ValueError, match="no key 'text'; the keys are body: name the key of the text with --c"):
         read(tmp_path / "b.jsonl", tmp_path)
-
-
-def test_a_document_is_named_as_a_person_finds_it(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", [f"text {i}" for i in range(50)], rows=10)
-    monkeypatch.setattr(plan, "UNIT_BYTES", 100)
-    units, _ = read(path, tmp_path)
-    assert units[1].start > 0
-    assert sources.document_name(units[1], 3) == f"{path}: row {units[1].start * 10 + 3}, counted from 0"
 
 
 def test_text_files_share_units_and_keep_their_order(tmp_path, monkeypatch):
@@ -158,7 +149,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-50])
     (tmp_path / "bad.txt.gz").write_bytes(b"this is not gzip")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    write_parquet(tmp_path / "other.parquet", ["a"]).rename(tmp_path / "fine.parquet")
     pq.write_table(pa.table({"body": ["a"], "url": ["b"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     data = bytearray(write_parquet(tmp_path / "flip.parquet", ["some text " * 50] * 100).read_bytes())

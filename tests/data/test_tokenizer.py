@@ -16,11 +16,8 @@ def test_known_ids():
     assert tokens.tolist() == [EOT, 15496, 995, EOT, EOT, 836, 470, 628]
     assert lengths.tolist() == [3, 1, 4]
     assert encode_documents([])[0].tolist() == []
-
-
-def test_text_never_becomes_the_end_of_text():
-    tokens, _ = encode_documents(["a<|endoftext|>b"])
-    assert tokens.tolist()[1:] == [64, 27, 91, 437, 1659, 5239, 91, 29, 65]
+    tokens, _ = encode_documents(["a<|endoftext|>b"])  # text never becomes the end of text
+    assert tokens.tolist() == [EOT, 64, 27, 91, 437, 1659, 5239, 91, 29, 65]
 
 
 @pytest.mark.parametrize("text", ["^" * 100_000, " " * 100_000, "a" * 100_000, "\n" * 100_000, "日本" * 30_000])
@@ -46,18 +43,15 @@ def test_no_cut_changes_the_tokens():
 
 @pytest.mark.parametrize("white", "\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000 \t\n\r\x0b\x0c")
 def test_white_space_stays_together(white):
-    data = f"a{white} b".encode()
-    assert tokenizer.find_cut(data, 2, len(data)) == -1  # 1 may be one: before ASCII white space
-    data = f"{white} b".encode()
-    assert tokenizer.find_cut(data, 0, len(data)) == -1
+    for text, start in (f"a{white} b", 2), (f"{white} b", 0):  # 1 may be one: before ASCII white space
+        data = text.encode()
+        assert tokenizer.find_cut(data, start, len(data)) == -1
 
 
 def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch):
     rng = random.Random(1)
-    texts = [
-        "".join(rng.choice("ab1'.,é日\u00a0\u2028 \t\r\n\n\n ") for _ in range(rng.randrange(400)))
-        for _ in range(200)
-    ]
+    signs = "ab1'.,é日\u00a0\u2028 \t\r\n\n\n "
+    texts = ["".join(rng.choices(signs, k=rng.randrange(400))) for _ in range(200)]
     whole = encode_documents(texts)
     monkeypatch.setattr(tokenizer, "_PIECE", 10)
     monkeypatch.setattr(tokenizer, "_BATCH", 25)
@@ -81,9 +75,8 @@ def test_slices_and_empty_texts(type_):
 
 
 def test_text_that_is_no_utf_8_is_an_error():
-    array = pa.Array.from_buffers(
-        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]
-    )
+    offsets, data = pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")
+    array = pa.Array.from_buffers(pa.string(), 1, [None, offsets, data])
     with pytest.raises(UnicodeDecodeError):
         tokenizer.encode_texts(array)
 
@@ -98,7 +91,6 @@ def test_surrogates_are_repaired_as_tiktoken_does():
 
 def test_the_vocabulary_is_openai_s_and_read_where_it_lies(monkeypatch, tmp_path):
     """Nothing is copied into a cache, which may be read-only."""
-    assert len(tokenizer._vocabulary_file("vocab.bpe")) == 456318
     (tmp_path / "file").touch()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert len(tokenizer.token_ranks.__wrapped__()) == tokenizer.VOCAB_SIZE - 1

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from hellaswag_items import make_items, write_items
 
 from gpt2_data import BuildConfig, build
 from gpt2_eval.cli import main as gpt2_eval
 from gpt2_model import GPT, GPTConfig
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 COMMIT = "0" * 40
 
 
@@ -36,17 +36,10 @@ def prepared(tmp_path_factory):
     for out, limit in (("dataset", None), ("other", 50)):
         options = {"sources": (str(texts / "all.jsonl"),), "val_tokens": 12_000, "workers": 1, "limit_docs": limit}
         build(BuildConfig(out=folder / out, **options))
-    item = {"activity_label": "Cooking", "ctx": "A pot boils. a woman", "split": "val", "source_id": "own"}
-    item |= {
-        "ctx_a": "A pot boils.",
-        "ctx_b": "a woman",
-        "endings": ["adds salt.", "sings.", "leaves.", "naps."],
-    }
-    rows = [json.dumps(item | {"ind": ind, "label": ind % 4}) for ind in range(3)]
-    (folder / "hellaswag_val.jsonl").write_text("\n".join(rows) + "\n")
+    write_items(folder / "hellaswag_val.jsonl", make_items(3))
     scored = f"hellaswag -m {folder}/model --data {folder}/hellaswag_val.jsonl --out {folder}/items"
     CliRunner().invoke(gpt2_eval, scored.split(), catch_exceptions=False)
-    for name in HUB_NAMES:
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         cached = folder / "hub" / f"models--{name}"
         shutil.copytree(folder / "model", cached / "snapshots" / COMMIT)
         (cached / "refs").mkdir()

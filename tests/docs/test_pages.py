@@ -5,6 +5,7 @@ Commands that need the internet or a cluster are only parsed; `only_read` lists 
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,27 +17,48 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from pages import PAGES, ROOT, blocks, commands, name_of
 
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
+PAGES.append(ROOT / "benchmarks/README.md")
 CHECKPOINT = re.compile(r"runs/[\w-]+/checkpoints/step-\d+")
+SMALL_MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64}
+SMALL_RUN = {"steps": 1, "warmup": 1, "batch_tokens": 64, "seq_len": 64, "eval_every": 0, "model": SMALL_MODEL}
 SMALL = [  # replacements that make the work of a snippet small
     (r"range\(\d+\)", "range(1)"), (r"range\(max_steps\)", "range(1)"), (r"batch_size=32", "batch_size=2"),
     (r"seq_len=(512|1024)", "seq_len=64"), (r"max_new_tokens=\d+", "max_new_tokens=3"),
-    (r'load_config\(recipe="124M"\)', 'load_config("small.toml")'), (r"tokens=100_000", "tokens=2_000"),
+    (r'"out": "runs/a"}', f'"out": "runs/a"}} | {SMALL_RUN}'), (r"tokens=100_000", "tokens=2_000"),
     (r"n_layer=16, n_head=16, n_embd=1024", "n_layer=1, n_head=2, n_embd=32"),
 ]  # fmt: skip
-SMALL_TOML = """
-steps = 1
-warmup = 1
-batch_tokens = 64
-seq_len = 64
-eval_every = 0
-[model]
-n_layer = 1
-n_head = 2
-n_embd = 32
-block_size = 64
-"""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def fenced(page: Path) -> list[tuple[str, str]]:
+    """Return the language and text of each code block, in order."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a language, in order."""
+    return [text for its, text in fenced(page) if its == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of each command in a shell block or after a prompt."""
+    lines = []
+    for language, block in fenced(page):
+        if language == "sh" and not block.startswith("#!"):  # a script is for a cluster
+            lines += block.replace("\\\n", " ").splitlines()
+        if language == "":
+            lines += [line[2:] for line in block.splitlines() if line.startswith("$ ")]
+    lexers = [shlex.shlex(line, posix=True, punctuation_chars="|<>") for line in lines]  # these are words, too
+    for lexer in lexers:
+        lexer.whitespace_split = True
+    return [words for words in map(list, lexers) if words]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -53,7 +75,6 @@ def test_links_lead_somewhere(page) -> None:
 def test_snippets_run(page, sandbox) -> None:
     (sandbox / "data/pydocs").symlink_to(sandbox / "data/web")
     shutil.copytree(sandbox / "model", sandbox / "my-folder")
-    (sandbox / "small.toml").write_text(SMALL_TOML)
     for number, snippet in enumerate(blocks(page, "python")):
         for pattern, small in SMALL:
             snippet = re.sub(pattern, small, snippet)
@@ -114,7 +135,10 @@ def run(words, patch) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets), words
     elif program == "pip":
-        check_installation(rest)
+        for word in rest[1:]:
+            folder, _, extras = word.removesuffix("]").partition("[")
+            project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+            assert set(extras.split(",")) - {""} <= set(project.get("optional-dependencies", {})), word
     else:
         assert program == "curl", words  # the one program of others that the pages call
 
@@ -138,19 +162,16 @@ def of_ours(program, words, typed) -> None:
         assert result.exit_code == 0, f"{line}\n{result.output}{result.exception!r}"
 
 
-def only_read(program, words) -> str | None:
-    """Return why a command cannot run here, or None if it can."""
-    if program == "gpt2-data" and words[0] == "build":
-        sources = [word for word in words[1:] if word.startswith(("pydocs", "texts/"))]
-        if not sources or "--engine" in words:
-            return "the internet, or a Ray cluster"
-    if program == "gpt2-data" and words[0] == "convert" and words[1].startswith("~"):
-        return "somebody's own nanoGPT"
-    if program == "gpt2-eval" and (words[0] in ("task", "lm-eval") or "--hf" in words):
-        return "the internet"
-    if program == "gpt2-train" and ("--tensorboard" in words or "--wandb" in words):
-        return "extras"
-    return None
+def only_read(program, words) -> bool:
+    """Return whether a command cannot run here."""
+    verb = words[0]
+    if program == "gpt2-data" and verb == "build":  # the internet, or a Ray cluster
+        return "--engine" in words or not any(word.startswith(("pydocs", "texts/")) for word in words)
+    if program == "gpt2-data" and verb == "convert":  # somebody's own nanoGPT
+        return words[1].startswith("~")
+    if program == "gpt2-eval":  # the internet
+        return verb in ("task", "lm-eval") or "--hf" in words
+    return program == "gpt2-train" and ("--tensorboard" in words or "--wandb" in words)  # extras
 
 
 def small(program, words) -> list[str]:
@@ -194,17 +215,7 @@ def of_python(words) -> None:
         cut = words.index("|")
         alternatives = [[word] for word in words[cut - 1 :] if word not in "|"]
     for rest in alternatives:
-        if "--help" in rest or rest == ["list"] or tool[1] == "plot":
+        if rest == ["list"] or tool[1] == "plot":
             assert CliRunner().invoke(command, rest).exit_code == 0
         else:
             read(command, rest)
-
-
-def check_installation(words) -> None:
-    """Check that the folders of `pip install` are packages and have the extras."""
-    for word in words[1:]:
-        name, _, extras = word.removesuffix("]").partition("[")
-        folder = ROOT / name if name.startswith("./") else ROOT / "packages" / name
-        if name.startswith("./") or name.startswith("gpt2-"):
-            project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-            assert set(extras.split(",")) - {""} <= set(project.get("optional-dependencies", {})), word

@@ -75,7 +75,7 @@ class Uniform(torch.nn.Module):
 
     config = GPTConfig(n_layer=1, n_head=1, n_embd=1, block_size=128)
 
-    def hidden(self, tokens, layout=None):
+    def hidden(self, tokens):
         return torch.zeros(*tokens.shape, 1)
 
     head_weight = torch.zeros(config.vocab_size, 1)

@@ -16,6 +16,14 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def assert_one_line(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1, (arguments, result.output)
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_hellaswag(model_folder, items_file, tmp_path):
     common = ("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu")
     table = run(*common)
@@ -70,9 +78,9 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
     hellaswag, loss = ((name, "-m", model_folder, "--data") for name in ("hellaswag", "loss"))
     (tmp_path / "bad.jsonl").write_text("{\n")
     for arguments, message in [
-        ((*hellaswag, tmp_path / "none.jsonl"), "no file"),
+        ((*hellaswag, tmp_path / "none.jsonl"), "No such file"),
         ((*hellaswag, tmp_path / "bad.jsonl"), "bad.jsonl:1: not JSON"),
-        ((*hellaswag, tmp_path), "is a folder"),
+        ((*hellaswag, tmp_path), "Is a directory"),
         ((*hellaswag, items_file, "--out", tmp_path), "is a folder"),
         ((*hellaswag, items_file, "--out", items_file), "is the file of --data"),
         ((*hellaswag, items_file, "--out", "/dev/full"), "is a device"),
@@ -80,16 +88,13 @@ def test_user_errors_are_one_line(model_folder, items_file, dataset_folder, tmp_
         ((*hellaswag, items_file, "-d", "abacus"), "no device 'abacus'"),
         (("hellaswag", "-m", tmp_path / "none", "--data", items_file), "none"),
         (("hellaswag", "--hf", tmp_path / "none", "--data", items_file), "transformers cannot load"),
+        (("hellaswag", "--hf", "x", "--compile", "--data", items_file), "--compile works with --model alone"),
         (("lm-eval", "-m", model_folder, "--tasks", f"nonsense,{items_file}"), "has no task nonsense:"),
         ((*loss, tmp_path / "none"), "none"),
         ((*loss, dataset_folder, "--split", "test"), "test"),
         ((*loss, dataset_folder, "--seq-len", "999"), "seq_len must be 1 to 128"),
     ]:
-        result = run(*arguments)
-        assert result.exit_code == 1, (arguments, result.output)
-        assert message in result.stderr
-        assert result.stderr.startswith("Error: ")
-        assert len(result.stderr.splitlines()) == 1
+        assert_one_line(arguments, message)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,4 @@ def test_what_is_missing_is_one_line(model_folder, items_file, monkeypatch):
         (("hellaswag", "-m", model_folder, "--data", items_file, "-d", "cpu"),
          "Error: out of memory: use a smaller --batch-size, or --dtype bf16"),
     ):  # fmt: skip
-        result = run(*arguments)
-        assert result.exit_code == 1
-        assert result.stderr.endswith(f"{message}\n")
-        assert len(result.stderr.splitlines()) == 1
+        assert_one_line(arguments, message)

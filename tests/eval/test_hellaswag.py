@@ -1,6 +1,5 @@
 """Both protocols against loops written out here, the data's traps, and every way in which a line can be broken."""
 
-import errno
 import json
 import math
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from gpt2_eval import evaluate_hellaswag, load_hellaswag
-from gpt2_eval.hellaswag import clean
 from gpt2_eval.report import accuracy, finite, ratio_standard_error, write_records
 from gpt2_model import EOT, get_tokenizer
 
@@ -40,31 +38,6 @@ def test_karpathy_equals_a_plain_loop(result, items, reference):
     assert metrics["acc_norm"].value == correct["mean"] / len(items)
 
 
-def test_clean_keeps_the_harness_bugs():
-    assert clean("[substeps] Many") == " Many"  # stripped before the tag goes
-    assert clean(" a [title] b") == "a. b"
-    assert clean("[title] b") == " b"  # only " [title]" is a full stop
-    assert clean("keep [not recommended] this") == "keep this"
-    assert clean("a    b") == "a  b"  # one pass
-    assert clean("a [b c") == "a [b c"
-
-
-def test_rows_of_an_item(items_file):
-    item = load_hellaswag(items_file).items[0]
-    decode = get_tokenizer().decode
-    assert decode(item.rows["karpathy"][0].context).startswith("[header] How to tie")
-    assert decode(item.rows["karpathy"][0].continuation) == " [substeps] Many people fold it."
-    row = item.rows["lm-eval"][0]
-    # The tag that ended the context left a blank: it goes over to the continuation, beside the delimiter and the
-    # blank that the ending's own tag left.
-    assert decode(row.context) == "Personal Care and Style: How to tie a scarf. Fold it once. Lay it flat"
-    assert decode(row.continuation) == "   Many people fold it."
-    assert item.chars[0] == item.bytes[0] == len(" Many people fold it.")
-    capitalised = load_hellaswag(items_file).items[1]
-    assert decode(capitalised.rows["lm-eval"][0].context).endswith("over the snow. Then he scrapes")
-    assert capitalised.bytes[1] - capitalised.chars[1] == 4  # é, ï and an em dash
-
-
 def test_one_protocol_loaded_items_and_a_limit(model, items_file, result):
     data = load_hellaswag(items_file)
     alone = evaluate_hellaswag(model, data, protocol="lm-eval")
@@ -80,6 +53,9 @@ def test_one_protocol_loaded_items_and_a_limit(model, items_file, result):
     for ours, whole in zip(limited.records, result.records, strict=False):
         assert ours["karpathy"]["sum"] == pytest.approx(whole["karpathy"]["sum"], abs=1e-4)
     assert not evaluate_hellaswag(model, load_hellaswag(items_file, limit=99)).partial
+    single = finite(evaluate_hellaswag(model, load_hellaswag(items_file, limit=1)).as_dict())
+    parsed = json.loads(json.dumps(single), parse_constant=pytest.fail)  # JSON has no NaN
+    assert parsed["karpathy"]["stderr"] is None
 
 
 def test_uniform_model_ties_go_to_the_lowest_index(uniform, items_file, items):
@@ -93,33 +69,20 @@ def test_uniform_model_ties_go_to_the_lowest_index(uniform, items_file, items):
 
 
 def test_standard_errors():
-    scores = np.array([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]])
-    estimate = accuracy(scores, np.array([0, 0, 1, 2]))
+    scores = [[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+    estimate = accuracy(scores, [0, 0, 1, 2]).estimate()
     assert (estimate.value, estimate.ties) == (0.5, 1)
     assert estimate.stderr == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))
-    assert math.isnan(accuracy(scores[:1], np.array([0])).stderr)
+    assert math.isnan(accuracy(scores[:1], [0]).estimate().stderr)
     totals, lengths = np.array([3.0, 5.0, 7.0]), np.array([2, 2, 2])
     assert ratio_standard_error(totals, lengths) == pytest.approx(np.std([1.5, 2.5, 3.5], ddof=1) / math.sqrt(3))
-
-
-def test_json_has_no_nan(model, items_file):
-    single = evaluate_hellaswag(model, load_hellaswag(items_file, limit=1)).as_dict()
-    parsed = json.loads(json.dumps(finite(single)), parse_constant=pytest.fail)
-    assert parsed["karpathy"]["stderr"] is None
-    assert {"task", "items", "partial", "data_sha256", "karpathy", "lm-eval", "seconds"} <= set(parsed)
 
 
 def test_records_appear_whole_or_not_at_all(tmp_path, result):
     path = tmp_path / "items.jsonl"
     write_records(path, result.records)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == result.records
-
-    def broken():
-        yield result.records[0]
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_records(path, broken())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_records(path, [result.records[0], {"nats": math.nan}])
     assert [json.loads(line) for line in path.read_text().splitlines()] == result.records
     assert list(tmp_path.iterdir()) == [path]
 
@@ -127,12 +90,11 @@ def test_records_appear_whole_or_not_at_all(tmp_path, result):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda item: item.pop("label"), "no label .the test split has none"),
-        (lambda item: item.pop("ctx"), "no ctx$"),
-        (lambda item: (item.pop("ind"), item.pop("endings")), "no ind, endings$"),
+        (lambda item: item.pop("label"), "no label: the test split has none"),
+        (lambda item: item.pop("ctx"), "no 'ctx'$"),
         (lambda item: item.update(label=4), "label 4 is not 0, 1, 2 or 3"),
         (lambda item: item.update(label=True), "label True is not"),
-        (lambda item: item.update(label=""), "no label .the test split has none"),
+        (lambda item: item.update(label=""), "no label: the test split has none"),
         (lambda item: item.update(ind="x"), "ind 'x' is not a whole number"),
         (lambda item: item.update(ctx_b=None), "ctx_b is not text"),
         (lambda item: item.update(endings=["a", "b", "c"]), "endings is not a list of four texts"),
@@ -149,19 +111,13 @@ def test_broken_items_name_file_and_line(items, tmp_path, change, message):
         load_hellaswag(path)
 
 
-def test_broken_items_are_counted(items, tmp_path):
-    path = tmp_path / "broken.jsonl"
-    path.write_text("\n".join([json.dumps(items[0]), "{", json.dumps(items[2]), "{}", "{}"]))
-    with pytest.raises(ValueError, match=r"broken\.jsonl:2: not JSON: .* \(and 2 more of 5 records\)$"):
-        load_hellaswag(path)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         *[(line, r"broken\.jsonl:1: not") for line in (b'{"ind": 1', b"\xff\xfe", b"[" * 100_000, b"[]", b"null")],
+        (b"\n{\n{}\n{}\n", r"broken\.jsonl:2: not JSON: .* \(and 2 more of 3 records\)$"),
         (b"\n\n", "holds no items"),
-        (None, "no file"),
+        (None, "No such file"),
     ],
 )
 def test_broken_files(tmp_path, content, message):

@@ -24,18 +24,18 @@ pytestmark = pytest.mark.slow
 
 def evaluate_all(model, file, data):
     """What one rank of those that run this gets: scores, an error, and how three evaluations ended."""
-    torch.set_num_threads(1)  # the same bits under pytest as under torchrun
     model, dataset = GPT.from_pretrained(model), open_dataset(data)
     rank, ranks = rank_and_world_size()
     items = [item.rows[name] for item in load_hellaswag(file).items for name in ("karpathy", "lm-eval")]
-    order = np.random.default_rng(1).permutation(len(items)).tolist()
+    order = np.random.default_rng(1).permutation(len(items))
     scores = {}
     for batch_size, share, shuffled in product((None, 1, 8), (True, False), (False, True)):
         chosen = [items[i] for i in order] if shuffled else items
-        scored = score_items(model, chosen, batch_size=batch_size, share_prefixes=share)
-        if shuffled:
-            scored = [scored[order.index(i)] for i in range(len(items))]
-        scores[f"{batch_size} {share} {shuffled}"] = [[row.logprob for row in item] for item in scored]
+        if not share:  # each row is an item of its own
+            chosen = [[row] for item in chosen for row in item]
+        scored = score_items(model, chosen, batch_size=batch_size)
+        fours = np.array([row.logprob for item in scored for row in item]).reshape(-1, 4)
+        scores[f"{batch_size} {share} {shuffled}"] = (fours[np.argsort(order)] if shuffled else fours).tolist()
     try:
         gather_records({0: 1.0, 1 + rank: 2.0}, 1 + ranks)
         doubled = "not noticed"
@@ -67,7 +67,7 @@ def start(ranks, environment, *arguments, stdout=None):
     return [subprocess.Popen(command, env=one, stdout=stdout, text=True) for one in environments]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The same bits here as under torchrun."""
     threads = torch.get_num_threads()
@@ -81,9 +81,7 @@ def by_ranks(model_folder, items_file, dataset_folder, environment):
     """Number of ranks -> what each of them got."""
     arguments = [__file__, model_folder, items_file, dataset_folder]
     processes = start(3, environment, *arguments, stdout=subprocess.PIPE)
-    threads = torch.get_num_threads()
     results = {1: [evaluate_all(*arguments[1:])]}
-    torch.set_num_threads(threads)
     results[3] = [json.loads(process.communicate(timeout=200)[0]) for process in processes]
     return results
 
@@ -113,7 +111,6 @@ def test_all_ranks_stop_when_one_is_told_to(by_ranks):
     np.testing.assert_allclose(outcomes[0][6:], by_ranks[1][0]["stopped"][6:], rtol=1e-12)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("command", ["hellaswag", pytest.param("loss", marks=pytest.mark.long)])
 def test_a_killed_command_resumes_with_other_ranks(
     model_folder, dataset_folder, items_file, environment, tmp_path, command
@@ -140,18 +137,9 @@ def test_a_killed_command_resumes_with_other_ranks(
         process.wait()
     assert not out.exists()
 
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=3",
-        "-m",
-        "gpt2_eval",
-    ]
-    resumed = subprocess.Popen(
-        [*launcher, *map(str, common), "--out", out], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    resuming = [*torchrun, "-m", "gpt2_eval", *map(str, common), "--out", out]
+    resumed = subprocess.Popen(resuming, env=environment, stdout=subprocess.PIPE, text=True)
     undisturbed = CliRunner().invoke(main, [str(argument) for argument in (*common, "--out", whole)])
     assert undisturbed.exit_code == 0, undisturbed.output
     document, _ = resumed.communicate(timeout=200)

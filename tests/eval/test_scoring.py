@@ -15,37 +15,13 @@ from gpt2_eval.scoring import CPU_HEAD_BLOCK, count_truncated, plan_batches, tok
 from gpt2_model import EOT
 
 
+def logprobs(scored):
+    return np.array([row.logprob for item in scored for row in item])
+
+
 def score_rows(model, rows, **options):
     """Log-likelihoods of rows that are items of their own."""
-    return np.array([score.logprob for [score] in score_items(model, [[row] for row in rows], **options)])
-
-
-@pytest.fixture(scope="module")
-def rows():
-    generator = np.random.default_rng(0)
-    return [
-        Row(*(generator.integers(50257, size=size).tolist() for size in sizes))
-        for sizes in generator.integers((0, 1), (60, 40), size=(30, 2))
-    ]
-
-
-def scored_one_by_one(reference, rows):
-    """No batch, no padding, no shortcut: the last 129 ids of a row, of which the continuation's are summed."""
-    ids = [[*(row.context or [EOT]), *row.continuation][-129:] for row in rows]
-    pairs = zip(ids, rows, strict=True)
-    return np.array([reference(all_ids)[-len(row.continuation) :].sum() for all_ids, row in pairs])
-
-
-@pytest.fixture(scope="module")
-def scores(reference, rows):
-    return scored_one_by_one(reference, rows)
-
-
-@pytest.mark.parametrize("batch_size", [1, 8, 17, 64, None])
-def test_equals_transformers_row_by_row_in_any_order(model, rows, scores, batch_size):
-    order = np.random.default_rng(1).permutation(len(rows)) if batch_size != 8 else np.arange(len(rows))
-    shuffled = score_rows(model, [rows[i] for i in order], batch_size=batch_size)
-    np.testing.assert_allclose(shuffled, scores[order], rtol=0, atol=1e-4)
+    return logprobs(score_items(model, [[row] for row in rows], **options))
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +40,31 @@ def cases():
     cases.append([Row(ids(5), ids(3)), Row(ids(8), ids(2))])
     cases.append([Row(ids(9), ids(4))])
     cases.append([Row(ids(130), ids(3)), Row(ids(3), ids(100))])  # the first is cut
+    cases += [[Row(ids(400), ids(3))], [Row(ids(2), ids(128))], [Row(ids(127), ids(2))]]  # two of these, too
     return cases
 
 
-def logprobs(scored):
-    return np.array([row.logprob for item in scored for row in item])
+@pytest.fixture(scope="module")
+def rows(cases):
+    return [row for item in cases for row in item]
 
 
-def test_shared_prefixes_equal_rows_one_by_one(model, reference, cases):
-    expected = scored_one_by_one(reference, [row for item in cases for row in item])
-    alone = {"share_prefixes": False}
-    for options in ({}, {"batch_size": 1}, {"batch_size": 3}, alone, alone | {"batch_size": 5}):
-        scored = score_items(model, cases, **options)
-        assert [len(item) for item in scored] == [len(item) for item in cases]
-        np.testing.assert_allclose(logprobs(scored), expected, rtol=0, atol=2e-4)
+@pytest.fixture(scope="module")
+def scores(reference, rows):
+    """No batch, no padding, no shortcut: the last 129 ids of a row, of which the continuation's are summed."""
+    ids = [[*(row.context or [EOT]), *row.continuation][-129:] for row in rows]
+    pairs = zip(ids, rows, strict=True)
+    return np.array([reference(all_ids)[-len(row.continuation) :].sum() for all_ids, row in pairs])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64, None])
+def test_equals_transformers_row_by_row_in_any_order(model, cases, rows, scores, batch_size):
+    scored = score_items(model, cases, batch_size=batch_size)
+    assert [len(item) for item in scored] == [len(item) for item in cases]
+    np.testing.assert_allclose(logprobs(scored), scores, rtol=0, atol=2e-4)
+    order = np.random.default_rng(1).permutation(len(rows))
+    alone = score_rows(model, [rows[i] for i in order], batch_size=batch_size)
+    np.testing.assert_allclose(alone, scores[order], rtol=0, atol=1e-4)
 
 
 def test_a_shared_prefix_stands_once(cases):
@@ -113,8 +100,7 @@ def test_lines_hold_every_pack_once_and_are_full(cases):
 def test_half_of_the_positions_of_hellaswag_s_shape(model):
     """Context 50 and endings of 29 ids, four of them: 167 inputs for 4 x 78."""
     cases = [[Row(list(range(50)), [i, j] * 14 + [7]) for j in range(4)] for i in range(100)]
-    shared, alone = (plan_batches(model, cases, share_prefixes=share) for share in (True, False))
-    assert sum(batch.tokens.size for batch in shared) < 0.54 * sum(batch.tokens.size for batch in alone)
+    assert sum(batch.tokens.size for batch in plan_batches(model, cases)) < 0.54 * 100 * 4 * 78
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
@@ -157,11 +143,9 @@ class Counted:
 
 def test_scores_of_a_killed_call_are_not_computed_again(model, cases, tmp_path):
     out = tmp_path / "items.jsonl"
-    options = {"batch_size": 2, "share_prefixes": True, "resume": out}
-    expected = score_items(model, cases, batch_size=2)
+    options = {"batch_size": 2, "resume": out}
     whole = Counted(model)
-    assert score_items(whole, cases, **options) == expected
-    remove_scores(out)
+    expected = score_items(whole, cases, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         score_items(Counted(model, fail_at=4), cases, **options)
     [file] = tmp_path.iterdir()
@@ -186,7 +170,7 @@ def test_scores_of_something_else_are_not_used(model, cases, tmp_path):
         (model, cases[1:], None), (model, cases, torch.bfloat16), (other_weights(model), cases, None),
     ):  # fmt: skip
         counted = Counted(changed)
-        score_items(counted, chosen, resume=out, autocast_dtype=dtype, share_prefixes=True)
+        score_items(counted, chosen, resume=out, autocast_dtype=dtype)
         assert counted.calls > 0
 
 
@@ -198,10 +182,8 @@ def other_weights(model):
     return changed
 
 
-def test_left_truncation_equals_transformers(model, reference):
-    rows = [Row(list(range(1000, 1400)), [5, 6, 7]), Row([1, 2], list(range(128))), Row(list(range(127)), [3, 4])]
-    np.testing.assert_allclose(score_rows(model, rows), scored_one_by_one(reference, rows), rtol=0, atol=2e-4)
-    assert count_truncated([rows], 128) == 2  # the last needs 128 inputs: its final token is none
+def test_rows_that_are_truncated_are_counted(rows):
+    assert count_truncated([rows], 128) == 4  # not the last, which needs 128 inputs: its final token is none
     assert count_truncated([[Row([], [1] * 128)]], 128) == 0
 
 
@@ -215,13 +197,10 @@ def test_progress_in_a_log(model, cases, capsys, monkeypatch, tmp_path):
     assert re.match(r"(\d+) of \1 rows were scored before\n", capsys.readouterr().err)
 
 
-def test_no_rows_and_no_context(model):
+def test_no_items_and_no_rows(model):
     assert score_items(model, []) == []
     empty, [one] = score_items(model, [[], [Row([1], [2])]])
-    assert empty == []
-    assert isinstance(one, RowScore)
-    no_context, eot = score_rows(model, [Row([], [40, 41]), Row([EOT], [40, 41])])
-    assert no_context == pytest.approx(eot, abs=1e-5)
+    assert (empty, type(one)) == ([], RowScore)
 
 
 @pytest.mark.parametrize("training", [True, False])

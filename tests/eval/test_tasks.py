@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from hub_server import HubServer
+from hellaswag_items import write_items
+from hub_server import HubServer, use
 
 from gpt2_eval import cli
 from gpt2_eval.corpora import CORPORA, detokenize, evaluate_corpus, load_corpus, split_pages, windows_of
@@ -22,14 +23,9 @@ from gpt2_model import EOT, get_tokenizer
 PASSAGES = ["She gave the dog a bone and the cat a fish", "He never saw a counterrevolutionary", "One two three"]
 
 
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     """Greedy by transformers' definition: argmax at each place, given the right tokens before it."""
-    file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
+    file = write_items(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
     result = evaluate_task(model, load_task("lambada", file))
     nats, words, tokens = [], [], []
     for text in PASSAGES:
@@ -45,6 +41,8 @@ def test_lambada_counts_last_words_and_last_tokens(model, tmp_path):
     assert result.metrics["lm-eval"]["acc_last_token"].value == sum(tokens) / 3
     assert result.metrics["lm-eval"]["perplexity"].value == pytest.approx(math.exp(sum(nats) / 3), rel=1e-4)
     assert [record["sum"][0] for record in result.records] == pytest.approx([-x for x in nats], abs=1e-4)
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_task("lambada", file, limit=0)
 
 
 def test_every_token_of_a_text_is_scored_once():
@@ -93,18 +91,18 @@ def test_pages_of_wikitext():
     ("name", "record", "message"),
     [
         ("lambada", {}, "no 'text'"),
-        ("lambada", {"text": None}, "not a record of lambada"),
+        ("lambada", {"text": None}, "not a record of this task"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": "c"}, "no 'label'"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": "c", "label": -1}, "label -1 is not one of the 2 choices"),
         ("piqa", {"goal": "a", "sol1": "b", "sol2": " ", "label": 0}, "a continuation is empty"),
         ("arc-easy", {"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "'B'"),
         ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
         ("winogrande", {"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}, "no ''"),
-        ("boolq", {"passage": "a", "question": "b", "label": "yes"}, "not a record of boolq"),
+        ("boolq", {"passage": "a", "question": "b", "label": "yes"}, "not a record of this task"),
     ],
 )  # fmt: skip
 def test_broken_records_name_file_and_line(tmp_path, name, record, message):
-    file = write(tmp_path / "records.jsonl", [record])
+    file = write_items(tmp_path / "records.jsonl", [record])
     with pytest.raises(ValueError, match=rf"records\.jsonl:1: .*{message}"):
         load_task(name, file)
 
@@ -119,26 +117,11 @@ def test_files_that_hold_no_text(tmp_path):
             load_corpus("ptb", tmp_path / name)
 
 
-def test_names_and_limits_that_there_are_not(tmp_path):
-    for load, message in (
-        (load_task, "unknown task 'mmlu': choose"),
-        (load_corpus, "unknown corpus 'mmlu': choose"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load("mmlu")
-    file = write(tmp_path / "lambada.jsonl", [{"text": "a b"}])
-    with pytest.raises(ValueError, match="limit must be at least 1"):
-        load_task("lambada", file, limit=0)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with HubServer() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        use(server, monkeypatch)
         yield server
 
 
@@ -182,7 +165,7 @@ def run(*words):
 
 
 def test_the_command_on_items(model_folder, tmp_path):
-    file = write(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
+    file = write_items(tmp_path / "lambada.jsonl", [{"text": text} for text in PASSAGES])
     out = tmp_path / "out.jsonl"
     done = run("lambada", "-m", model_folder, "--data", file, "--out", out)
     assert done.exit_code == 0, done.output

@@ -22,8 +22,7 @@ def corpus(documents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     size = -(-len(documents) // FILES)
     for i in range(FILES):
-        texts = documents[i * size : (i + 1) * size]
-        fineweb_like.write_fineweb(folder / f"{i:03d}_00000.parquet", texts)
+        fineweb_like.write_fineweb(folder / f"{i:03d}_00000.parquet", documents[i * size : (i + 1) * size])
     return folder
 
 
@@ -31,10 +30,8 @@ def corpus(documents, tmp_path_factory):
 def expected(corpus, tmp_path_factory):
     """name -> SHA-256 of the undisturbed build's files."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    result = build(
-        BuildConfig([corpus / "*.parquet"], out, workers=1, tokenizer="tiktoken", **fineweb_like.OPTIONS)
-    )
-    assert result.documents >= 50_000
+    options = {"workers": 1, "tokenizer": "tiktoken", **fineweb_like.OPTIONS}
+    assert build(BuildConfig([corpus / "*.parquet"], out, **options)).documents >= 50_000
     return fineweb_like.hashes(out)
 
 

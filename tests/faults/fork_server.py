@@ -25,10 +25,8 @@ def environment() -> dict[str, str]:
 class Child:
     """`gpt2-train ARGUMENTS` in a fork, with stdout and stderr appended to `log`.
 
-    Args:
-        arguments: None to call the faults alone.
-        faults: (function of the module `inside`, its arguments), called in the new process before the command.
-        env: variables of its environment.
+    `faults` are (function of the module `inside`, its arguments), called in the new process before the command, or
+    alone if `arguments` is None.
     """
 
     def __init__(self, arguments, log, faults=(), **env: str) -> None:

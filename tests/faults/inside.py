@@ -85,17 +85,16 @@ def out() -> Path:
 
 
 def rows(field) -> list[dict]:
-    """Return the rows of metrics.jsonl that have a field, as far as this process's past needs them."""
+    """Return the last rows of metrics.jsonl that have a field."""
     path = out() / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [row for row in map(json.loads, lines[-20:]) if field in row]
 
 
 def now() -> int:
-    """Return the update that is being computed, counted from 1: the one after the last row of metrics.jsonl.
+    """Return the update that is being computed, from 1: right from the backward pass on, and in the first forward.
 
-    Rank 0 writes a row before it begins the next update, and no rank gets through a backward pass without it: so
-    this holds from the backward pass on, and in the first forward of a process.
+    It comes after the last row of metrics.jsonl, which rank 0 writes before the update begins.
     """
     return 1 + max((row["step"] for row in rows("loss")), default=0)
 
@@ -113,7 +112,6 @@ def follow_steps(reached):
 
 
 def at(step, do):
-    """Call `do` in the middle of an update."""
     follow_steps(lambda number: do() if number == step else None)
 
 
@@ -124,7 +122,6 @@ def once(number, condition, do):
 
 
 def in_update(step, do):
-    """In the middle of an update."""
     at(step, lambda: act(do))
 
 
@@ -158,12 +155,13 @@ def file_events(folder, do):
     numbers = iter(range(1, 10**9))
     busy, lock = threading.local(), threading.Lock()
 
-    def event():
+    def event(result=None):
         if not getattr(busy, "now", False):
             busy.now = True
             with lock:
                 do(next(numbers))
             busy.now = False
+        return result
 
     names = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -176,7 +174,7 @@ def file_events(folder, do):
 
     sys.addaudithook(hook)
     wrap(os, "fsync", before=lambda _: event())
-    wrap(safetensors.torch, "save_file", before=lambda *_: event(), after=lambda result: (event(), result)[1])
+    wrap(safetensors.torch, "save_file", before=lambda *_: event(), after=event)
 
 
 def copy_at_changes(folder, to, last=10**9):
@@ -196,22 +194,20 @@ def change_nothing(folder):
 
 def unsound(steps, kind, where="loss"):
     """The loss of some updates times NaN, Inf or a number; or one element of one gradient."""
-    factor = float(kind)
+    step = in_forward() if where == "loss" else now
+
+    def spoil_loss(result):
+        logits, loss = result
+        return (logits, loss * float(kind)) if torch.is_grad_enabled() and step() in steps else result
+
+    def spoil_gradient(gradients, *_):
+        if step() in steps:
+            gradients[3].view(-1)[1] = float(kind)
+
     if where == "loss":
-        step = in_forward()
-
-        def spoil_loss(result):
-            logits, loss = result
-            return (logits, loss * factor) if torch.is_grad_enabled() and step() in steps else result
-
         wrap(GPT, "forward", after=spoil_loss)
     else:
-
-        def spoil(gradients, *_):
-            if now() in steps:
-                gradients[3].view(-1)[1] = factor
-
-        wrap(torch.nn.utils, "get_total_norm", before=spoil)
+        wrap(torch.nn.utils, "get_total_norm", before=spoil_gradient)
 
 
 def unsound_weight(step):
@@ -239,19 +235,17 @@ def record_tokens(path):
 
 def clock_jumps(step):
     """From a step on the wall clock is a day back."""
-    real, real_ns, back = time.time, time.time_ns, {"s": 0}
-    time.time = lambda: real() - back["s"]
-    time.time_ns = lambda: real_ns() - back["s"] * 10**9
-    at(step, lambda: back.update(s=86400))
+    back = []
+    wrap(time, "time", after=lambda seconds: seconds - 86400 * len(back))
+    wrap(time, "time_ns", after=lambda ns: ns - 86400 * 10**9 * len(back))
+    at(step, lambda: back.append(1))
 
 
 def move_folder(step, to):
-    """In the middle of an update somebody renames the run's folder."""
     at(step, lambda: os.rename(out(), to))
 
 
 def no_descriptors(step):
-    """From a step on no file can be opened."""
     at(step, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)))
 
 
@@ -291,7 +285,6 @@ def bad_disk(number):
 
 
 def little_room(free):
-    """The disk says that so many bytes are free."""
     wrap(shutil, "disk_usage", after=lambda usage: usage._replace(free=free))
 
 
@@ -328,11 +321,10 @@ def unlike_versions():
 
 
 def trace_exchange(folder):
-    """Rank r leaves gradients-r.pt of the first step in a folder, and trace-r.json of the second.
+    """Leave gradients-RANK.pt of the first step in a folder, and trace-RANK.json of the second; then end the run.
 
-    It is like any other: in the first, DDP tells all ranks in what order gradients come. A model is compiled
-    at once, and outside of DDP, as it is where micro-batches are tried on a GPU. By aot_eager: whatever the
-    backend, it gets graphs that are cut for DDP already; this one is done in seconds. Then the run is over.
+    In the first step DDP tells all ranks in what order gradients come. The model is compiled at once and outside
+    of DDP, as where micro-batches are tried on a GPU. Any backend gets graphs cut for DDP; aot_eager is quick.
     """
     compile_model, tracing = torch.compile, torch.profiler.profile(record_shapes=True)
 
@@ -361,7 +353,6 @@ def trace_exchange(folder):
 
 
 def count_graphs(path):
-    """Write how many graphs have been compiled, at each step."""
     follow_steps(lambda _: Path(path).write_text(str(torch._dynamo.utils.counters["stats"]["unique_graphs"])))
 
 
@@ -372,13 +363,13 @@ def agree_on_micro_batches(path, limits):
 
     world = distributed.start("cpu")
     config = TrainConfig(batch_tokens=48 * 32, seq_len=32, model={"n_layer": 1, "n_head": 1, "n_embd": 8})
-    chosen = []
-    for fits in limits:
 
-        def try_one(number, fits=fits):
+    def choose(fits):
+        def try_one(number):
             if number > fits[world.rank]:
                 raise torch.OutOfMemoryError
 
-        chosen.append(choose_micro_batch(config, world, try_one))
-    Path(f"{path}.{world.rank}").write_text(json.dumps(chosen))
+        return choose_micro_batch(config, world, try_one)
+
+    Path(f"{path}.{world.rank}").write_text(json.dumps(list(map(choose, limits))))
     distributed.stop(world)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from fineweb_like import arguments, hashes
@@ -12,7 +11,7 @@ from fineweb_like import arguments, hashes
 # In a mount namespace of its own: a small disk, filled by somebody else in the middle of the build; then room is
 # made; then it is mounted for reading only.
 SCRIPT = """
-import json, os, pathlib, subprocess, sys, time
+import contextlib, json, pathlib, subprocess, sys, time
 disk, saved = map(pathlib.Path, sys.argv[1:3])
 command = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 build = command + sys.argv[3:]
@@ -28,12 +27,9 @@ def run(name, arguments, meanwhile=lambda: None):
 def fill():
     while not (disk / "out" / ".build" / "unit-00003.json").exists():
         time.sleep(0.005)
-    with open(disk / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 run("full", build, fill)
 report["left"] = sorted(str(path.relative_to(disk)) for path in disk.rglob("*"))
@@ -51,7 +47,7 @@ print(json.dumps(report))
 def own_mounts():
     """Whether this user may mount a disk of its own."""
     return (
-        shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+        shutil.which("unshare") and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
     )
 
 
@@ -61,14 +57,9 @@ def own_mounts():
 def test_a_disk_that_fills_up(corpus, expected, tmp_path, workers):
     disk, saved = tmp_path / "disk", tmp_path / "saved"
     disk.mkdir()
-    command = [sys.executable, "-c", SCRIPT, str(disk), str(saved)]
-    options = ["--workers", workers, "--tokenizer", "tiktoken"]
-    done = subprocess.run(
-        ["unshare", "-rm", *command, *arguments(corpus, disk / "out", *options)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["unshare", "-rm", sys.executable, "-c", SCRIPT, str(disk), str(saved)]
+    command += arguments(corpus, disk / "out", "--workers", workers, "--tokenizer", "tiktoken")
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     code, _, error = report["full"]
@@ -76,25 +67,15 @@ def test_a_disk_that_fills_up(corpus, expected, tmp_path, workers):
     assert error.startswith(f"Error: {disk}/out/")
     assert error.endswith("No space left on device: make room and run the same command again\n")
     assert error.count("\n") == 1
-    assert not [
-        name for name in report["left"] if ".tmp-" in name or name.endswith((".bin", ".docs", "dataset.json"))
-    ]
+    unwanted = (".bin", ".docs", "dataset.json")
+    assert not [name for name in report["left"] if ".tmp-" in name or name.endswith(unwanted)]
     assert [name for name in report["left"] if name.endswith("unit-00003.json")]
     code, _, error = report["still full"]
-    assert code == 1
-    assert error.count("\n") == 1
-    assert "make room" in error
+    assert (code, error.count("\n"), "make room" in error) == (1, 1, True)
     assert report["room"][0] == 0, report["room"]
     assert hashes(saved) == expected
-    assert report["verify"] == [
-        0,
-        f"{disk}/out: {len(expected) - 1} files, {size_of(saved)}: nothing wrong (full)\n",
-        "",
-    ]
+    size = sum(path.stat().st_size for path in saved.iterdir() if path.suffix in (".bin", ".docs")) / 1e6
+    said = f"{disk}/out: {len(expected) - 1} files, {size:.1f} MB: nothing wrong (full)\n"
+    assert report["verify"] == [0, said, ""]
     code, _, error = report["read-only"]
     assert (code, error) == (1, f"Error: {disk}/other: Read-only file system\n")
-
-
-def size_of(folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".docs"))
-    return f"{size / 1e6:.1f} MB"

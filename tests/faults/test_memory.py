@@ -38,26 +38,19 @@ def peaks(tmp_path, sources, workers, **options):
     script.write_text(SCRIPT)
     out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
     config = {"sources": [str(path) for path in sources], "out": str(out), "workers": workers, "val_tokens": 0}
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(config | options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    command = [sys.executable, str(script), json.dumps(config | options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    print(sources, options, found)
-    return found
+    print(sources, options, done.stdout)
+    return json.loads(done.stdout)
 
 
 def write_corpus(path, megabytes, row_group):
     """Python's own text again and again, each document with words of its own."""
     rng = random.Random(megabytes)
     documents = [text for _, text in pydocs.documents()]
-    schema = pa.schema([("text", pa.string())])
     written = 0
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
         while written < megabytes * 1e6:
             texts = [f"{rng.getrandbits(64):x} {rng.choice(documents)}" for _ in range(row_group)]
             writer.write_table(pa.table({"text": texts}))
@@ -86,28 +79,23 @@ def test_eight_times_the_source_takes_no_more(tmp_path, library):
 @pytest.mark.slow
 @LIBRARIES
 def test_many_small_documents_and_row_groups(tmp_path, library):
-    with (tmp_path / "a.jsonl").open("w") as file:
-        for i in range(200_000):
-            file.write(f'{{"text": "{"" if i % 9 == 0 else i}"}}\n')
+    lines = (f'{{"text": "{"" if i % 9 == 0 else i}"}}\n' for i in range(200_000))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     found = peaks(tmp_path, [tmp_path / "a.jsonl"], 1, tokenizer=library, order="shuffled")
     assert found[3] == 200_000
     assert found[0] < WORKER[library]
-    texts = [f"row {i}" for i in range(2000)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
+    pq.write_table(pa.table({"text": list(map(str, range(2000)))}), tmp_path / "a.parquet", row_group_size=2)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1000
-    found = peaks(tmp_path, [tmp_path / "a.parquet"], 1, tokenizer=library)
-    assert found[0] < WORKER[library]
-
-
-WORDS = ("the quick brown fox, jumps over 1234 dogs. " * 2_400_000)[:100_000_000]
+    assert peaks(tmp_path, [tmp_path / "a.parquet"], 1, tokenizer=library)[0] < WORKER[library]
 
 
 @pytest.mark.slow
 def test_a_hundred_megabytes_on_a_line(tmp_path):
     """A text file is read in parts; of JSON and Parquet a document is held, a few times over."""
     fast.find_proof()
-    (tmp_path / "a.txt").write_text(WORDS)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": WORDS}) + "\n")
+    words = ("the quick brown fox, jumps over 1234 dogs. " * 2_400_000)[:100_000_000]
+    (tmp_path / "a.txt").write_text(words)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": words}) + "\n")
     text = peaks(tmp_path, [tmp_path / "a.txt"], 1)
     line = peaks(tmp_path, [tmp_path / "a.jsonl"], 1)
     assert text[2] == line[2] > 25_000_000

@@ -39,33 +39,30 @@ def start_cluster(tries=3):
 @pytest.mark.slow
 def test_a_node_is_killed_in_mid_build(corpus, expected, tmp_path, cluster):
     cluster, nodes = cluster
-    out = tmp_path / "out"
     killed = []
 
-    def kill(status):
-        if status.phase == "tokenizing" and status.done and not killed:
-            killed.append(status.done)
+    def kill(phase, done, *_):
+        if phase == "tokenizing" and done and not killed:
+            killed.append(done)
             cluster.remove_node(nodes[1], allow_graceful=False)
 
-    result = build(BuildConfig([corpus / "*.parquet"], out, engine="ray", tokenizer="tiktoken", **OPTIONS), kill)
-    assert killed
+    options = {"engine": "ray", "tokenizer": "tiktoken", **OPTIONS}
+    result = build(BuildConfig([corpus / "*.parquet"], tmp_path / "out", **options), kill)
     assert killed[0] < result.documents * 100
-    assert hashes(out) == expected
+    assert hashes(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 def test_errors_and_killers_come_through(cluster):
-    cluster, _ = cluster
-
     def run(function, tasks):
-        return workers.run_on_ray(workers.Job(function, function, lambda task: "unit 7"), tasks, None)
+        return workers.run(workers.Job(function, lambda task: "unit 7"), tasks, None, on_ray=True)
 
-    def shell(command):
+    def shell(command, careful):
         return os.system(command)
 
     assert run(shell, ["true", "exit 3", "true"]) == [0, 3 << 8, 0]
     with pytest.raises(ValueError, match="invalid literal"):
-        run(lambda text: int(text), ["1", "x"])
+        run(lambda text, careful: int(text), ["1", "x"])
     with pytest.raises(OSError, match="unit 7: the process that worked on it died twice"):
         run(shell, ["true", "kill -9 $PPID"])
 
@@ -73,4 +70,4 @@ def test_errors_and_killers_come_through(cluster):
 def test_without_a_cluster_that_answers(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(OSError, match="no Ray cluster answers at 127.0.0.1:1"):
-        workers.run_on_ray(workers.Job(int, int, str), ["1"], None)
+        workers.run(workers.Job(int, str), ["1"], None, on_ray=True)

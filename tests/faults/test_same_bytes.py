@@ -1,5 +1,7 @@
 """The same bytes whoever builds them: shown on more than 50,000 documents, by hash."""
 
+import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -13,36 +15,27 @@ from gpt2_data import gigatoken as fast
 CLI = [sys.executable, "-c", "from gpt2_data.cli import main; main()"]
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(5, marks=pytest.mark.long)])
-def test_any_number_of_workers(corpus, expected, tmp_path, workers):
-    result = build(BuildConfig([corpus / "*.parquet"], tmp_path / "out", workers=workers, **OPTIONS))
+@pytest.mark.parametrize(
+    "options", [{"workers": 2}, pytest.param({"workers": 5}, marks=pytest.mark.long), {"tokenizer": "gigatoken"}]
+)
+def test_any_number_of_workers_and_either_tokenizer(corpus, expected, tmp_path, options):
+    if "tokenizer" in options:
+        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+        fast.find_proof()
+    options = {"workers": 1, **options, **OPTIONS}
+    result = build(BuildConfig([corpus / "*.parquet"], tmp_path / "out", **options))
+    assert result.tokenizer == options.get("tokenizer", result.tokenizer)
     assert hashes(tmp_path / "out") == expected
     assert result.shards == len(expected) // 2
     assert verify(tmp_path / "out", "full").ok
 
 
-def test_either_tokenizer(corpus, expected, tmp_path):
-    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
-    fast.find_proof()
-    result = build(
-        BuildConfig([corpus / "*.parquet"], tmp_path / "out", workers=1, tokenizer="gigatoken", **OPTIONS)
-    )
-    assert result.tokenizer == "gigatoken"
-    assert hashes(tmp_path / "out") == expected
-
-
 def test_parts_at_the_same_time(corpus, expected, tmp_path):
     """Three processes that know of each other only by the folder; the last to end cuts the shards."""
     out = tmp_path / "out"
-    parts = [
-        subprocess.Popen(
-            [*CLI, *arguments(corpus, out, "--part", f"{i}/3", "--workers", "1")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in (1, 2, 3)
-    ]
+    commands = [[*CLI, *arguments(corpus, out, "--part", f"{i}/3", "--workers", "1")] for i in (1, 2, 3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    parts = [subprocess.Popen(command, **pipes) for command in commands]
     outputs = [part.communicate(timeout=120) for part in parts]
     assert [part.returncode for part in parts] == [0, 0, 0], outputs
     assert sum("other parts are not finished yet" in output for output, _ in outputs) == 2
@@ -74,18 +67,18 @@ def test_parts_that_die_and_come_back(corpus, expected, tmp_path):
     assert hashes(out) == expected
 
 
-def test_a_part_is_refused_beside_a_whole_build(corpus, tmp_path):
-    out = tmp_path / "out"
+def test_one_build_at_a_time(corpus, tmp_path):
+    config = BuildConfig([corpus / "*.parquet"], tmp_path / "out", workers=1, **OPTIONS)
 
-    def second(status):
-        if not status.done:
-            return
-        for part in None, (1, 2):
-            with pytest.raises(ValueError, match="another build is running in .*process"):
-                build(BuildConfig([corpus / "*.parquet"], out, workers=1, part=part, **OPTIONS))
-        raise KeyboardInterrupt
+    def second(_, done, *more):
+        for part in (None, (1, 2)) if done else ():
+            who = f"another build is running in {tmp_path}/out .process {os.getpid()} on "
+            with pytest.raises(ValueError, match=who):
+                build(dataclasses.replace(config, part=part))
+        if done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(BuildConfig([corpus / "*.parquet"], out, workers=1, **OPTIONS), second)
+        build(config, second)
     with pytest.raises(ValueError, match="unfinished build of another source"):
-        build(BuildConfig([corpus / "000*.parquet"], out, workers=1, part=(1, 2), **OPTIONS))
+        build(dataclasses.replace(config, sources=[corpus / "000*.parquet"], part=(1, 2)))

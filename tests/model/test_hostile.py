@@ -65,16 +65,11 @@ SHAPE = "invalid shape, data type, or offset"
 SAFETENSORS = {
     "dtype_unknown": (entry(WTE, dtype="F7"), JSON),
     "dtype_integers": (entry(WTE, dtype="I32"), "wte.weight is torch.int32; it must be fp32, fp16 or bf16"),
-    "dtype_of_eighths": (entry(WTE, dtype="F8_E4M3", shape=[100, 128]), r"shape \(100, 128\), the config says"),
-    "bytes_as_weights": (entry(WTE, dtype="U8", shape=[12800]), r"shape \(12800,\)"),
-    "bool_as_weights": (entry("transformer.ln_f.bias", dtype="BOOL", shape=[128]), r"shape \(128,\)"),
-    "shape_negative": (entry(WTE, shape=[-100, -32]), JSON),
     "shape_overflow": (entry(WTE, shape=[2**62, 4]), SIZE),
     "shape_deep": (entry(WTE, shape=[1] * 100_000), SHAPE),
     "shape_wrong": (entry(WTE, shape=[32, 100]), r"wte.weight has shape \(32, 100\), the config says"),
     "offsets_behind": (entry(WTE, data_offsets=[2**40, 2**40 + 12800]), OFFSET),
     "overlap": (entry("transformer.ln_f.bias", data_offsets=[0, 128]), OFFSET),
-    "missing": (lambda header: {n: e for n, e in header.items() if n != WTE}, OFFSET),
     "bad_utf8": (lambda header: b'{"\xff\xfe": 1}', "invalid UTF-8 in header"),
     "deep_json": (lambda header: b'{"a":' * 1_000_000, JSON),
     "twice": (lambda header: json.dumps(header).encode()[:-1] + b', "a": 1, "a": 1}', JSON),
@@ -103,34 +98,49 @@ def test_safetensors_of_another_length(folder, damage) -> None:
     refused(folder, "is damaged or not a safetensors file")
 
 
-HARMLESS = {
-    "odd_header": lambda folder: edit_header(folder, lambda header: json.dumps(header).encode().ljust(5001)),
-    "zip": lambda folder: as_bin(folder, tensors_of(folder)),
-    "legacy": lambda folder: as_bin(folder, tensors_of(folder), _use_new_zipfile_serialization=False),
-    "shards": lambda folder: shard(folder),
-    "shards_bin": lambda folder: shard(folder, suffix="bin"),
+def test_harmless_files_load(folder) -> None:
+    expected = GPT.from_pretrained(folder).state_dict()
+    for change in (
+        lambda: edit_header(folder, lambda header: json.dumps(header).encode().ljust(5001)),
+        lambda: shard(folder, suffix="bin"),
+    ):
+        change()
+        loaded = GPT.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def tensors_changed(change):
+    def damage(folder: Path) -> None:
+        safetensors.torch.save_file(change(tensors_of(folder)), folder / "model.safetensors")
+
+    return damage
+
+
+BROKEN = {
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
+    "no_config": (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
+    "deeper": (lambda f: edit_config(f, n_layer=3), r"12 missing \(h.2.attn.c_attn.bias, ...\), 0 unknown"),
+    "missing": (tensors_changed(lambda t: {n: v for n, v in t.items() if "f.bias" not in n}), r"1 missing \(ln_f"),
+    "twice": (tensors_changed(lambda t: t | {"ln_f.bias": torch.zeros(32)}), "holds 'ln_f.bias' twice"),
+    "other_head": (tensors_changed(lambda t: t | {"lm_head.weight": t[WTE] + 1}), "lm_head.weight differs"),
+    "half_head": (tensors_changed(lambda t: t | {"lm_head.weight": t[WTE].half()}), "lm_head.weight differs"),
 }
 
 
-@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
-def test_harmless_files_load(folder, change) -> None:
-    expected = GPT.from_pretrained(folder).state_dict()
-    change(folder)
-    loaded = GPT.from_pretrained(folder).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_folders(folder, damage, message) -> None:
+    damage(folder)
+    refused(folder, message)
 
 
 CONFIGS = {
     "deep": ({"n_layer": 10**9}, "holds 28 tensors, but the config has 1000000000 layers"),
     "wide": ({"n_embd": 2 * 10**9}, r"the config says \(100, 2000000000\)"),
-    "astronomic": ({"vocab_size": 10**30}, "a number of 31 digits"),
-    "long": ({"n_positions": 2**31}, "the config says"),
-    "inner": ({"n_inner": 10**12}, "the config says"),
+    "astronomic": ({"vocab_size": 10**4000}, r"the config says \(1000"),
+    "bottomless": ({"n_layer": 10**4000}, "the config has 1000.* layers"),
     "infinite": ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon must be a number"),
     "nan": ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number"),
     "text": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
-    "negative": ({"n_embd": -32}, "n_embd must be a positive whole number"),
-    "true": ({"n_head": True}, "n_head must be a positive whole number"),
     "list": ({"activation_function": ["gelu"]}, "activation_function must be one of gelu_new"),
     "one": ({"scale_attn_weights": 1}, "scale_attn_weights must be true or false"),
     "contradiction": ({"hidden_size": 64}, "contradicts itself: n_embd = 32 but hidden_size = 64"),
@@ -191,9 +201,7 @@ def zip_of(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 OTHERS = {
     "bare_pickle": lambda evil: pickle.dumps(evil),
     "protocol_0": lambda evil: pickle.dumps(evil, protocol=0),
-    "zip_of_a_pickle": lambda evil: zip_of(
-        {"archive/data.pkl": pickle.dumps(evil, protocol=2), "archive/version": b"3\n"}
-    ),
+    "zip_of_a_pickle": lambda evil: zip_of({"archive/data.pkl": pickle.dumps(evil, 2), "archive/version": b"3\n"}),
     "text": lambda evil: b"hello",
     "empty": lambda evil: b"",
 }
@@ -265,10 +273,6 @@ def test_a_storage_that_claims_more_than_the_file(folder) -> None:
         ({3: torch.zeros(1)}, "holds 3: Tensor, not only tensors by name"),
         ({"a": torch.eye(3).to_sparse()}, "'a' is torch.sparse_coo on cpu, not dense"),
         ({"a": torch.zeros(3, device="meta")}, "on meta|holds more than tensors"),
-        (
-            {WTE: torch.zeros(100, 32, dtype=torch.int64)},
-            "wte.weight is torch.int64; it must be fp32, fp16 or bf16",
-        ),
         ({WTE: torch.zeros(100, 32).cfloat()}, "wte.weight is torch.complex64; it must be fp32, fp16 or bf16"),
     ],
 )
@@ -314,7 +318,7 @@ INDEXES = {
     "backslash": (moved("..\\other.safetensors"), "which is not a .safetensors file beside it"),
     "other_format": (moved("other.bin"), "names 'other.bin', which is not a .safetensors file"),
     "number": (moved(1), "names 1, which"),
-    "absent": (moved("other.safetensors"), "names other.safetensors, which is not beside it"),
+    "absent": (moved("absent.safetensors"), "No such file or directory: .*absent.safetensors"),
     "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is in only one of them"),
     "unlisted": (
         lambda index: {"weight_map": {n: f for n, f in index["weight_map"].items() if n != WTE}},
@@ -326,7 +330,7 @@ INDEXES = {
     ),
     "no_map": (lambda index: {}, "has no weight_map"),
     "a_list": (lambda index: {"weight_map": []}, "has no weight_map"),
-    "twice": (lambda index: '{"weight_map": {"a": "b", "a": "c"}}', "'a' comes twice"),
+    "twice": (lambda index: '{"weight_map": {"a": "b", "a": "c"}}', "a name comes twice"),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-"""Model folders: what is read, what is written, and what is refused with one line."""
+"""Model folders: what is read and written, and the memory that this takes."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -23,24 +24,10 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def edit_tensors(folder, change) -> None:
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    safetensors.torch.save_file(change(tensors), folder / "model.safetensors")
+OTHER = dataclasses.replace(SMALL, n_inner=48, activation_function="relu", tie_word_embeddings=False)
 
 
-def edit_config(folder, **fields) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SMALL,
-        GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=100, tie_word_embeddings=False, n_inner=48),
-        GPTConfig(16, 100, 1, 2, 32, activation_function="relu", layer_norm_epsilon=1e-3),
-    ],
-)
+@pytest.mark.parametrize("config", [SMALL, OTHER])
 def test_round_trip_is_bit_equal(tmp_path, config) -> None:
     model = GPT(config)
     model.save_pretrained(tmp_path)
@@ -53,7 +40,8 @@ def test_round_trip_is_bit_equal(tmp_path, config) -> None:
 
 
 def test_half_precision_weights_become_the_asked_type(folder) -> None:
-    edit_tensors(folder, lambda tensors: {name: t.half() for name, t in tensors.items()})
+    half = {name: t.half() for name, t in safetensors.torch.load_file(folder / "model.safetensors").items()}
+    safetensors.torch.save_file(half, folder / "model.safetensors")
     assert GPT.from_pretrained(folder).wte.weight.dtype == torch.float32
     assert GPT.from_pretrained(folder, dtype=torch.bfloat16).wte.weight.dtype == torch.bfloat16
 
@@ -74,44 +62,6 @@ def test_a_vocabulary_of_its_own_gets_no_gpt2_tokenizer(folder) -> None:
         "config.json", "generation_config.json", "model.safetensors"
     ]  # fmt: skip
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
-
-
-BROKEN = {
-    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights: no model.safetensors"),
-    "no_config": (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
-    "other_model": (lambda f: edit_config(f, model_type="llama"), "model_type = 'llama' is not supported"),
-    "cross_attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention = True"),
-    "activation": (
-        lambda f: edit_config(f, activation_function="mish"),
-        "activation_function must be one of .*, not 'mish'",
-    ),
-    "heads": (lambda f: edit_config(f, n_head=3), "n_embd 32 must be a multiple of n_head 3"),
-    "deeper": (lambda f: edit_config(f, n_layer=3), r"12 missing \(h.2.attn.c_attn.bias, ...\), 0 unknown"),
-    "wider": (lambda f: edit_config(f, n_embd=64), r"shape .*, the config says"),
-    "missing": (
-        lambda f: edit_tensors(f, lambda t: {n: v for n, v in t.items() if "ln_f.bias" not in n}),
-        r"1 missing \(ln_f.bias, ...\)",
-    ),
-    "twice": (
-        lambda f: edit_tensors(f, lambda t: {**t, "ln_f.bias": t["transformer.ln_f.bias"].clone()}),
-        "holds 'ln_f.bias' twice",
-    ),
-    "head_of_another_type": (
-        lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].half()}),
-        "lm_head.weight differs from wte.weight",
-    ),
-    "other_head": (
-        lambda f: edit_tensors(f, lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] + 1}),
-        "lm_head.weight differs from wte.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN.keys())
-def test_broken_folders_are_refused(folder, damage, message) -> None:
-    damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        GPT.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -1,7 +1,5 @@
 """Invariant 4, same function: logits, loss and gradients are those of transformers' GPT-2, in fp32."""
 
-import math
-
 import pytest
 import torch
 import transformers
@@ -44,6 +42,7 @@ def assert_equal_to_1e5(theirs: transformers.GPT2LMHeadModel, ours: GPT, tokens,
     loss.backward()
     expected.loss.backward()
 
+    assert (logits is not None) == return_logits
     if return_logits:
         torch.testing.assert_close(logits, expected.logits[:, :-1], rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
@@ -98,18 +97,6 @@ def test_shapes_of_the_presets(name) -> None:
         assert (value.t() if is_projection else value).shape == expected[f"transformer.{key}"], key
 
 
-@pytest.mark.long  # the tests above show the same, of fewer layers or narrower ones
-def test_124m_whole(tmp_path) -> None:
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    assert sum(p.numel() for p in ours.parameters()) == 124_439_808
-    tokens = torch.randint(0, 50257, (1, 128))
-    assert_equal_to_1e5(theirs, ours, tokens)
-    assert abs(ours(tokens[:, :-1], tokens[:, 1:])[1].item() - math.log(50257)) < 0.3
-
-
 @pytest.mark.parametrize("compile", [True, False], ids=["engine", "torch"])
 def test_greedy_text_is_transformers(tiny_hf_folder, compile) -> None:
     """64 tokens, prompts of 1 to 40 tokens in one batch, against each prompt alone in transformers."""
@@ -124,20 +111,3 @@ def test_greedy_text_is_transformers(tiny_hf_folder, compile) -> None:
             pad_token_id=50256, eos_token_id=None,
         )[0, ids.shape[1] :]  # fmt: skip
         assert row.tokens == expected.tolist()
-
-
-@pytest.mark.long  # test_greedy_text_is_transformers shows the same on a small model
-def test_greedy_text_of_124m_is_transformers(tmp_path) -> None:
-    torch.manual_seed(3)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.06)).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    prompts = [torch.randint(0, 50257, (length,)).tolist() for length in (3, 24)]
-    rows = generate(ours, prompts, max_new_tokens=64, temperature=0, stop_ids=())
-    for prompt, row in zip(prompts, rows, strict=True):
-        ids = torch.tensor([prompt])
-        expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None
-        )
-        assert row.tokens == expected[0, len(prompt) :].tolist()
-        assert len(set(row.tokens)) > 5

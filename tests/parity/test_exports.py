@@ -97,9 +97,6 @@ def test_what_vllm_reads(folder) -> None:
     assert all(name.startswith("transformer.") for name in names)  # no masks; a tied head once
     generation = transformers.GenerationConfig.from_pretrained(folder)
     assert (generation.bos_token_id, generation.eos_token_id) == (50256, 50256)
-
-
-def test_the_files(folder) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json", "generation_config.json", "merges.txt", "model.safetensors", "special_tokens_map.json",
         "tokenizer.json", "tokenizer_config.json", "vocab.json",

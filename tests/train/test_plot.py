@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +24,21 @@ def write_run(folder: Path, steps: int, every: int = 0, accuracy: bool = False, 
             rows.append({**row, "hellaswag_acc_norm": 0.25 + step / steps / 20} if accuracy else row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if shape:
-        (folder / "config.toml").write_text(
-            f"steps = {steps}\n[model]\nn_layer = {shape[0]}\nn_embd = {shape[1]}\n"
-        )
+        (folder / "config.toml").write_text("[model]\nn_layer = {}\nn_embd = {}\n".format(*shape))
     return folder
 
 
 def drawn(monkeypatch, *arguments):
     """(figure, result) of the command."""
-    figures = []
-    draw = plot.draw
+    figures, draw = [], plot.draw
     monkeypatch.setattr(plot, "draw", lambda *given: figures.append(draw(*given)) or figures[-1])
     result = CliRunner().invoke(plot.main, [str(word) for word in arguments])
     assert result.exit_code == 0, result.output
     return figures[0], result
 
 
-def texts(axis) -> list[str]:
-    return [text.get_text() for text in axis.texts]
+def legend(axis) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
 def test_runs_of_published_sizes_have_gpt_2_and_gpt_3_beside_them(tmp_path, monkeypatch) -> None:
@@ -53,24 +49,27 @@ def test_runs_of_published_sizes_have_gpt_2_and_gpt_3_beside_them(tmp_path, monk
     ]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
     loss, accuracy = figure.axes
-    assert {"GPT-2 124M  3.29", "GPT-2 350M  3.08"} < set(texts(loss))
-    assert set(texts(accuracy)) == {
-        "guessing  25", "GPT-2 124M  29.45", "GPT-3 125M  33.7", "GPT-2 350M  37.52", "GPT-3 350M  43.6", "30.0",
+    assert {"GPT-2 124M  3.29", "GPT-2 350M  3.08", "medium  3.13: validation"} < set(legend(loss))
+    assert set(legend(accuracy)) == {
+        "small  30.0", "medium  30.0", "other  30.0", "guessing  25",
+        "GPT-2 124M  29.45", "GPT-3 125M  33.7", "GPT-2 350M  37.52", "GPT-3 350M  43.6",
     }  # fmt: skip
     levels = {line.get_ydata()[0] for line in accuracy.lines if len(set(line.get_ydata())) == 1}
     assert {25, 29.45, 33.7, 37.52, 43.6} == levels
     assert "build-nanogpt" in figure.get_supxlabel()
-    assert [entry.get_text() for entry in figure.legends[0].get_texts()][:3] == ["small", "medium", "other"]
     assert result.stderr == ""
     assert accuracy.get_ylabel() == "accuracy on HellaSwag, %"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_another_size_alone_has_no_lines(tmp_path, monkeypatch) -> None:
-    figure, _ = drawn(monkeypatch, write_run(tmp_path / "a", 9, 3, True, (2, 16)), "--out", tmp_path / "a.png")
-    assert not any("GPT" in text for axis in figure.axes for text in texts(axis))
+def test_another_size_alone_has_no_lines_and_another_test_is_called_by_its_file(tmp_path, monkeypatch) -> None:
+    run = write_run(tmp_path / "run", 9, 3, True)
+    (run / "config.toml").write_text('hellaswag = "quickstart/made.jsonl"\n[model]\nn_layer = 2\nn_embd = 16\n')
+    figure, _ = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
+    assert not any("GPT" in text for axis in figure.axes for text in legend(axis))
     assert figure.get_supxlabel() == ""
+    assert figure.axes[1].get_ylabel() == "accuracy on made.jsonl, %"
 
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 0), (1, 1), (2, 0), (20_000, 0), (20_000, 20)])
@@ -87,90 +86,58 @@ def test_runs_of_any_length(tmp_path, monkeypatch, steps, every) -> None:
     assert high < 5 or steps < 100  # the fall from 11 does not take the picture
 
 
-def test_validation_alone_is_drawn(tmp_path, monkeypatch) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 10.9}\n')
-    figure, result = drawn(monkeypatch, tmp_path / "run", "--out", tmp_path / "a.png")
-    assert texts(figure.axes[0]) == ["10.90"]
-    assert result.stderr == ""
-
-
-def test_x_in_tokens(tmp_path, monkeypatch) -> None:
+def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:
     run = write_run(tmp_path / "run", 30, 10, tokens=10**6)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "val_loss": 3.0}\n')  # of no step whose tokens are known
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'{"step": 31, "loss": null, "skipped": "loss nan"}\n\xff\xfe\n[1]\n{"step": 30, "loss": 7.5}\n'
+        )
+        file.write(b'{"step": 40, "val_loss": 3.0}\n{"step": 12, "lo')  # step 40 has no tokens
     figure, result = drawn(monkeypatch, run, "--x", "tokens", "--out", tmp_path / "a.png")
     axis = figure.axes[0]
-    assert axis.get_xlabel() == "tokens"
-    assert axis.lines[0].get_xdata()[-1] == 30e6
-    assert "run: val_loss of steps without tokens left out: 1" in result.stderr
-    assert [plot.short(count) for count in (0, 1500, 2.5e6, 10e9)] == ["0", "1.5k", "2.5M", "10B"]
-
-
-def test_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> None:
-    run = write_run(tmp_path / "run", 10)
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 11, "loss": null, "skipped": "loss nan"}\n\xff\xfe\n[1]\n')
-        file.write(b'{"step": 10, "loss": 7.5}\n{"step": 12, "lo')
-    figure, result = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
-    x, y = figure.axes[0].lines[0].get_data()
-    assert list(x) == list(range(1, 11))
+    x, y = axis.lines[0].get_data()
+    assert list(x) == [step * 10**6 for step in range(1, 31)]
     assert y[-1] == 7.5
+    assert axis.get_xlabel() == "tokens"
+    assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
     assert "run: broken lines of metrics.jsonl passed over: 3" in result.stderr
+    assert "run: val_loss of steps without tokens left out: 1" in result.stderr
 
 
 def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> None:
     (tmp_path / "empty").mkdir()
-    runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), write_run(tmp_path / "b" / "run", 5)]
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    (tmp_path / "b" / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 10.9}\n')
+    runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), tmp_path / "b" / "run"]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
-    shown = [entry.get_text() for entry in figure.legends[0].get_texts()]
-    assert shown[:2] == ["a/run", "b/run"]
+    assert legend(figure.axes[0]) == ["a/run  4.60: training", "b/run  10.90: validation"]
     assert result.stderr.endswith("empty: no rows of a run to draw\n")
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "a" / "run").rename(tmp_path / "first")
     (tmp_path / "b" / "run").rename(tmp_path / "second")
     figure, result = drawn(monkeypatch, tmp_path, "--out", tmp_path / "a.png")  # all runs in a folder
-    assert [entry.get_text() for entry in figure.legends[0].get_texts()][:2] == ["first", "second"]
+    assert [text.split()[0] for text in legend(figure.axes[0])] == ["first", "second"]
 
 
-@pytest.mark.parametrize("content", [None, "", "{cut"])
-def test_what_is_no_run_is_one_clear_line(tmp_path, content) -> None:
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    result = CliRunner().invoke(plot.main, [str(tmp_path)])
+@pytest.mark.parametrize(
+    ("content", "out", "message"),
+    [
+        ("", "a.png", "{}: no run with a row in its metrics.jsonl"),
+        ('{"a": 1}\n{cut', "a.png", "{}: no run with a row in its metrics.jsonl"),
+        ('{"step": 1, "loss": 5}', "no/a.png", "{}/no/a.png cannot be written: "),
+        ('{"step": 1, "loss": 5}', "a.what", "{}/a.what cannot be written: "),
+    ],
+)
+def test_what_is_no_run_or_cannot_be_written_is_one_clear_line(tmp_path, content, out, message) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    result = CliRunner().invoke(plot.main, [str(tmp_path), "--out", f"{tmp_path}/{out}"])
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == f"Error: {tmp_path}: no run with a row in its metrics.jsonl"
-
-
-def test_another_test_than_hellaswag_s_is_called_by_its_file(tmp_path, monkeypatch) -> None:
-    run = write_run(tmp_path / "run", 9, 3, True)
-    (run / "config.toml").write_text('hellaswag = "quickstart/made.jsonl"\n[model]\nn_layer = 2\nn_embd = 16\n')
-    figure, _ = drawn(monkeypatch, run, "--out", tmp_path / "a.png")
-    assert figure.axes[1].get_ylabel() == "accuracy on made.jsonl, %"
-
-
-def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path) -> None:
-    run = write_run(tmp_path / "run", 5)
-    for out in (tmp_path / "no" / "a.png", tmp_path / "a.what"):
-        result = CliRunner().invoke(plot.main, [str(run), "--out", str(out)])
-        assert result.exit_code == 1
-        assert f"Error: {out} cannot be written: " in result.stderr.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_labels_do_not_overlap() -> None:
-    places = [0.0, 0.01, 0.02, 0.3, 0.31, 0.8]
-    middles = plot.spread(places, 0.05)
-    gaps = [above - below for below, above in pairwise(middles)]
-    assert min(gaps) > 0.05 - 1e-9
-    assert middles[-1] == 0.8
-    assert max(abs(middle - place) for middle, place in zip(middles, places, strict=True)) < 0.06
-    assert plot.spread([0.0, 0.04, 0.08], 0.05) == pytest.approx([-0.01, 0.04, 0.09])
-    assert plot.spread([], 0.05) == []
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {message.format(tmp_path)}")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_mean_is_of_the_steps_around(tmp_path, monkeypatch) -> None:
     mean = plot.centred_mean(np.array([4.0, 2.0, 6.0, 8.0, 1.0]), 3)
     assert list(mean) == [3, 4, pytest.approx(16 / 3), 5, 4.5]
     figure, _ = drawn(monkeypatch, write_run(tmp_path / "run", 40), "--out", tmp_path / "a.png")
-    assert "bold: the mean of 10 steps" in figure.legends[0].get_texts()[1].get_text()
+    assert legend(figure.axes[0])[0].endswith(": training, the mean of 10 steps")

@@ -1,1 +1,0 @@
-"""What `tools/bench.py` measures: `cases`, `data` and `peers` take turns in the `harness`; `report` shows it."""

@@ -1,4 +1,4 @@
-"""Cases are timed in processes of their own, which take turns: the side that answers, and the side that asks.
+"""Time cases, each in a process of its own, in turns: the side that answers, and the side that asks.
 
 So contenders, or two revisions of the packages, are measured as if each were alone, and a machine that drifts
 drifts for all of them.
@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import IO, Any
 
 import click
@@ -40,19 +42,17 @@ class Bench:
     device: str
     rounds: int
 
-    def place(self, name: str) -> Path:
-        return Path(self.folder) / name
-
 
 @dataclass(frozen=True)
 class Ready:
     """What is timed, when everything is loaded.
 
     Attributes:
-        call: does it once. It may return a dictionary of its own "seconds", the "peak_memory" of another process,
-            and an "answer": lists of numbers by name, which all cases of a group must agree on.
+        call: does the work once. It may return a dictionary with its own "seconds", the "peak_memory" of another
+            process, and an "answer": lists of numbers by name, which all cases of a group must agree on.
         amount: units of a call.
-        ceiling: the rate of the machine that bounds it, if one does; `cost`: what that counts, of a call.
+        ceiling: the rate of the machine that bounds it, if one does.
+        cost: what a call takes of the ceiling: operations or bytes.
         warm_up: calls before the timed ones; without any, a sample is one call, however short.
     """
 
@@ -65,24 +65,25 @@ class Ready:
 
 @dataclass(frozen=True)
 class Case:
-    """A contender: in a process of its own `prepare(bench, **options)` makes it ready."""
+    """A contender. Its own process calls `prepare`, such as "benchmarks.data.loading", with bench and options."""
 
     name: str
     text: str
     unit: str
-    prepare: Callable[..., Ready]
+    prepare: str
     options: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def answer() -> None:
-    """Answer each line of the input with a line of JSON: one sample, between two measurements of the machine."""
+    """Answer each line of the input with one of JSON: the first when all is ready, the others with a sample."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
-    module, function, options, settings = sys.argv[1:]
-    bench = Bench(**json.loads(settings))
+    prepare, options, settings = sys.argv[1:]
+    bench, requests = Bench(**json.loads(settings)), iter(sys.stdin)
+    next(requests)
     tempfile.tempdir = bench.folder
-    ready: Ready = getattr(import_module(module), function)(bench, **json.loads(options))
+    ready: Ready = resolve_name(prepare)(bench, **json.loads(options))
     _peak_memory(bench.device, forget=True)
     last = 0.0
     for _ in range(ready.warm_up):
@@ -91,7 +92,7 @@ def answer() -> None:
     repeats = max(1, min(MOST_REPEATS, round(SAMPLE_SECONDS / last))) if last else 1
     ceiling = ready.ceiling and (ready.ceiling, bench.threads, bench.device)
     print(json.dumps({"amount": ready.amount, "ceiling": ready.ceiling}), file=answers, flush=True)
-    for _ in sys.stdin:
+    for _ in requests:
         before = rate(*ceiling) if ceiling else 0.0
         samples = [_sample(ready.call) for _ in range(repeats)]
         memory = peak if ready.warm_up else _peak_memory(bench.device)
@@ -110,7 +111,7 @@ def _sample(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def _peak_memory(device: str, forget: bool = False) -> int:
-    """The most bytes that the GPU, or this process, had; `forget`: what making ready took."""
+    """The most bytes that the GPU, or this process, had; `forget` starts anew."""
     if forget:
         with suppress(OSError):  # Linux alone has it
             Path("/proc/self/clear_refs").write_text("5")
@@ -135,16 +136,7 @@ def rate(name: str, threads: int, device: str) -> float:
     "sha256", a hash on each thread.
     """
     amount, call = _machine(name, threads, device)
-    best = float("inf")
-    for _ in range(16 if name == "read" else 3):
-        started = time.perf_counter()
-        call()
-        if device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return amount / best
+    return amount / min(timeit.repeat(call, number=1, repeat=16 if name == "read" else 3))
 
 
 @cache
@@ -162,79 +154,73 @@ def _machine(name: str, threads: int, device: str) -> tuple[float, Callable[[], 
 
     if name == "read":
         # NumPy asks for large pages, which read faster. torch.dot reads as fast as a loop in C with prefetching:
-        # 36.6 and 35.6 GB/s on two cores.
+        # 36.6 and 35.6 GB/s on two cores. What `item` asks for, a GPU has finished.
         memory = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32)).to(device)
-        return READ_BYTES, lambda: torch.dot(memory, memory)
+        return READ_BYTES, lambda: torch.dot(memory, memory).item()
     side = 8192 if device == "cuda" else 2048
     kind = {"matrix fp32": torch.float32, "matrix bf16": torch.bfloat16}[name]
     left, right = (torch.randn(side, side, device=device).to(kind) for _ in "ab")
-    return 2.0 * side**3, lambda: left @ right
+    return 2.0 * side**3, lambda: (left @ right)[0, 0].item()
 
 
 @dataclass
 class Worker:
-    """The asking side of a case's process. `failed` says why that has ended."""
+    """The asking side of a case's process. Its first answer has amount and ceiling, the others are samples."""
 
     case: Case
     process: subprocess.Popen[str]
     errors: IO[bytes]
-    facts: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
     failed: str = ""
 
-    def time(self) -> None:
-        """Take a sample, unless it has failed."""
-        if not self.failed:
-            with suppress(BrokenPipeError):  # the answer that does not come says why
-                print("time", file=self.process.stdin, flush=True)
-            if sample := self.listen():
-                self.samples.append(sample)
-
-    def listen(self) -> dict[str, Any]:
-        """Return what the process says next: nothing if it has ended, of which its last line is the reason."""
+    def ask(self) -> None:
+        """Take the next answer. `failed` is the last line of a process that has ended instead."""
+        if self.failed:
+            return
         assert self.process.stdout
+        with suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
         if line := self.process.stdout.readline():
-            return json.loads(line)  # type: ignore[no-any-return]
+            self.answers.append(json.loads(line))
+            return
         code = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines() or [f"ended with {code}"]
         if code == -signal.SIGKILL:
             lines = ["killed by the system, of too little memory perhaps: use --only for fewer at a time"]
         self.failed = lines[-1].removeprefix("ValueError: ")
-        return {}
 
     def result(self) -> dict[str, Any]:
         """Return what follows from the samples: median, least, most and all of them."""
-        ceiling = self.facts["ceiling"]
+        (amount, ceiling), samples = self.answers[0].values(), self.answers[1:]
         names = ("seconds", "machine", "share") if ceiling else ("seconds",)
         return {
             "name": self.case.name,
             "unit": self.case.unit,
-            "per_second": spread([self.facts["amount"] / sample["seconds"] for sample in self.samples]),
-            "peak_memory": max(sample["peak_memory"] for sample in self.samples),
+            "per_second": spread([amount / sample["seconds"] for sample in samples]),
+            "peak_memory": max(sample["peak_memory"] for sample in samples),
             "ceiling": ceiling,
-            **{name: spread([sample[name] for sample in self.samples]) for name in names},
+            **{name: spread([sample[name] for sample in samples]) for name in names},
         }
 
 
 @contextmanager
 def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
     """Yield a case's process with the packages of a tree, warm, or failed."""
-    path = [*sorted(tree.glob("packages/*/src")), ROOT / "tools", *filter(None, [os.getenv("PYTHONPATH")])]
+    path = [packages_of(tree), str(ROOT / "tools"), *filter(None, [os.getenv("PYTHONPATH")])]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": str(bench.threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    words = [case.prepare.__module__, case.prepare.__name__, json.dumps(case.options), json.dumps(asdict(bench))]
+    command = [sys.executable, "-c", "from benchmarks.harness import answer; answer()"]
+    command += [case.prepare, json.dumps(case.options), json.dumps(asdict(bench))]
+    pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from benchmarks.harness import answer; answer()", *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-        )  # fmt: skip
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment)
         try:
             worker = Worker(case, process, errors)
-            worker.facts = worker.listen()
+            worker.ask()
             yield worker
         finally:
             process.kill()
@@ -243,15 +229,12 @@ def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
 
 
 def take_turns(cases: Iterable[tuple[Case, Path]], bench: Bench) -> list[Worker]:
-    """Time cases, each with the packages of a tree; whoever begins a round ends the next one.
-
-    They start one after the other: the first makes the files that all read.
-    """
-    with ExitStack() as stack:
+    """Time cases, each with the packages of a tree; whoever begins a round ends the next one."""
+    with ExitStack() as stack:  # one starts after the other: the first makes the files that all read
         workers = [stack.enter_context(started(case, bench, tree)) for case, tree in cases]
         for turn in range(bench.rounds):
             for worker in workers[:: 1 if turn % 2 else -1]:
-                worker.time()
+                worker.ask()
     return workers
 
 
@@ -264,12 +247,11 @@ def measure(groups: Iterable[Sequence[Case]], bench: Bench, tolerance: float = 0
     results: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     for group in groups:
-        for case in group:
-            click.echo(f"{case.name}: {case.text}", err=True)
+        click.echo("; ".join(case.name for case in group), err=True)
         workers = take_turns([(case, ROOT) for case in group], bench)
         absent |= {worker.case.name: worker.failed for worker in workers if worker.failed}
         present = [worker for worker in workers if not worker.failed]
-        same_answers({worker.case.name: worker.samples for worker in present}, tolerance)
+        same_answers({worker.case.name: worker.answers[1:] for worker in present}, tolerance)
         of_group = [worker.result() for worker in present]
         for result in [] if workers[0].failed else of_group[1:]:
             result["ratio"] = ratio_of(of_group[0], result)
@@ -287,11 +269,10 @@ def same_answers(samples: Mapping[str, Sequence[Mapping[str, Any]]], tolerance: 
                 raise ValueError(f"{name} gives another {key} than the others: its speed means nothing")
 
 
-def compare(cases: Sequence[Case], base: str, bench: Bench, least: float) -> dict[str, Any]:
+def compare(groups: Iterable[Sequence[Case]], bench: Bench, base: str, least: float) -> dict[str, Any]:
     """Time the cases with the packages of a revision and with those of the working tree, in turn.
 
-    A case that fails on both sides, or with the revision alone, is absent; one that fails with the working tree
-    alone is a bar that does not hold.
+    A case that fails with the revision is absent; one that fails with the working tree alone breaks a bar.
 
     Raises:
         ValueError: there is no such revision, or all cases are absent.
@@ -300,13 +281,13 @@ def compare(cases: Sequence[Case], base: str, bench: Bench, least: float) -> dic
     absent: dict[str, str] = {}
     bars = []
     with checkout(base) as tree:
-        for case in cases:
-            click.echo(f"{case.name}: {case.text}", err=True)
+        for case in chain.from_iterable(groups):
+            click.echo(case.name, err=True)
             old, new = take_turns([(case, tree), (case, ROOT)], bench)
-            if new.failed and not old.failed:
+            if old.failed:
+                absent[case.name] = f"with {base}: {old.failed}"
+            elif new.failed:
                 bars.append(bar(f"{case.name}: works ({new.failed})", 0, 1))
-            elif old.failed:
-                absent[case.name] = old.failed if new.failed else f"with {base}: {old.failed}"
             else:
                 before, after = old.result(), new.result()
                 ratio = ratio_of(after, before)
@@ -317,24 +298,28 @@ def compare(cases: Sequence[Case], base: str, bench: Bench, least: float) -> dic
     return {"base": base, "settings": asdict(bench), "results": results, "absent": absent, "bars": bars}
 
 
-def commit_of(revision: str) -> str:
-    """The hash of a commit. Raises ValueError if there is none."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{revision!r} is no commit of {ROOT}: give a branch, a tag or a hash")
-    return done.stdout.strip()
+def packages_of(tree: Path) -> str:
+    """The sources of a tree's packages, as a PYTHONPATH."""
+    return os.pathsep.join(map(str, sorted(tree.glob("packages/*/src"))))
 
 
 @contextmanager
 def checkout(revision: str) -> Iterator[Path]:
-    """Yield the tree of a commit, which is removed afterwards. Raises ValueError if there is none."""
-    git, commit = ["git", "-C", str(ROOT), "worktree"], commit_of(revision)
+    """Yield the tree of a commit, a folder named by its hash, which is removed afterwards.
+
+    Raises:
+        ValueError: there is no such commit.
+    """
+    git = ["git", "-C", str(ROOT)]
+    words = [*git, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        raise ValueError(f"{revision!r} is no commit of {ROOT}: give a branch, a tag or a hash")
     with tempfile.TemporaryDirectory(prefix="gpt2-tree-") as temporary:
         tree = Path(temporary) / commit
-        subprocess.run([*git, "prune"], check=True)  # of one that was killed
-        subprocess.run([*git, "add", "--quiet", "--detach", tree, commit], check=True)
+        subprocess.run([*git, "worktree", "prune"], check=True)  # of one that was killed
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
         try:
             yield tree
         finally:
-            subprocess.run([*git, "remove", "--force", tree], check=True)
+            subprocess.run([*git, "worktree", "remove", "--force", tree], check=True)

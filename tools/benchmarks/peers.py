@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.cases import KINDS, Work, keep_buffers, random_model, stepping, writing
+from benchmarks.cases import KINDS, keep_buffers, random_model, stepping, writing
 from benchmarks.data import model_folder
 from benchmarks.harness import Bench, Ready
+from benchmarks.suite import Work
 from gpt2_eval import load_hellaswag, score_items
-from gpt2_model import GPTConfig
+from gpt2_model import EOT, GPTConfig
 
-EOT = 50256
 Scores = list[list[float]]
 
 
@@ -34,62 +33,34 @@ def library(name: str) -> Any:
 
 def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
     """transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
-    step, transformers = Work(device=bench.device, **work), library("transformers")
+    step, transformers = Work(**work), library("transformers")
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    sizes = step.sizes | {"n_positions": step.sizes["block_size"]}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops)).to(step.device).train()
+    shape = {**step.shape, "n_positions": step.shape["block_size"]}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **drops)).to(bench.device).train()
     stepped = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return stepping(step, model, optimizer, lambda x, y: stepped(x, labels=x, use_cache=False).loss)
+    return stepping(bench, step, model, optimizer, lambda x, y: stepped(x, labels=x, use_cache=False).loss)
 
 
 def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> Ready:
     """nanoGPT's or build-nanogpt's model and optimizer, from a clone, compiled on a GPU."""
-    step = Work(device=bench.device, **work)
+    step = Work(**work)
     if clone == "nanoGPT":
         sys.path.insert(0, folder)
         module = library("model")
-        config = module.GPTConfig(**step.sizes, vocab_size=50304, dropout=0.0, bias=True)
+        config = module.GPTConfig(**step.shape, vocab_size=50304, dropout=0.0, bias=True)
     else:  # the model alone: imported, the file downloads and trains
         text = (Path(folder) / "train_gpt2.py").read_text(encoding="utf-8").partition("\nimport tiktoken")[0]
         module = sys.modules[clone] = ModuleType(clone)  # dataclasses look there
         module.__dict__["master_process"] = False  # it would print
         exec(text.replace("from hellaswag import", "# "), module.__dict__)
-        config = module.GPTConfig(**step.sizes, vocab_size=50304)
-    model = module.GPT(config).to(step.device)
+        config = module.GPTConfig(**step.shape, vocab_size=50304)
+    model = module.GPT(config).to(bench.device)
     betas = [(0.9, 0.95)] if clone == "nanoGPT" else []
-    optimizer = model.configure_optimizers(0.1, 1e-4, *betas, step.device)
-    stepped: Any = torch.compile(model) if step.device == "cuda" else model
+    optimizer = model.configure_optimizers(0.1, 1e-4, *betas, bench.device)
+    stepped: Any = torch.compile(model) if bench.device == "cuda" else model
     torch.set_float32_matmul_precision("high")  # both do
-    return stepping(step, model, optimizer, lambda x, y: stepped(x, y)[1])
-
-
-def products(bench: Bench, work: Mapping[str, Any]) -> Ready:
-    """The matrix products of a step alone: each matrix forward, the gradient of its input, and its own."""
-    step = Work(device=bench.device, **work)
-    config, kind = step.config, KINDS[step.precision]
-    width, hidden, rows = config.n_embd, config.mlp_dim, step.batch * step.seq_len
-    layer = [(3 * width, width), (width, width), (hidden, width), (width, hidden)]
-    shapes = [*layer * config.n_layer, (config.vocab_size, width)]
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=step.device).to(kind)
-
-    weights = [new(*shape) for shape in shapes]  # each its own, so that none is still in a cache
-    sides = {side: new(rows, side) for shape in shapes for side in shape}
-    # Into memory that is there: to get it for each call took an eighth of the head's products.
-    results = {side: torch.empty_like(tensor) for side, tensor in sides.items()}
-    gradients = {shape: torch.empty(shape, device=step.device, dtype=kind) for shape in set(shapes)}
-
-    def call() -> None:
-        for weight, (out, into) in zip(weights, shapes, strict=True):
-            torch.mm(sides[into], weight.t(), out=results[out])
-            torch.mm(sides[out], weight, out=results[into])
-            torch.mm(sides[out].t(), sides[into], out=gradients[out, into])
-        if step.device == "cuda":
-            torch.cuda.synchronize()
-
-    return Ready(call, rows, f"matrix {step.precision}", 6.0 * rows * sum(a * b for a, b in shapes))
+    return stepping(bench, step, model, optimizer, lambda x, y: stepped(x, y)[1])
 
 
 def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
@@ -100,9 +71,9 @@ def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens:
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=KINDS[precision]).to(bench.device)
     model.generation_config.eos_token_id = None  # no end, and none to be masked at each token
 
-    def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+    def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:
         ids = torch.tensor(prompts, device=bench.device)
-        options = {"do_sample": True, "top_k": 50, "max_new_tokens": count, "pad_token_id": EOT}
+        options = {"do_sample": True, "top_k": 50, "max_new_tokens": new_tokens, "pad_token_id": EOT}
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return cast(list[list[int]], tokens[:, ids.shape[1] :].tolist())
 
@@ -111,7 +82,7 @@ def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens:
 
 def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
     """CTranslate2 with the same weights."""
-    ct2, folder = library("ctranslate2"), bench.place("ctranslate2")
+    ct2, folder = library("ctranslate2"), Path(bench.folder, "ctranslate2")
     kind = str(KINDS[precision]).removeprefix("torch.")
     if kind not in ct2.get_supported_compute_types(bench.device):
         raise ValueError(f"no {kind} on this machine")
@@ -121,10 +92,10 @@ def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields
         converter.convert(str(folder))
     model = ct2.Generator(str(folder), device=bench.device, compute_type=kind, intra_threads=bench.threads)
     words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+    lengths = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
 
-    def write(prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+    def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:
         texts = [[words[token] for token in prompt] for prompt in prompts]
-        lengths = {"max_length": count, "min_length": count, "include_prompt_in_result": False}
         return [one.sequences_ids[0] for one in model.generate_batch(texts, sampling_topk=50, **lengths)]
 
     return writing(GPTConfig(**fields), precision, rows, new_tokens, write)
@@ -139,19 +110,16 @@ def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[
     items = load_hellaswag(data or None, limit=count).items
     contenders = {"build-nanogpt": _plain, "harness": _harness}
     score = contenders.get(method, _ours)(bench, fields, method)
-    size = len(items) if method in ("karpathy", "lm-eval") else -(-len(items) // bench.rounds)
-    starts = cycle(range(0, len(items), size))
+    size = max(1, len(items) // bench.rounds) if method in contenders else len(items)
+    starts = cycle(range(0, len(items) - size + 1, size))
     score(items[:12])  # to warm up
 
     def call() -> dict[str, Any]:
         start = next(starts)
-        part = items[start : start + size]
-        started = time.perf_counter()
-        scores = score(part)
-        seconds = (time.perf_counter() - started) / len(part)
-        return {"seconds": seconds, "answer": {f"score of item {start + i}": row for i, row in enumerate(scores)}}
+        scores = score(items[start : start + size])
+        return {"answer": {f"score of item {start + i}": row for i, row in enumerate(scores)}}
 
-    return Ready(call, 1, warm_up=0)
+    return Ready(call, size, warm_up=0)
 
 
 def _ours(bench: Bench, fields: Mapping[str, int], protocol: str) -> Callable[[Sequence[Any]], Scores]:

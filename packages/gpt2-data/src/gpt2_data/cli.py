@@ -4,19 +4,21 @@ Nothing heavy is imported at the top, since help must answer at once. Results go
 """
 
 import errno
-import json
 import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import cloup
+from click_option_group import optgroup
 
-from gpt2_data.console import format_bytes, plural
+from gpt2_data.console import bar, format_bytes, plural, print_json
+
+if TYPE_CHECKING:
+    from gpt2_data import BuildConfig, BuildResult
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -39,7 +41,7 @@ def size(text: str) -> int:
     return int(number)
 
 
-class _Group(cloup.Group):
+class _Group(click.Group):
     """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -63,9 +65,9 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-@cloup.group(cls=_Group, context_settings=SETTINGS)
-@cloup.version_option(package_name="gpt2-data", message="%(prog)s %(version)s")
-@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.group(cls=_Group, context_settings=SETTINGS)
+@click.version_option(package_name="gpt2-data", prog_name="gpt2-data")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn text into verified GPT-2 token shards."""
 
@@ -83,60 +85,40 @@ def _choice(*names: str) -> Any:
     return {"type": click.Choice(names), "default": names[0], "show_default": True}
 
 
-AS_JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
 FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
-DATASET = cloup.argument("dataset", **FOLDER)
+DATASET = click.argument("dataset", **FOLDER)
 
 
 @main.command()
-@cloup.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
-@cloup.option_group(
-    "Source",
-    cloup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text."),
-    cloup.option("--limit-docs", **COUNT, help="Take only the first N documents."),
-    cloup.option(
-        "--order",
-        type=click.Choice(["shuffled", "source"]),
-        help="Order of the documents; the first ones are validation.  [default: shuffled]",
-    ),
-    cloup.option("--seed", type=int, default=0, show_default=True, help="Seed of --order shuffled."),
-)
-@cloup.option_group(
-    "Shards",
-    cloup.option("--out", **FOLDER, help="Dataset folder to create.  [default: data/SOURCE]"),
-    cloup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard."),
-    cloup.option(
-        "--val-tokens",
-        **SIZE,
-        help="Tokens for validation; 0 for none.  [default: 100M, or a tenth of all if less]",
-    ),
-    cloup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow."),
-    cloup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Cut and order as its fineweb.py does."),
-)
-@cloup.option_group(
-    "Work",
-    cloup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]"),
-    cloup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Tokenizer library to use."),
-    cloup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS)."),
-    cloup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out."),
-)
-@cloup.option_group(
-    "Downloads",
-    cloup.option(
-        "--downloads",
-        type=click.Path(path_type=Path, file_okay=False),
-        metavar="DIR",
-        help="Folder for downloaded files.  [default: OUT/downloads]",
-    ),
-    cloup.option("--delete-downloads", is_flag=True, help="Delete each downloaded file once it is tokenized."),
-)
-@cloup.option_group(
-    "Output",
-    cloup.option("--dry-run", is_flag=True, help="Print what would be built, its size and time; build nothing."),
-    AS_JSON,
-)
+@click.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
+@optgroup("Source")
+@optgroup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
+@optgroup.option("--limit-docs", **COUNT, help="Take only the first N documents.")
+@optgroup.option("--order", type=click.Choice(["shuffled", "source"]),
+                 help="Order of the documents; the first ones are validation.  [default: shuffled]")  # fmt: skip
+@optgroup.option("--seed", type=int, default=0, show_default=True, help="Seed of --order shuffled.")
+@optgroup("Shards")
+@optgroup.option("--out", **FOLDER, help="Dataset folder to create.  [default: data/SOURCE]")
+@optgroup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard.")
+@optgroup.option("--val-tokens", **SIZE,
+                 help="Tokens for validation; 0 for none.  [default: 100M, at most a tenth of all]")  # fmt: skip
+@optgroup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow.")
+@optgroup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Cut and order as its fineweb.py does.")
+@optgroup("Work")
+@optgroup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]")
+@optgroup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Tokenizer library to use.")
+@optgroup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS).")
+@optgroup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out.")
+@optgroup("Downloads")
+@optgroup.option("--downloads", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+                 help="Folder for downloaded files.  [default: OUT/downloads]")  # fmt: skip
+@optgroup.option("--delete-downloads", is_flag=True, help="Delete each downloaded file once it is tokenized.")
+@optgroup("Output")
+@optgroup.option("--dry-run", is_flag=True, help="Print what would be built, its size and time; build nothing.")
+@optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Tokenize SOURCEs into a dataset folder.
 
@@ -156,8 +138,9 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     Example: all text files in a folder and its subfolders, in shards of 10 million tokens
       gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
     """
-    from gpt2_data import BuildConfig, console
+    from gpt2_data import BuildConfig
     from gpt2_data import build as run
+    from gpt2_data.building.estimate import print_plan
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -166,11 +149,38 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
     if dry_run:
-        console.print_plan(config, as_json)
+        print_plan(config, as_json)
         return
-    with _stoppable(), console.bar() as show:
-        result = run(config, lambda status: show(status.phase, status.done, status.total, status.tokens))
-    console.print_result(result, config, as_json)
+    with _stoppable(), bar() as show:
+        result = run(config, show)
+    _print_result(result, config, as_json)
+
+
+def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
+    if as_json:
+        print_json({**vars(result), "out": str(result.out)})
+        return
+    what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
+    shards = plural(result.shards, "shard")
+    how = f"{result.seconds:.1f} s"
+    if result.text_mb_per_second:  # 0 where all had been tokenized before
+        how += f", {result.text_mb_per_second:.1f} MB/s with {result.tokenizer}"
+    if result.already_built:
+        click.echo(f"{result.out}: already built: {what} in {shards}")
+    elif not result.finished and config.part is not None:
+        number, count = config.part
+        click.echo(f"{result.out}: part {number} of {count}: {what}; {how}; other parts are not finished yet")
+    else:
+        click.echo(
+            f"{result.out}: {what} in {shards} ({plural(result.val_tokens, 'token')} for validation); {how}"
+        )
+        if result.documents_empty:
+            click.echo(
+                f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
+            )
+        if result.documents_replaced:
+            note = "not UTF-8: the invalid bytes became U+FFFD"
+            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
 
 
 @contextmanager
@@ -193,7 +203,7 @@ def _stoppable() -> Iterator[None]:
 
 @main.command()
 @DATASET
-@cloup.option(
+@click.option(
     "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full reads every byte."
 )
 @AS_JSON
@@ -204,7 +214,7 @@ def verify(dataset: Path, level: str, as_json: bool) -> None:
     report = check(dataset, level)
     files = f"{plural(report.files, 'file')}, {format_bytes(report.bytes)}"
     if as_json:
-        click.echo(json.dumps({"ok": report.ok, **vars(report)}))
+        print_json({"ok": report.ok, **vars(report)})
     elif report.ok:
         click.echo(f"{dataset}: {files}: nothing wrong ({level})")
     else:
@@ -222,7 +232,9 @@ def info(dataset: Path, as_json: bool) -> None:
 
     manifest = load(dataset)
     if as_json:
-        click.echo(json.dumps({"hash": manifest.hash, **json.loads(manifest.to_bytes())}))
+        import json
+
+        print_json({"hash": manifest.hash, **json.loads(manifest.to_bytes())})
         return
     options, source = manifest.options, manifest.source
     seed = f", seed {options['seed']}" if options["seed"] is not None else ""
@@ -248,8 +260,8 @@ def info(dataset: Path, as_json: bool) -> None:
 
 @main.command()
 @DATASET
-@cloup.argument("number", metavar="[N]", type=click.IntRange(0), default=0)
-@cloup.option("--split", **_choice("train", "val"), help="Split that the document is in.")
+@click.argument("number", metavar="[N]", type=click.IntRange(0), default=0)
+@click.option("--split", **_choice("train", "val"), help="Split that the document is in.")
 @AS_JSON
 def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     """Print document N, counted from 0, as the model will see it."""
@@ -261,18 +273,17 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     text = get_tokenizer().decode(tokens[1:])
     if as_json:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     first = " ".join(map(str, tokens[:12])) + (" ..." if len(tokens) > 12 else "")
     click.echo(f"document {number:,} of {data.num_documents(split):,} in {split}")
-    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n")
-    click.echo(text)
+    click.echo(f"tokens {start:,} to {stop:,} ({len(tokens):,}): {first}\n\n{text}")
 
 
 @main.command()
 @DATASET
-@cloup.argument("out", type=click.Path(path_type=Path))
-@cloup.option(
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
     "--to",
     required=True,
     type=click.Choice(["npy", "llmc", "uint16", "nanogpt", "megatron", "arrow"]),
@@ -286,13 +297,12 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
     gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
-    from gpt2_data import console
     from gpt2_data import convert as run
 
-    with console.bar() as progress:
+    with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
     if as_json:
-        click.echo(json.dumps({**vars(result), "out": str(out)}))
+        print_json({**vars(result), "out": str(out)})
         return
     files = f"{plural(result.files, 'file')} ({result.format})"
     click.echo(f"{out}: {plural(result.tokens, 'token')} in {files}, {format_bytes(result.bytes)}")

@@ -3,18 +3,19 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data.formats import foreign, manifest, uint16
-from gpt2_data.formats.foreign import ForeignManifest
-from gpt2_data.formats.manifest import Manifest
-from gpt2_data.formats.uint16 import TokenFile
+from gpt2_data.formats import foreign, manifest
+from gpt2_data.formats.foreign import ForeignManifest, ForeignShard
+from gpt2_data.formats.manifest import Manifest, Shard
+from gpt2_data.formats.uint16 import TokenFiles
+from gpt2_data.tokenizer import VOCAB_SIZE
 
-_ITERATED = 1024  # document starts read at once
+_ONE_READ = 1 << 29  # tokens: one call of the system reads 2 GiB at most
 
 
 class Dataset:
@@ -34,7 +35,13 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = load(self.path)
-        self._splits: dict[str, _Split] = {}
+        self._splits: dict[str, Split] = {}
+
+    def split(self, name: str) -> "Split":
+        """Open a split. Raises ValueError or OSError if a file of it is missing or damaged."""
+        if name not in self._splits:
+            self._splits[name] = Split(self.path, self.manifest, name)
+        return self._splits[name]
 
     def tokens(self, split: str) -> int:
         """Return the number of tokens of the split, EOTs counted."""
@@ -42,14 +49,15 @@ class Dataset:
 
     def num_documents(self, split: str) -> int:
         """Return the number of documents of the split."""
-        return self._split(split).num_documents
+        return self.split(split).first_documents[-1]
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return tokens [start, stop) of the split, across shards. Raises ValueError if there are none such."""
         if not 0 <= start <= stop <= self.tokens(split):
             raise ValueError(f"tokens {start:,} to {stop:,} not in split {split!r}: it has {self.tokens(split):,}")
         out = np.empty(stop - start, np.uint16)
-        self._split(split).read_into(out, start)
+        if start < stop:
+            self.split(split).read_windows(out[np.newaxis], np.array([start]))
         return out
 
     def document(self, split: str, number: int) -> NDArray[np.uint16]:
@@ -61,8 +69,9 @@ class Dataset:
         count = self.num_documents(split)
         if not 0 <= number < count:
             raise ValueError(f"no document {number:,} in split {split!r}: it has {count:,}, counted from 0")
-        starts = self._split(split).document_starts(number, min(number + 2, count))
-        return starts[0], starts[1] if len(starts) == 2 else self.tokens(split)
+        files = self.split(split)
+        stop = files.document_start(number + 1) if number + 1 < count else files.starts[-1]
+        return files.document_start(number), stop
 
     def documents(self, split: str) -> Iterator[NDArray[np.uint16]]:
         """Yield every document of the split in order, as `document` returns it."""
@@ -72,22 +81,9 @@ class Dataset:
 
     def document_starts(self, split: str) -> Iterator[int]:
         """Yield where each document of the split begins, in tokens, in order."""
-        count = self.num_documents(split)
-        for first in range(0, count, _ITERATED):
-            yield from self._split(split).document_starts(first, min(first + _ITERATED, count))
-
-    def files(self, split: str) -> list[TokenFile]:
-        """Return the files of the split in order, and where in each the tokens are."""
-        return self._split(split).files
-
-    def _split(self, split: str) -> "_Split":
-        if split not in self._splits:
-            self._splits[split] = _Split(self.path, self.manifest, split)
-        return self._splits[split]
-
-    def read_windows(self, out: NDArray[np.uint16], split: str, starts: NDArray[np.int64]) -> None:
-        """Fill row i of `out` (rows, length) with the split's tokens from starts[i] on, which must exist."""
-        self._split(split).read_windows(out, starts)
+        files = self.split(split)
+        for number, start in enumerate(files.starts[:-1]):
+            yield from (start + files.starts_in_file(number)).tolist()
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -108,52 +104,36 @@ def load(path: Path) -> Manifest | ForeignManifest:
     raise ValueError(manifest.not_a_dataset(path, "dataset", f", nor shards of {known}"))
 
 
-class _Split:
-    """The files of one split as one stream. Raises ValueError or OSError for a missing or cut-short file."""
+class Split:
+    """The files of one split as one stream."""
 
     def __init__(self, folder: Path, description: Manifest | ForeignManifest, split: str) -> None:
-        self._folder, self._description, self._split = folder, description, split
-        if isinstance(description, Manifest):
-            self.files = [manifest.open_shard(folder, shard) for shard in description.split(split)]
-        else:
-            self.files = [shard.file for shard in description.split(split)]
-        self._vocab_size = description.vocab_size
-        self._reader = uint16.TokenFiles(self.files)
-        self._starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
+        self._folder = folder
+        self._shards: Sequence[Shard | ForeignShard] = description.split(split)
+        self.files = [
+            manifest.open_shard(folder, shard) if isinstance(shard, Shard) else shard.file
+            for shard in self._shards
+        ]
+        self._reader = TokenFiles(self.files)
+        # Where each file begins in the stream, in tokens, and at the end how many there are.
+        self.starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
 
     @functools.cached_property
-    def _firsts(self) -> list[int]:
-        """The number of the first document of each shard, and at the end how many there are."""
-        if isinstance(self._description, Manifest):
-            counts = [shard.documents for shard in self._description.split(self._split)]
-        else:
-            counts = [len(starts) for starts in self._foreign_starts]
-        return list(itertools.accumulate(counts, initial=0))
+    def first_documents(self) -> list[int]:
+        """The number of the first document of each file, and at the end how many there are."""
+        return list(itertools.accumulate((shard.documents for shard in self._shards), initial=0))
 
-    @functools.cached_property
-    def _foreign_starts(self) -> list[NDArray[np.int64]]:
-        assert isinstance(self._description, ForeignManifest)
-        shards = self._description.split(self._split)
-        return [foreign.document_starts(self._description.format, shard) for shard in shards]
+    def document_start(self, number: int) -> int:
+        """Return where document `number` begins in the split, in tokens."""
+        file = bisect.bisect_right(self.first_documents, number) - 1
+        within = number - self.first_documents[file]
+        return self.starts[file] + int(self.starts_in_file(file, within, within + 1)[0])
 
-    @property
-    def num_documents(self) -> int:
-        return self._firsts[-1]
-
-    def document_starts(self, first: int, last: int) -> list[int]:
-        """Return where documents [first, last) begin in the split, in tokens."""
-        starts: list[int] = []
-        while first < last:
-            number = bisect.bisect_right(self._firsts, first) - 1
-            before, stop = self._firsts[number], min(last, self._firsts[number + 1])
-            starts += (self._shard_starts(number, first - before, stop - before) + self._starts[number]).tolist()
-            first = stop
-        return starts
-
-    def _shard_starts(self, number: int, first: int, last: int) -> NDArray[np.int64]:
-        if isinstance(self._description, ForeignManifest):
-            return self._foreign_starts[number][first:last]
-        shard = self._description.split(self._split)[number]
+    def starts_in_file(self, number: int, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
+        """Return where documents [first, last) of a file begin in it, in tokens."""
+        shard = self._shards[number]
+        if isinstance(shard, ForeignShard):
+            return shard.document_starts[first:last]
         documents = manifest.open_documents(self._folder, shard)
         starts = documents.read(first, last)
         if (np.diff(starts, prepend=0, append=shard.tokens - 1) < 0).any():
@@ -162,37 +142,31 @@ class _Split:
             )
         return starts
 
-    def read_into(self, out: NDArray[np.uint16], start: int) -> None:
-        self._read(out, start)
-        if len(out) and int(out.max()) >= self._vocab_size:
-            self._refuse(out, start)
-
     def read_windows(self, out: NDArray[np.uint16], starts: NDArray[np.int64]) -> None:
-        borders = np.asarray(self._starts)
-        shards = borders.searchsorted(starts, side="right") - 1
-        if (starts + out.shape[1] <= borders[shards + 1]).all():
-            self._reader.read_rows(out, shards.tolist(), (starts - borders[shards]).tolist())
-        else:  # one crosses a shard's border
+        """Fill row i of `out` (rows, length) with the split's tokens from starts[i] on, which must exist."""
+        borders = np.asarray(self.starts)
+        files = borders.searchsorted(starts, side="right") - 1
+        if out.shape[1] <= _ONE_READ and (starts + out.shape[1] <= borders[files + 1]).all():
+            self._reader.read_rows(out, files.tolist(), (starts - borders[files]).tolist())
+        else:  # one crosses a file's border, or is longer than a read
             for row, start in zip(out, starts.tolist(), strict=True):
                 self._read(row, start)
-        if out.size and int(out.max()) >= self._vocab_size:  # once, not for each row: a fifth of the time
-            row = int(np.argmax(out.max(axis=1) >= self._vocab_size))
-            self._refuse(out[row], int(starts[row]))
+        # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would
+        # end a run on a GPU without a word of where it came from. All rows at once: one by one takes a fifth of
+        # the time of reading them.
+        if int(out.max()) >= VOCAB_SIZE:
+            row_number, column = np.argwhere(out >= VOCAB_SIZE)[0].tolist()
+            at = int(starts[row_number]) + column
+            file = bisect.bisect_right(self.starts, at) - 1
+            raise ValueError(
+                f"{self.files[file].path}: token {at - self.starts[file]:,} is {out[row_number, column]}, "
+                f"the vocabulary has {VOCAB_SIZE}: damaged"
+            )
 
     def _read(self, out: NDArray[np.uint16], start: int) -> None:
         position, filled = start, 0
         while filled < len(out):
-            shard = bisect.bisect_right(self._starts, position) - 1
-            count = min(len(out) - filled, self._starts[shard + 1] - position)
-            self._reader.read_into(out[filled : filled + count], shard, position - self._starts[shard])
+            file = bisect.bisect_right(self.starts, position) - 1
+            count = min(len(out) - filled, self.starts[file + 1] - position)
+            self._reader.read_into(out[filled : filled + count], file, position - self.starts[file])
             position, filled = position + count, filled + count
-
-    def _refuse(self, out: NDArray[np.uint16], start: int) -> None:
-        # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would
-        # end a run on a GPU without a word of where it came from; finding it costs microseconds.
-        at = int(np.argmax(out >= self._vocab_size))
-        shard = bisect.bisect_right(self._starts, start + at) - 1
-        raise ValueError(
-            f"{self.files[shard].path}: token {start + at - self._starts[shard]:,} is {out[at]}, "
-            f"the vocabulary has {self._vocab_size}: damaged"
-        )

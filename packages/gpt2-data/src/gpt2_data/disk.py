@@ -22,11 +22,10 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
     Args:
         temporary_folder: where the file grows, on the same file system; by default beside `path`. A killed process
             leaves files there that match *.tmp-*.
-        durable: False skips fsync. A power loss may then leave anything under that name, so its reader must check
-            a hash.
+        durable: False skips fsync: after a power loss the file may hold anything, so its reader must check a hash.
     """
-    name = f"{path.name}.tmp-{secrets.token_hex(8)}"  # several machines may write at once
-    temporary = (temporary_folder or path.parent) / name
+    # Several machines may write at once.
+    temporary = (temporary_folder or path.parent) / f"{path.name}.tmp-{secrets.token_hex(8)}"
     try:
         with temporary.open("wb") as file:
             yield file
@@ -54,11 +53,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
-    """Lock an open file without waiting; the kernel drops the lock with the process, however that ends.
-
-    Raises:
-        Busy: another process holds it; `message` says where and what to do.
-    """
+    """Lock an open file without waiting, for as long as it is open. Raises Busy if it is locked already."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

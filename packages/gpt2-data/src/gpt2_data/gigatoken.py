@@ -34,19 +34,13 @@ _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are search
 
 @dataclass(frozen=True)
 class Proof:
-    """Two versions that give the same tokens, but for some characters.
-
-    Attributes:
-        machine: the kind of processor; gigatoken has code of its own for each.
-        strings: the number that were compared.
-        differ: the characters, as hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf".
-    """
+    """Two versions that give the same tokens, but for some characters."""
 
     gigatoken: str
     tiktoken: str
-    machine: str
-    strings: int
-    differ: tuple[str, ...]
+    machine: str  # the kind of processor: gigatoken has code of its own for each
+    strings: int  # that were compared
+    differ: tuple[str, ...]  # hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf"
 
     @property
     def versions(self) -> tuple[str, str, str]:
@@ -76,12 +70,12 @@ def read_proofs(file: Path) -> list[Proof]:
 
 def find_proof() -> Proof:
     """Return the proof for what is installed. Raises ValueError if there is none."""
-    versions = installed_versions()
+    gigatoken, tiktoken, machine = versions = installed_versions()
     for proof in read_proofs(PROVEN):
         if proof.versions == versions:
             return proof
     raise ValueError(
-        f"gigatoken {versions[0]} is not proven to give the tokens of tiktoken {versions[1]} on {versions[2]}: "
+        f"gigatoken {gigatoken} is not proven to give the tokens of tiktoken {tiktoken} on {machine}: "
         "build with --tokenizer tiktoken"
     )
 

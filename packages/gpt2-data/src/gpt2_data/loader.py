@@ -1,8 +1,7 @@
 """Batches of a dataset, or of a mix of several, for a rank.
 
 A split is one stream of tokens. Sample k is tokens [k*T, k*T + T + 1) of it: inputs, and the same shifted by one;
-the last begins earlier, so that it ends where the split does. Which sample comes when depends on the datasets, the
-seed and the sample's number alone.
+the last begins earlier, so that it ends where the split does. order.py says which sample comes when.
 """
 
 import copy
@@ -10,7 +9,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,9 +17,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import mixing
 from gpt2_data.dataset import Dataset
-from gpt2_data.order import build_nanogpt_starts, mix, permute
+from gpt2_data.order import apportion, build_nanogpt_starts, integer_weights, mix, permute
 
 STATE_VERSION = 2  # 1 left out the tail of a split
 Order = Literal["shuffled", "sequential", "build-nanogpt"]
@@ -31,27 +29,25 @@ Allocate = Callable[[tuple[int, ...], np.dtype[np.int64]], NDArray[np.int64]]
 _PLANNED = 16384
 
 
-class TokenLoader:
+class TokenLoader(Iterator[Pair]):
     """Iterate endlessly over batches (x, y), int64 arrays of shape (batch_size, seq_len), y one token ahead.
 
     Args:
         path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample.
-            The samples of each dataset come as they would alone, through epochs of its own. In each 4096 samples
-            their numbers are in proportion to the weights, to within one.
+            The samples of each dataset come as they would alone, through epochs of its own.
         batch_size: samples in a step of this rank. Step j of rank r takes the global samples from j*B*W + r*B
             on: the ranks together take what one rank with the whole batch would. A batch may span two epochs.
-        order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", which is exactly what each rank of
-            build-nanogpt's DataLoaderLite reads, without the shards' ends that it skips: the one order that
-            depends on batch_size and world_size.
+        order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", what each rank of its
+            DataLoaderLite reads, without the shards' ends that it skips. This order alone depends on batch_size
+            and world_size.
 
     Attributes:
         samples_consumed: samples that all ranks together have taken.
         num_windows: samples in an epoch of each dataset, except in the order "build-nanogpt".
 
     Raises:
-        ValueError: a split (or, for "build-nanogpt", a shard) too short; damaged shards; datasets that cannot be
-            mixed.
-        OSError: missing shards.
+        ValueError, OSError: a split (or, for "build-nanogpt", a shard) is too short; shards are damaged or
+            missing; the datasets cannot be mixed.
     """
 
     def __init__(
@@ -82,7 +78,6 @@ class TokenLoader:
             self._check(dataset)
         # Rounded up: the tokens after whole windows are in a last one, which overlaps with the one before.
         self.num_windows = [-((1 - dataset.tokens(split)) // seq_len) for dataset in self.datasets]
-        self._hashes = [dataset.manifest.hash for dataset in self.datasets]
         self._tokens = np.empty((batch_size, seq_len + 1), np.uint16)
         self._planned_from = 0
         self._planned = (np.empty((0, batch_size), np.int64),) * 2
@@ -96,20 +91,16 @@ class TokenLoader:
             )
         if self.order == "build-nanogpt":
             needed = self.batch_size * self.seq_len * self.world_size + 1
-            for file in dataset.files(self.split):
-                if file.tokens < needed:
-                    raise ValueError(
-                        f"{file.path} has {file.tokens:,} tokens, and the order build-nanogpt "
-                        f"needs {needed:,} in each shard, a batch for every rank: lower batch_size or seq_len"
-                    )
+            file = min(dataset.split(self.split).files, key=lambda file: file.tokens)
+            if file.tokens < needed:
+                raise ValueError(
+                    f"{file.path} has {file.tokens:,} tokens, and the order build-nanogpt "
+                    f"needs {needed:,} in each shard, a batch for every rank: lower batch_size or seq_len"
+                )
         dataset.read(self.split, 0, 1)  # opens the split, so that a missing shard is noticed now
 
-    def __iter__(self) -> "TokenLoader":
-        return self
-
     def __next__(self) -> Pair:
-        shape = self.batch_size, self.seq_len
-        x, y = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        x, y = np.empty((2, self.batch_size, self.seq_len), np.int64)
         self.next_into(x, y)
         return x, y
 
@@ -122,12 +113,12 @@ class TokenLoader:
         sources, starts = self._next_windows()
         tokens = self._tokens
         if len(self.datasets) == 1:
-            self.datasets[0].read_windows(tokens, self.split, starts)
+            self.datasets[0].split(self.split).read_windows(tokens, starts)
         else:
             for source in np.unique(sources).tolist():
                 rows = np.flatnonzero(sources == source)
                 part = np.empty((len(rows), self.seq_len + 1), np.uint16)
-                self.datasets[source].read_windows(part, self.split, starts[rows])
+                self.datasets[source].split(self.split).read_windows(part, starts[rows])
                 tokens[rows] = part
         np.copyto(x, tokens[:, :-1])
         np.copyto(y, tokens[:, 1:])
@@ -142,8 +133,7 @@ class TokenLoader:
         an error of the thread in the place of the batch that failed.
 
         Args:
-            allocate: makes each array from a shape and a dtype, such as page-locked ones for a GPU. By default
-                `numpy.empty`.
+            allocate: makes each array from a shape and a dtype, such as page-locked ones for a GPU.
         """
         return Prefetch(self, depth, allocate)
 
@@ -167,14 +157,14 @@ class TokenLoader:
         """
         if self.order == "build-nanogpt":
             batches, rows = np.divmod(numbers, self.batch_size)
-            shards = [file.tokens for file in self.datasets[0].files(self.split)]
+            shards = [file.tokens for file in self.datasets[0].split(self.split).files]
             starts = build_nanogpt_starts(
                 batches // self.world_size, shards, self.batch_size, self.seq_len, self.rank, self.world_size
             )
             return np.zeros_like(numbers), starts + rows * self.seq_len
         if len(self.datasets) == 1:
             return np.zeros_like(numbers), self._starts(0, numbers)
-        sources, within = mixing.apportion(numbers, self.weights, self.seed)
+        sources, within = apportion(numbers, self.weights, self.seed)
         for source in range(len(self.datasets)):
             here = sources == source
             within[here] = self._starts(source, within[here])
@@ -193,16 +183,17 @@ class TokenLoader:
 
     def state(self) -> dict[str, Any]:
         """Return where the stream of batches stands, to be stored as JSON; the same on every rank."""
+        hashes = [dataset.manifest.hash for dataset in self.datasets]
         state: dict[str, Any] = {
             "version": STATE_VERSION,
-            "dataset": self._hashes[0] if len(self._hashes) == 1 else self._hashes,
+            "dataset": hashes if len(hashes) > 1 else hashes[0],
             "split": self.split,
             "seed": self.seed,
             "seq_len": self.seq_len,
             "order": self.order,
             "samples": self.samples_consumed,
         }
-        if len(self.weights) > 1:
+        if len(hashes) > 1:
             state["weights"] = self.weights
         if self.order == "build-nanogpt":
             state |= {"batch_size": self.batch_size, "world_size": self.world_size}
@@ -211,9 +202,7 @@ class TokenLoader:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, in O(1), also on another number of ranks or with another batch_size.
 
-        Raises:
-            ValueError: this loader's stream is another one; the field is named. In the order "build-nanogpt" it
-                depends on batch_size and world_size too.
+        Raises ValueError, which names the field, if this loader's stream is another one.
         """
         for field, here in (self.state() | {"samples": state.get("samples")}).items():
             if state.get(field) != here:
@@ -228,12 +217,11 @@ class TokenLoader:
 
 def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
     """Open the datasets, in an order that does not depend on the mapping's, and return them and their weights."""
-    if not isinstance(path, Mapping):
-        return [Dataset(path)], [1]
-    if not path:
+    weights = path if isinstance(path, Mapping) else {Path(path): 1}
+    if not weights:
         raise ValueError("the mix contains no dataset")
-    weights = mixing.integer_weights(list(path.values()))
-    opened = sorted(zip(map(Dataset, path), weights, strict=True), key=lambda pair: pair[0].manifest.hash)
+    integers = integer_weights(list(weights.values()))
+    opened = sorted(zip(map(Dataset, weights), integers, strict=True), key=lambda pair: pair[0].manifest.hash)
     for (one, _), (other, _) in itertools.pairwise(opened):
         if one.manifest.hash == other.manifest.hash:
             raise ValueError(
@@ -242,7 +230,7 @@ def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
     return [dataset for dataset, _ in opened], [weight for _, weight in opened]
 
 
-class Prefetch:
+class Prefetch(Iterator[Pair]):
     """Load a loader's batches ahead in a thread. Use it as a context manager, or call `close`."""
 
     def __init__(self, loader: TokenLoader, depth: int, allocate: Allocate | None) -> None:
@@ -264,9 +252,6 @@ class Prefetch:
 
     def _submit(self, pair: Pair) -> None:
         self._loading.append((self._pool.submit(self._load, *pair), pair))
-
-    def __iter__(self) -> "Prefetch":
-        return self
 
     def __next__(self) -> Pair:
         if not self._finalizer.alive:

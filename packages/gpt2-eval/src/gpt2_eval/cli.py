@@ -1,6 +1,5 @@
 """gpt2-eval hellaswag | task | loss | compare | lm-eval."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import cloup
-from cloup.constraints import RequireExactly
+from click_option_group import optgroup
 
-from gpt2_eval import __version__
 from gpt2_model import command
 from gpt2_model.command import PATH, SETTINGS, Size, print_json
 
@@ -23,9 +20,6 @@ CORPUS_NAMES = ("wikitext2", "wikitext103", "ptb")
 TASK_NAMES = (
     "lambada", "piqa", "arc-easy", "arc-challenge", "winogrande", "openbookqa", "copa", "boolq", *CORPUS_NAMES,
 )  # fmt: skip
-ONE_MODEL = RequireExactly(1).rephrased(
-    "give one", "give either --model (a GPT-2) or --hf (any model that transformers loads)"
-)
 user_errors = command.user_errors("use a smaller --batch-size, or --dtype bf16")
 
 
@@ -44,7 +38,11 @@ class Run:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that --out can be written, before minutes of scoring."""
+        """Check the model's options, and that --out can be written, before minutes of scoring."""
+        if (self.model is None) == (self.hf is None):
+            raise click.UsageError("give either --model (a GPT-2) or --hf (any model that transformers loads)")
+        if self.hf is not None and self.compile:
+            raise ValueError("--compile works with --model alone, not with --hf")
         if self.out is None:
             return
         path = Path(self.out)
@@ -56,36 +54,47 @@ class Run:
             raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
 
 
-MODEL = cloup.option_group(
+def _group(title: str, *options: Any) -> Any:
+    """Return a decorator that gives a command these options under a title of its help."""
+
+    def decorate(command: Any) -> Any:
+        for add in reversed((optgroup(title), *options)):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+MODEL = _group(
     "Model",
-    cloup.option("-m", "--model", type=PATH, metavar="MODEL",
+    optgroup.option("-m", "--model", type=PATH, metavar="MODEL",
                  help="Hub name, model folder, run's folder or checkpoint file of a GPT-2."),
-    cloup.option("--hf", metavar="NAME", help="Instead of --model: any causal model that transformers loads."),
-    constraint=ONE_MODEL,
+    optgroup.option("--hf", metavar="NAME", help="Instead of --model: any causal model that transformers loads."),
 )  # fmt: skip
-HARDWARE = cloup.option_group(
+HARDWARE = _group(
     "Speed and precision",
-    cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
-    cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
+    optgroup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
+    optgroup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
                  help="auto means fp32; bf16 (autocast) is faster on a GPU and changes scores slightly."),
-    cloup.option("--batch-size", type=click.IntRange(min=1), metavar="N",
+    optgroup.option("--batch-size", type=click.IntRange(min=1), metavar="N",
                  help="Sequences in a forward pass; changes only the speed.  [default: automatic]"),
-    cloup.option("--compile", is_flag=True, help="Use torch.compile; worth it for long evaluations on a GPU."),
+    optgroup.option("--compile", is_flag=True, help="Use torch.compile; worth it for long evaluations on a GPU."),
 )  # fmt: skip
-LIMIT = cloup.option("--limit", type=click.IntRange(min=1), metavar="N",
+LIMIT = optgroup.option("--limit", type=click.IntRange(min=1), metavar="N",
                      help="Score only the first N items; the result is not comparable.")  # fmt: skip
-JSON = cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-OUTPUT = cloup.option_group(
+AS_JSON = optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+ONLY_JSON = _group("Output", AS_JSON)
+OUTPUT = _group(
     "Output",
-    cloup.option("--out", type=PATH, metavar="ITEMS.jsonl",
+    optgroup.option("--out", type=PATH, metavar="ITEMS.jsonl",
                  help="Also write the scores of each item; a killed command resumes from them."),
-    JSON,
+    AS_JSON,
 )  # fmt: skip
 
 
-@cloup.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
-@cloup.version_option(__version__, prog_name="gpt2-eval")
-@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
+@click.version_option(package_name="gpt2-eval", prog_name="gpt2-eval")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Evaluate a GPT-2; each number names its protocol.
 
@@ -99,14 +108,12 @@ def main(debug: bool) -> None:
 
 @main.command()
 @MODEL
-@cloup.option_group(
-    "Data",
-    cloup.option("--data", type=PATH, metavar="FILE",
-                 help="Path of hellaswag_val.jsonl.  [default: downloaded and checked]"),
-    cloup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
-                 help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'."),
-    LIMIT,
-)  # fmt: skip
+@optgroup("Data")
+@optgroup.option("--data", type=PATH, metavar="FILE",
+                 help="Path of hellaswag_val.jsonl.  [default: downloaded and checked]")  # fmt: skip
+@optgroup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
+                 help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'.")  # fmt: skip
+@LIMIT
 @OUTPUT
 @HARDWARE
 @user_errors
@@ -128,15 +135,13 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
 
 
 @main.command(short_help="Score LAMBADA, PIQA, ARC, WikiText or another task.")
-@cloup.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
+@click.argument("name", type=click.Choice(TASK_NAMES), metavar="NAME")
 @MODEL
-@cloup.option_group(
-    "Data",
-    cloup.option("--data", type=PATH, metavar="FILE", help="The task's file.  [default: downloaded]"),
-    cloup.option("--stride", type=click.IntRange(min=1), metavar="N",
-                 help="Tokens between the starts of successive windows.  [default: the model's context]"),
-    LIMIT,
-)  # fmt: skip
+@optgroup("Data")
+@optgroup.option("--data", type=PATH, metavar="FILE", help="The task's file.  [default: downloaded]")
+@optgroup.option("--stride", type=click.IntRange(min=1), metavar="N",
+                 help="Tokens between the starts of windows.  [default: the model's context]")  # fmt: skip
+@LIMIT
 @OUTPUT
 @HARDWARE
 @user_errors
@@ -174,15 +179,13 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
 
 @main.command(short_help="Measure loss, perplexity and bits per byte on a dataset.")
 @MODEL
-@cloup.option_group(
-    "Data",
-    cloup.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder that gpt2-data built."),
-    cloup.option("--split", default="val", help="Split of the dataset."),
-    cloup.option("--tokens", type=Size(1), default="10Mi", metavar="N",
-                 help="Score the split's first N tokens (10M, 64k), or all of a smaller split."),
-    cloup.option("--seq-len", type=click.IntRange(min=1), metavar="N",
-                 help="Tokens in a window.  [default: the model's context]"),
-)  # fmt: skip
+@optgroup("Data")
+@optgroup.option("--data", type=PATH, required=True, metavar="DIR", help="Dataset folder that gpt2-data built.")
+@optgroup.option("--split", default="val", help="Split of the dataset.")
+@optgroup.option("--tokens", type=Size(1), default="10Mi", metavar="N",
+                 help="Score the split's first N tokens (10M, 64k), or all of a smaller split.")  # fmt: skip
+@optgroup.option("--seq-len", type=click.IntRange(min=1), metavar="N",
+                 help="Tokens in a window.  [default: the model's context]")  # fmt: skip
 @OUTPUT
 @HARDWARE
 @user_errors
@@ -206,9 +209,9 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
 
 
 @main.command(short_help="Compare two models on the same items.")
-@cloup.argument("a", type=PATH)
-@cloup.argument("b", type=PATH)
-@JSON
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@ONLY_JSON
 @user_errors
 def compare(a: str, b: str, as_json: bool) -> None:
     """Compare two models on the same items, from the files that --out wrote, with a test of significance.
@@ -219,8 +222,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
     gpt2-eval compare a.jsonl b.jsonl
     """
     from gpt2_eval import tables
-    from gpt2_eval.compare import compare as compare_files
-    from gpt2_eval.compare import verdict
+    from gpt2_eval.compare import compare_files, verdict
     from gpt2_eval.report import finite
 
     items, metrics = compare_files(a, b)
@@ -232,13 +234,14 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 
 @main.command("lm-eval", short_help="Score any task of lm-evaluation-harness.")
-@cloup.option(
-    "-m", "--model", type=PATH, metavar="MODEL", required=True, help="Hub name, folder or file of GPT-2."
-)
-@cloup.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-evaluation-harness.")
-@cloup.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
+@optgroup("Model")
+@optgroup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
+                 help="Hub name, model folder, run's folder or checkpoint file of a GPT-2.")  # fmt: skip
+@optgroup("Data")
+@optgroup.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of lm-evaluation-harness.")
+@optgroup.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
 @LIMIT
-@JSON
+@ONLY_JSON
 @HARDWARE
 @user_errors
 def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: Any) -> None:
@@ -266,7 +269,7 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
         if rank_and_world_size()[0] != 0:
             return
         if run.as_json:
-            print(json.dumps({"model": run.model, "results": results["results"]}, indent=2))
+            print_json({"model": run.model, "results": results["results"]})
         else:
             print(harness.utils.make_table(results))
 
@@ -311,11 +314,7 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
         path = Path(run.out)
         if path.exists():
             click.echo(f"--out {path}: replacing the existing file", err=True)
-        try:
-            write_records(path, result.records)
-        except OSError as error:
-            text = f"--out {path}: {error.strerror}; the scores are safe: the same command writes them"
-            raise OSError(text) from error
+        write_records(path, result.records)
         remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
     where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
@@ -326,5 +325,7 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
     size = next((name for name, shape in PRESETS.items() if shape == model.config), None)
     tables.show_result(result, size, f"{device}, {dtype}")
     if published is not None and other:
-        tables.show_other_file(result.data_sha256, published.sha256)
+        known = "Not the published file" if published.sha256 else "Not known to be the published file"
+        text = f"{known} (SHA-256 {result.data_sha256[:12]}…): compare with numbers on this same file only"
+        click.secho(text, fg="yellow")
     click.echo(f"model {where['model']}, data {run.data or 'as published'}")

@@ -1,22 +1,16 @@
 """Two models on the same items: the difference, its standard error and McNemar's test, from files of --out.
 
-The items are the same, so most of their difficulty cancels out: the standard error of the difference is that of
-the differences item by item, well below that of two independent runs. Source: Miller 2024, "Adding Error Bars to
-Evals".
+Most of the items' difficulty cancels out: the standard error is that of the differences item by item, well below
+that of two independent runs. Source: Miller 2024, "Adding Error Bars to Evals".
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gpt2_eval.hellaswag import METRICS
-from gpt2_eval.published import existing_file, read_items
-from gpt2_eval.report import ratio_standard_error
+from gpt2_eval.published import read_items
+from gpt2_eval.report import Column, columns_of, ratio_standard_error
 
 SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")  # whichever model answers
 
@@ -57,63 +51,31 @@ def verdict(metrics: Mapping[str, Comparison]) -> str:
     return f"{text}{rest} (at a level of 5 %)."
 
 
-def compare(path_a: str | Path, path_b: str | Path) -> tuple[int, dict[str, Comparison]]:
+def compare_files(path_a: str | Path, path_b: str | Path) -> tuple[int, dict[str, Comparison]]:
     """Compare two files that `--out` has written; return the number of items and metric -> Comparison.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file does not hold records, or the two hold those of different items.
     """
-    a, b = (read_items(existing_file(path), lambda record: record)[0] for path in (path_a, path_b))
+    a, b = (read_items(Path(path), lambda record: record)[0] for path in (path_a, path_b))
     if len(a) != len(b):
         raise ValueError(f"{path_a} has {len(a):,} items and {path_b} {len(b):,}: these are not the same items")
     for number, records in enumerate(zip(a, b, strict=True), 1):
         one, other = ({name: record[name] for name in SAME_IN_BOTH if name in record} for record in records)
         if one != other:
-            texts = f"{json.dumps(one)}, and {json.dumps(other)}"
-            raise ValueError(f"item {number} of {path_a} is not item {number} of {path_b}: {texts}")
-    columns_a, columns_b = (_columns(records, str(path)) for records, path in ((a, path_a), (b, path_b)))
+            raise ValueError(f"item {number} of {path_a} is not item {number} of {path_b}: {one}, and {other}")
+    columns_a, columns_b = _columns(a, path_a), _columns(b, path_b)
     names = [name for name in columns_a if name in columns_b]
     if not names:
         raise ValueError(f"{path_a} and {path_b} have no metric in common")
     return len(a), {name: _compare(columns_a[name], columns_b[name]) for name in names}
 
 
-class Column(NamedTuple):
-    """A metric, item by item: its values, what their sum is divided by, and the answers, if there are any."""
-
-    values: NDArray[np.float64]
-    weights: NDArray[np.int64]
-    answers: NDArray[np.int64] | None = None
-
-
-def _columns(records: Sequence[dict[str, Any]], path: str) -> dict[str, Column]:
-    """Return metric -> its column: 1 or 0 for right or wrong, else nats."""
-    first, columns, ones = records[0], dict[str, Column](), np.ones(len(records), dtype=np.int64)
-
-    def answered(scores: Sequence[Any]) -> Column:
-        answers = np.array([np.argmax(score) for score in scores])
-        labels = np.array([record["label"] for record in records])
-        return Column((answers == labels).astype(float), ones, answers)
-
+def _columns(records: Sequence[dict[str, Any]], path: str | Path) -> dict[str, Column]:
     try:
-        if "nats" in first:
-            nats, tokens = ([record[name] for record in records] for name in ("nats", "tokens"))
-            columns["loss"] = Column(np.array(nats), np.array(tokens))
-        for protocol in [name for name in METRICS if name in first]:
-            for metric, kind in METRICS[protocol].items():
-                columns[f"{protocol} {metric}"] = answered([record[protocol][kind] for record in records])
-        if "greedy" in first:
-            for name, key in (("acc", "greedy"), ("acc_last_token", "last_greedy")):
-                hits = np.array([int(record[key]) for record in records])
-                columns[name] = Column(hits.astype(float), ones, hits)
-            columns["nats"] = Column(np.array([-record["sum"][0] for record in records]), ones)
-        elif "sum" in first:
-            columns["acc"] = answered([record["sum"] for record in records])
-            for name, lengths in (("acc_norm", "chars"), ("acc_bytes", "bytes")):
-                if lengths in first:
-                    columns[name] = answered([np.array(record["sum"]) / record[lengths] for record in records])
-    except (KeyError, TypeError, ValueError) as error:
+        columns = columns_of(records)
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not hold one kind of record throughout: {error!r}") from None
     if not columns:
         raise ValueError(f"{path} is not a file that gpt2-eval --out has written")
@@ -121,7 +83,7 @@ def _columns(records: Sequence[dict[str, Any]], path: str) -> dict[str, Column]:
 
 
 def _compare(a: Column, b: Column) -> Comparison:
-    mean_a, mean_b = (float(side.values.sum() / side.weights.sum()) for side in (a, b))
+    mean_a, mean_b = a.estimate().value, b.estimate().value
     differences = b.values - a.values
     summary = mean_a, mean_b, mean_b - mean_a, ratio_standard_error(differences, a.weights)
     if a.answers is None or b.answers is None:

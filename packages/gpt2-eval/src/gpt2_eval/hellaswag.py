@@ -12,31 +12,20 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gpt2_eval.models import Encoder, LanguageModel, apart, gpt2_encoder, joint
+from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_items, short_hash
-from gpt2_eval.report import HellaSwagResult, accuracy
+from gpt2_eval.report import METRICS, HellaSwagResult, columns_of, divided
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
-Array = NDArray[np.float64]
 # 10,042 items, on which all published numbers are.
 PUBLISHED = Published(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
 )
-
-# Protocol -> metric -> the per-item scores whose highest is the answer.
-METRICS = {
-    "karpathy": {"acc": "sum", "acc_norm": "mean"},
-    "lm-eval": {"acc": "sum", "acc_norm": "char", "acc_bytes": "byte"},
-}
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
@@ -47,8 +36,9 @@ class HellaSwagItem:
     ind: int  # its number in the published data
     label: int  # index of the right ending, 0 to 3
     rows: dict[str, list[Row]]  # protocol -> one row an ending
-    chars: list[int]  # of each ending as lm-eval counts them: cleaned, without the blank before it
-    bytes: list[int]
+    # Protocol -> kind of score -> what each ending's sum is divided by. lm-eval counts the characters and bytes of
+    # the cleaned ending, without the blank before it.
+    lengths: dict[str, dict[str, list[int]]]
     hash: str  # of its texts, by which `compare` knows that two models answered the same question
 
 
@@ -99,39 +89,27 @@ def evaluate_hellaswag(
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
     if not isinstance(data, HellaSwag):
         data = load_hellaswag(data)
-    items = data.items
     start = time.perf_counter()
-    rows = {name: [item.rows[name] for item in items] for name in METRICS if protocol in (name, "both")}
-    scored = score_items(model, list(chain.from_iterable(rows.values())), **options)
-    sums = np.array([[row.logprob for row in four] for four in scored]).reshape(len(rows), len(items), 4)
-    scores = {name: _scores(name, items, sums[number]) for number, name in enumerate(rows)}
-    labels = np.array([item.label for item in items])
+    rows = {name: [item.rows[name] for item in data.items] for name in METRICS if protocol in (name, "both")}
+    scored = iter(score_items(model, [four for fours in rows.values() for four in fours], **options))
+    records = [dict[str, Any](ind=item.ind, label=item.label, hash=item.hash) for item in data.items]
+    for name in rows:
+        for item, record in zip(data.items, records, strict=True):
+            sums = [row.logprob for row in next(scored)]
+            record[name] = {"sum": sums} | {kind: divided(sums, by) for kind, by in item.lengths[name].items()}
+    columns = columns_of(records)
     return HellaSwagResult(
         task="hellaswag",
-        items=len(items),
+        items=len(data.items),
         total=data.total,
         data_sha256=data.sha256,
         metrics={
-            name: {metric: accuracy(scores[name][kind], labels) for metric, kind in METRICS[name].items()}
-            for name in rows
+            name: {metric: columns[f"{name} {metric}"].estimate() for metric in METRICS[name]} for name in rows
         },
         truncated={name: count_truncated(fours, model.config.block_size) for name, fours in rows.items()},
         seconds=time.perf_counter() - start,
-        records=[
-            {"ind": item.ind, "label": item.label, "hash": item.hash}
-            | {name: {kind: values[i].tolist() for kind, values in scores[name].items()} for name in rows}
-            for i, item in enumerate(items)
-        ],
+        records=records,
     )
-
-
-def _scores(protocol: str, items: Sequence[HellaSwagItem], sums: Array) -> dict[str, Array]:
-    """Divide the sums by the lengths of the endings: kind of score -> (items, 4)."""
-    if protocol == "karpathy":
-        tokens = [[len(row.continuation) for row in item.rows[protocol]] for item in items]
-        return {"sum": sums, "mean": sums / tokens}
-    chars, utf8 = [item.chars for item in items], [item.bytes for item in items]
-    return {"sum": sums, "char": sums / chars, "byte": sums / utf8}
 
 
 def clean(text: str) -> str:
@@ -142,11 +120,8 @@ def clean(text: str) -> str:
 
 def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     """Check and tokenise a record; a ValueError says what is wrong with it."""
-    missing = [name for name in ("ind", *TEXTS, "endings") if name not in record]
     if record.get("label", "") == "":  # as the hub's copy of the test split has it
-        missing.append("label (the test split has none; use the validation split)")
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}")
+        raise ValueError("no label: the test split has none, use the validation split")
     ind, label, endings = record["ind"], record["label"], record["endings"]
     texts = {name: record[name] for name in TEXTS}
     if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
@@ -160,11 +135,15 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     cleaned = [clean(ending) for ending in endings]
     if "" in cleaned:
         raise ValueError(f"ending {cleaned.index('')} is empty, or nothing but [tags]")
+    given = encoder.begin(texts["ctx"]) or [encoder.prefix]
     context = clean(f"{texts['activity_label']}: {texts['ctx_a']} {texts['ctx_b'].capitalize()}")
     rows = {
-        "karpathy": [apart(encoder, texts["ctx"], f" {ending}") for ending in endings],
+        "karpathy": [Row(given, encoder.go_on(f" {ending}")) for ending in endings],
         "lm-eval": [joint(encoder, context, f" {ending}") for ending in cleaned],
     }
-    # JSON can write half a surrogate pair: UnicodeEncodeError is a ValueError.
-    chars, utf8 = [len(ending) for ending in cleaned], [len(ending.encode()) for ending in cleaned]
-    return HellaSwagItem(ind, int(label), rows, chars, utf8, short_hash(texts, endings))
+    lengths = {
+        "karpathy": {"mean": [len(row.continuation) for row in rows["karpathy"]]},
+        # JSON can write half a surrogate pair: UnicodeEncodeError is a ValueError.
+        "lm-eval": {"char": [len(text) for text in cleaned], "byte": [len(text.encode()) for text in cleaned]},
+    }
+    return HellaSwagItem(ind, int(label), rows, lengths, short_hash(texts, endings))

@@ -1,17 +1,11 @@
-"""GPT-2 as a model of lm-evaluation-harness, for the hundreds of tasks that are not here: pip install lm-eval.
-
-    from gpt2_eval.lm_eval_bridge import GPT2LM
-    lm_eval.simple_evaluate(model=GPT2LM(GPT.from_pretrained("gpt2")), tasks=["sciq"])
-
-or `gpt2-eval lm-eval -m gpt2 --tasks sciq`. Log-likelihoods come from score_items: requests with one context share
-its computation. https://github.com/EleutherAI/lm-evaluation-harness
-"""
+"""GPT-2 as a model of lm-evaluation-harness: `simple_evaluate(model=GPT2LM(model), tasks=["sciq"])`."""
 
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Unpack
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from gpt2_eval.corpora import windows_of
 from gpt2_eval.models import gpt2_encoder
@@ -21,7 +15,10 @@ from gpt2_model import EOT, GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun."""
+    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun.
+
+    Requests with one context share its computation. https://github.com/EleutherAI/lm-evaluation-harness
+    """
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
         super().__init__()
@@ -55,16 +52,12 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         """Write greedily up to a stop string or `max_gen_toks` (256) tokens; a long context loses its start."""
         texts = []
         for request in requests:
-            context, options = request.args
-            if options.get("do_sample"):
+            context, options = request.args[0], normalize_gen_kwargs(request.args[1])
+            if options["do_sample"]:
                 raise ValueError("a task that samples (do_sample) does not run by this bridge: it is greedy")
-            stop = options.get("until") or []
-            new = int(options.get("max_gen_toks") or 256)
+            new = options["max_gen_toks"]
             room = max(1, self.model.config.block_size - new)
             prompt = (self.tok_encode(context) or [EOT])[-room:]
-            [row] = generate(
-                self.model, [prompt], max_new_tokens=new, temperature=0,
-                stop=[stop] if isinstance(stop, str) else list(stop),
-            )  # fmt: skip
+            [row] = generate(self.model, [prompt], max_new_tokens=new, temperature=0, stop=options["until"])
             texts.append(row.text)
         return texts

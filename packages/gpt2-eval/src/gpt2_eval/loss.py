@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 
 from gpt2_eval.models import LanguageModel
 from gpt2_eval.published import short_hash
-from gpt2_eval.report import LossResult, perplexity_of, ratio_standard_error
+from gpt2_eval.report import LossResult, columns_of, perplexity_of
 from gpt2_eval.scoring import PassOptions, compiled, device_of, score_batches, token_scores
 from gpt2_model import EOT, get_tokenizer
 
 if TYPE_CHECKING:
     from gpt2_data import Dataset
-
-BATCH_SIZE = 8
-DEFAULT_TOKENS = 10_485_760  # build-nanogpt's and modded-nanogpt's: 20 x 64 x 1,024 x 8
 
 
 def evaluate_loss(
@@ -27,7 +24,7 @@ def evaluate_loss(
     dataset: "Dataset",
     *,
     split: str = "val",
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = 10_485_760,  # build-nanogpt's and modded-nanogpt's: 20 x 64 x 1,024 x 8
     seq_len: int | None = None,
     batch_size: int | None = None,
     compile: bool = False,
@@ -35,8 +32,7 @@ def evaluate_loss(
 ) -> LossResult:
     """Return the mean cross-entropy of the split's first `tokens` target tokens, in windows of `seq_len`.
 
-    These are numbers 1 to `tokens` (number 0 has nothing before it), on any number of ranks and for any batch
-    size: counted in batches, as build-nanogpt and llm.c do, they would change with both.
+    These are numbers 1 to `tokens` (number 0 has nothing before it), whatever the batch size and the ranks.
 
     Args:
         dataset: what `gpt2_data.open_dataset` returns.
@@ -44,7 +40,7 @@ def evaluate_loss(
         seq_len: tokens a window; the model's context if None.
         batch_size: windows in a forward pass; 8 if None. In fp32 it changes but the last digits.
         compile: run the model compiled, on batches of one shape: the last is filled up.
-        options: autocast_dtype, resume, progress, stop: as in `score_items`; so are ranks and Interrupted.
+        options: as in `score_items`; so are ranks and Interrupted.
 
     Raises:
         ValueError: a size does not fit the model or the split, ids are beyond the vocabulary, or a loss is NaN.
@@ -53,7 +49,7 @@ def evaluate_loss(
     seq_len = block_size if seq_len is None else seq_len
     if not 1 <= seq_len <= block_size:
         raise ValueError(f"seq_len must be 1 to {block_size}, the model's context, not {seq_len}")
-    batch_size = BATCH_SIZE if batch_size is None else batch_size
+    batch_size = 8 if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     num_targets = count_targets(dataset, split, tokens)
@@ -68,31 +64,29 @@ def evaluate_loss(
         nats, text_bytes = _score_windows(model, ids, seq_len, batch_size if compile else None)
         return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
-    scored = (dataset.manifest.hash, split, num_targets, seq_len)
-    records = score_batches(model, batches, score, scored=scored, unit="windows", **options)
-    # Sums of (nats, bytes) of every window, in float64 and in order: the same on every rank.
-    nats = np.array([window[0] for window in records])
-    lengths = np.full(len(records), seq_len)
-    lengths[-1] = num_targets - (len(records) - 1) * seq_len
-    loss = float(nats.sum() / num_targets)
-    total_bytes = sum(window[1] for window in records)
-    hash = short_hash(dataset.manifest.hash, split)
+    data = (dataset.manifest.hash, split)
+    windows = score_batches(model, batches, score, scored=(*data, num_targets, seq_len), unit="windows", **options)
+    lengths = [min(seq_len, num_targets - first) for first in range(0, num_targets, seq_len)]
+    records = [
+        {"window": number, "hash": short_hash(*data), "nats": nats, "tokens": length, "bytes": num_bytes}
+        for number, ((nats, num_bytes), length) in enumerate(zip(windows, lengths, strict=True))
+    ]
+    # Sums in float64 and in order: the same on every rank.
+    column = columns_of(records)["loss"]
+    loss, total_bytes = column.estimate(), sum(num_bytes for _, num_bytes in windows)
     return LossResult(
         split=split,
         dataset=dataset.manifest.hash,
-        loss=loss,
-        stderr=ratio_standard_error(nats, lengths),
-        perplexity=perplexity_of(loss),
-        bits_per_byte=float(nats.sum() / math.log(2) / total_bytes) if total_bytes else math.nan,
+        loss=loss.value,
+        stderr=loss.stderr,
+        perplexity=perplexity_of(loss.value),
+        bits_per_byte=float(column.values.sum() / math.log(2) / total_bytes) if total_bytes else math.nan,
         tokens=num_targets,
         tokens_requested=tokens,
         sequences=len(records),
         seq_len=seq_len,
         seconds=time.perf_counter() - start,
-        records=[
-            {"window": number, "hash": hash, "nats": nats, "tokens": length, "bytes": num_bytes}
-            for number, ((nats, num_bytes), length) in enumerate(zip(records, lengths.tolist(), strict=True))
-        ],
+        records=records,
     )
 
 
@@ -118,8 +112,7 @@ def _score_windows(
         raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
     num_targets, device = ids.size - 1, device_of(model)
     window_of = np.arange(num_targets) // seq_len
-    num_windows = int(window_of[-1]) + 1
-    tokens = np.zeros((fill_to or num_windows) * seq_len, dtype=np.int64)
+    tokens = np.zeros((fill_to or window_of[-1] + 1) * seq_len, dtype=np.int64)
     tokens[:num_targets] = ids[:-1]
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
     batch = torch.from_numpy(tokens.reshape(-1, seq_len)).to(device)

@@ -46,11 +46,6 @@ def joint(encoder: Encoder, context: str, continuation: str) -> Row:
     return Row(given or [encoder.prefix], whole[len(given) :])
 
 
-def apart(encoder: Encoder, context: str, continuation: str) -> Row:
-    """Tokenise each by itself. Source: render_example of build-nanogpt's hellaswag.py."""
-    return Row(encoder.begin(context) or [encoder.prefix], encoder.go_on(continuation))
-
-
 class Sizes(NamedTuple):
     block_size: int
     vocab_size: int
@@ -59,9 +54,8 @@ class Sizes(NamedTuple):
 class HFModel(nn.Module):
     """A transformers model in two halves, as score_items wants it.
 
-    Some models do more between the last hidden state and the logits than one product (scale them, cap them). So
-    the halves are tried on a few tokens, and where they do not give the model's own logits, `hidden` computes
-    these, and there is no `head_weight`: right, and slower.
+    Some models also scale or cap their logits. So the halves are tried on a few tokens: where their product is
+    not the model's own logits, `hidden` returns these, and there is no `head_weight`: right, and slower.
     """
 
     def __init__(self, model: Any) -> None:
@@ -70,7 +64,9 @@ class HFModel(nn.Module):
         sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
         embedding = model.get_input_embeddings()
         self.config = Sizes(next((size for size in sizes if size), 2048), int(embedding.weight.shape[0]))
-        self.head_weight: Tensor | None = self._find_head()
+        self.head_weight: Tensor | None = getattr(model.get_output_embeddings(), "weight", None)
+        if not self._has_halves():
+            self.head_weight = None
 
     @torch.no_grad()
     def is_causal(self) -> bool:
@@ -81,28 +77,23 @@ class HFModel(nn.Module):
         return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
-    def _find_head(self) -> Tensor | None:
-        weight = getattr(self.model.get_output_embeddings(), "weight", None)
-        if weight is None or self.model.base_model is self.model:
-            return None
+    def _has_halves(self) -> bool:
+        if self.head_weight is None or self.model.base_model is self.model:
+            return False
         tokens = torch.arange(3, 9, device=self.model.device)[None] % self.config.vocab_size
         expected = self.model(tokens, use_cache=False).logits
         try:
-            logits = F.linear(self._last_hidden(tokens), weight)
+            logits = F.linear(self.hidden(tokens), self.head_weight)
         except (AttributeError, TypeError, RuntimeError):
-            return None
-        same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
-        return weight if same else None
-
-    def _last_hidden(self, tokens: Tensor) -> Tensor:
-        return self.model.base_model(tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            return False
+        return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
     def hidden(self, tokens: Tensor, layout: Layout | None = None, /) -> Tensor:
         """(batch, time) ids -> (batch, time, width), or logits without a `head_weight`."""
         assert layout is None, "transformers' models do not support shared prefixes"
         if self.head_weight is None:
             return self.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
-        return self._last_hidden(tokens)
+        return self.model.base_model(tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
 LanguageModel = GPT | HFModel
@@ -110,9 +101,8 @@ LanguageModel = GPT | HFModel
 
 
 def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder]:
-    """Load a model in fp32 onto a device; return it and its tokenizer.
+    """Load a model in fp32 onto a device, by GPT.from_pretrained or by transformers; return it and its tokenizer.
 
-    `model` is what GPT.from_pretrained takes; `hf`, instead of it, what transformers' AutoModelForCausalLM takes.
     A ValueError or OSError says that there is no such model or device.
     """
     assert (model is None) != (hf is None)

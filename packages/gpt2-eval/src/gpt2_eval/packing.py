@@ -7,6 +7,7 @@ position has the very inputs that it has in a row of its own. HellaSwag's four e
 positions in this way, and 3.17M one by one. Source of the idea: tree attention (SpecInfer, Miao et al. 2024).
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,14 +54,11 @@ class Pack:
 def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[Pack]:
     """Pack the rows of an item, numbered from `first` on: into one sequence if they begin alike and may share."""
     inputs = [row.inputs(block_size) for row in rows]
-    shared = _common_prefix(inputs) if share and rows else 0
-    if shared:
-        return [_pack(range(first, first + len(rows)), rows, inputs, shared)]
-    return [_pack([first + i], [row], [inputs[i]], len(inputs[i])) for i, row in enumerate(rows)]
-
-
-def _pack(numbers: Sequence[int], rows: Sequence[Row], inputs: Sequence[list[int]], shared: int) -> Pack:
-    whole = Pack(list(numbers), inputs[0][:shared], list(range(shared)), [0] * shared, [])
+    low, high = min(inputs, default=[]), max(inputs, default=[])  # what these two begin with, all do
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    if shared == 0 or (len(rows) > 1 and not share):
+        return [part for i, row in enumerate(rows) for part in pack([row], first + i, block_size, share)]
+    whole = Pack(list(range(first, first + len(rows))), low[:shared], list(range(shared)), [0] * shared, [])
     for branch, (row, ids) in enumerate(zip(rows, inputs, strict=True), 1):
         moved = len(whole.tokens) - shared
         places = range(len(ids) - len(row.continuation), len(ids))
@@ -68,28 +66,22 @@ def _pack(numbers: Sequence[int], rows: Sequence[Row], inputs: Sequence[list[int
         whole.tokens.extend(ids[shared:])
         whole.positions.extend(range(shared, len(ids)))
         whole.branches.extend([branch] * (len(ids) - shared))
-    return whole
+    return [whole]
 
 
-def _common_prefix(inputs: Sequence[list[int]]) -> int:
-    low, high = min(inputs), max(inputs)  # what these two share, all do
-    pairs = enumerate(zip(low, high, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(low), len(high)))
-
-
+@dataclass(frozen=True)
 class Layout:
     """What GPT.hidden takes in place of a KVCache: where tokens stand and what they see. It stores nothing."""
 
-    def __init__(self, positions: Tensor, mask: Tensor) -> None:
-        self._positions, self.mask = positions, mask
+    places: Tensor  # (batch, time)
+    mask: Tensor  # (batch, 1, time, time), True where a position sees another
 
     def positions(self, time: int) -> Tensor:
-        """(batch, time)."""
-        assert self._positions.shape[1] == time
-        return self._positions
+        """Return where in its row each token stands."""
+        return self.places
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values as they are, and the mask (batch, 1, time, time) of what a position sees."""
+        """Return keys and values as they are, and the mask."""
         return key, value, self.mask
 
     def advance(self, time: int) -> None:
@@ -148,15 +140,13 @@ def lay_out(lines: Sequence[Sequence[Pack]], num_lines: int | None = None, lengt
 def fill_lines(packs: Sequence[Pack], length: int) -> list[list[Pack]]:
     """Put packs, longest first, each into the line where it leaves the least room (best-fit decreasing)."""
     lines: list[list[Pack]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]
+    rooms: list[tuple[int, int]] = []  # room and number of each line, sorted
     for part in packs:
-        size = len(part.tokens)
-        room = next((room for room in range(size, length + 1) if with_room[room]), None)
-        if room is None:
-            room = length
-            with_room[room].append(len(lines))
+        place = bisect_left(rooms, (len(part.tokens), 0))
+        if place == len(rooms):
+            rooms.append((length, len(lines)))
             lines.append([])
-        number = with_room[room].pop()
+        room, number = rooms.pop(place)
         lines[number].append(part)
-        with_room[room - size].append(number)
+        insort(rooms, (room - len(part.tokens), number))
     return lines

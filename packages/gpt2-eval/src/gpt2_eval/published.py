@@ -28,26 +28,16 @@ def find_file(published: Published, path: str | Path | None = None) -> tuple[Pat
     An OSError says that there is no such file, or that the download failed and how to do without.
     """
     if path is not None:
-        file = existing_file(path)
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
-        try:
-            file = fetch(published.source, cache, sha256=published.sha256)
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.filename is not None:  # the disk's
-                raise
-            advice = f"Or download {published.source} yourself and give it as --data"
-            raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
+        return Path(path), sha256(Path(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
+    try:
+        file = fetch(published.source, cache, sha256=published.sha256)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # the disk's
+            raise
+        advice = f"Or download {published.source} yourself and give it as --data"
+        raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
     return file, sha256(file)
-
-
-def existing_file(path: str | Path) -> Path:
-    """Return the path of a file, or raise a ValueError for a folder, a FileNotFoundError for nothing."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder: name a file")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    return Path(path)
 
 
 def short_hash(*parts: object) -> str:
@@ -58,7 +48,7 @@ def short_hash(*parts: object) -> str:
 def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | None = None) -> tuple[list[T], int]:
     """Parse the records of a .jsonl or .parquet file, or the first `limit`; return them and how many the file has.
 
-    A ValueError, by `parse` too, names the first line that is wrong as FILE:7, and counts all.
+    A record on which `parse` fails is wrong. A ValueError names the first wrong line as FILE:7, and counts all.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
@@ -74,8 +64,9 @@ def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | No
                 items.append(parse(record))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             wrong.append(f"{where}: not JSON: {error}")
-        except ValueError as error:
-            wrong.append(f"{where}: {error}")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else error
+            wrong.append(f"{where}: not a record of this task: {why}")
     if wrong:
         raise ValueError(wrong[0] + (f" (and {len(wrong) - 1:,} more of {total:,} records)" if wrong[1:] else ""))
     if not total:

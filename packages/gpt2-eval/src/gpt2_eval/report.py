@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_model.command import write_whole
+
+# HellaSwag's protocol -> metric -> the kind of score whose highest is the answer.
+METRICS = {
+    "karpathy": {"acc": "sum", "acc_norm": "mean"},
+    "lm-eval": {"acc": "sum", "acc_norm": "char", "acc_bytes": "byte"},
+}
 
 
 @dataclass(frozen=True)
@@ -23,28 +29,32 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """What one model scored on a task.
+class Column:
+    """A metric, item by item."""
 
-    Attributes:
-        task: the task's name.
-        items: number of items scored.
-        total: number of items in the file; more than `items` under a limit.
-        data_sha256: of the whole data file.
-        metrics: protocol -> metric -> Estimate: `metrics["karpathy"]["acc_norm"].value`.
-        truncated: protocol -> rows whose context was cut on the left to fit the model.
-        seconds: from the rows to the scores.
-        records: one mapping an item, in the file's order; see `write_records`.
-    """
+    values: NDArray[np.float64]  # 1 or 0 for right or wrong, else nats
+    weights: NDArray[np.float64]  # the metric is the sum of the values over theirs
+    answers: NDArray[Any] | None = None  # what the model chose; None for nats
+    ties: int | None = None
+
+    def estimate(self) -> Estimate:
+        """Return the metric of all items."""
+        value = float(self.values.sum() / self.weights.sum())
+        return Estimate(value, ratio_standard_error(self.values, self.weights), self.ties)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one model scored on a task: `metrics["karpathy"]["acc_norm"].value`."""
 
     task: str
-    items: int
-    total: int
-    data_sha256: str
-    metrics: dict[str, dict[str, Estimate]]
-    truncated: dict[str, int]
-    seconds: float
-    records: list[dict[str, Any]] = field(repr=False)
+    items: int  # scored
+    total: int  # in the file: more under a limit
+    data_sha256: str  # of the whole file
+    metrics: dict[str, dict[str, Estimate]]  # by protocol and metric
+    truncated: dict[str, int]  # by protocol, rows whose context was cut on the left to fit the model
+    seconds: float  # from the rows to the scores
+    records: list[dict[str, Any]] = field(repr=False)  # one an item, in the file's order; see `write_records`
 
     @property
     def partial(self) -> bool:
@@ -114,52 +124,62 @@ class CorpusResult:
 
 @dataclass(frozen=True)
 class LossResult:
-    """Cross-entropy of a model on the first tokens of a split.
-
-    Attributes:
-        split: the split's name.
-        dataset: SHA-256 that identifies the dataset, its manifest's `hash`.
-        loss: nats per token.
-        stderr: of `loss`, over windows (tokens of one window are not independent); NaN for a single one.
-        perplexity: exp(loss).
-        bits_per_byte: bits per UTF-8 byte of the target text, in which `<|endoftext|>` has no bytes.
-        tokens: target tokens scored.
-        tokens_requested: more than `tokens` where the split is smaller.
-        sequences: windows that the tokens were cut into.
-        seq_len: tokens a window; the first of each is predicted from one token alone.
-        seconds: from the first read to the result.
-        records: one mapping a window: "window" (its number), "nats", "tokens" and "bytes".
-    """
+    """Cross-entropy of a model on the first tokens of a split."""
 
     split: str
-    dataset: str
-    loss: float
-    stderr: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    tokens_requested: int
-    sequences: int
-    seq_len: int
-    seconds: float
-    records: list[dict[str, Any]] = field(repr=False)
+    dataset: str  # the SHA-256 that identifies it, its manifest's `hash`
+    loss: float  # nats per token
+    stderr: float  # of `loss`, over windows (tokens of one are not independent); NaN for a single window
+    perplexity: float  # exp(loss)
+    bits_per_byte: float  # per UTF-8 byte of the target text, in which `<|endoftext|>` has none
+    tokens: int  # target tokens scored
+    tokens_requested: int  # more than `tokens` where the split is smaller
+    sequences: int  # windows that the tokens were cut into
+    seq_len: int  # tokens a window; the first of each is predicted from one token alone
+    seconds: float  # from the first read to the result
+    records: list[dict[str, Any]] = field(repr=False)  # one a window: its number, hash, nats, tokens and bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
         return {"task": "loss"} | {name: value for name, value in vars(self).items() if name != "records"}
 
 
-def accuracy(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> Estimate:
-    """Return the accuracy of taking the highest score: scores (items, choices), labels (items,)."""
-    best = scores.max(axis=1, keepdims=True)
-    correct = (scores.argmax(axis=1) == labels).astype(np.float64)  # argmax takes the lowest index of equals
-    ties = int(((scores == best).sum(axis=1) > 1).sum())
-    return Estimate(float(correct.mean()), standard_error(correct), ties)
+def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, Column]:
+    """Return metric -> its column, of records that an evaluation has made; of any others, none."""
+    first, ones = records[0], np.ones(len(records))
+
+    def values(name: str) -> NDArray[np.float64]:
+        return np.array([record[name] for record in records], dtype=np.float64)
+
+    if "nats" in first:  # windows of a loss
+        return {"loss": Column(values("nats"), values("tokens"))}
+    if "greedy" in first:  # single continuations
+        hits = {"acc": values("greedy"), "acc_last_token": values("last_greedy")}
+        nats = Column(np.array([-record["sum"][0] for record in records]), ones)
+        return {name: Column(hit, ones, answers=hit) for name, hit in hits.items()} | {"nats": nats}
+    scores = {}
+    if "sum" in first:
+        scores["acc"] = [record["sum"] for record in records]
+        for metric, lengths in (("acc_norm", "chars"), ("acc_bytes", "bytes")):
+            if lengths in first:
+                scores[metric] = [divided(record["sum"], record[lengths]) for record in records]
+    for protocol in [name for name in METRICS if name in first]:
+        for metric, kind in METRICS[protocol].items():
+            scores[f"{protocol} {metric}"] = [record[protocol][kind] for record in records]
+    return {metric: accuracy(rows, [record["label"] for record in records]) for metric, rows in scores.items()}
 
 
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Return sample deviation (Bessel) over sqrt(n), lm-evaluation-harness' `mean_stderr`; NaN below two."""
-    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
+def accuracy(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Column:
+    """Return which items are right if each is answered by its highest score, the first of equals."""
+    best = [max(row) for row in scores]
+    answers = np.array([row.index(score) for row, score in zip(scores, best, strict=True)])
+    ties = sum(row.count(score) > 1 for row, score in zip(scores, best, strict=True))
+    return Column((answers == labels).astype(np.float64), np.ones(len(scores)), answers, ties)
+
+
+def divided(sums: Sequence[float], lengths: Sequence[int]) -> list[float]:
+    """Return each sum over the length of its choice."""
+    return [total / length for total, length in zip(sums, lengths, strict=True)]
 
 
 def perplexity_of(nats: float) -> float:
@@ -167,8 +187,11 @@ def perplexity_of(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[np.int64]) -> float:
-    """Return the standard error of sum(totals) / sum(weights); NaN below two (Cochran 1977, section 2.11)."""
+def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[Any]) -> float:
+    """Return the standard error of sum(totals) / sum(weights); NaN below two (Cochran 1977, section 2.11).
+
+    With equal weights it is lm-evaluation-harness' `mean_stderr`: sample deviation (Bessel) over sqrt(n).
+    """
     n = totals.size
     if n < 2:
         return math.nan

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2_eval.models import LanguageModel
+from gpt2_eval.ranks import rank_and_world_size
+
 Score = tuple[float | int, ...]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,13 +38,18 @@ def fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None, scored
 
 @contextmanager
 def resuming(
-    path: Path, what: str, rank: int, world_size: int
+    path: Path | None, model: LanguageModel, dtype: torch.dtype | None, scored: Iterable[object]
 ) -> Iterator[tuple[dict[int, Score], Callable[[Mapping[int, Score]], None]]]:
     """Yield the scores on disk, by the number of the row or window, and a function that adds a batch's scores.
 
-    `path` is the file that is to be written in the end, `what` the `fingerprint` of what is scored; scores of
-    anything else are ignored, and overwritten. Every rank must call this.
+    `path` is the file that is to be written in the end; None keeps nothing. Scores of another model or of other
+    things than `scored` are ignored, and overwritten. Every rank must call this.
     """
+    if path is None:
+        yield {}, lambda scores: None
+        return
+    rank, world_size = rank_and_world_size()
+    what = fingerprint(model.state_dict(), dtype, scored)
     known = dict[int, Score]()
     for file in _files(path):
         known |= _read(file, what)

@@ -4,9 +4,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -17,9 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gpt2_eval.models import LanguageModel
-from gpt2_eval.packing import Batch, Layout, Row, RowScore, fill_lines, lay_out, pack
+from gpt2_eval.packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
 from gpt2_eval.ranks import gather_records, rank_and_world_size
-from gpt2_eval.resume import Score, fingerprint, resuming
+from gpt2_eval.resume import Score, resuming
 from gpt2_model import EOT, GPT
 
 # Positions and tokens of the vocabulary that logits are computed for at once, so that those of a whole batch
@@ -49,7 +48,6 @@ class ScoringOptions(PassOptions, total=False):
     """The options of `score_items`, which the functions that evaluate pass on."""
 
     batch_size: int | None
-    share_prefixes: bool | None
     compile: bool
 
 
@@ -58,21 +56,19 @@ def score_items(
     items: Sequence[Sequence[Row]],
     *,
     batch_size: int | None = None,
-    share_prefixes: bool | None = None,
     compile: bool = False,
     **options: Unpack[PassOptions],
 ) -> list[list[RowScore]]:
     """Score the continuation of each row given its context: a list of scores for each item, in their order.
 
-    The rows of an item are those that are compared with each other; what they begin with is computed once. Each
-    token's log-softmax is fp32, their sum float64. A row too long for the model loses its first tokens
-    (`count_truncated` counts such rows). Where torch.distributed is initialised, every rank must call this with
-    the same items; each scores its share and all get all scores.
+    The rows of an item are those that are compared with each other; what they begin with is computed once by a
+    GPT, whose attention can be told what a token sees. Each token's log-softmax is fp32, their sum float64. A row
+    too long for the model loses its first tokens (`count_truncated` counts such rows). Where torch.distributed is
+    initialised, every rank must call this with the same items; each scores its share and all get all scores.
 
     Args:
         batch_size: sequences in a forward pass, an item's rows being one where they share a beginning; None makes
             it about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes but the last digits of a score.
-        share_prefixes: None does so for gpt2_model's GPT, whose attention can be told what a token sees.
         compile: run the model compiled, on sequences of one length (several items in each), so that nothing is
             compiled again from one batch or evaluation to the next.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
@@ -95,7 +91,7 @@ def score_items(
             )
         if max(max(row.context, default=EOT), max(row.continuation)) >= vocab_size:
             raise ValueError(f"row {index} has a token id beyond the model's vocabulary of {vocab_size}")
-    batches = plan_batches(model, items, batch_size=batch_size, share_prefixes=share_prefixes, compile=compile)
+    batches = plan_batches(model, items, batch_size, compile)
 
     def score(number: int) -> dict[int, RowScore]:
         return _score_batch(model, batches[number], rows, compile)
@@ -127,26 +123,20 @@ def score_batches(
         unit: what is counted for the user, "rows".
     """
     rank, world_size = rank_and_world_size()
-    total = sum(map(len, batches))
     # Whole batches are dealt to the ranks: each holds the same rows, and so the same bits, on any number of them.
     # The same after a resume: a batch of which anything is missing is computed whole.
-    own, known, keep, interrupted = dict[int, Score](), dict[int, Score](), None, False
-    with ExitStack() as stack:
-        if resume is not None:
-            what = fingerprint(model.state_dict(), autocast_dtype, scored)
-            known, keep = stack.enter_context(resuming(resume, what, rank, world_size))
-            if known and progress:
-                print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
-        stack.enter_context(evaluating(model, autocast_dtype))
-        numbers = range(rank, len(batches), world_size)
+    numbers = range(rank, len(batches), world_size)
+    total, own, interrupted = sum(map(len, batches)), dict[int, Score](), False
+    with resuming(resume, model, autocast_dtype, scored) as (known, keep), evaluating(model, autocast_dtype):
+        if known and progress:
+            print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
         for number in _with_progress(numbers, f"scoring {unit}") if progress else numbers:
             if interrupted := stop is not None and stop():
                 break
             scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
             if len(scores) < len(batches[number]):
                 scores = score(number)
-                if keep is not None:
-                    keep(scores)
+                keep(scores)
             own.update(scores)
     records = gather_records(own, total, interrupted)
     bad = [number for number, (nats, *_) in enumerate(records) if not math.isfinite(nats)]
@@ -175,27 +165,22 @@ def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
 
 def count_truncated(items: Iterable[Iterable[Row]], block_size: int) -> int:
     """Count the rows that lose their first tokens to fit `block_size` inputs; a row's last token is no input."""
-    rows = chain.from_iterable(items)
-    return sum((len(row.context) or 1) + len(row.continuation) - 1 > block_size for row in rows)
+    return sum((len(row.context) or 1) + len(row.continuation) - 1 > block_size for rows in items for row in rows)
 
 
 def plan_batches(
-    model: LanguageModel, items: Sequence[Sequence[Row]], *,
-    batch_size: int | None = None, share_prefixes: bool | None = None, compile: bool = False,
-) -> list[Batch]:  # fmt: skip
+    model: LanguageModel, items: Sequence[Sequence[Row]], batch_size: int | None = None, compile: bool = False
+) -> list[Batch]:
     """Plan the batches in which `score_items`, with the same options, computes these items: longest rows first.
 
     Sorted, padding is 2 % of HellaSwag's positions, not 38 % (batches of 64 rows in the file's order).
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    share = isinstance(model, GPT) if share_prefixes is None else share_prefixes
-    firsts = np.cumsum([0, *map(len, items)]).tolist()
-    packs = [
-        part
-        for first, item in zip(firsts, items, strict=False)
-        for part in pack(item, first, model.config.block_size, share)
-    ]
+    packs = list[Pack]()
+    for item in items:
+        first = packs[-1].rows[-1] + 1 if packs else 0
+        packs += pack(item, first, model.config.block_size, share=isinstance(model, GPT))
     packs.sort(key=lambda part: (-len(part.tokens), part.rows[0]))
     if not packs:
         return []
@@ -220,8 +205,7 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
     if compile:
-        layout = batch.layout(device)
-        hidden = compiled(_laid_out_hidden)(model, tokens, layout.positions(tokens.shape[1]), layout.mask)
+        hidden = compiled(_hidden)(model, tokens, batch.layout(device))
     else:
         hidden = model.hidden(tokens) if batch.causal else model.hidden(tokens, batch.layout(device))
     packs = zip(batch.packs, batch.starts, strict=True)
@@ -240,8 +224,9 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     return dict(zip(batch.rows, scores, strict=True))
 
 
-def _laid_out_hidden(model: LanguageModel, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    return model.hidden(tokens, Layout(positions, mask))
+def _hidden(model: LanguageModel, tokens: Tensor, layout: Layout) -> Tensor:
+    # Not `model.hidden` itself, which `evaluate_loss` compiles: each would make the other compile again.
+    return model.hidden(tokens, layout)
 
 
 @cache

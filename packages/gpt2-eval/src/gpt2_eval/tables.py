@@ -103,13 +103,6 @@ def show_comparison(items: int, comparisons: Mapping[str, Comparison], a: str, b
     click.echo(f"{items:,} items, the same for both{explained}\n{verdict(comparisons)}")
 
 
-def show_other_file(sha256: str, published: str | None) -> None:
-    """Say that the data is not the file that the task's name stands for, or may not be, if its hash is unknown."""
-    known = "Not the published file" if published else "Not known to be the published file"
-    hashes = f"SHA-256 {sha256[:12]}…" + (f", not {published[:12]}…" if published else "")
-    click.secho(f"{known} ({hashes}): compare with numbers on this same file only", fg="yellow")
-
-
 def _error(stderr: float, spec: str = ".2f") -> str:
     return f"± {_figure(stderr, spec)}"
 

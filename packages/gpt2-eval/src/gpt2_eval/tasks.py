@@ -3,23 +3,16 @@
 Prompts, metrics and files are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
 from gpt2_eval.published import Published, find_file, read_items, short_hash
-from gpt2_eval.report import Estimate, TaskResult, accuracy, perplexity_of, standard_error
+from gpt2_eval.report import Estimate, TaskResult, columns_of, perplexity_of
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
-
-# What acc_norm and acc_bytes divide by.
-LENGTHS: dict[str, Callable[[str], int]] = {"chars": len, "bytes": lambda text: len(text.encode())}
 
 
 @dataclass(frozen=True)
@@ -125,23 +118,17 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
 
     Raises:
         OSError: there is no such file, or it cannot be downloaded.
-        ValueError: there is no such task, or records are not of it.
+        ValueError: records are not of this task.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     task = TASKS[name]
     file, sha256 = find_file(task.file, path)
 
     def parse(record: dict[str, Any]) -> Question:
-        try:
-            question = task.question(record)
-            if not 0 <= question.label < len(question.rows):
-                raise ValueError(f"label {question.label} is not one of the {len(question.rows)} choices")
-            if not all(continuation.strip() for _, continuation in question.rows):
-                raise ValueError("a continuation is empty")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            why = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"not a record of {name}: {why}") from None
+        question = task.question(record)
+        if not 0 <= question.label < len(question.rows):
+            raise ValueError(f"label {question.label} is not one of the {len(question.rows)} choices")
+        if not all(continuation.strip() for _, continuation in question.rows):
+            raise ValueError("a continuation is empty")
         return question
 
     questions, total = read_items(file, parse, limit)
@@ -163,47 +150,26 @@ def evaluate_task(
     scored = score_items(model, items, **options)
     records = []
     for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True)):
-        record = {"item": number, "label": question.label, "hash": short_hash(data.task, question.rows)}
-        record["sum"] = [row.logprob for row in rows]
+        hash, sums = short_hash(data.task, question.rows), [row.logprob for row in rows]
+        record = dict[str, Any](item=number, label=question.label, hash=hash, sum=sums)
         if len(rows) == 1:
             record |= {"greedy": rows[0].greedy, "last_greedy": rows[0].last_greedy}
         if question.choices:
-            record |= {name: [size(choice) for choice in question.choices] for name, size in LENGTHS.items()}
+            record["chars"] = [len(choice) for choice in question.choices]
+            record["bytes"] = [len(choice.encode()) for choice in question.choices]
         records.append(record)
+    metrics = {name: column.estimate() for name, column in columns_of(records).items()}
+    if nats := metrics.pop("nats", None):
+        perplexity = perplexity_of(nats.value)
+        # To first order, that of the mean times the perplexity (the delta method).
+        metrics["perplexity"] = Estimate(perplexity, perplexity * nats.stderr)
     return TaskResult(
         task=data.task,
         items=len(items),
         total=data.total,
         data_sha256=data.sha256,
-        metrics={"lm-eval": _cloze_metrics(records) if "greedy" in records[0] else _choice_metrics(records)},
+        metrics={"lm-eval": metrics},
         truncated={"lm-eval": count_truncated(items, model.config.block_size)},
         seconds=time.perf_counter() - start,
         records=records,
     )
-
-
-def _cloze_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
-    greedy, last = (np.array([record[name] for record in records], float) for name in ("greedy", "last_greedy"))
-    nats = np.array([-record["sum"][0] for record in records])
-    perplexity = perplexity_of(float(nats.mean()))
-    return {
-        "acc": Estimate(float(greedy.mean()), standard_error(greedy)),
-        "acc_last_token": Estimate(float(last.mean()), standard_error(last)),
-        # To first order, that of the mean times the perplexity (the delta method).
-        "perplexity": Estimate(perplexity, perplexity * standard_error(nats)),
-    }
-
-
-def _choice_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
-    labels = np.array([record["label"] for record in records])
-    most = max(len(record["sum"]) for record in records)
-
-    def padded(name: str, filler: float) -> NDArray[np.float64]:  # ARC has three choices, four and five
-        return np.array([record[name] + [filler] * (most - len(record[name])) for record in records])
-
-    sums = padded("sum", -math.inf)
-    metrics = {"acc": accuracy(sums, labels)}
-    if "chars" in records[0]:
-        metrics["acc_norm"] = accuracy(sums / padded("chars", 1), labels)
-        metrics["acc_bytes"] = accuracy(sums / padded("bytes", 1), labels)
-    return metrics

@@ -4,7 +4,6 @@ Names are imported on first use, so that `gpt2-model --help` does not wait two s
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,19 +13,20 @@ if TYPE_CHECKING:
     from gpt2_model.model import GPT
     from gpt2_model.tokenizer import EOT, get_tokenizer
 
-__version__ = version("gpt2-model")
+    __version__: str
+
 __all__ = ["EOT", "GPT", "PRESETS", "Completion", "GPTConfig", "KVCache", "Piece", "flops_per_token", "generate",
            "get_tokenizer", "stream"]  # fmt: skip
-_MODULE_OF = {
-    **dict.fromkeys(("PRESETS", "GPTConfig", "flops_per_token"), "config"),
-    **dict.fromkeys(("Completion", "Piece", "generate", "stream"), "generation"),
-    **dict.fromkeys(("EOT", "get_tokenizer"), "tokenizer"),
-    "GPT": "model",
-    "KVCache": "cache",
-}
+_MODULE_OF = {"EOT": "tokenizer", "GPT": "model", "PRESETS": "config", "Completion": "generation",
+              "GPTConfig": "config", "KVCache": "cache", "Piece": "generation", "flops_per_token": "config",
+              "generate": "generation", "get_tokenizer": "tokenizer", "stream": "generation"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms, which help need not wait for
+
+        return version("gpt2-model")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

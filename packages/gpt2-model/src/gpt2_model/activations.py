@@ -1,7 +1,5 @@
 """How much memory a training step takes beside weights, gradients and optimizer: the model knows what it keeps."""
 
-from typing import NamedTuple
-
 import torch
 
 from gpt2_model.config import GPTConfig
@@ -12,28 +10,19 @@ from gpt2_model.cpu.training import ROWS, kept_bytes, takes_own
 HEAP_HOLES = 4.5
 
 
-class ActivationBytes(NamedTuple):
-    """Bytes that a forward and backward pass takes.
-
-    Attributes:
-        blocks: what the backward pass of the blocks needs and, under autocast, the matrices in bf16.
-        head: logits or blocks of them, the loss, and the gradients of output projection and token embedding.
-        heap: holes between tensors that the CPU's allocator cannot use; 0 on other devices.
-    """
-
-    blocks: int
-    head: int
-    heap: int
-
-
 def activation_bytes(
     config: GPTConfig, batch: int, time: int, *, device_type: str, bf16: bool, compiled: bool, checkpointing: bool
-) -> ActivationBytes:
-    """Return what training on (batch, time) tokens takes beside weights, gradients and the optimizer's state.
+) -> tuple[int, int, int]:
+    """Return the bytes of training on (batch, time) tokens beside weights, gradients and the optimizer's state.
 
-    Counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them). CPU figures
-    are held to 10 % by tests/train; those of other devices are counted likewise. `bf16` is autocast's, `compiled`
-    torch.compile's, `checkpointing` GPT.activation_checkpointing.
+    They are counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them).
+    tests/train holds the figures of CPUs to 10 %; those of other devices are counted in the same way. `bf16` is
+    autocast's, `compiled` torch.compile's, `checkpointing` GPT.activation_checkpointing.
+
+    Returns:
+        (blocks, head, heap): what the backward pass of the blocks needs, and under autocast the matrices in bf16;
+        logits or blocks of them, the loss, and the gradients of output projection and token embedding; and holes
+        between tensors that the CPU's allocator cannot use, 0 on other devices.
     """
     rows, embedding = batch * time, 4 * config.vocab_size * config.n_embd
     layer = _layer_bytes(config, time, device_type, bf16)
@@ -44,14 +33,12 @@ def activation_bytes(
     if device_type == "cpu":
         # The gradient of the projection, to which the embedding's is added; a block of logits; and in fp32 the
         # padded copy of the projection, which in bf16 is one of those of all matrices.
-        size = 2 if bf16 else 4
-        head = embedding + rows * 4 * config.n_embd + min(rows, ROWS) * config.vocab_size * size
-        head += 0 if bf16 else embedding
-        return ActivationBytes(rows * blocks + copies, head, int(HEAP_HOLES * embedding))
-    # Compiled, logits and their gradient stay in the precision of the product. Else there are the softmax, its
-    # gradient and that of the logits, in fp32.
+        head = embedding * (1 if bf16 else 2) + rows * 4 * config.n_embd
+        head += min(rows, ROWS) * config.vocab_size * (2 if bf16 else 4)
+        return rows * blocks + copies, head, int(HEAP_HOLES * embedding)
+    # Compiled: logits and their gradient in the precision of the product. Else softmax and two gradients in fp32.
     head = embedding + rows * config.vocab_size * ((4 if bf16 else 8) if compiled else 12)
-    return ActivationBytes(rows * blocks + copies, head, 0)
+    return rows * blocks + copies, head, 0
 
 
 def _layer_bytes(config: GPTConfig, time: int, device_type: str, bf16: bool) -> int:

@@ -17,20 +17,16 @@ class KVCache:
         model: the cache is for its layers and heads, on its device.
         batch: number of rows.
         capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
-        dtype: of keys and values; by default the model's.
-        zeroed: False where `extend` is never called, which multiplies what is masked by 0, and 0 * NaN is NaN.
     """
 
-    def __init__(
-        self, model: GPT, batch: int, capacity: int, dtype: torch.dtype | None = None, zeroed: bool = True
-    ) -> None:
+    def __init__(self, model: GPT, batch: int, capacity: int) -> None:
         config = model.config
         if capacity > config.block_size:
             raise ValueError(f"a cache of {capacity} tokens exceeds the model's context of {config.block_size}")
         shape = (config.n_layer, batch, config.n_head, capacity, config.head_dim)
-        make = torch.zeros if zeroed else torch.empty
-        self.keys = make(shape, device=model.device, dtype=dtype or model.ln_f.weight.dtype)
-        self.values = make(shape, device=model.device, dtype=self.keys.dtype)
+        # Zeros: what is masked is multiplied by 0, and 0 * NaN is NaN.
+        self.keys = torch.zeros(shape, device=model.device, dtype=model.ln_f.weight.dtype)
+        self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.empty = True
 

@@ -1,7 +1,5 @@
 """gpt2-model generate | info | convert."""
 
-import os
-import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -10,21 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
-import cloup
+from click_option_group import optgroup
 
-from gpt2_model import __version__
-from gpt2_model.command import PATH, SETTINGS, find_device, find_model, print_json, user_errors
+from gpt2_model.command import PATH, SETTINGS, find_device, print_json, user_errors
 from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
-if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
+if TYPE_CHECKING:  # torch takes two seconds to import: functions import what needs it, once work starts
     from gpt2_model.model import GPT
 
 one_line_errors = user_errors("use fewer samples (-n), --dtype int8 or -d cpu")
 
 
-@cloup.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_MODEL", "show_default": True})
-@cloup.version_option(__version__, prog_name="gpt2-model")
-@cloup.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_MODEL", "show_default": True})
+@click.version_option(package_name="gpt2-model", prog_name="gpt2-model")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Generate text with GPT-2, describe a model, and convert any GPT-2 to the Hugging Face format.
 
@@ -39,47 +36,37 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@cloup.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@cloup.option_group(
-    "Model and prompt",
-    cloup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
-                 help="Hub name, folder or file: see gpt2-model --help."),
-    cloup.option("-f", "--file", type=click.File("rb"), help="File to read the prompt from; - is standard input."),
-    cloup.option("-i", "--interactive", is_flag=True,
-                 help="Write in turns with the model; the whole text so far is the next prompt."),
-)  # fmt: skip
-@cloup.option_group(
-    "Sampling",
-    cloup.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, help="Samples per prompt."),
-    cloup.option("--temperature", default=1.0, help="Randomness; 0 takes the likeliest token each time."),
-    cloup.option("--top-k", type=click.IntRange(min=0), default=50,
-                 help="Sample from this many likeliest tokens; 0 for all."),
-    cloup.option("--top-p", default=1.0, help="Sample from the fewest tokens that reach this probability."),
-    cloup.option("--min-p", default=0.0, help="Drop tokens below this share of the top token's probability."),
-    cloup.option("--repetition-penalty", default=1.0, help="Values above 1 make earlier tokens less likely."),
-    cloup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text."),
-)  # fmt: skip
-@cloup.option_group(
-    "Length and end",
-    cloup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum of new tokens."),
-    cloup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated."),
-    cloup.option("--stop-id", multiple=True, type=int,
-                 help="End at this token id, in addition to <|endoftext|> (50256); can be repeated."),
-    cloup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half."),
-)  # fmt: skip
-@cloup.option_group(
-    "Hardware",
-    cloup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto."),
-    cloup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto",
-                 help="Precision of the weights; auto means bf16 on CUDA and fp32 elsewhere."),
-    cloup.option("--compile/--no-compile", default=None,
-                 help="Compile the step. CPU: the default, needs a C compiler, 3 s once; CUDA: 30 s."),
-)  # fmt: skip
-@cloup.option_group(
-    "Output",
-    cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text."),
-    cloup.option("--logprobs", is_flag=True, help="With --json: add each token's log-probability."),
-)
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@optgroup("Model and prompt")
+@optgroup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
+                 help="Hub name, folder or file: see gpt2-model --help.")  # fmt: skip
+@optgroup.option("-f", "--file", type=click.File("rb"), help="File to read the prompt from; - is standard input.")
+@optgroup.option("-i", "--interactive", is_flag=True,
+                 help="Write in turns with the model; the whole text so far is the next prompt.")  # fmt: skip
+@optgroup("Sampling")
+@optgroup.option("-n", "--num-samples", type=click.IntRange(min=1), default=1, help="Samples per prompt.")
+@optgroup.option("--temperature", default=1.0, help="Randomness; 0 takes the likeliest token each time.")
+@optgroup.option("--top-k", type=click.IntRange(min=0), default=50,
+                 help="Sample from this many likeliest tokens; 0 for all.")  # fmt: skip
+@optgroup.option("--top-p", default=1.0, help="Sample from the fewest tokens that reach this probability.")
+@optgroup.option("--min-p", default=0.0, help="Drop tokens below this share of the top token's probability.")
+@optgroup.option("--repetition-penalty", default=1.0, help="Values above 1 make earlier tokens less likely.")
+@optgroup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text.")
+@optgroup("Length and end")
+@optgroup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum of new tokens.")
+@optgroup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
+@optgroup.option("--stop-id", multiple=True, type=int,
+                 help="End at this token id, in addition to <|endoftext|> (50256); can be repeated.")  # fmt: skip
+@optgroup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half.")
+@optgroup("Hardware")
+@optgroup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto.")
+@optgroup.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto",
+                 help="Precision of the weights; auto means bf16 on CUDA and fp32 elsewhere.")  # fmt: skip
+@optgroup.option("--compile/--no-compile", default=None,
+                 help="Compile the step. CPU: the default, needs a C compiler, 3 s once; CUDA: 30 s.")  # fmt: skip
+@optgroup("Output")
+@optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+@optgroup.option("--logprobs", is_flag=True, help="With --json: add each token's log-probability.")
 @one_line_errors
 def generate(
     prompts: tuple[str, ...], model: str, file: BinaryIO | None, interactive: bool, device: str, dtype: str,
@@ -116,6 +103,7 @@ def generate(
 
 
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
+    """Say why the engine in C cannot be used, where it was to be."""
     from gpt2_model.cpu.engine import Unavailable, library, weight_type
 
     if compile is None and gpt.device.type == "cpu":
@@ -129,24 +117,16 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
     """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
-    if file is None and not prompts and not interactive and _is_piped():
+    if file is None and not prompts and not interactive and sys.stdin and not sys.stdin.isatty():
         file = sys.stdin.buffer
     if file is None:
         return list(prompts)
     try:
         text = file.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        where = f"byte {error.start} cannot be read"
-        raise ValueError(f"the prompt in {file.name} is not UTF-8 text: {where}") from None
+        reason = f"is not UTF-8 text: byte {error.start} cannot be read"
+        raise ValueError(f"the prompt in {file.name} {reason}") from None
     return [text] if text else []
-
-
-def _is_piped() -> bool:
-    """Return True if standard input is a pipe or a file: a terminal, or a closed one, has no prompt for us."""
-    with suppress(OSError, ValueError, AttributeError):  # closed, or replaced by a program that called us
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    return False
 
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
@@ -174,10 +154,10 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
             shown += 1
     if alone:
         click.echo()
-    by_length = [len(row.tokens) for row in rows.values() if row.finish_reason == "length"]
-    if min(by_length, default=options["max_new_tokens"]) < options["max_new_tokens"]:
-        size = gpt.config.block_size
-        click.secho(f"(the model's context of {size} tokens is full; add --slide to continue)", dim=True, err=True)
+    most = options["max_new_tokens"]
+    if any(row.finish_reason == "length" and len(row.tokens) < most for row in rows.values()):
+        full = f"(the model's context of {gpt.config.block_size} tokens is full; add --slide to continue)"
+        click.secho(full, dim=True, err=True)
     if tokens := sum(max(0, len(row.tokens) - 1) for row in rows.values()):
         speed = tokens / (time.perf_counter() - started)
         click.secho(f"({speed:.0f} tokens/s on {gpt.device}, after the first)", dim=True, err=True)
@@ -222,8 +202,8 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
 
 @main.command()
-@cloup.argument("model", type=PATH)
-@cloup.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@click.argument("model", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 @one_line_errors
 def info(model: str, as_json: bool) -> None:
     """Show the shape and the cost of a model or a size.
@@ -235,23 +215,22 @@ def info(model: str, as_json: bool) -> None:
     if config is None:
         from gpt2_model.checkpoints.load_save import inspect, read_progress
 
-        model = find_model(model)
+        model = _checkpoint_of(model)
         config, progress = inspect(model), read_progress(model)
     facts = progress | vars(config)
     facts["parameters"] = config.num_parameters
     facts["bytes_fp32"] = 4 * config.num_parameters
     facts["training_flops_per_token"] = flops_per_token(config, config.block_size)
     if as_json:
-        print_json(facts)
-        return
+        return print_json(facts)
     for name, value in facts.items():
         click.echo(f"{name:34}{value:,}" if type(value) is int else f"{name:34}{value}")
 
 
 @main.command()
-@cloup.argument("model", type=PATH)
-@cloup.argument("out", type=click.Path(file_okay=False))
-@cloup.option("--overwrite", is_flag=True, help="Replace the model in OUT, if there is one.")
+@click.argument("model", type=PATH)
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--overwrite", is_flag=True, help="Replace the model in OUT, if there is one.")
 @one_line_errors
 def convert(model: str, out: str, overwrite: bool) -> None:
     """Write a model as a Hugging Face folder, in fp32: gpt2-model convert out/ckpt.pt from-nanogpt"""
@@ -273,4 +252,15 @@ def _load(model: str, device_name: str, dtype: str) -> "GPT":
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" else "fp32"
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    return GPT.from_pretrained(find_model(model), dtype=kinds[dtype]).to(device)
+    return GPT.from_pretrained(_checkpoint_of(model), dtype=kinds[dtype]).to(device)
+
+
+def _checkpoint_of(model: str) -> str:
+    """Return a run folder's newest checkpoint, and say so on stderr; any other model as it is."""
+    from gpt2_model.checkpoints.load_save import newest_checkpoint
+
+    checkpoint = newest_checkpoint(Path(model))
+    if checkpoint is None or (Path(model) / "config.json").exists():
+        return model
+    click.echo(f"{model} is a run folder: using its newest checkpoint, {checkpoint}", err=True)
+    return str(checkpoint)

@@ -1,22 +1,19 @@
-"""What the commands of gpt2-model, gpt2-eval and gpt2-train share. No torch at the top: `--help` must be quick."""
+"""What the commands of gpt2-model, gpt2-eval and gpt2-train share.
 
-import ctypes
-import hashlib
+torch, and what else takes milliseconds to import, is imported where it is used: `--help` must be quick.
+"""
+
 import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
 
 import click
-
-from gpt2_model.config import OPENAI_NAMES as OPENAI_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +36,8 @@ class Size(click.ParamType[int]):
         self.minimum = minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from fractions import Fraction
+
         text = str(value).strip().replace("_", "").replace(",", "").lower()
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmb]|[kmg]i)?", text)
         count = Fraction(match[1]) * _SUFFIXES[match[2] or ""] if match else Fraction(1, 2)
@@ -117,61 +116,42 @@ def find_device(name: str) -> "torch.device":
     """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU."""
     import torch
 
-    wanted = name
+    kind = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
         torch.empty(0, device=device).cpu()  # "meta" is a device, too, but nothing comes back from it
     except (RuntimeError, AssertionError):
-        raise ValueError(f"this machine has no device {wanted!r}: use cpu, or auto") from None
+        raise ValueError(f"this machine has no device {name!r}: use cpu, or auto") from None
     return device
 
 
 def keep_buffers() -> None:
     """Put large CPU tensors into huge pages, and keep their memory for the next one instead of giving it back.
 
-    For a command's start, before the first large tensor. By default each tensor is mapped anew and faulted in, 4
-    KiB at a time: 412,000 faults and 1.1 s of a 2.9 s training step of a 7M-parameter model. With both settings:
-    none, and 1.7 s.
+    Call this before the first large tensor. By default each one is mapped anew and faulted in, 4 KiB at a time:
+    412,000 faults and 1.1 s of a 2.9 s training step of a 7M-parameter model. With both settings: none, and 1.7 s.
     """
+    import ctypes
+
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first large allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # glibc has it, musl has not
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**31 - 1)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one."""
-    # manifest.json is written last. Its hashes are not compared: that would read gigabytes.
-    files = ("manifest.json", "config.json", "model.safetensors")
-    steps = (run / "checkpoints").glob("step-*")
-    return max((step for step in steps if all((step / name).is_file() for name in files)), default=None)
-
-
-def find_model(name: str) -> str:
-    """Return the model that a name stands for; for a run folder its newest checkpoint, named on stderr."""
-    checkpoint = None if (Path(name) / "config.json").exists() else newest_checkpoint(Path(name))
-    if checkpoint is None:
-        return name
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(f"{name} is a run folder: using its newest checkpoint, {checkpoint}", err=True)
-    return str(checkpoint)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            mallopt(parameter, 2**31 - 1)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document to stdout; a terminal that cannot show UTF-8 gets escapes."""
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=not utf8)
-    sys.stdout.write("\n")
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -221,8 +201,6 @@ def locked(folder: Path) -> Iterator[None]:
             owner = file.read().strip() or "another process"
             raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield

@@ -37,11 +37,10 @@ def dequantize(model: GPT) -> GPT:
     """Return the same function with the rounded weights in fp32: 12 times the speed where no engine reads int8."""
     with torch.device("meta"):
         plain = GPT(model.config)
-    names = plain.state_dict().keys()
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    weights = model.state_dict()
     matrices = ((name, part) for name, part in model.named_modules() if isinstance(part, Int8Matrix))
-    weights |= {f"{name}.weight": part.weight for name, part in matrices}
-    plain.load_state_dict(weights, assign=True)
+    weights.update({f"{name}.weight": part.weight for name, part in matrices})
+    plain.load_state_dict(weights, strict=False, assign=True)
     return plain.requires_grad_(False).eval()
 
 

@@ -2,9 +2,10 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import count
 from typing import ParamSpec
 
 import numpy as np
@@ -18,7 +19,6 @@ from gpt2_model.sampling import Sampling, penalize, sample, uniforms
 from gpt2_model.tokenizer import EOT, PADDED, get_tokenizer
 
 P = ParamSpec("P")
-_CHARACTERS = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass
@@ -64,31 +64,39 @@ class _Row:
     context: list[int]  # prompt and new tokens
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
     cached: int  # number of its tokens that the decoder holds
-    pending: str = ""  # text that may be the beginning of a stop string
     # A token is bytes: a character that ends in the next one waits; what is no UTF-8 becomes U+FFFD.
-    characters: codecs.IncrementalDecoder = field(default_factory=lambda: _CHARACTERS(errors="replace"))
+    characters: codecs.IncrementalDecoder
+    pending: str = ""  # text that may be the beginning of a stop string
 
-    def add_text(self, token: int | None, stop: Sequence[str], last: bool) -> str:
-        """Take a new token, if any; return what text can be shown. A stop string ends the row."""
-        tokenizer = get_tokenizer()
-        known = [token] if token is not None and token < tokenizer.n_vocab else []
-        data = tokenizer.decode_bytes(known)
+    def add(
+        self, token: int, logprob: float, seconds: float, stop: Sequence[str], stop_ids: Set[int]
+    ) -> tuple[str, bool]:
+        """Take the next token; return the text that can be shown, and True if the row is finished."""
+        done, data = self.completion, b""
+        if not done.tokens:
+            done.seconds_to_first_token = seconds
+        elif seconds > done.seconds_to_first_token:
+            done.tokens_per_second = len(done.tokens) / (seconds - done.seconds_to_first_token)
+        if token in stop_ids:
+            done.finish_reason = "stop"
+        else:
+            done.tokens.append(token)
+            self.context.append(token)
+            if done.logprobs is not None:
+                done.logprobs.append(logprob)
+            if token < get_tokenizer().n_vocab:
+                data = get_tokenizer().decode_single_token_bytes(token)
+        last = done.finish_reason == "stop" or len(done.tokens) == len(self.numbers)
         text = self.pending + self.characters.decode(data, final=last)
         places = [place for string in stop if (place := text.find(string)) >= 0]
-        overlap = 0
         if places:
-            text = text[: min(places)]
-            self.completion.finish_reason = "stop"
-        elif not last:
-            overlap = max((_overlap(text, string) for string in stop), default=0)
+            text, last = text[: min(places)], True
+            done.finish_reason = "stop"
+        ends = (size for size in range(len(text), 0, -1) if any(s.startswith(text[-size:]) for s in stop))
+        overlap = 0 if last else next(ends, 0)
         shown, self.pending = text[: len(text) - overlap], text[len(text) - overlap :]
-        self.completion.text += shown
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    return next(size for size in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:size]))
+        done.text += shown
+        return shown, last
 
 
 def stream(
@@ -110,11 +118,11 @@ def stream(
     slide: bool = False,
     compile: bool | None = None,
 ) -> Iterator[Piece]:
-    """Continue each prompt `num_samples` times; yield text as it comes: whole characters, no part of a stop text.
+    """Continue each prompt `num_samples` times; yield the text as it comes, in whole characters.
 
-    Errors come at once, not with the first piece. A row's random numbers depend on `seed` and the row's number
-    alone, so its text does not change with the rows beside it: on the CPU to the last bit of its logits, elsewhere
-    as far as rounding lets the same token win.
+    Errors are raised at once, not with the first piece. A row's random numbers depend on `seed` and the row's
+    number alone, so its text does not change with the rows beside it: on the CPU to the last bit of its logits,
+    elsewhere as far as rounding lets the same token win.
 
     Args:
         model: its vocabulary must be GPT-2's where prompts are text.
@@ -135,14 +143,11 @@ def stream(
         compile: see `make_decoder`: by default the fastest way that starts at once.
 
     Raises:
-        ValueError: an empty prompt, one that fills the context, an id outside the vocabulary, an option that means
-            nothing, or a model that computes NaN.
+        ValueError: a prompt is empty or fills the context, an id or option is invalid, or the model computes NaN.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"num_samples {num_samples} and max_new_tokens {max_new_tokens} must be at least 1")
-    if first_row < 0:
-        raise ValueError(f"first_row must be at least 0, not {first_row}")
     if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
         raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
     if isinstance(prompts, str):
@@ -161,36 +166,36 @@ def stream(
         for _ in range(num_samples):
             number = first_row + len(rows)
             completion = Completion(number, text, logprobs=[] if logprobs else None)
-            rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids)))
+            characters = codecs.getincrementaldecoder("utf-8")("replace")
+            rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids), characters))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
 
-def _at_once(stream: Callable[P, Iterator[Piece]]) -> Callable[P, list[Completion]]:
-    """Make `generate` of `stream`, with the same typed arguments, which are written down once."""
+def _collecting(stream: Callable[P, Iterator[Piece]]) -> Callable[P, list[Completion]]:
+    """Return a function with the parameters of `stream` that returns all of its completions at once."""
 
-    @wraps(stream)
+    @wraps(stream, assigned=())  # the parameters of `stream`, but a name and a docstring of its own
     def generate(*args: P.args, **kwargs: P.kwargs) -> list[Completion]:
+        """Return the completions of `stream`, ordered by row. Arguments and errors are those of `stream`."""
         rows = [piece.completion for piece in stream(*args, **kwargs) if piece.completion]
         return sorted(rows, key=lambda row: row.row)
 
-    generate.__name__ = generate.__qualname__ = "generate"
-    generate.__doc__ = "Return the completions of `stream`, all at once, by row; its arguments and errors."
     return generate
 
 
-generate = _at_once(stream)
+generate = _collecting(stream)
 
 
 @torch.inference_mode()
 def _run(
-    model: GPT, rows: list[_Row], num_samples: int, sampling: Sampling, stop: Sequence[str],
-    stop_ids: frozenset[int], compile: bool | None,
+    model: GPT, rows: list[_Row], num_samples: int, sampling: Sampling, stop: Sequence[str], stop_ids: Set[int],
+    compile: bool | None,
 ) -> Iterator[Piece]:  # fmt: skip
+    """Yield the pieces of `stream`, whose arguments are checked."""
     device, context = model.device, model.config.block_size
     capacity = min(context, max(len(row.context) + len(row.numbers) for row in rows))
     decoder = make_decoder(model, capacity, compile)
     seen = None if sampling.repetition_penalty == 1 else _seen(rows, model)
-    step = 0
 
     started = time.perf_counter()
     logits = decoder.prefill([row.context for row in rows[::num_samples]])
@@ -201,7 +206,7 @@ def _run(
         decoder.select(copies)
         logits = logits[copies]
 
-    while True:
+    for step in count():
         logits = _only_tokens(logits)
         adjusted = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
         noise = torch.from_numpy(np.array([row.numbers[step] for row in rows])).to(device)
@@ -212,7 +217,7 @@ def _run(
         now = time.perf_counter() - started
         growing = []
         for place, (row, token, logprob) in enumerate(zip(rows, drawn.tolist(), chosen, strict=True)):
-            shown, finished = _advance(row, token, logprob, now, stop, stop_ids)
+            shown, finished = row.add(token, logprob, now, stop, stop_ids)
             if shown or finished:
                 yield Piece(row.completion.row, shown, row.completion if finished else None)
             if not finished:
@@ -227,28 +232,6 @@ def _run(
             last = torch.tensor([row.context[-1] for row in rows], device=device)
             seen.scatter_(1, last[:, None], True)
         logits = _step(decoder, rows, context)
-        step += 1
-
-
-def _advance(
-    row: _Row, token: int, logprob: float, now: float, stop: Sequence[str], stop_ids: frozenset[int]
-) -> tuple[str, bool]:
-    """Give a row its next token; return the text that can be shown, and True if the row is finished."""
-    done = row.completion
-    if not done.tokens:
-        done.seconds_to_first_token = now
-    elif now > done.seconds_to_first_token:
-        done.tokens_per_second = len(done.tokens) / (now - done.seconds_to_first_token)
-    if token in stop_ids:
-        done.finish_reason = "stop"
-        return row.add_text(None, stop, last=True), True
-    done.tokens.append(token)
-    if done.logprobs is not None:
-        done.logprobs.append(logprob)
-    row.context.append(token)
-    last = len(done.tokens) == len(row.numbers)
-    shown = row.add_text(token, stop, last)
-    return shown, last or done.finish_reason == "stop"
 
 
 def _step(decoder: EngineDecoder | TorchDecoder, rows: list[_Row], context: int) -> Tensor:

@@ -1,8 +1,8 @@
 """GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint.
 
 Read it from `GPT.forward` upwards: tokens -> embeddings -> blocks -> norm -> logits. `plain_attention` says in
-three lines what attention is. Elsewhere are faster ways on a CPU (cpu/training.py), and the keys and values of
-earlier tokens in generation (cache.py).
+three lines what attention is. cpu/training.py computes parts of it faster on a CPU; cache.py keeps the keys and
+values of earlier tokens in generation.
 
 Tensors are named with their shapes, one letter for each dimension:
 
@@ -30,7 +30,7 @@ from gpt2_model.cpu.training import causal_attention, head_loss, look_up
 
 
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Return softmax(scale * q k^T) v, (B, H, T, D), as the kernels that CausalSelfAttention calls, but plainly.
+    """Return softmax(scale * q k^T) v, (B, H, T, D): the formula of the kernels that CausalSelfAttention calls.
 
     In GPT-2 the scale is 1 / sqrt(D). The mask, (B, 1, T, S), is True where a query may look; without one
     attention is causal, and S is T.
@@ -59,11 +59,11 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """The positions of tokens, and what they see beside plain causal attention; a KVCache is one.
+    """Where the tokens of a sequence stand, and which others they see; a KVCache is one.
 
-    `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these,
-    (B, H, T, D), and returns all that they may look at, (B, H, S, D), and the mask, (B, 1, T, S), or None for
-    causal attention. `advance` notes that all layers have computed `time` tokens.
+    `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these
+    tokens, (B, H, T, D); it returns all keys and values that they may look at, (B, H, S, D), and the mask,
+    (B, 1, T, S), or None for causal attention. `advance` notes that all layers have computed `time` tokens.
     """
 
     def positions(self, time: int) -> Tensor: ...
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         Args:
             tokens: (B, T) int64 ids, T at most config.block_size, else a ValueError.
             targets: (B, T) int64 ids that should follow each position; -100 is ignored.
-            return_logits: False in training, where nobody reads them: they need not be kept then.
+            return_logits: False in training, where nobody reads them: then they are not kept.
 
         Returns:
             (logits (B, T, V) or None, loss () in fp32 or None).
@@ -197,11 +197,10 @@ class GPT(nn.Module):
         head_VC = wte_VC if self.lm_head is None else self.lm_head.weight
         if targets is not None and loss_only:
             return None, head_loss(x_BTC, head_VC, targets)  # the same loss as below
-        logits_BTV = F.linear(x_BTC, head_VC)
-        if targets is None:
-            return logits_BTV, None
-        # In fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits.
-        return logits_BTV, F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
+        logits_BTV, loss = F.linear(x_BTC, head_VC), None
+        if targets is not None:  # in fp32: a bf16 log-sum-exp over 50,257 terms keeps two digits
+            loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten())
+        return logits_BTV, loss
 
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
@@ -217,9 +216,9 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
         positions = torch.arange(T, device=x_BTC.device) if cache is None else cache.positions(T)
         x_BTC = x_BTC + self.wpe(positions)
-        again = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.h:
-            if again:  # nothing in a block is random, so there is no generator's state to restore
+            if recompute:  # nothing in a block is random, so there is no generator's state to restore
                 x_BTC = checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTC = block(x_BTC, cache)
@@ -245,12 +244,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, dtype: torch.dtype = torch.float32) -> "GPT":
         """Load a Hugging Face folder, a weights file, another project's checkpoint, or a model of the hub.
 
-        A folder holds config.json and safetensors or .bin weights, whole or in shards; a weights file has its
-        config.json beside it. A run's folder of gpt2-train stands for its newest checkpoint. nanoGPT's ckpt.pt and
-        llm.c's .bin are read too, without the rows that pad their vocabulary to 50,304.
-        Names like "gpt2-medium" or "openai-community/gpt2" are downloaded once into Hugging Face's cache. Weights
-        are converted to `dtype`; torch.int8 quantises them, for generation and evaluation only. The model comes in
-        eval mode, on the CPU.
+        Args:
+            name_or_path: a folder with config.json and safetensors or .bin weights, whole or in shards; one such
+                file beside its config.json; a run's folder of gpt2-train, which stands for its newest checkpoint;
+                nanoGPT's ckpt.pt or llm.c's .bin, whose rows that pad the vocabulary to 50,304 are left out; or a
+                hub name like "gpt2-medium" or "owner/model@revision", downloaded once into Hugging Face's cache.
+            dtype: of the weights; torch.int8 quantises them, for generation and evaluation only.
+
+        Returns:
+            The model on the CPU, in eval mode.
 
         Raises:
             OSError: no such folder, no weights in it, or the hub cannot be reached.
@@ -261,7 +263,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = cls(config)
         model.load_state_dict(weights, assign=True)
-        del weights  # else quantize could not free one matrix after another
+        del weights  # so that quantize can free one matrix after another
         if is_int8:
             quantize(model)
         return model.eval()

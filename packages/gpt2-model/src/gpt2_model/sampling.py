@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; see `stream` for what each means. A value that means nothing is a ValueError."""
+    """How a token is chosen; see `stream` for what each means. An invalid value is a ValueError."""
 
     temperature: float = 1.0
     top_k: int | None = 50

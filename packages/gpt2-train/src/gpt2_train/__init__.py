@@ -4,7 +4,6 @@ Names are imported on first use, so that `gpt2-train --help` does not wait two s
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from gpt2_train.loop import train
     from gpt2_train.optimizer import lr_at, make_optimizer
 
-__version__ = version("gpt2-train")
+    __version__: str
+
 __all__ = ["RECIPES", "TrainConfig", "World", "find_checkpoint", "load_config", "lr_at", "make_optimizer", "train",
            "verify_checkpoint"]  # fmt: skip
 _MODULE_OF = {
@@ -27,6 +27,10 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # 20 ms, which help need not wait for
+
+        return version("gpt2-train")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -8,11 +8,11 @@ from dataclasses import Field, fields
 from typing import Any, cast
 
 import click
-import cloup
 from click.core import ParameterSource
+from click_option_group import GroupedOption, optgroup
 
 from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
-from gpt2_train import RECIPES, TrainConfig, __version__, load_config
+from gpt2_train import RECIPES, TrainConfig, load_config
 from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
@@ -21,7 +21,7 @@ PATHS = {"data", "out", "init", "hellaswag", "resume"}
 COUNTS = {"seed", "num_samples", "keep", "max_skips", "profile"}
 
 
-class Command(cloup.Command):
+class Command(click.Command):
     """A command that refuses a second --data. Other options may be given again: the last one counts."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -35,7 +35,7 @@ def _option(item: "Field[Any]") -> Any:
     """The flag of a field of TrainConfig; --model takes FIELD=VALUE."""
     text, default, flag = item.metadata["help"], cast(Any, item.default), item.name.replace("_", "-")
     if item.name == "model":
-        return cloup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
+        return optgroup.option("--model", "model", multiple=True, metavar="FIELD=VALUE", help=text)
     flags = [f"--{flag}/--no-{flag}"] if isinstance(default, bool) else [f"--{flag}"]
     flags += ["-d"] * (item.name == "device")
     kind: Any = type(default)
@@ -48,47 +48,41 @@ def _option(item: "Field[Any]") -> Any:
         kind = PATH
     elif item.name == "min_lr":
         shown = "6e-05, or a tenth of --lr if --lr is below that"
-    if default not in ("", False):
+    if default != "" and default is not False:
         text += f"  [default: {shown}]"
-    return cloup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
+    return optgroup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command a group of flags for each group of fields; rare flags are shown by --help-all."""
     for group in reversed(GROUPS):
         options = [_option(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
-        command = cloup.option_group(group, *options)(command)
+        for decorate in reversed([optgroup(group), *options]):
+            command = decorate(command)
     return command
 
 
 def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        for group in cast(Command, ctx.command).option_groups:
-            group.hidden = False
-            for option in group.options:
+        for option in ctx.command.params:
+            if isinstance(option, GroupedOption):
                 option.hidden = False
         click.echo(ctx.get_help())
         ctx.exit()
 
 
-@cloup.command(cls=Command, context_settings={**SETTINGS, "auto_envvar_prefix": "GPT2_TRAIN"})
-@cloup.option_group(
-    "Start from",
-    cloup.option("--recipe", type=click.Choice(RECIPES), help="Start from a published run's settings."),
-    cloup.option("--config", type=PATH, help="Read settings from a TOML file, such as a run's config.toml."),
-)
+@click.command(cls=Command, context_settings={**SETTINGS, "auto_envvar_prefix": "GPT2_TRAIN"})
+@click.version_option(package_name="gpt2-train", prog_name="gpt2-train")
+@optgroup("Start from")
+@optgroup.option("--recipe", type=click.Choice(RECIPES), help="Start from a published run's settings.")
+@optgroup.option("--config", type=PATH, help="Read settings from a TOML file, such as a run's config.toml.")
 @_config_options
-@cloup.option_group(
-    "What to do",
-    cloup.option("--dry-run", is_flag=True, help="Print the plan and run a start's checks, but train nothing."),
-    cloup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document."),
-    cloup.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    cloup.option(
-        "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
-        help="Show all flags, including the rare ones.",
-    ),
-    cloup.version_option(__version__, prog_name="gpt2-train"),
-)  # fmt: skip
+@optgroup("What to do")
+@optgroup.option("--dry-run", is_flag=True, help="Print the plan and run a start's checks, but train nothing.")
+@optgroup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document.")
+@optgroup.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@optgroup.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
+                 help="Show all flags, including the rare ones.")  # fmt: skip
 @click.pass_context
 def main(
     ctx: click.Context, /, recipe: str | None, config: str | None, model: tuple[str, ...], dry_run: bool,

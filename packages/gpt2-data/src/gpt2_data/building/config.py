@@ -21,17 +21,16 @@ _CHOICES = {
 class BuildConfig:
     """The options of `gpt2-data build`. Workers, tokenizer, engine and part do not change a byte of the result.
 
+    Raises ValueError for values that cannot work.
+
     Attributes:
-        sources: names, files and globs, in order.
-        out: the dataset's folder.
         shard_size: tokens in a shard; the last shard of a split is shorter.
-        val_tokens: the first documents are for validation, as many whole ones as reach this many tokens; 0 for
-            none. None: 100M, or a tenth of all tokens if that is less; none if one document is most of the source.
+        val_tokens: the first documents are for validation, as many whole ones as reach this many tokens. None:
+            100M, or a tenth of all tokens if that is less, and none if that takes more than half of them.
         format: "uint16" (llm.c's shards) or "arrow".
         workers: processes. None: one a core that this process may use, fewer for little text.
         tokenizer: the library: "auto", "tiktoken" or "gigatoken".
-        order: "shuffled" (by the seed; the default) or "source". With `compat` it is the source's.
-        seed: of the shuffled order.
+        order: "shuffled" (by `seed`) or "source". None: "shuffled", or with `compat` "source".
         engine: "local" for processes here, "ray" for a Ray cluster.
         part: (I, N): do only share I of N of the work units; the part that ends last cuts the shards.
         limit_docs: use only this many documents from the start of the source, empty ones counted.
@@ -39,9 +38,6 @@ class BuildConfig:
         downloads: where fetched files are kept, for the next build too. None: `out / "downloads"`.
         delete_downloads: delete each fetched file as soon as it is tokenized.
         compat: "build-nanogpt": validation is the first shard to the token, as its fineweb.py cuts it.
-
-    Raises:
-        ValueError: values that cannot work.
     """
 
     sources: tuple[str, ...]
@@ -65,10 +61,8 @@ class BuildConfig:
         # Scripts hand in lists and strings; what is stored is always the same type.
         object.__setattr__(self, "sources", tuple(map(str, self.sources)))
         object.__setattr__(self, "out", Path(self.out))
-        if self.downloads is not None:
-            object.__setattr__(self, "downloads", Path(self.downloads))
-        if self.order is None:
-            object.__setattr__(self, "order", "shuffled" if self.compat is None else "source")
+        object.__setattr__(self, "downloads", self.downloads and Path(self.downloads))
+        object.__setattr__(self, "order", self.order or ("shuffled" if self.compat is None else "source"))
         if not self.sources:
             raise ValueError(f"no source given: choose from {KNOWN}")
         if not 0 < self.shard_size <= MAX_SHARD_TOKENS:
@@ -77,19 +71,18 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, must be {least} or more")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                choices = " or ".join(str(choice) for choice in known if choice is not None)
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {choices}")
-        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
-        if self.part is not None and self.engine != "local":
-            raise ValueError(f"part and engine {self.engine}: both spread the work over machines, choose one")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                names = " or ".join(filter(None, choices))
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {names}")
+        if self.part is not None:
+            if not 1 <= self.part[0] <= self.part[1]:
+                raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
+            if self.engine != "local":
+                raise ValueError(f"part and engine {self.engine}: both spread the work over machines, choose one")
         if self.compat is not None and (self.val_tokens is not None or self.order != "source"):
             raise ValueError(f"compat {self.compat} decides val_tokens and order: leave them out")
 
     def num_workers(self, text_bytes: int) -> int:
         """Return the number of processes to tokenize that much text with."""
-        if self.workers is not None:
-            return self.workers
-        return min(cores(), 1 + text_bytes // _WORTH_A_WORKER)
+        return self.workers or min(cores(), 1 + text_bytes // _WORTH_A_WORKER)

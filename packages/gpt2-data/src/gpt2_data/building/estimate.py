@@ -1,72 +1,62 @@
 """Estimate the size and the time of a build before it begins."""
 
 import functools
-from dataclasses import dataclass
+import shutil
+from typing import Any
 
+import click
+
+from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.cut_shards import DEFAULT_VAL_TOKENS
-from gpt2_data.building.plan import Plan
+from gpt2_data.building.plan import Plan, make_plan
+from gpt2_data.console import format_bytes, format_count, format_seconds, plural, print_json
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
 from gpt2_data.sources import files
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
-_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}
-"""Text a second and core from Parquet to verified shards: measured on a Cascade Lake of 2.5 GHz."""
-DOWNLOADS_AT_ONCE = 2
-"""Fetched files on the disk at a time if they are deleted: one at work, and one that is ready or on its way."""
+_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}  # of text and a core, on a Cascade Lake of 2.5 GHz
+DOWNLOADS_AT_ONCE = (
+    2  # fetched files on the disk if they are deleted: one at work, one that is ready or on its way
+)
 MAX_SHARDS = 100_000
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Sizes of what a plan will make, and of what it needs meanwhile, in bytes but for the counts.
-
-    Attributes:
-        tokens: in proportion to the text.
-        dataset_bytes: the size of the finished dataset.
-        peak_bytes: the disk needed while building: tokenized units, shards, where documents are, and downloads.
-    """
-
-    documents: int
-    tokens: int
-    shards: int
-    download_bytes: int
-    dataset_bytes: int
-    peak_bytes: int
-
-
-def estimate(plan: Plan, config: BuildConfig) -> Estimate:
-    """Estimate a build. Raises ValueError if it has more files than a file system likes: the M was forgotten."""
-    documents, tokens = 0, 0.0
+def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
+    """Estimate a build. Raises ValueError if it has more shards than a file system likes: the M was forgotten."""
+    documents, size = 0, 0.0
     for unit in plan.units:
         count = unit.documents
         if count is None:
             count = round(unit.text_bytes / _mean_document(unit.kind, unit.files[0]))
         documents += count
         per_token = _BYTES_PER_TOKEN_OF_CODE if unit.kind == "pydocs" else _BYTES_PER_TOKEN
-        tokens += count + unit.text_bytes / per_token  # an EOT each
-    total = round(tokens)
+        size += count + unit.text_bytes / per_token  # an EOT each
+    tokens = round(size)
     val = config.shard_size if config.compat else config.val_tokens
     if val is None:  # a single document is not split
-        val = min(total // 10, DEFAULT_VAL_TOKENS) if documents > 1 else 0
-    val = min(total, val)
-    shards = -(-val // config.shard_size) + -(-(total - val) // config.shard_size)
+        val = min(tokens // 10, DEFAULT_VAL_TOKENS) if documents > 1 else 0
+    val = min(tokens, val)
+    shards = -(-val // config.shard_size) + -(-(tokens - val) // config.shard_size)
     if shards > MAX_SHARDS:
         raise ValueError(
             f"shard_size {config.shard_size:,} would make about {shards:,} shards: "
             f"use a larger one, such as 100M; the limit is {MAX_SHARDS:,} shards"
         )
     downloads = sorted((item.bytes for item in plan.inputs if item.remote is not None), reverse=True)
-    on_disk = sum(downloads[:DOWNLOADS_AT_ONCE] if config.delete_downloads else downloads)
+    at_once = sum(downloads[:DOWNLOADS_AT_ONCE] if config.delete_downloads else downloads)
     positions = documents * OFFSET.itemsize
-    dataset = total * TOKEN.itemsize + positions
-    return Estimate(documents, total, shards, sum(downloads), dataset, 2 * dataset + 2 * positions + on_disk)
-
-
-def minutes(plan: Plan, config: BuildConfig, backend: str) -> float:
-    """Return the time to tokenize and write here, without downloads."""
-    return plan.text_bytes / 1e6 / _MB_PER_SECOND[backend] / config.num_workers(plan.text_bytes) / 60
+    dataset = tokens * TOKEN.itemsize + positions
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "shards": shards,
+        "bytes": dataset,
+        "bytes_to_download": sum(downloads),
+        # Tokenized units, shards, where documents are, and downloads.
+        "bytes_while_building": 2 * dataset + 2 * positions + at_once,
+    }
 
 
 @functools.lru_cache
@@ -74,6 +64,43 @@ def _mean_document(kind: str, path: str) -> float:
     """Return the mean bytes of a document: of JSON lines by the first megabyte, else those of a web page."""
     if kind != "jsonl":
         return 154 if kind == "tinyshakespeare" else 4_700
-    with files.naming(path), files.open_bytes(path) as file:
+    with files.open_bytes(path) as file:
         sample = file.read(1_000_000)
     return max(len(sample) / max(sample.count(b"\n"), 1), 1)
+
+
+def print_plan(config: BuildConfig, as_json: bool) -> None:
+    """Print what would be built, on what, and what it needs."""
+    backend = tokenizer.choose_backend(config.tokenizer)
+    plan = make_plan(config)
+    text_bytes = sum(unit.text_bytes for unit in plan.units)
+    workers = config.num_workers(text_bytes)
+    folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
+    facts: dict[str, Any] = {
+        "files": sum(item.kind not in ("pydocs", "stream") for item in plan.inputs),
+        "units": len(plan.units),
+        **estimate(plan, config),
+        "tokens_estimated": True,
+        "bytes_free": shutil.disk_usage(folder).free,
+        "minutes": round(text_bytes / 1e6 / _MB_PER_SECOND[backend] / workers / 60, 4),  # without downloads
+        "workers": workers,
+        "tokenizer": backend,
+        "out": str(config.out),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    size, needed, free = (format_bytes(facts[key]) for key in ("bytes", "bytes_while_building", "bytes_free"))
+    download = facts["bytes_to_download"]
+    fetched = f", {format_bytes(download)} to download" if download else ""
+    without = ", without downloads" if download else ""
+    time = f"{format_seconds(60 * facts['minutes'])} with {plural(workers, 'worker')} and {backend}"
+    click.echo(
+        f"files      {facts['files']:,}, in {plural(facts['units'], 'work unit')}{fetched}\n"
+        f"documents  about {format_count(facts['documents'])}\n"
+        f"tokens     about {format_count(facts['tokens'])} (an estimate)\n"
+        f"shards     about {facts['shards']:,} of {format_count(config.shard_size)} tokens\n"
+        f"disk       {size}, {needed} while building; {free} free\n"
+        f"time       about {time}{without}\n"
+        f"out        {config.out}"
+    )

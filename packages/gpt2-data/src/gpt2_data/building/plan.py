@@ -1,7 +1,7 @@
 """Plan a build: cut its source into fixed work units.
 
-How a source is cut depends on the source and the constants here, never on workers or machines: that is what makes
-the bytes of a build the same everywhere and lets a restart use the units that are done.
+The cut depends on the source and the constants here, never on workers or machines: so the bytes of a build are the
+same everywhere, and a restart can use the units that are done.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from typing import Any
 
 from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.sources import catalog, download, files, hub, pydocs, streaming
+from gpt2_data.disk import sha256
+from gpt2_data.sources import catalog, files, hub, pydocs
 from gpt2_data.sources.catalog import Unit
+from gpt2_data.sources.download import WebFile
 from gpt2_data.sources.hub import HubSource, Listing
-from gpt2_data.sources.web import WebFile
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
 PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
-WORK = ".build"
-"""The folder in a dataset's folder that a build works in; it is removed when the dataset is whole."""
+WORK = ".build"  # in a dataset's folder; it is removed when the dataset is whole
 _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
 
 
@@ -63,22 +63,21 @@ class Plan:
     units: tuple[Unit, ...]
     pins: dict[str, dict[str, Any]]
 
-    @property
-    def text_bytes(self) -> int:
-        """The number of bytes of text, roughly."""
-        return sum(unit.text_bytes for unit in self.units)
-
     @functools.cached_property
     def name(self) -> str:
         """The name of this plan in the work folder."""
         return self._hash([item.known for item in self.inputs])
 
+    def hashes(self, known: dict[str, str]) -> list[str]:
+        """Return the inputs' SHA-256. A file is read only if `known` (path -> SHA-256) lacks it."""
+        return [item.sha256 or known.get(item.path) or sha256(Path(item.path)) for item in self.inputs]
+
     def content_hash(self, hashes: list[str]) -> str:
         """Return a name that is equal exactly if all units' tokens are. `hashes` are the inputs' SHA-256."""
-        return self._hash([[item.kind, sha256] for item, sha256 in zip(self.inputs, hashes, strict=True)])
+        return self._hash([[item.kind, digest] for item, digest in zip(self.inputs, hashes, strict=True)])
 
     def _hash(self, inputs: list[list[Any]]) -> str:
-        return json_sha256(
+        return _json_sha256(
             {
                 "inputs": inputs,
                 "plan_version": PLAN_VERSION,
@@ -89,23 +88,22 @@ class Plan:
         )
 
 
-def json_sha256(content: object) -> str:
-    """The SHA-256 of what JSON can hold, in hex."""
+def _json_sha256(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(config: BuildConfig) -> Plan:
     """Cut the source into units. Opens every file, reads none to its end but for --limit-docs. Writes nothing.
 
-    Raises:
-        ValueError: a source is unknown, is named twice or cannot be read.
-        OSError: a file that cannot be read, a hub that does not answer.
+    Raises ValueError or OSError if a source is unknown, named twice or unreadable, or the hub does not answer.
     """
     inputs: list[Input] = []
     pins: dict[str, dict[str, Any]] = {}
     for source in config.sources:
-        on_hub = hub.parse(source)
-        inputs += local_inputs(source) if on_hub is None else _hub_inputs(config, source, on_hub, pins)
+        if (on_hub := hub.parse(source)) is not None:
+            inputs += _hub_inputs(config, source, on_hub, pins)
+        else:
+            inputs += itertools.starmap(_local_input, catalog.expand(source))
     seen: set[str] = set()
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
@@ -124,22 +122,18 @@ def request_name(config: BuildConfig) -> str:
     """Return a name of what is asked for: files by name, size and time; sources on the hub by name alone."""
     sources: list[object] = []
     for source in config.sources:
-        on_hub = hub.parse(source) is not None
-        sources += [source] if on_hub else [item.known for item in local_inputs(source)]
-    return json_sha256(sources)
-
-
-def local_inputs(source: str) -> list[Input]:
-    """Return a source's files as they are on the disk now."""
-    return [_local_input(kind, path) for kind, path in catalog.expand(source)]
+        local = hub.parse(source) is None
+        sources += [_local_input(*file).known for file in catalog.expand(source)] if local else [source]
+    return _json_sha256(sources)
 
 
 def _local_input(kind: str, path: str) -> Input:
+    """Return a source's file as it is on the disk now."""
     if kind == "pydocs":
         size = sum(len(text.encode()) for _, text in pydocs.documents())
         return Input(kind, path, path, size, sha256=pydocs.sha256())
     if kind == "tinyshakespeare" and path == kind:
-        path = str(download.tinyshakespeare())
+        path = str(hub.tinyshakespeare())
     status = os.stat(path)
     return Input(kind, path, os.path.basename(path), status.st_size, status.st_mtime_ns)
 
@@ -149,9 +143,6 @@ def check_unchanged(plan: Plan) -> None:
     for item in plan.inputs:
         if item.remote is None and item.kind != "stream" and _local_input(item.kind, item.path) != item:
             raise ValueError(f"{item.path} was changed during the build: run the same command again")
-
-
-# --- sources on the hub
 
 
 def _hub_inputs(
@@ -168,7 +159,8 @@ def _hub_inputs(
     pins[name] = {"listing": listing.to_json(), "row_groups": row_groups}
     if not listing.parquet:
         text = json.dumps(listing.to_json(), sort_keys=True)
-        yield Input("stream", text, source, listing.size, sha256=hashlib.sha256(text.encode()).hexdigest())
+        size = sum(file.size for file in listing.files)
+        yield Input("stream", text, source, size, sha256=_json_sha256(listing.to_json()))
         return
     folder = downloads(config) / listing.commit[:12]
     for file, groups in zip(listing.files, row_groups, strict=True):
@@ -179,13 +171,10 @@ def _hub_inputs(
 
 def downloads(config: BuildConfig) -> Path:
     """Return where a build puts what it fetches. A part that deletes does so in a folder of its own."""
-    folder = config.downloads if config.downloads is not None else config.out / "downloads"
+    folder = config.downloads or config.out / "downloads"
     if config.part is not None and config.delete_downloads:
         return folder / f"part-{config.part[0]}-of-{config.part[1]}"
     return folder
-
-
-# --- work units
 
 
 def _cut(inputs: Sequence[Input], column: str) -> Iterator[Unit]:
@@ -208,20 +197,32 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
         documents = item.row_groups or files.row_groups(item.path, whole.column)
     elif item.kind == "pydocs":
         documents, unit_bytes = [(1, len(text)) for _, text in pydocs.documents()], PYDOCS_UNIT_BYTES
-    elif item.kind == "jsonl":
-        yield from _cut_lines(item, whole)
-        return
-    elif item.kind == "stream":
-        count = streaming.num_shards(Listing.from_json(json.loads(item.path)))
-        for i in range(count):
-            yield dataclasses.replace(whole, start=i, text_bytes=item.bytes // count)
-        return
     else:
-        yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)
+        if item.kind == "jsonl":
+            yield from _cut_lines(item, whole)
+        elif item.kind == "stream":
+            count = hub.num_shards(Listing.from_json(json.loads(item.path)))
+            yield from (dataclasses.replace(whole, start=i, text_bytes=item.bytes // count) for i in range(count))
+        else:
+            yield Unit(0, item.kind, (item.path,), text_bytes=item.bytes)
         return
     for start, stop in _ranges([size for _, size in documents], unit_bytes):
         count, size = (sum(numbers) for numbers in zip(*documents[start:stop], strict=True))
         yield dataclasses.replace(whole, start=start, stop=stop, documents=count, text_bytes=size)
+
+
+def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
+    """Yield byte ranges that begin at line starts, or all of a compressed file, which is read from its start."""
+    if files.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
+        yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
+        return
+    start = 0
+    with open(item.path, "rb") as file:
+        while start < item.bytes:
+            file.seek(min(start + UNIT_BYTES, item.bytes))
+            stop = files.next_line(file)
+            yield dataclasses.replace(whole, start=start, stop=stop, text_bytes=stop - start)
+            start = stop
 
 
 def _ranges(sizes: Sequence[int], unit_bytes: int, most: int | None = None) -> Iterator[tuple[int, int]]:
@@ -238,20 +239,6 @@ def _text_bytes(item: Input) -> int:
     return item.bytes * (_COMPRESSION if files.is_compressed(item.path) else 1)
 
 
-def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
-    """Yield byte ranges that begin at line starts, or all of a compressed file, which is read from its start."""
-    if files.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
-        yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
-        return
-    with open(item.path, "rb") as file:
-        start = 0
-        while start < item.bytes:
-            file.seek(min(start + UNIT_BYTES, item.bytes))
-            stop = files.next_line(file)
-            yield dataclasses.replace(whole, start=start, stop=stop, text_bytes=stop - start)
-            start = stop
-
-
 def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
     """Yield the units that hold the first `limit` documents, the last of them cut short."""
     for unit in units:
@@ -260,10 +247,8 @@ def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
             count = sum(batch.documents for batch in catalog.read(dataclasses.replace(unit, limit=limit + 1)))
         if count > limit:
             text = unit.text_bytes * limit // count
-            if unit.kind == "txt":
-                unit = dataclasses.replace(unit, documents=limit, text_bytes=text, files=unit.files[:limit])
-            else:
-                unit = dataclasses.replace(unit, documents=limit, text_bytes=text, limit=limit)
+            short = {"files": unit.files[:limit]} if unit.kind == "txt" else {"limit": limit}
+            unit = dataclasses.replace(unit, documents=limit, text_bytes=text, **short)
         yield unit
         limit -= count
         if limit <= 0:

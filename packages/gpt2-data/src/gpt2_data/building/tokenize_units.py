@@ -1,20 +1,20 @@
 """Phase A of a build: a work unit of the source -> its tokens and its documents' lengths, in files.
 
-A unit's receipt is written last and is the only sign that it is done. Tokenizing one twice does no harm. The files
-are not forced to the disk: their hashes are checked when a build resumes, and most are gone before the disk has to
-have them (a sixth of a build's time). Workers import this module: it must load nothing that only the parent needs.
+A unit's receipt is written last and is the only sign that it is done. The files are not forced to the disk: their
+hashes are checked when a build resumes, and most are gone before the disk has to have them (a sixth of a build's
+time). Workers import this module: it must load nothing that only the parent needs.
 """
 
 import dataclasses
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpt2_data import tokenizer
 from gpt2_data.disk import sha256, write_whole
@@ -28,24 +28,21 @@ from gpt2_data.sources.files import Batch
 class Receipt:
     """The facts of a tokenized unit, by which a restart knows that its files are whole.
 
-    CRC-32, at 3 GB/s, against what a kill, a power loss or a bad disk leaves: SHA-256 took 7 % of a build on a
-    processor without instructions for it. The shards that are made of the units have SHA-256.
-
     Attributes:
+        crc32: of its tokens and lengths. It runs at 3 GB/s; SHA-256, which the shards have, took 7 % of a build on
+            a processor without instructions for it.
         documents_replaced: documents that had bytes which are not UTF-8.
-        sha256: of each of the task's `hashed` files, in hex.
+        sha256: path -> the hash in hex of each of the task's `hashed` files.
     """
 
     plan: str
-    unit: int
+    crc32: int
     tokens: int
-    tokens_crc32: int
-    lengths_crc32: int
     documents: int
     documents_empty: int
     documents_replaced: int
     text_bytes: int
-    sha256: list[str]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,8 @@ class UnitTask:
     def file(self, ending: str) -> Path:
         """Return one of its files.
 
-        `u16`: the tokens, EOT in front of each document, as uint16 and nothing else. `u64`: the documents' lengths
-        in tokens. `json`: the receipt, written when those two are whole. `at`: the number of the document at work,
-        while the unit is tokenized carefully.
+        `u16`: the tokens, an EOT before each document, and nothing else. `u64`: the documents' lengths in tokens.
+        `json`: the receipt, written last. `at`: the number of the document at work, if tokenized carefully.
         """
         return self.work / f"unit-{self.unit.index:05d}.{ending}"
 
@@ -71,22 +67,25 @@ class UnitTask:
 def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
     """Tokenize a unit, unless it has a receipt that fits its files. Returns the receipt, and True if it is new.
 
-    Args:
-        careful: take one document at a time and note its number in the position file first, so that a document
-            which kills this process can be named.
+    `careful` takes one document at a time and notes its number in the file `at` first, so that a document which
+    kills this process can be named.
     """
     if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
-    hashes = [sha256(Path(path)) for path in task.hashed]
-    num_tokens = 0
+    hashes = {path: sha256(Path(path)) for path in task.hashed}
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
-    counts = {"documents": 0, "documents_empty": 0, "documents_replaced": 0, "text_bytes": 0}
+    counts = Counter(tokens=0, documents=0, documents_empty=0, documents_replaced=0, text_bytes=0)
     with (
         write_whole(task.file("u16"), durable=False) as tokens_file,
         write_whole(task.file("u64"), durable=False) as lengths_file,
     ):
         for batch in _noted(task) if careful else catalog.read(task.unit):
-            tokens, lengths = _encode(task, batch, counts["documents"])
+            first = counts["documents"]
+            try:
+                tokens, lengths = tokenizer.encode_texts(batch.texts, task.backend, first)
+            except tokenizer.BadText as error:
+                where = catalog.document_name(task.unit, first + error.index - batch.continues)
+                raise ValueError(f"{where}: {error}") from None
             if batch.continues:  # it has no EOT of its own
                 tokens = tokens[1:]
                 pending[-1] += len(tokens)
@@ -94,52 +93,31 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 lengths_file.write(pending.astype(OFFSET, copy=False).data)
                 pending = lengths
             tokens_file.write(tokens.astype(TOKEN, copy=False).data)
-            num_tokens += len(tokens)
-            counts["documents"] += batch.documents
-            counts["documents_empty"] += batch.empty
-            counts["documents_replaced"] += len(batch.replaced)
-            counts["text_bytes"] += batch.text_bytes
+            counts.update(
+                tokens=len(tokens),
+                documents=batch.documents,
+                documents_empty=batch.empty,
+                documents_replaced=len(batch.replaced),
+                text_bytes=batch.text_bytes,
+            )
         lengths_file.write(pending.astype(OFFSET, copy=False).data)
-    receipt = Receipt(
-        plan=task.plan,
-        unit=task.unit.index,
-        tokens=num_tokens,
-        tokens_crc32=_crc32(task.file("u16")),
-        lengths_crc32=_crc32(task.file("u64")),
-        sha256=hashes,
-        **counts,
-    )
+    receipt = Receipt(plan=task.plan, crc32=_crc32(task), sha256=hashes, **counts)
     with write_whole(task.file("json"), durable=False) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
     task.file("at").unlink(missing_ok=True)
     return receipt, True
 
 
-def tokenize_carefully(task: UnitTask) -> tuple[Receipt, bool]:
-    """Tokenize a unit that may have killed a process."""
-    return tokenize_unit(task, careful=True)
-
-
-def _encode(task: UnitTask, batch: Batch, first: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    try:
-        return tokenizer.encode_texts(batch.texts, task.backend, first)
-    except tokenizer.BadText as error:
-        where = catalog.document_name(task.unit, first + error.index - batch.continues)
-        raise ValueError(f"{where}: {error}") from None
-
-
 def _noted(task: UnitTask) -> Iterator[Batch]:
-    """Yield the unit's documents one by one; their numbers stand in the position file before."""
-    number = 0
+    """Yield the unit's documents one by one, each once its number stands in the file `at`."""
+    number = -1
     with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
-            if batch.continues:
-                yield batch
-                continue
-            for i in range(batch.documents):
+            rows = [batch] if batch.continues else [batch.rows(i, i + 1) for i in range(batch.documents)]
+            for row in rows:
+                number += row.documents  # 0 for the rest of one
                 os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
-                yield batch.row(i)
-                number += 1
+                yield row
 
 
 def document_at_work(task: UnitTask) -> str:
@@ -152,20 +130,19 @@ def document_at_work(task: UnitTask) -> str:
 
 
 def read_receipt(task: UnitTask, check_files: bool) -> Receipt | None:
-    """Return the receipt of this very unit, if there is one, and if its files are whole by their hashes."""
+    """Return the receipt of this very unit, if there is one, and if its files are whole by their hash."""
     try:
         receipt = Receipt(**json.loads(task.file("json").read_bytes()))
-        hashes = receipt.tokens_crc32, receipt.lengths_crc32
-        whole = not check_files or hashes == (_crc32(task.file("u16")), _crc32(task.file("u64")))
+        same = (receipt.plan, tuple(receipt.sha256)) == (task.plan, task.hashed)
+        return receipt if same and (not check_files or receipt.crc32 == _crc32(task)) else None
     except (OSError, ValueError, TypeError):
         return None
-    same = (receipt.plan, receipt.unit, len(receipt.sha256)) == (task.plan, task.unit.index, len(task.hashed))
-    return receipt if same and whole else None
 
 
-def _crc32(path: Path) -> int:
+def _crc32(task: UnitTask) -> int:
     crc = 0
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(1 << 20):
-            crc = zlib.crc32(data, crc)
+    for ending in "u16", "u64":
+        with task.file(ending).open("rb", buffering=0) as file:
+            while data := file.read(1 << 20):
+                crc = zlib.crc32(data, crc)
     return crc

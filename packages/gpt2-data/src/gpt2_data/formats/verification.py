@@ -17,12 +17,12 @@ _DAMAGED = f"damaged: its SHA-256 is not the one in {FILE_NAME}"
 
 @dataclass(frozen=True)
 class Report:
-    """The result of verify; each line of `problems` begins with a file's name."""
+    """The result of verify."""
 
     level: str
     files: int
     bytes: int
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # each begins with a file's name
 
     @property
     def ok(self) -> bool:
@@ -31,14 +31,14 @@ class Report:
 
 
 def verify(path: str | Path, level: str = "fast", workers: int | None = None) -> Report:
-    """Compare a dataset's files with its dataset.json.
+    """Compare a dataset's files with its dataset.json. Each file is read once.
 
     Args:
         path: the dataset's folder.
         level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
             header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
             the vocabulary, and that an EOT stands at each document's start and nowhere else.
-        workers: threads, each at a shard of its own; every shard is read once. None: one a core.
+        workers: threads, each at a shard of its own; by default one a core.
 
     Raises:
         ValueError: there is no valid dataset.json. What is wrong with the files is in the report.
@@ -52,15 +52,13 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
             f"gpt2-data convert {folder} OUT --to llmc makes a dataset that can be verified"
         )
     dataset = manifest.load(folder)
-    problem = manifest.tokenizer_problem(dataset)
-    problems = [] if problem is None else [problem]
+    problems = [problem] if (problem := manifest.tokenizer_problem(dataset)) else []
     with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
     listed = {name for shard in dataset.shards for name in shard.files}
-    for extra in sorted(entry.name for entry in folder.iterdir() if manifest.is_shard_name(entry.name)):
-        if extra not in listed:
-            problems.append(f"{extra}: not part of this dataset; delete it")
+    extra = sorted({entry.name for entry in folder.iterdir() if manifest.is_shard_name(entry.name)} - listed)
+    problems += [f"{name}: not part of this dataset; delete it" for name in extra]
     size = sum(shard.bytes + (shard.docs.bytes if shard.docs else 0) for shard in dataset.shards)
     return Report(level, len(listed), size, tuple(problems))
 
@@ -68,11 +66,9 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
 def _shard_problems(folder: Path, shard: Shard, dataset: Manifest, level: str) -> list[str]:
     problems: list[str] = []
     for name in reversed(shard.files):  # the sidecar first
+        open_file = manifest.open_shard if name == shard.file else manifest.open_documents
         try:
-            if name == shard.file:
-                manifest.open_shard(folder, shard)
-            else:
-                manifest.open_documents(folder, shard)
+            open_file(folder, shard)
         except FileNotFoundError:
             problems.append(f"{name}: missing")
         except (ValueError, OSError) as error:
@@ -96,8 +92,8 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
             problems.append(f"{shard.file}: impossible row starts or ids: damaged")
     elif check_documents and disk.sha256(folder / shard.docs.file) != shard.docs.sha256:
         problems.append(f"{shard.docs.file}: {_DAMAGED}")
-    position = documents = 0
-    bad_id, fit = "", True
+    position = eots = eots_at_starts = 0
+    bad_id = ""
     digest = hashlib.sha256()
     with file.path.open("rb", buffering=0) as source:
         digest.update(source.read(file.start))
@@ -109,13 +105,16 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
             if not bad_id and len(tokens) and int(tokens.max()) >= dataset.vocab_size:
                 at = int(np.argmax(tokens >= dataset.vocab_size))
                 bad_id = f"token {position + at:,} is {tokens[at]}, not below {dataset.vocab_size}"
-            eots = np.flatnonzero(tokens == dataset.tokenizer["eot"]) + position
-            fit = fit and np.array_equal(eots, starts[documents : documents + len(eots)])
-            position, documents = position + len(tokens), documents + len(eots)
+            is_eot = tokens == dataset.tokenizer["eot"]
+            here = slice(*np.searchsorted(starts, [position, position + len(tokens)]))
+            eots += int(np.count_nonzero(is_eot))
+            eots_at_starts += int(np.count_nonzero(is_eot[starts[here] - position]))
+            position += len(tokens)
     if digest.hexdigest() != shard.sha256:
         problems.append(f"{shard.file}: {_DAMAGED}")
     if bad_id:
         problems.append(f"{shard.file}: {bad_id}")
-    if check_documents and not (fit and documents == len(starts)):
+    in_order = (np.diff(starts, prepend=-1, append=file.tokens) > 0).all()
+    if check_documents and not (in_order and eots == eots_at_starts == len(starts)):
         problems.append(f"{shard.files[-1]}: document offsets do not fit the tokens of {shard.file}")
     return problems

@@ -1,7 +1,7 @@
 """Where documents come from: a name on the command line leads to inputs, a work unit of one to its documents.
 
 A source is read one unit at a time (plan.py cuts them), as a stream of batches in the source's own order. A new
-kind of file needs an entry in FILE_KINDS, a branch in _batches, a reader in files.py, and a cut in plan.py.
+kind of file needs an entry in ENDINGS, a branch in _parts, a reader in files.py, and a cut in plan.py.
 """
 
 import glob
@@ -15,19 +15,11 @@ from pathlib import Path
 from gpt2_data.sources import files, pydocs
 from gpt2_data.sources.files import Batch, Part
 
-FILE_KINDS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".txt": "txt",
-    ".txt.gz": "txt",
-}
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz")
 KNOWN = (
     "fineweb-edu, fineweb, hf:REPO[@REVISION][:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
-    f"and files or globs ending in {' '.join(FILE_KINDS)}"
+    f"and files or globs ending in {' '.join(ENDINGS)}"
 )
-BUILT_IN = ("pydocs", "tinyshakespeare")
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Unit:
         """The unit's name in messages."""
         if self.kind == "stream":
             return f"unit {self.index} (shard {self.start} of the stream)"
-        what = {"parquet": "row groups", "jsonl": "bytes", "txt": "files"}.get(self.kind, "documents")
+        what = {"parquet": "row groups", "jsonl": "bytes"}.get(self.kind, "documents")
         where = f", {what} {self.start:,} to {self.stop:,}" if self.stop else ""
         files = self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
         return f"unit {self.index} ({files}{where})"
@@ -67,11 +59,11 @@ class Unit:
 
 def expand(source: str) -> list[tuple[str, str]]:
     """Return (kind, path) of each file of a SOURCE, globs sorted. Raises ValueError naming what is wrong."""
-    if source in BUILT_IN:
+    if source in ("pydocs", "tinyshakespeare"):
         return [(source, source)]
     if os.path.isdir(source):
         raise ValueError(f"{source} is a folder: name the files in it, as in '{source.rstrip('/')}/*.parquet'")
-    kind = next((kind for ending, kind in FILE_KINDS.items() if source.endswith(ending)), None)
+    kind = next((ending.split(".")[1] for ending in ENDINGS if source.endswith(ending)), None)
     if kind is None:
         raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
@@ -85,52 +77,46 @@ def expand(source: str) -> list[tuple[str, str]]:
 
 def read(unit: Unit) -> Iterator[Batch]:
     """Yield the documents of a unit. Raises ValueError or OSError that names the file, and in JSON the line."""
+    if unit.kind == "parquet":
+        batches = files.read_parquet(unit.files[0], unit.column, unit.start, unit.stop)
+    else:
+        batches = files.gather(_parts(unit))
     remaining = unit.limit
-    for batch in _batches(unit):
+    for batch in batches:
         if remaining is not None:
             if batch.documents >= remaining:
-                yield batch.head(remaining)
+                yield batch.rows(0, remaining)
                 return
             remaining -= batch.documents
         yield batch
 
 
-def _batches(unit: Unit) -> Iterator[Batch]:
+def _parts(unit: Unit) -> Iterator[Part]:
     path = unit.files[0]
-    if unit.kind == "parquet":
-        yield from files.read_parquet(path, unit.column, unit.start, unit.stop)
-    elif unit.kind == "jsonl":
-        yield from files.gather(files.read_jsonl(path, unit.column, unit.start, unit.stop))
+    if unit.kind == "jsonl":
+        yield from files.read_jsonl(path, unit.column, unit.start, unit.stop)
     elif unit.kind == "txt":
-        yield from files.gather(part for path in unit.files for part in files.read_text(path))
+        for path in unit.files:
+            yield from files.read_text(path)
     elif unit.kind == "pydocs":
-        yield from files.gather(Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
-    elif unit.kind == "tinyshakespeare":
-        yield from files.gather(_speeches(path))
+        yield from (Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
+    elif unit.kind == "tinyshakespeare":  # documents as llm.c has them: between blank lines, with the blank line
+        texts = Path(path).read_text(encoding="utf-8").split("\n\n")
+        for i, text in enumerate(texts, 1):
+            yield Part(text + "\n\n" * (i < len(texts)))
     else:
-        yield from files.gather(_streamed(unit))
+        from gpt2_data.sources import hub  # half a second, and only needed here
 
-
-def _speeches(path: str) -> Iterator[Part]:
-    """Yield TinyShakespeare's documents as llm.c has them: between blank lines, with the blank line."""
-    texts = Path(path).read_text(encoding="utf-8").split("\n\n")
-    for i, text in enumerate(texts, 1):
-        yield Part(text + "\n\n" * (i < len(texts)))
-
-
-def _streamed(unit: Unit) -> Iterator[Part]:
-    from gpt2_data.sources import hub, streaming
-
-    listing = hub.Listing.from_json(json.loads(unit.files[0]))
-    yield from map(Part, streaming.documents(listing, unit.start, unit.column))
+        listing = hub.Listing.from_json(json.loads(path))
+        yield from map(Part, hub.stream(listing, unit.start, unit.column))
 
 
 def document_name(unit: Unit, number: int) -> str:
     """Say for a message where the unit's document `number`, counted from 0, stands."""
+    path = unit.files[0]
     if unit.kind == "parquet":
-        with files.open_parquet(unit.files[0], unit.column) as file:
-            rows = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
-        return f"{unit.files[0]}: row {rows + number:,}, counted from 0"
+        rows = sum(rows for rows, _ in files.row_groups(path, unit.column)[: unit.start])
+        return f"{path}: row {rows + number:,}, counted from 0"
     if unit.kind == "txt" and number < len(unit.files):
         return unit.files[number]
     return f"{unit.name}: document {number:,} of it, counted from 0"

@@ -2,112 +2,87 @@
 
 NAME.part grows, is checked against the size and the SHA-256 that the hub lists, and becomes NAME; NAME.json is the
 receipt by which a rerun knows the file without hashing it again; NAME.lock keeps other processes and boxes away.
+
+The HTTP client is huggingface_hub's: proxies, certificates, redirects and HF_HUB_OFFLINE are its business. Its own
+`http_get` and `http_backoff` (2.4.0) would sleep for as long as a Retry-After says, be it a day.
 """
 
 import contextlib
-import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import random
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 
-from gpt2_data.disk import Busy, lock, sync_folder, write_whole
-from gpt2_data.disk import sha256 as sha256_of
-from gpt2_data.sources import hub, web
-from gpt2_data.sources.web import WebFile
+from gpt2_data import disk
 
-TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
-
+T = TypeVar("T")
 Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
+TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
+PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
+UNREACHABLE = 30.0  # the same, where a person waits, for a server that has not answered yet
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time, with jitter
+READ_TIMEOUT = 30.0  # seconds without a byte, then the connection counts as lost
+LOGIN = "log in by `hf auth login` or set HF_TOKEN"
 
 
-class _Wrong(Exception):
-    """What the server sends is not the file."""
+@dataclass(frozen=True)
+class WebFile:
+    """A file at an address: `path` is where it belongs in a folder, `sha256` is in hex, or None if not known."""
+
+    url: str
+    path: str
+    size: int
+    sha256: str | None
 
 
-def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
-    """Download a file, unless it is there already, and return its path.
-
-    A download that broke resumes where it was, in another process too. The file is there whole and checked, or not
-    at all; several processes that ask at once fetch it once.
-
-    Args:
-        source: an address (https://...), or a split of a dataset on the Hugging Face hub that is a single file, as
-            hf:REPO[@REVISION][:CONFIG[:SPLIT]].
-        folder: where the file is kept; it is created if need be.
-        name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
-        sha256: of the file, in hex. A file of that name and hash is taken without asking the network. Without it
-            the hub's own hash is checked; of another address only the size can be.
-
-    Raises:
-        ValueError: the source is malformed, or the hub has no such dataset, config or split, or several files.
-        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
-    """
-    on_hub = hub.parse(source)
-    if on_hub is None:
-        if not source.startswith(("http://", "https://")):
-            raise ValueError(f"{source!r}: write an address (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
-        name = name or source.partition("?")[0].rpartition("/")[2]
-        if not name:
-            raise ValueError(f"{source}: this address names no file: give its name")
-    if name and sha256 is not None and (folder / name).is_file():
-        if sha256_of(folder / name) == sha256:
-            return folder / name
-        _receipt(folder / name).unlink(missing_ok=True)  # it may not tell that the file is damaged
-    if on_hub is None:
-        assert name is not None
-        file = WebFile(source, name, _size_of(source), sha256)
-    else:
-        files = hub.list_files(on_hub).files
-        if len(files) != 1:
-            raise ValueError(f"{source} has {len(files)} files on the hub, not one")
-        name = name or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
-        file = dataclasses.replace(files[0], path=name, sha256=sha256 or files[0].sha256)
-    return download_file(file, folder)
+class Wrong(OSError):
+    """What the server sends is not what it should be."""
 
 
-def _size_of(url: str) -> int:
-    def ask() -> int:
-        with web.get(url, {"Range": "bytes=0-0"}) as response:
-            if (size := web.span(response)[1]) is None:
-                raise OSError(f"{url}: the server does not say how long the file is")
-            return size
+class Again(Exception):
+    """A try failed in a way that another may not; the server asks to wait `after` seconds, or was not reached."""
 
-    return web.Patience(url).call(ask)
+    def __init__(self, problem: str, after: float | None = None, reached: bool = True) -> None:
+        super().__init__(problem)
+        self.after, self.reached = after, reached
 
 
 def download_file(
-    file: WebFile, folder: Path, progress: Progress | None = None, stop: threading.Event | None = None
+    file: WebFile, folder: Path, progress: Progress = lambda size: None, unreachable: float = UNREACHABLE
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises:
-        OSError: refused (at once), not reached or rate-limited for web.PATIENCE seconds, wrong content TRIES
-            times, or no room (what is there is kept).
-        web.Stopped: `stop` is set.
+    Raises OSError: refused, not reached for `unreachable` seconds, no byte for PATIENCE seconds, wrong TRIES
+    times, or no room; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    patience = web.Patience(file.url, stop)
-    with _locked(path.with_name(path.name + ".lock"), patience):
+    with path.with_name(path.name + ".lock").open("a") as lock:  # it stays, since to delete it races
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if is_done(path, file):  # by another process meanwhile
             return path
         digest = file.sha256
-        if digest is None or not path.exists() or sha256_of(path) != digest:
+        if digest is None or not path.exists() or disk.sha256(path) != digest:
             part = path.with_name(path.name + ".part")
-            digest = _download(file, part, progress, patience)
+            digest = _download(file, part, progress, unreachable)
             part.replace(path)
-            sync_folder(path.parent)
+            disk.sync_folder(path.parent)
         receipt = {"size": file.size, "sha256": digest, "mtime_ns": path.stat().st_mtime_ns, "url": file.url}
-        with write_whole(_receipt(path)) as out:
+        with disk.write_whole(path.with_name(path.name + ".json")) as out:
             out.write((json.dumps(receipt) + "\n").encode())
     return path
 
@@ -115,7 +90,7 @@ def download_file(
 def is_done(path: Path, file: WebFile) -> bool:
     """True if the file is there, by its size and its receipt."""
     try:
-        status, receipt = path.stat(), json.loads(_receipt(path).read_text())
+        status, receipt = path.stat(), json.loads(path.with_name(path.name + ".json").read_text())
     except (OSError, ValueError):
         return False
     expected: dict[str, object] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -123,105 +98,51 @@ def is_done(path: Path, file: WebFile) -> bool:
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
-def _receipt(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, patience: web.Patience) -> Iterator[None]:
-    """Wait for the lock of a file. NAME.lock stays, since to delete it races."""
-    with path.open("a") as file:
-        while True:
-            patience.progress()  # another's time is not ours
-            try:
-                lock(file, f"{path} is locked")
-                break
-            except Busy:
-                patience.stop.wait(0.2)
-        yield
-
-
-def _download(file: WebFile, part: Path, progress: Progress | None, patience: web.Patience) -> str:
-    """Complete `part` and return its SHA-256. Raises OSError, naming the part where the disk is the trouble."""
-    for remaining in reversed(range(TRIES)):
+def _download(file: WebFile, part: Path, progress: Progress, unreachable: float) -> str:
+    """Complete the part and return its SHA-256."""
+    for _ in range(TRIES):
         try:
-            with part.open("ab+") as out:
-                return _receive(file, out, progress, patience)
-        except _Wrong as wrong:
-            part.unlink()
-            if not remaining:
-                raise OSError(f"{file.url}: given up after {TRIES} downloads: {wrong}") from None
-            patience.wait(web.Again(str(wrong)))
+            insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size, unreachable)
+            with part.open("rb") as complete:
+                os.fsync(complete.fileno())
+                digest = hashlib.file_digest(complete, "sha256").hexdigest()
+            if file.sha256 in (None, digest):
+                return digest
+            problem = f"{file.url}: SHA-256 is {digest}, should be {file.sha256}"
+        except Wrong as wrong:
+            problem = str(wrong)
         except OSError as error:
             if error.errno is not None and error.filename is None:
                 error.filename = str(part)  # a failing write does not say where
             raise
-    raise AssertionError
+        part.unlink()
+    raise OSError(f"{problem}; given up after {TRIES} downloads")
 
 
-def _receive(file: WebFile, out: BinaryIO, progress: Progress | None, patience: web.Patience) -> str:
-    """Append to `out` what is missing of the file, and return the SHA-256 of the whole.
-
-    What a part began with is believed only as far as the SHA-256 can tell in the end; without one, each process
-    starts anew, and the ETag tells whether the file is still the same. Raises _Wrong, OSError or Stopped.
-    """
-    out.seek(0)
-    if file.sha256 is None or os.fstat(out.fileno()).st_size > file.size:
-        out.truncate(0)
-    digest = hashlib.sha256()
-    while block := out.read(2**20):
-        digest.update(block)
-        patience.progress()
-    size, headers = out.tell(), dict[str, str]()
-
-    def receive_more() -> None:
-        nonlocal size
-        if size:  # each time by a new link to the store, for links expire
-            headers["Range"] = f"bytes={size}-"
-        with web.get(file.url, headers) as response:
-            _check_answer(response, file, size)
-            tag = response.headers.get("ETag", "")
-            if file.sha256 is None and tag.startswith('"'):  # a strong one stands for these very bytes
-                headers["If-Range"] = tag
-            for block in response.iter_raw():  # a size here would hold back, and lose, what came before a break
-                if size + len(block) > file.size:
-                    raise _Wrong(f"the file has more than the {file.size:,} bytes that it should have")
-                out.write(block)
-                digest.update(block)
+def _receive(file: WebFile, part: Path, progress: Progress) -> None:
+    """Append to the part what is missing of the file. Raises Again or OSError."""
+    # Without a SHA-256 nothing could tell what the part begins with.
+    with part.open("ab" if file.sha256 else "wb") as out:
+        size = out.tell()
+        if size == file.size:
+            return
+        with get(file.url, size) as (blocks, total):  # by a new link to the store, for links expire
+            if total not in (None, file.size):
+                raise Wrong(f"{file.url}: the file has {total:,} bytes, should have {file.size:,}")
+            for block in blocks:
                 size += len(block)
-                patience.progress()
-                if progress is not None:
-                    progress(size)
-        if size < file.size:
-            raise web.Again(f"the connection closed after {size:,} of {file.size:,} bytes")
-
+                if size > file.size:
+                    raise Wrong(f"{file.url}: the file has more than {file.size:,} bytes")
+                out.write(block)
+                progress(size)
     if size < file.size:
-        patience.call(receive_more)
-    out.flush()
-    os.fsync(out.fileno())
-    if file.sha256 not in (None, digest.hexdigest()):
-        raise _Wrong(f"SHA-256 is {digest.hexdigest()}, should be {file.sha256}")
-    return digest.hexdigest()
+        raise Again(f"the connection closed after {size:,} of {file.size:,} bytes")
 
 
-def _check_answer(response: httpx2.Response, file: WebFile, size: int) -> None:
-    """Raise _Wrong unless the response is the file's bytes from `size` on."""
-    first, total = web.span(response)
-    if total not in (None, file.size):
-        raise _Wrong(f"the file has {total:,} bytes, should have {file.size:,}")
-    if response.status_code == 416 or first != size:
-        raise _Wrong(f"the server does not resume at byte {size:,} of {file.size:,}")
-
-
-class Downloader:
+class Downloader(contextlib.AbstractContextManager["Downloader"]):
     """Fetches files, each into its folder, in order in a background thread, while the caller works on others.
 
-    Args:
-        ahead: the number of files that may be there and not released; None: all.
-        delete: True deletes a file that is released.
-
-    Attributes:
-        bytes_done: on the disk; what an earlier run had fetched counts as soon as it is seen.
+    No more than `ahead` files are there and not released (None: all). `delete` deletes those that are released.
     """
 
     def __init__(
@@ -230,7 +151,8 @@ class Downloader:
         self.delete = delete
         self.files = {folder / file.path: (file, folder) for file, folder in files}
         self.bytes_done, self.bytes_total = 0, sum(file.size for file, _ in files)
-        self._arrived: dict[Path, Future[None]] = {path: Future() for path in self.files}
+        self._arrived = set[Path]()
+        self._error: BaseException | None = None
         self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
         # A daemon, since a server that is silent must not hold up the end of the program.
@@ -239,59 +161,141 @@ class Downloader:
 
     def ready(self, path: Path) -> bool:
         """True if the file is there. Raises the thread's OSError if it never will be."""
-        arrived = self._arrived[path]
-        return arrived.done() and arrived.result() is None
+        arrived = path in self._arrived
+        if self._error is not None and not arrived:
+            raise self._error
+        return arrived
 
     def release(self, path: Path) -> None:
         """Take note that a file is done with."""
         if self.delete:
-            _receipt(path).unlink(missing_ok=True)
+            path.with_name(path.name + ".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         self._room.release()
-
-    def __enter__(self) -> "Downloader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop fetching; what has arrived of a file is kept, and the next download resumes there."""
         self._stop.set()
         self._room.release()
-        self._thread.join(2.0)
+        self._thread.join(1.0)
 
     def _run(self) -> None:
         complete = 0
 
         def note(size: int) -> None:
             self.bytes_done = complete + size
+            if self._stop.is_set():
+                raise CancelledError
 
         try:
             for path, (file, folder) in self.files.items():
                 self._room.acquire()
-                if self._stop.is_set():
-                    return
-                download_file(file, folder, note, self._stop)
-                complete += file.size
                 note(0)
-                self._arrived[path].set_result(None)
-        except web.Stopped:
+                download_file(file, folder, note, PATIENCE)  # a build of hours outlasts a network's outage
+                complete += file.size
+                self._arrived.add(path)
+                note(0)
+        except CancelledError:
             return
         except BaseException as error:  # the caller's thread raises it
-            for arrived in self._arrived.values():
-                if not arrived.done():
-                    arrived.set_exception(error)
+            self._error = error
 
 
-TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+def insist(
+    what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0, unreachable: float = UNREACHABLE
+) -> T:
+    """Return what the function returns; call it anew while it raises Again and patience lasts, else raise OSError.
+
+    Patience starts anew whenever `size`, of what has arrived, has grown. `what` is named in errors.
+    """
+    since, tries, answered, largest = time.monotonic(), 0, False, 0
+    while True:
+        try:
+            return function()
+        except Again as again:
+            if size() > largest:
+                since, tries, largest = time.monotonic(), 0, size()
+            tries += 1
+            answered |= again.reached
+            delay = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
+            delay = delay if again.after is None else again.after
+            passed = time.monotonic() - since
+            if passed + delay > (PATIENCE if answered else unreachable):
+                gave_up = f"gave up at try {tries} after {passed:.0f} seconds"
+                raise OSError(f"{what}: {again}; {gave_up}: run the same command again later") from again
+        time.sleep(delay)
 
 
-def tinyshakespeare() -> Path:
-    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data"
-    path = cache / "tinyshakespeare.txt"
+@contextlib.contextmanager
+def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterator[bytes], int | None]]:
+    """Ask for bytes [start, stop) of a file; yield them in blocks, and the size of all of it, None if not said.
+
+    Raises Wrong if the server does not send that range, another OSError, or Again.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    # The user's token goes to the hub alone; the client takes it off where a redirect leaves the host.
+    token = None if urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2] else False
+    headers = build_hf_headers(token=token, library_name="gpt2-data")
+    headers |= {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", "Accept-Encoding": "identity"}
+    with transport(url), get_session().stream("GET", url, headers=headers, timeout=READ_TIMEOUT) as response:
+        if response.status_code != 416:
+            hf_raise_for_status(response)
+        if response.status_code == 200:
+            first, total = "0", response.headers.get("Content-Length", "*")
+        else:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            first, total = span.groups() if span else ("", "*")
+        if first != str(start):
+            raise Wrong(f"{url}: the server cannot send the file from byte {start:,} on")
+        # Not iter_raw(size): it would hold back, and lose, what came before a break.
+        yield response.iter_raw(), None if total == "*" else int(total)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file. Raises OSError in one line."""
+
+    def read() -> bytes:
+        with get(url, start, stop) as (blocks, _):
+            data = b"".join(blocks)
+        if len(data) != stop - start:
+            raise Again(f"the server sent {len(data):,} bytes of {stop - start:,}")
+        return data
+
+    return insist(url, read) if stop > start else b""
+
+
+@contextlib.contextmanager
+def transport(what: str) -> Iterator[None]:
+    """Turn what the client raises into Again or an OSError of one line, without the signature of a link."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    reasons = {  # the first that fits; the hub does not tell a private dataset from none
+        errors.GatedRepoError: f"gated: ask for access on the dataset's page, then {LOGIN}",
+        errors.RepositoryNotFoundError: f"no such dataset; if it is private, {LOGIN}",
+        errors.RevisionNotFoundError: "no such revision",
+    }
+    denied = f"not allowed: {LOGIN}, with an account that has access"
+    statuses = {401: denied, 403: denied, 404: "no such file"}
     try:
-        return fetch(TINYSHAKESPEARE, cache, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(f"{error}; or put {TINYSHAKESPEARE} at {path}") from error
+        yield
+    except errors.HfHubHTTPError as error:
+        response, status = error.response, error.response.status_code
+        if status in (408, 425, 429, 500, 502, 503, 504):
+            limit, after = parse_ratelimit_headers(response.headers), response.headers.get("Retry-After", "")
+            seconds = float(after) if after.isdecimal() else None
+            if limit is not None and limit.remaining == 0:
+                seconds = limit.reset_in_seconds + 1.0
+            asks = "" if seconds is None else f" and asks to wait {seconds:.0f} seconds"
+            raise Again(f"{response.url.netloc.decode()} answers with HTTP {status}{asks}", seconds) from None
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), "")
+        raise OSError(f"{what}: {reason or statuses.get(status, 'refused')} (HTTP {status})") from None
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, httpx2.TooManyRedirects) as error:
+        raise OSError(f"{what}: this address cannot be downloaded: {error}") from error
+    except httpx2.RequestError as error:
+        reached = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)
+        problem = "the connection broke" if reached else "cannot be reached"
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise Again(f"{error.request.url.netloc.decode()}: {problem}: {why}", reached=reached) from error

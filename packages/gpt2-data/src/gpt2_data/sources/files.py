@@ -9,9 +9,10 @@ import contextlib
 import io
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,13 +23,11 @@ _BATCH_PARTS = 4096
 MAX_LINE = 1 << 27  # bytes; a small compressed file may stand for more than any memory holds
 _LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_NEAR_END = 1000  # bytes of a block in which a place to cut at is most often found
 _READ = 1 << 20  # bytes of a compressed column read at once
-_SHOWN = 300  # characters of a list in a message
+_SHOWN = 300  # characters of a list in a message; a file may have any number of columns
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A document or, of one too long to hold, a part. The fields are those of a Batch."""
 
     text: str | None
@@ -59,21 +58,17 @@ class Batch:
     def empty(self) -> int:
         """The number of documents without text; they are kept."""
         _, offsets = tokenizer.text_buffers(self.texts)
-        return 0 if self.continues else int(np.count_nonzero(offsets[1:] == offsets[:-1]))
+        return 0 if self.continues else int(np.count_nonzero(np.diff(offsets) == 0))
 
     @property
     def text_bytes(self) -> int:
         """The bytes of all texts in UTF-8."""
-        _, offsets = tokenizer.text_buffers(self.texts)
-        return int(offsets[-1] - offsets[0])
+        return len(tokenizer.text_buffers(self.texts)[0])
 
-    def head(self, documents: int) -> "Batch":
-        """The first `documents` of it."""
-        return Batch(self.texts.slice(0, documents), tuple(i for i in self.replaced if i < documents))
-
-    def row(self, i: int) -> "Batch":
-        """Document i of it alone."""
-        return Batch(self.texts.slice(i, 1), (0,) if i in self.replaced else ())
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Documents [start, stop) of it."""
+        replaced = tuple(i - start for i in self.replaced if start <= i < stop)
+        return Batch(self.texts.slice(start, stop - start), replaced)
 
 
 def gather(parts: Iterable[Part]) -> Iterator[Batch]:
@@ -82,8 +77,8 @@ def gather(parts: Iterable[Part]) -> Iterator[Batch]:
     characters = 0
     for part in parts:
         size = len(part.text or "")
-        alone = part.continues or (some and some[0].continues)
-        if some and (alone or characters + size > BLOCK or len(some) >= _BATCH_PARTS):
+        full = characters + size > BLOCK or len(some) >= _BATCH_PARTS
+        if some and (full or part.continues or some[0].continues):
             yield _batch(some)
             some, characters = [], 0
         some.append(part)
@@ -106,14 +101,8 @@ def _batch(parts: list[Part]) -> Batch:
     return Batch(array, tuple(sorted(replaced)), parts[0].continues)
 
 
-# --- Parquet
-
-
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
-    """Open a Parquet file (pyarrow.parquet.ParquetFile) that has this column of strings. Raises ValueError.
-
-    `source` is a path, or what pyarrow reads from, which errors call `name`.
-    """
+    """Open a Parquet file, or what pyarrow reads from and errors call `name`, that has this column of strings."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -123,16 +112,13 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
         file = pq.ParquetFile(source, buffer_size=_READ, page_checksum_verification=True)
         schema = file.schema_arrow
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
-            raise
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
-        hint = "" if column != "text" else ": name the column of the text with --column"
-        raise ValueError(f"{name}: no column {column!r}; the columns are {_listed(schema.names)}{hint}")
+        columns = textwrap.shorten(", ".join(schema.names), _SHOWN, placeholder=" ...")
+        raise ValueError(f"{name}: no column {column!r}; the columns are {columns}: choose one with --column")
     kind = schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string()):
         raise ValueError(f"{name}: column {column!r} holds {kind}, not strings")
     return file
 
@@ -143,15 +129,13 @@ def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]
         metadata = file.metadata
     # Nested columns before it count for several leaves.
     number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-    groups = []
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        rows, size = group.num_rows, group.column(number).total_uncompressed_size
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    sizes = [(group.num_rows, group.column(number).total_uncompressed_size) for group in groups]
+    for i, (rows, size) in enumerate(sizes):
         if not 0 <= rows < 2**31 or size < 0:
-            where = f"{name or source}: row group {i}"
-            raise ValueError(f"{where} is damaged: {rows:,} rows of {size:,} bytes are impossible")
-        groups.append((rows, size))
-    return groups
+            problem = f"{rows:,} rows of {size:,} bytes are impossible"
+            raise ValueError(f"{name or source}: row group {i} is damaged: {problem}")
+    return sizes
 
 
 def read_parquet(path: str, column: str, start: int, stop: int) -> Iterator[Batch]:
@@ -184,15 +168,16 @@ def _from_column(column: Any) -> Batch:
     return Batch(column, ())
 
 
-# --- JSON lines
-
-
-def open_bytes(path: str) -> BinaryIO:
-    """Open a file, decompressed if its name says so. A cut-short stream raises OSError on reading."""
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """Open a file, decompressed if its name says so. What cannot be read raises ValueError naming it."""
     import pyarrow as pa
 
-    raw = cast(io.RawIOBase, pa.input_stream(path, compression="detect"))
-    return cast(BinaryIO, io.BufferedReader(raw, BLOCK))
+    try:
+        with io.BufferedReader(pa.input_stream(path, compression="detect"), BLOCK) as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def is_compressed(path: str) -> bool:
@@ -203,17 +188,19 @@ def is_compressed(path: str) -> bool:
 def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
     """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0: to the end."""
     for number, line in enumerate(_lines(path, start, stop), 1):
-        if not line.isspace():
+        if line.isspace():
+            continue
+        try:
             part = _json_part(line, key)
-            if isinstance(part, str):
-                before = sum(1 for _ in _lines(path, 0, start)) if start else 0
-                raise ValueError(f"{path}:{before + number}: {part}")
-            yield part
+        except ValueError as error:
+            before = sum(1 for _ in _lines(path, 0, start)) if start else 0
+            raise ValueError(f"{path}:{before + number}: {error}") from None
+        yield part
 
 
 def _lines(path: str, start: int, stop: int) -> Iterator[bytes]:
     """Yield the lines of bytes [start, stop) of a file, without a byte order mark."""
-    with naming(path), open_bytes(path) as file:
+    with open_bytes(path) as file:
         position = start
         if position:
             file.seek(position)
@@ -232,40 +219,29 @@ def next_line(file: BinaryIO) -> int:
     return file.tell()
 
 
-def _json_part(line: bytes, key: str) -> Part | str:
-    """Return the document, or what is wrong."""
+def _json_part(line: bytes, key: str) -> Part:
     # A number or bracket becomes 20 times its size in memory, a string of a text no more than 10 times.
     if len(line) > _LONG_LINE and len(_STRINGS.sub(b"", line)) > _LONG_LINE:
-        return f"more than {_LONG_LINE:,} bytes of JSON that are not in strings"
+        raise ValueError(f"more than {_LONG_LINE:,} bytes of JSON that are not in strings")
     text, replaced = _decode(line)
     try:
         row = json.loads(text)
-    except ValueError as error:
-        return f"not JSON: {first_line(error)}"
-    except RecursionError:
-        return "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise ValueError(f"not JSON: {reason}") from None
     if not isinstance(row, dict):
-        return f"a JSON object is wanted, this is {type(row).__name__}"
+        raise ValueError(f"a JSON object is wanted, this is {type(row).__name__}")
     if key not in row:
-        hint = "" if key != "text" else ": name the key of the text with --column"
-        return f"no key {key!r}; the keys are {_listed(row)}{hint}"
+        keys = textwrap.shorten(", ".join(row), _SHOWN, placeholder=" ...")
+        raise ValueError(f"no key {key!r}; the keys are {keys}: name the key of the text with --column")
     if not isinstance(row[key], str | None):
-        return f"{key!r} holds {type(row[key]).__name__}, not a string"
+        raise ValueError(f"{key!r} holds {type(row[key]).__name__}, not a string")
     return Part(row[key], replaced)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Join names for a message; a file may have any number."""
-    text = ", ".join(names) or "(none)"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
-
-
-# --- text files
 
 
 def read_text(path: str) -> Iterator[Part]:
     """Yield the file as one document. A long one is cut where that changes no token: see tokenizer.find_cut."""
-    with naming(path), open_bytes(path) as file:
+    with open_bytes(path) as file:
         continues = False
         rest = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
         while block := file.read(BLOCK):
@@ -273,10 +249,7 @@ def read_text(path: str) -> Iterator[Part]:
                 raise OSError(f"no white space in {tokenizer.MAX_UNCUT:,} bytes")
             searched = len(rest)
             rest += block
-            view = memoryview(rest)
-            cut = tokenizer.find_cut(view, max(searched, len(rest) - _NEAR_END), len(rest))
-            if cut < 0:
-                cut = tokenizer.find_cut(view, searched, len(rest))
+            cut = tokenizer.find_cut(memoryview(rest), searched, len(rest))
             if cut > 0:
                 yield Part(*_decode(rest[:cut]), continues=continues)
                 continues, rest = True, rest[cut:]
@@ -292,15 +265,4 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text: Arrow's have several."""
-    return str(error).partition("\n")[0]
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Name the file in Arrow's errors about a compressed stream."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
+    return str(error).strip().partition("\n")[0]

@@ -1,26 +1,28 @@
-"""Datasets on the Hugging Face hub: their names and their files.
+"""Datasets on the Hugging Face hub: their names, their files, and the documents of those that are not Parquet.
 
-A listing is pinned to a commit and can be kept on disk, so that a build that resumes next week reads the same
-bytes though `main` has moved. How configs and splits are chosen:
-https://huggingface.co/docs/hub/datasets-data-files-configuration
+A listing is pinned to a commit and kept on disk: a build that resumes next week reads the same bytes.
+How configs and splits are chosen: https://huggingface.co/docs/hub/datasets-data-files-configuration
 """
 
-import json
+import contextlib
+import functools
+import os
 import re
-from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+import statistics
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from gpt2_data.sources import files as readers
-from gpt2_data.sources import web
-from gpt2_data.sources.web import WebFile
+import tqdm
 
-SHORT = {  # name -> repository, config
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
-}
+from gpt2_data import disk
+from gpt2_data.sources import download, files
+from gpt2_data.sources.download import READ_TIMEOUT, WebFile
+
+SHORT = {name: (f"HuggingFaceFW/{name}", "sample-10BT") for name in ("fineweb-edu", "fineweb")}
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(
@@ -38,12 +40,6 @@ class HubSource:
     config: str | None = None
     split: str = "train"
 
-    @property
-    def name(self) -> str:
-        """As it is written on the command line, in full."""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf:{self.repo}{revision}:{self.config or ''}:{self.split}"
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -57,13 +53,8 @@ class Listing:
 
     @property
     def parquet(self) -> bool:
-        """True if the files can be read as they are; otherwise streaming.py reads them."""
+        """True if the files can be read as they are; otherwise `stream` reads them."""
         return all(file.path.endswith(".parquet") for file in self.files)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Return what from_json takes, for json.dump."""
@@ -72,190 +63,132 @@ class Listing:
 
     @classmethod
     def from_json(cls, data: Any) -> "Listing":
-        """Return a listing that was kept. Raises ValueError if it is none."""
-        try:
-            repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
-            commit = _matching("[0-9a-f]{40}", data["commit"])
-            config = None if data["config"] is None else _matching(r"\S+", data["config"])
-            files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
-            return cls(repo, commit, config, _matching(r"[\w.]+", data["split"]), files)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a listing of a dataset's files: {error!r}") from error
+        """Return a listing that was kept. Raises ValueError, KeyError or TypeError if it is none."""
+        repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
+        commit = _matching("[0-9a-f]{40}", data["commit"])
+        files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
+        return cls(repo, commit, data["config"], data["split"], files)
 
 
 def parse(text: str) -> HubSource | None:
     """Return what a SOURCE names on the hub, or None. Raises ValueError if it is meant so but malformed."""
-    short, colon, config = text.partition(":")
-    if short in SHORT:
-        if colon and not re.fullmatch(r"[^\s:]+", config):
-            raise ValueError(f"{text!r}: write {short} or {short}:CONFIG, as in {short}:{SHORT[short][1]}")
+    short, _, config = text.partition(":")
+    if short in SHORT and re.fullmatch(r"[\w-]+(:[^\s:]+)?", text):
         return HubSource(SHORT[short][0], config=config or SHORT[short][1])
-    if short != "hf":
+    if short not in ("hf", *SHORT):
         return None
     match = _SOURCE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r}: write hf:REPO[@REVISION][:CONFIG[:SPLIT]], as in hf:roneneldan/TinyStories")
+        raise ValueError(f"{text!r}: write hf:REPO[@REVISION][:CONFIG[:SPLIT]], or such as fineweb-edu:CONFIG")
     return HubSource(match["repo"], match["revision"], match["config"] or None, match["split"] or "train")
 
 
 def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
-    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer alone.
-
-    Raises:
-        ValueError: the file is no Parquet, or `column` holds no strings.
-        OSError: the file is not reached.
-    """
+    """Return what files.row_groups does for a file on the hub, by its footer alone. Raises OSError, too."""
     import pyarrow as pa
 
-    footer = web.read_range(file.url, max(0, file.size - _FOOTER), file.size)
+    footer = download.read_range(file.url, max(0, file.size - _FOOTER), file.size)
     size = 8 + int.from_bytes(footer[-8:-4], "little")
     if len(footer) < size <= file.size:
-        footer = web.read_range(file.url, file.size - size, file.size)
-    return readers.row_groups(pa.BufferReader(footer), column, file.path)
-
-
-# --- which files
+        footer = download.read_range(file.url, file.size - size, file.size)
+    return files.row_groups(pa.BufferReader(footer), column, file.path)
 
 
 def list_files(source: HubSource) -> Listing:
     """List the source's files at the commit that its revision stands for now, by one request.
 
-    Raises:
-        ValueError: no such dataset, config or split; the known ones are named.
-        OSError: not allowed, or not reached.
+    Raises ValueError, naming the configs or splits that there are, or OSError.
     """
-    info = web.Patience(f"hub dataset {source.repo}").call(lambda: _dataset_info(source))
+    from huggingface_hub import HfApi
+
+    what = f"hub dataset {source.repo}" + (f", revision {source.revision}" if source.revision else "")
+
+    @download.transport(what)
+    def ask() -> Any:
+        hub = HfApi(library_name="gpt2-data")
+        return hub.dataset_info(source.repo, revision=source.revision, files_metadata=True, timeout=READ_TIMEOUT)
+
+    info = download.insist(what, ask)
     siblings = {row.rfilename: row for row in info.siblings or []}
     names = sorted(name for name in siblings if not _NO_DATA.fullmatch(name))
-    configs = (info.card_data.get("configs") if info.card_data else None) or []
-    config, splits = _splits(source, configs, names)
-    if source.split not in splits:
-        known = ", ".join(sorted(splits)) or "none"
-        raise ValueError(f"{source.name}: no split {source.split!r}; there are: {known}")
-    chosen = [siblings[name] for name in _one_kind(splits[source.split])]
-    if not chosen:
-        raise ValueError(f"{source.name}: its card names files that the dataset does not have")
+    config, splits = _splits(source, (info.card_data or {}).get("configs") or [], names)
+    if not (chosen := splits.get(source.split)):
+        there_are = ", ".join(sorted(splits)) or "none"
+        raise ValueError(f"{what}: no file of split {source.split!r}; the splits are: {there_are}")
+    if statistics.mode(PurePosixPath(name).suffix for name in chosen) == ".parquet":
+        # A licence or a picture among them is left out, as `datasets` does.
+        chosen = [name for name in chosen if name.endswith(".parquet")]
     commit = _matching("[0-9a-f]{40}", info.sha)
-    files = (hub_file(source.repo, commit, row.rfilename, row.size, row.lfs and row.lfs.sha256) for row in chosen)
-    return Listing(source.repo, commit, config, source.split, tuple(files))
-
-
-def _dataset_info(source: HubSource) -> Any:
-    """Ask the hub about the dataset, with sizes and hashes of its files. Raises web.Again, too."""
-    from huggingface_hub import HfApi, constants, errors
-
-    what = f"hub dataset {source.repo}"
-    try:
-        with web.transport(constants.ENDPOINT):
-            return HfApi(library_name="gpt2-data").dataset_info(
-                source.repo, revision=source.revision, files_metadata=True, timeout=web.READ_TIMEOUT
-            )
-    except errors.OfflineModeIsEnabled as error:
-        raise OSError(f"{source.name}: HF_HUB_OFFLINE is set: unset it, or name local files") from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{what} has no revision {source.revision!r}") from error
-    except errors.HfHubHTTPError as error:
-        if type(error) is errors.RepositoryNotFoundError:  # the hub does not tell a private dataset from none
-            raise ValueError(f"no {what}; if it is private, {web.LOGIN}") from error
-        raise web.refusal(error.response, what) from error
-    except json.JSONDecodeError as error:
-        raise web.Again("the hub answers with something that is not JSON") from error
+    rows = [(name, siblings[name].size, siblings[name].lfs) for name in chosen]
+    files = tuple(hub_file(source.repo, commit, name, size, lfs and lfs.sha256) for name, size, lfs in rows)
+    return Listing(source.repo, commit, config, source.split, files)
 
 
 def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[str | None, dict[str, list[str]]]:
     """Return the config as the card has it, and the files of each split."""
     known = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, dict)}
     there_are = f"there are: {', '.join(known)}" if known else "it has none"
-    config = source.config
-    if config is None and known:
-        marked = [name for name, entry in known.items() if entry.get("default")]
-        config = next(iter([*marked, *(["default"] if "default" in known else []), *known]))
-        if len(known) > 1 and not marked and config != "default":
+    config = source.config or next((name for name, entry in known.items() if entry.get("default")), "default")
+    if source.config is None and known and config not in known:
+        config = next(iter(known))
+        if len(known) > 1:
             raise ValueError(f"hf:{source.repo}: name a config, as in hf:{source.repo}:{config}; {there_are}")
     if config in known:
         return config, _card_splits(source, known[config], names)
-    if config is None or (config == "default" and not known):
-        return None, _splits_by_name(names)
-    for folder in (f"data/{config}/", f"{config}/"):  # a config that the card leaves out
-        if splits := _splits_by_name(names, folder):
-            return None, splits
+    # The card has no configs, or leaves out this one, which is a folder.
+    folder = "" if config == "default" and not known else f"{config}/"
+    if (splits := _splits_by_name(names, folder)) or not folder:
+        return None, splits
     raise ValueError(f"hf:{source.repo}: no config {config!r}; {there_are}")
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Return the files of each split by an entry of the card's `configs:`.
-
-    data_files is a string, a list, or a list of splits.
-    """
+    """Return the files of each split by an entry of the card's `configs:`."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # huggingface_hub requires it
 
-    base = str(entry.get("data_dir") or "").strip("/")
-    base = f"{base}/" if base else ""
-    given = entry.get("data_files")
-    if given is None:
+    base = (str(entry.get("data_dir") or "").strip("/") + "/").removeprefix("/")
+    if (rows := entry.get("data_files")) is None:
         return _splits_by_name(names, base)
-    patterns: dict[str, list[Any]] = {}
-    for row in given if isinstance(given, list) else [given]:
-        split, path = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
-        patterns.setdefault(split, []).extend(path if isinstance(path, list) else [path])
-    splits = {}
-    for split, globs in patterns.items():
-        for pattern in globs:
+    splits: dict[str, set[str]] = {}
+    for row in rows if isinstance(rows, list) else [rows]:
+        split, paths = (str(row.get("split")), row.get("path")) if isinstance(row, dict) else ("train", row)
+        for pattern in paths if isinstance(paths, list) else [paths]:
             if not isinstance(pattern, str) or "://" in pattern:
-                raise ValueError(f"{source.name}: its card names data files that are not its own: {pattern!r}")
-        regexes = [re.compile(glob_translate(base + pattern.removeprefix("./"))) for pattern in globs]
-        splits[split] = [name for name in names if any(regex.fullmatch(name) for regex in regexes)]
-    return splits
+                raise ValueError(f"hub dataset {source.repo}: its card names a file of another place: {pattern!r}")
+            regex = re.compile(glob_translate(base + pattern.removeprefix("./")))
+            splits.setdefault(split, set()).update(filter(regex.fullmatch, names))
+    return {split: sorted(files) for split, files in splits.items()}
 
 
-_KEYWORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|dev|val",
-    "test": "test|testing|eval|evaluation",
-}
-_NO_DATA = re.compile(
-    r"(?:.*/)?(?:\.|__).*|(?:.*/)?(?:README\.md|(?:config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)"
-)
+_SPLITS = ("train|training", "validation|valid|dev|val", "test|testing|eval|evaluation")  # name, other words
+_NO_DATA = re.compile(r"(.*/)?((\.|__).*|README\.md|(config|dataset_infos?|dataset_dict)\.json|dummy_data\.zip)")
 
 
 def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
     """Return the files of each split by their names: data/train-00000-of-00002*, folders or files named train."""
     names = [name for name in names if name.startswith(folder)]
-    sharded: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*", name.removeprefix(folder))
         if match:
-            sharded.setdefault(match[1], []).append(name)
-    if sharded:
-        return sharded
+            splits.setdefault(match[1], []).append(name)
     for where in (r"(?:.*[-._ 0-9/])?(?:{})(?:[-._ 0-9][^/]*)?/.*", r"(?:.*[-._ 0-9/])?(?:{})[-._ 0-9][^/]*"):
-        splits = {}
-        for split, words in _KEYWORDS.items():
+        if splits:
+            break
+        for words in _SPLITS:
             regex = re.compile(where.format(words))
             if inside := [name for name in names if regex.fullmatch(name.removeprefix(folder))]:
-                splits[split] = inside
-        if splits:
-            return splits
-    return {"train": names} if names else {}
-
-
-def _one_kind(names: list[str]) -> list[str]:
-    """Leave out a licence or a picture among Parquet files, as `datasets` does."""
-    endings = Counter(PurePosixPath(name).suffix for name in names)
-    if endings and endings.most_common(1)[0][0] == ".parquet":
-        return [name for name in names if name.endswith(".parquet")]
-    return names
+                splits[words.partition("|")[0]] = inside
+    return splits or ({"train": names} if names else {})
 
 
 def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFile:
     """Return the file of a dataset at a commit, checked, since its path becomes one on this machine."""
     from huggingface_hub import constants
 
-    parts = _matching(r"[^\x00-\x1f\\]+", path).split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{repo}: {path!r} is not a valid path of a dataset's file")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{repo}: {path}: {size!r} is not a valid size")
+    names = set(_matching(r"[^\x00-\x1f\\]+", path).split("/"))
+    if names & {"", ".", ".."} or type(size) is not int or size < 0:
+        raise ValueError(f"{repo}: {path!r} of {size!r} bytes is not a valid file of a dataset")
     url = f"{constants.ENDPOINT}/datasets/{repo}/resolve/{commit}/{quote(path)}"
     return WebFile(url, path, size, None if sha256 is None else _matching("[0-9a-f]{64}", sha256))
 
@@ -264,3 +197,110 @@ def _matching(pattern: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
         raise ValueError(f"{value!r} in a listing of a dataset's files is not what it should be")
     return value
+
+
+def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
+    """Download a file, unless it is there already, and return its path.
+
+    The file is there whole and checked, or not at all. A download that broke resumes, in another process too.
+
+    Args:
+        source: an address (https://...), or hf:REPO[@REVISION][:CONFIG[:SPLIT]], a split that is a single file.
+        folder: where the file is kept; it is created if need be.
+        name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
+        sha256: in hex. A file of that name and hash is taken without asking the network. By default it is the
+            hub's own; of another address only the size is checked then.
+
+    Raises:
+        ValueError: the source is malformed, or the hub has no such config or split, or several files.
+        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
+    """
+    on_hub = parse(source)
+    if on_hub is None:
+        match = re.fullmatch(r"https?://[^?]+/([^/?]+)(?:\?.*)?", source)
+        if match is None:
+            raise ValueError(f"{source!r}: write the address of a file (https://...) or hf:REPO[:CONFIG[:SPLIT]]")
+        name = name or match[1]
+    if name and sha256 is not None and (folder / name).is_file():
+        if disk.sha256(folder / name) == sha256:
+            return folder / name
+        (folder / f"{name}.json").unlink(missing_ok=True)  # the receipt may not tell that the file is damaged
+    if on_hub is None:
+        assert name is not None
+        file = WebFile(source, name, download.insist(source, lambda: _size_of(source)), sha256)
+    else:
+        files = list_files(on_hub).files
+        if len(files) != 1:
+            raise ValueError(f"{source} has {len(files)} files on the hub, not one")
+        name = name or f"{on_hub.repo.replace('/', '--')}/{files[0].path}"
+        file = replace(files[0], path=name, sha256=sha256 or files[0].sha256)
+    return download.download_file(file, folder)
+
+
+def _size_of(url: str) -> int:
+    with download.get(url, 0, 1) as (_, size):
+        if size is None:
+            raise OSError(f"{url}: the server does not say how long the file is")
+        return size
+
+
+TINYSHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def tinyshakespeare() -> Path:
+    """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data" / "tinyshakespeare.txt"
+    try:
+        return fetch(TINYSHAKESPEARE, path.parent, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
+    except OSError as error:
+        raise OSError(f"{str(error).rstrip('.')}; or put {TINYSHAKESPEARE} at {path}") from error
+
+
+def num_shards(listing: Listing) -> int:
+    """Return how many shards `stream` knows of a dataset that is not Parquet. Raises ValueError in one line."""
+    with _one_line_errors(listing):
+        return int(_open(listing).num_shards)
+
+
+def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
+    """Yield the documents of a shard in order, by library `datasets`; null is None. Raises ValueError in one line.
+
+    A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
+    """
+    with _one_line_errors(listing):
+        opened = _open(listing)
+        part = opened.shard(num_shards=opened.num_shards, index=shard)
+        if opened.column_names is not None and column in opened.column_names:
+            part = part.select_columns([column])  # the others need not be decoded
+        for batch in part.iter(batch_size=256):
+            if column not in batch:
+                raise ValueError(f"no column {column!r}; the columns are {', '.join(batch)}")
+            for text in batch[column]:
+                if not isinstance(text, str | None):
+                    raise ValueError(f"column {column!r} holds {type(text).__name__}, not strings")
+                yield text
+
+
+@functools.lru_cache(maxsize=1)  # it takes ten requests, and shards are read one after the other
+def _open(listing: Listing) -> Any:
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which an ended worker would leave behind
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("it is not Parquet: pip install 'gpt2-data[datasets]' to read it") from None
+    name = listing.config  # its options, such as a CSV's separator, are in the card
+    files = None if name else {listing.split: [file.path for file in listing.files]}
+    return datasets.load_dataset(
+        listing.repo, name=name, data_files=files, split=listing.split, revision=listing.commit, streaming=True
+    )
+
+
+@contextlib.contextmanager
+def _one_line_errors(listing: Listing) -> Iterator[None]:
+    """Turn the dozen kinds of errors that `datasets` raises, some of many lines, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = files.first_line(error) or type(error).__name__
+        raise ValueError(f"hub dataset {listing.repo}: {reason}") from error

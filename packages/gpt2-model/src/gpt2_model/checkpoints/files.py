@@ -17,14 +17,12 @@ from torch import Tensor
 
 from gpt2_model.config import GPTConfig
 
-# JSON and pickles take up to 60 times their size once read. The header of the largest GPT-2 has 70 kB, its
-# pickle 60 kB; a config.json with many labels may have a few MB. safetensors allows a header of 100 MB, which took
-# 1.7 GB to read.
+# Once read, JSON and pickles take up to 60 times their size. The largest GPT-2 has a header of 70 kB, or a pickle
+# of 60 kB; a config.json with many labels has a few MB. safetensors' own limit, 100 MB, would take 1.7 GB.
 MAX_JSON = 10_000_000
 _MAX_PICKLE = 1_000_000
 _TOO_LONG = f"its list of tensors is longer than {_MAX_PICKLE:,} bytes"
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-
 
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -60,25 +58,18 @@ def checked_config(path: Path, **fields: Any) -> GPTConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file; a key that comes twice or a number above 64 bits is a ValueError."""
+    """Return the JSON object in a small file; a name that comes twice is a ValueError."""
 
-    def whole(digits: str) -> int:
-        if len(digits) > 19:  # 64 bits
-            raise ValueError(f"a number of {len(digits)} digits")
-        return int(digits)
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in entries:
-                raise ValueError(f"{short(name)} comes twice")
-            entries[name] = value
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("a name comes twice")
         return entries
 
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path} is too large for a GPT-2's {path.name}: the limit is {MAX_JSON:,} bytes")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=once, parse_int=whole)
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -133,7 +124,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _check_legacy(path: Path) -> None:
-    """Check the format before torch 1.6: magic number, version, system, object, then raw storages."""
+    """Refuse pickles of the format before torch 1.6 that would fill the memory."""
     size = path.stat().st_size
     with path.open("rb") as file:
         for part in ("magic", "version", "system", "object", "storages"):
@@ -161,16 +152,11 @@ def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Return the tensors of all files that an index names (model.safetensors.index.json), mapped."""
     shard_of = shard_names(index)
-    paths = [index.parent / shard for shard in sorted(set(shard_of.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{index} names {path.name}, which is not beside it")
     tensors: dict[str, Tensor] = {}
-    for path in paths:
+    for path in (index.parent / shard for shard in sorted(set(shard_of.values()))):
         part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
-            reason = f"{short(odd[0])} is in only one of them"
-            raise ValueError(f"{path} does not hold what {index.name} says: {reason}")
+            raise ValueError(f"{path} and {index.name} disagree: {short(odd[0])} is in only one of them")
         tensors.update(part)
     return tensors
 

@@ -1,10 +1,7 @@
 """Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,7 @@ _NAMES: dict[str, tuple[str, ...]] = {field.name: (field.name,) for field in fie
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
     "is_encoder_decoder": (False, None),
-    "tie_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
     "position_embedding_type": ("absolute", None),
     "quantization_config": (None,),
@@ -44,7 +39,7 @@ attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout summa
 summary_use_proj initializer_range gradient_checkpointing use_cache is_decoder chunk_size_feed_forward n_ctx
 _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _from_model_config
 _name_or_path _num_labels attn_implementation dtype torch_dtype torchscript transformers_version use_bfloat16
-tf_legacy_loss onnx tokenizer_class model_max_length transformers.js_config
+tf_legacy_loss onnx tokenizer_class model_max_length transformers.js_config scale_attn_by_layer_idx
 bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
 decoder_start_token_id forced_bos_token_id forced_eos_token_id n_special predict_special_tokens
 finetuning_task id2label label2id num_labels problem_type prefix task_specific_params
@@ -52,8 +47,7 @@ output_attentions output_hidden_states output_past output_scores return_dict ret
 bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
 exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
 num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty suppress_tokens
-temperature top_k top_p typical_p
-scale_attn_by_layer_idx
+temperature top_k top_p typical_p cross_attention_hidden_size tie_encoder_decoder
 """.split()  # noqa: SIM905 - a line for each would be a page
 # - n_ctx was the size of the causal mask. Models of the Hugging Face course have n_ctx 128 beside 1,024 positions,
 #   and compute with all of them: n_positions alone counts, as in transformers.
@@ -104,8 +98,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp know it: file name -> its bytes or its JSON.
 
-    OpenAI's two files, and the same as one tokenizer.json, in which `<|endoftext|>` is a special token: else
-    llama.cpp takes it for text.
+    OpenAI's two files, and both as one tokenizer.json; llama.cpp takes `<|endoftext|>` for text unless "special".
     """
     merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -150,42 +143,10 @@ def download(name: str) -> Path:
     Short names ("gpt2") stay as they are: the hub knows where they moved, and caches hold them under these names.
     What the hub says becomes one line: a FileNotFoundError, or an OSError if the download broke off.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # half a second, and only needed here
+    from huggingface_hub import errors  # half a second, and only needed here
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
-    repository, _, revision = name.partition("@")
-    with _errors_of_one_line(name):
-        config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-        commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
-        get = partial(hf_hub_download, repository, revision=commit)
-        # Cached ones first: they need no network. Else the best one that the hub has.
-        cached = [try_to_load_from_cache(repository, file, revision=commit) for file in WEIGHTS_FILES]
-        weights = next((path for path in cached if isinstance(path, str)), None) or _first(get)
-        if weights.endswith(".json"):
-            for shard in sorted(set(shard_names(Path(weights)).values())):
-                get(shard)
-    return config.parent
-
-
-def _first(get: Callable[[str], str]) -> str:
-    """Download the best weights file that the model has."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    for file in WEIGHTS_FILES[:-1]:
-        try:
-            return get(file)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, which took it 23 s to see
-                raise
-    return get(WEIGHTS_FILES[-1])
-
-
-@contextmanager
-def _errors_of_one_line(name: str) -> Iterator[None]:
-    """Turn huggingface_hub's errors, of many lines, into ours of one."""
-    from huggingface_hub import errors
-
     login = "`hf auth login` or set HF_TOKEN"
     absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
     unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
@@ -199,7 +160,8 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
     }
     kinds: tuple[type[Exception], ...] = (*messages, errors.HfHubHTTPError)
     try:
-        yield
+        repository, _, revision = name.partition("@")
+        return _download(repository, revision)
     except kinds as error:
         reason = f"could not be downloaded from the hub: {str(error).strip().splitlines()[0]}"
         text = next((text for kind, text in messages.items() if isinstance(error, kind)), reason)
@@ -208,3 +170,24 @@ def _errors_of_one_line(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide
         raise OSError(f"the download of {name} broke off again and again ({error}): try later") from None
+
+
+def _download(repository: str, revision: str) -> Path:
+    """Download config.json and the best weights that the model has; what is in the cache needs no network."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+    commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
+    cached = [f for f in WEIGHTS_FILES if isinstance(try_to_load_from_cache(repository, f, revision=commit), str)]
+    for file in cached or WEIGHTS_FILES:
+        try:
+            weights = hf_hub_download(repository, file, revision=commit)
+            break
+        except errors.EntryNotFoundError as error:
+            # A hub that cannot be reached took it 23 s to see.
+            if file == WEIGHTS_FILES[-1] or isinstance(error, errors.LocalEntryNotFoundError):
+                raise
+    if weights.endswith(".json"):
+        for shard in sorted(set(shard_names(Path(weights)).values())):
+            hf_hub_download(repository, shard, revision=commit)
+    return config.parent

@@ -17,11 +17,10 @@ from torch import Tensor
 from gpt2_model.checkpoints import files
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
-from gpt2_model.command import newest_checkpoint, write_whole
+from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
 from gpt2_model.tokenizer import EOT, PADDED
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
 # head of a GPT2DoubleHeadsModel is no part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
@@ -65,6 +64,14 @@ def read_progress(model: str) -> dict[str, int]:
     return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one."""
+    # manifest.json is written last. Its hashes are not compared: that would read gigabytes.
+    whole = ("manifest.json", "config.json", "model.safetensors")
+    steps = (run / "checkpoints").glob("step-*")
+    return max((step for step in steps if all((step / name).is_file() for name in whole)), default=None)
+
+
 def _open(name: str) -> _Checkpoint:
     path = Path(name)
     if path.is_dir():
@@ -80,9 +87,9 @@ def _open(name: str) -> _Checkpoint:
 
 
 def _open_folder(folder: Path) -> _Checkpoint:
-    for path in (folder / name for name in WEIGHTS_FILES):
-        if path.is_file():
-            return _open_file(path)
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return _open_file(folder / name)
     if checkpoint := newest_checkpoint(folder):
         return _open_folder(checkpoint)
     raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} in it")
@@ -90,20 +97,20 @@ def _open_folder(folder: Path) -> _Checkpoint:
 
 def _open_file(path: Path) -> _Checkpoint:
     """Open a file by its content, since a .bin is torch's or llm.c's."""
-    if path.suffix in (".safetensors", ".json"):
-        config = read_config(path.parent / "config.json")
-        tensors = files.read_safetensors(path) if path.suffix == ".safetensors" else files.read_shards(path)
-        return _Checkpoint(config, tensors, path, in_out=True)
     with path.open("rb") as file:
         start = file.read(len(LLMC_MAGIC))
-    if start == LLMC_MAGIC:
+    if path.suffix == ".safetensors":
+        tensors = files.read_safetensors(path)
+    elif path.suffix == ".json":
+        tensors = files.read_shards(path)
+    elif start == LLMC_MAGIC:
         return _Checkpoint(*read_llmc(path), path, in_out=False)
-    content = files.read_torch(path)
-    if "model_args" in content:
-        return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
-    return _Checkpoint(
-        read_config(path.parent / "config.json"), files.state_dict(content, path), path, in_out=True
-    )
+    else:
+        content = files.read_torch(path)
+        if "model_args" in content:
+            return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
+        tensors = files.state_dict(content, path)
+    return _Checkpoint(read_config(path.parent / "config.json"), tensors, path, in_out=True)
 
 
 def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
@@ -118,7 +125,8 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
             raise ValueError(f"{source} holds {files.short(bare)} twice, under different prefixes")
         tensors[bare] = tensor
     if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
-        raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {config.n_layer} layers")
+        depth = files.short(config.n_layer)
+        raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {depth} layers")
     expected = files.tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -126,11 +134,12 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
         adds = f"{len(unknown)} unknown" + (f" ({files.short(unknown[0])}, ...)" if unknown else "")
         raise ValueError(f"{source} does not contain exactly this model's weights: {lacks}, {adds}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the config says {shape}")
-        if tensors[name].dtype not in _DTYPES:
-            raise ValueError(f"{source}: {name} is {tensors[name].dtype}; it must be fp32, fp16 or bf16")
+    for name, needed in expected.items():
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        if shape != needed:
+            raise ValueError(f"{source}: {name} has shape {shape}, the config says {files.short(needed)}")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{source}: {name} is {dtype}; it must be fp32, fp16 or bf16")
     # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
     embedding = tensors["wte.weight"]
     if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
@@ -139,15 +148,14 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
 
 
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a model, `weights` its files.state_dict(), as a Hugging Face folder, each file whole or not at all."""
+    """Write a model, `weights` its state_dict(), as a Hugging Face folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
     # Any other size is another vocabulary, whose files we do not have.
     contents = tokenizer_files(config) if EOT < config.vocab_size <= PADDED else {}
-    contents["generation_config.json"] = (
-        {"bos_token_id": EOT, "eos_token_id": EOT} if config.vocab_size > EOT else {}
-    )
+    special = dict.fromkeys(("bos_token_id", "eos_token_id"), EOT)
+    contents["generation_config.json"] = special if config.vocab_size > EOT else {}
     contents["config.json"] = hf_config(config)
     for name, content in contents.items():
         if isinstance(content, dict):

@@ -25,9 +25,6 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
 
     A vocabulary of 50,304 comes back as GPT-2's 50,257. The 47 rows more are padding: they take part in nanoGPT's
     softmax, but stand for no token, and training drove their probability to nothing.
-
-    Its GELU has been the exact one since mid-2023. A checkpoint without `bias` in its model_args is older than
-    that, and has the tanh approximation.
     """
     arguments = dict(content["model_args"])
     model = content.get("model")
@@ -35,26 +32,27 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
     if odd or not isinstance(model, dict):
         raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd or 'model')}")
+    # Since mid-2023 model_args has `bias`, and nanoGPT the exact GELU; before it was the tanh approximation.
     activation = "gelu" if "bias" in arguments else "gelu_new"
     config = checked_config(path, **{name: arguments[name] for name in names}, activation_function=activation)
     tensors = state_dict(model, path)
     if arguments.get("bias") is False:  # a bias of zero is the same function
-        for name in [name for name in tensors if name.endswith(".weight") and not name.endswith(_NO_BIAS)]:
-            zeros = torch.zeros(1).expand(tensors[name].shape[0] if tensors[name].ndim else 0)
-            tensors.setdefault(name.removesuffix("weight") + "bias", zeros)
+        for name, tensor in list(tensors.items()):
+            if name.endswith(".weight") and not name.endswith(_NO_BIAS):
+                zeros = torch.zeros(1).expand(tensor.shape[0] if tensor.ndim else 0)
+                tensors.setdefault(name.removesuffix("weight") + "bias", zeros)
     if config.vocab_size == PADDED:
         config = replace(config, vocab_size=EOT + 1)
-        for name, tensor in tensors.items():
-            if name.endswith(("wte.weight", "lm_head.weight")) and tensor.shape[0] == PADDED:
-                tensors[name] = tensor[: EOT + 1]
+        for name in tensors:
+            if name.endswith(("wte.weight", "lm_head.weight")):
+                tensors[name] = tensors[name][: EOT + 1]
     return config, tensors
 
 
 def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return config and mapped tensors of a .bin of github.com/karpathy/llm.c (train_gpt2.py, write_model).
 
-    256 int32, then the parameters, those of one kind for all layers together. Rows that pad the vocabulary, to
-    50,304 for GPT-2's, are left out.
+    256 int32, then the parameters, those of one kind for all layers together. Rows of padding are left out.
     """
     with path.open("rb") as file:
         header = file.read(_LLMC_HEADER)

@@ -5,7 +5,7 @@
 // is added up in an order of its own, whatever other rows are in the call and however many threads there are.
 //
 // The vector extensions of GCC and Clang map 16 floats to AVX-512, AVX2 or NEON. engine.py compiles and calls this,
-// and holds the structs of these two files once more.
+// and packs Matrix, Norm, Layer, Model and Call field by field.
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -71,14 +71,14 @@ typedef struct {
     Scratch scratch;
 } Team;
 
-typedef void Alone(Team *team, const Norm *norm);
+typedef void Alone(Team *team, const void *with);
 
 // All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a wait
 // costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
-static void meet(Team *team, Alone *alone, const Norm *norm) {
+static void meet(Team *team, Alone *alone, const void *with) {
     const int round = team->round;
     if (atomic_fetch_add(&team->arrived, 1) == team->threads - 1) {
-        if (alone) alone(team, norm);
+        if (alone) alone(team, with);
         team->arrived = 0;
         team->next = 0;
         pthread_mutex_lock(&team->mutex);
@@ -161,8 +161,7 @@ static void linear(Team *team, const Matrix *m, const float *x, float *y, int th
     }
 }
 
-// One head of one row: softmax(q k / sqrt(d)) v over the positions up to its own. `scores` has room for them,
-// rounded up to 16.
+// One head of one row: softmax(scale * q k) v up to its own position. `scores` has room for them, rounded up to 16.
 static void attend(const float *query, const float *keys, const float *values, int64_t positions, int64_t width,
                    float scale, float *scores, float *y) {
     float best = -INFINITY, total = 0;
@@ -193,28 +192,22 @@ static void attend(const float *query, const float *keys, const float *values, i
     }
 }
 
-static void prepare(Team *team, const float *x, int64_t width) {
+static void prepare(Team *team, const void *activations) {
+    const int64_t width = activations == team->scratch.inner ? team->model->n_inner : team->model->n_embd;
     for (int64_t r = 0; r < team->rows && TYPE != FP32; r++)
-        (TYPE == INT8 ? to_steps : to_pairs)(x + r * width, width, r, team->scratch.prepared);
+        (TYPE == INT8 ? to_steps : to_pairs)((const float *)activations + r * width, width, r, team->scratch.prepared);
 }
 
-static void prepare_normed(Team *team, const Norm *unused) {
-    prepare(team, team->scratch.normed, team->model->n_embd);
-}
-
-static void prepare_inner(Team *team, const Norm *unused) {
-    prepare(team, team->scratch.inner, team->model->n_inner);
-}
-
-static void normalise(Team *team, const Norm *norm) {
+static void normalise(Team *team, const void *with) {
+    const Norm *norm = with;
     const int64_t n = team->model->n_embd;
     const double epsilon = team->model->epsilon;
     for (int64_t r = 0; r < team->rows; r++)
         layer_norm(team->scratch.stream + r * n, norm->weight, norm->bias, n, epsilon, team->scratch.normed + r * n);
-    prepare_normed(team, NULL);
+    prepare(team, team->scratch.normed);
 }
 
-static void embed(Team *team, const Norm *norm) {
+static void embed(Team *team, const void *norm) {
     const Model *model = team->model;
     const int64_t n = model->n_embd, fours = (n + 3) / 4;
     for (int64_t r = 0; r < team->rows; r++) {
@@ -231,8 +224,7 @@ static void embed(Team *team, const Norm *norm) {
     normalise(team, norm);
 }
 
-// Rows of one sequence are one share of a head, in order: each row's keys and values go into the cache before it and
-// the rows after it look there.
+// One share is a head of all rows of a sequence, in order: a row's keys are in the cache before any row looks there.
 static void attention(Team *team, int64_t layer, float *scores) {
     const Model *model = team->model;
     const Call *call = team->call;
@@ -252,7 +244,7 @@ static void attention(Team *team, int64_t layer, float *scores) {
 }
 
 // In the last layer only the last row of each group goes on: its logits are wanted. No row is lost before it moves.
-static void choose(Team *team, const Norm *unused) {
+static void choose(Team *team, const void *normed) {
     const int64_t n = team->model->n_embd;
     for (int64_t i = 0; i < team->call->groups; i++) {
         const int64_t from = (team->call->starts[i + 1] - 1) * n;
@@ -260,7 +252,7 @@ static void choose(Team *team, const Norm *unused) {
         memmove(team->scratch.normed + i * n, team->scratch.normed + from, n * sizeof(float));
     }
     team->rows = team->call->groups;
-    prepare_normed(team, unused);
+    prepare(team, normed);
 }
 
 static void forward(Team *team, int thread) {
@@ -274,11 +266,11 @@ static void forward(Team *team, int thread) {
         linear(team, &layer->c_attn, s->normed, s->qkv, STORE);
         meet(team, NULL, NULL);
         attention(team, i, scores);
-        meet(team, last ? choose : prepare_normed, NULL);
+        meet(team, last ? choose : prepare, s->normed);
         linear(team, &layer->attn_c_proj, s->normed, s->stream, ADD);
         meet(team, normalise, &layer->ln_2);
         linear(team, &layer->c_fc, s->normed, s->inner, ACTIVATE);
-        meet(team, prepare_inner, NULL);
+        meet(team, prepare, s->inner);
         linear(team, &layer->mlp_c_proj, s->inner, s->stream, ADD);
         meet(team, normalise, last ? &model->ln_f : &layer[1].ln_1);
     }

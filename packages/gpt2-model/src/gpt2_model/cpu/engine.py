@@ -13,15 +13,15 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from ctypes import c_double, c_int64, c_void_p
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
+from struct import pack
 
 import torch
 from torch import Tensor, nn
 
-from gpt2_model.cache import KVCache
 from gpt2_model.config import ACTIVATIONS
 from gpt2_model.cpu.int8 import Int8Matrix
 from gpt2_model.model import GPT, Block
@@ -47,12 +47,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine does not support {dtype}")
-    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     try:
-        compile = shlex.split(os.environ.get("CC", "")) or [compiler]
-        command = [*compile, f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
+        compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
+        command = [*shlex.split(compiler), f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
         # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
         identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
         with _cache_folder() as folder:
@@ -62,10 +61,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
             engine = ctypes.CDLL(str(path))
     except (OSError, ValueError) as error:  # ValueError: quotes in CC that do not end
         raise Unavailable(f"no C compiler (CC, cc, gcc or clang) could compile the engine: {error}") from None
-    engine.gpt2_start.restype = c_void_p
-    engine.gpt2_start.argtypes = [c_void_p, ctypes.c_int]
-    engine.gpt2_forward.argtypes = [c_void_p, c_void_p]
-    engine.gpt2_stop.argtypes = [c_void_p]
+    engine.gpt2_start.restype = ctypes.c_void_p
+    engine.gpt2_start.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    engine.gpt2_forward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    engine.gpt2_stop.argtypes = [ctypes.c_void_p]
     return engine
 
 
@@ -96,78 +95,29 @@ def _compile(command: list[str], path: Path) -> None:
         temporary.replace(path)
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = _fields(c_void_p, "weight scale sums bias") + _fields(c_int64, "outs ins")
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = _fields(c_void_p, "weight bias")
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        _fields(_Norm, "ln_1 ln_2")
-        + _fields(_Matrix, "c_attn attn_c_proj c_fc mlp_c_proj")
-        + _fields(c_double, "attention_scale")
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        _fields(c_int64, "n_layer n_head n_embd n_inner activation")
-        + _fields(c_double, "epsilon")
-        + _fields(ctypes.POINTER(_Layer), "layers")
-        + _fields(_Matrix, "wte head")
-        + _fields(c_void_p, "wpe")
-        + _fields(_Norm, "ln_f")
-    )
-
-
-class _Call(ctypes.Structure):
-    _fields_ = _fields(c_int64, "rows batch capacity groups") + _fields(
-        c_void_p, "tokens sequences positions starts keys values logits"
-    )
-
-
 class EngineDecoder:
     """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
 
     The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
-    while the decoder lives. Raises `Unavailable`, see `library`.
+    while the decoder lives. `pack` lists them as the structs of engine.c do, whose fields have 8 bytes each.
+    Raises `Unavailable`, see `library`.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:
         self._library = library(weight_type(model))
-        self._model, self._capacity = model, capacity
+        self._config, self._capacity = model.config, capacity
         self._rows: list[int] = []  # row of the cache for each of ours
         self._owners: list[object] = []  # of the memory that the pointers point to
         config = model.config
-        layers = (_Layer * config.n_layer)()
-        for layer, block in zip(layers, model.h, strict=True):
-            assert isinstance(block, Block)
-            layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
-            layer.c_attn, layer.attn_c_proj = self._matrix(block.attn.c_attn), self._matrix(block.attn.c_proj)
-            layer.c_fc, layer.mlp_c_proj = self._matrix(block.mlp.c_fc), self._matrix(block.mlp.c_proj)
-            layer.attention_scale = block.attn.scale
+        self._layers = ctypes.create_string_buffer(b"".join(map(self._layer, model.h)))
         wte = self._matrix(model.wte)
-        self._pointers = _Model(
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_inner=config.mlp_dim,
-            activation=ACTIVATIONS.index(config.activation_function),
-            epsilon=config.layer_norm_epsilon,
-            layers=layers,
-            wte=wte,
-            head=wte if model.lm_head is None else self._matrix(model.lm_head),
-            wpe=self._floats(model.wpe.weight),
-            ln_f=self._norm(model.ln_f),
-        )
-        self._team = self._library.gpt2_start(ctypes.addressof(self._pointers), torch.get_num_threads())
+        head = wte if model.lm_head is None else self._matrix(model.lm_head)
+        sizes = (config.n_layer, config.n_head, config.n_embd, config.mlp_dim)
+        activation, epsilon = ACTIVATIONS.index(config.activation_function), config.layer_norm_epsilon
+        start = pack("5qdP", *sizes, activation, epsilon, ctypes.addressof(self._layers))
+        wpe, ln_f = pack("P", self._floats(model.wpe.weight)), self._norm(model.ln_f)
+        self._model = ctypes.create_string_buffer(start + wte + head + wpe + ln_f)
+        self._team = self._library.gpt2_start(self._model, torch.get_num_threads())
         if not self._team:
             raise MemoryError
 
@@ -176,17 +126,18 @@ class EngineDecoder:
             self._library.gpt2_stop(self._team)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self._cache = KVCache(self._model, len(prompts), self._capacity, torch.float32, zeroed=False)
+        config = self._config
+        shape = (2, config.n_layer, len(prompts), config.n_head, self._capacity, config.head_dim)
+        self._keys, self._values = torch.empty(shape, dtype=torch.float32)
         self._rows, self._lengths = list(range(len(prompts))), [0] * len(prompts)
         return self._append(self._rows, prompts)
 
     def select(self, rows: Sequence[int]) -> None:
-        if len(set(rows)) < len(rows):
-            self._cache.select([self._rows[row] for row in rows])
-            self._rows = list(range(len(rows)))
-        else:  # rows that leave only lose their place: nothing is copied
-            self._rows = [self._rows[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
+        if len(set(rows)) < len(rows):  # rows that leave only lose their place: nothing is copied
+            self._keys, self._values = self._keys[:, self._rows], self._values[:, self._rows]
+            self._rows = list(range(len(rows)))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         return self._call([(row, [token]) for row, token in enumerate(tokens)])
@@ -197,16 +148,12 @@ class EngineDecoder:
 
     def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
-        calls: list[list[tuple[int, Sequence[int]]]] = [[]]
-        for row, ids in zip(rows, tokens, strict=True):
-            for start in range(0, len(ids), PREFILL):
-                piece = ids[start : start + PREFILL]
-                if sum(len(other) for _, other in calls[-1]) + len(piece) > PREFILL:
-                    calls.append([])
-                calls[-1].append((row, piece))
+        pairs = [(row, token) for row, ids in zip(rows, tokens, strict=True) for token in ids]
         last: dict[int, Tensor] = {}  # row -> its logits so far
-        for call in calls:
-            last |= zip([row for row, _ in call], self._call(call), strict=True)
+        for start in range(0, len(pairs), PREFILL):
+            by_row = groupby(pairs[start : start + PREFILL], key=itemgetter(0))
+            pieces = [(row, [token for _, token in group]) for row, group in by_row]
+            last |= zip([row for row, _ in pieces], self._call(pieces), strict=True)
         return torch.stack([last[row] for row in rows])
 
     def _call(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
@@ -219,32 +166,36 @@ class EngineDecoder:
         for row, ids in pieces:
             self._lengths[row] += len(ids)
         arrays = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (tokens, sequences, positions, starts)]
-        logits = torch.empty(len(pieces), self._model.config.vocab_size)
-        keys, values = self._cache.keys, self._cache.values
-        call = _Call(
-            len(tokens), keys.shape[1], keys.shape[3], len(pieces), *map(ctypes.addressof, arrays),
-            keys.data_ptr(), values.data_ptr(), logits.data_ptr(),
-        )  # fmt: skip
-        if self._library.gpt2_forward(self._team, ctypes.addressof(call)):
+        logits = torch.empty(len(pieces), self._config.vocab_size, dtype=torch.float32)
+        sizes = (len(tokens), self._keys.shape[1], self._capacity, len(pieces))
+        tensors = (self._keys.data_ptr(), self._values.data_ptr(), logits.data_ptr())
+        call = pack("4q7P", *sizes, *map(ctypes.addressof, arrays), *tensors)  # struct Call
+        if self._library.gpt2_forward(self._team, call):
             raise MemoryError
         return logits
 
-    def _norm(self, norm: nn.LayerNorm) -> _Norm:
-        return _Norm(self._floats(norm.weight), self._floats(norm.bias))
+    def _layer(self, block: nn.Module) -> bytes:
+        assert isinstance(block, Block)
+        matrices = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        norms = self._norm(block.ln_1) + self._norm(block.ln_2)
+        return norms + b"".join(map(self._matrix, matrices)) + pack("d", block.attn.scale)  # struct Layer
+
+    def _norm(self, norm: nn.LayerNorm) -> bytes:
+        return pack("2P", self._floats(norm.weight), self._floats(norm.bias))
 
     def _floats(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()
         self._owners.append(tensor)
         return tensor.data_ptr()
 
-    def _matrix(self, module: nn.Module) -> _Matrix:
+    def _matrix(self, module: nn.Module) -> bytes:
         bias = getattr(module, "bias", None)
-        address = None if bias is None else self._floats(bias)
+        address = 0 if bias is None else self._floats(bias)
         if isinstance(module, Int8Matrix):
             self._owners.append(module)
             pointers = [getattr(module, name).data_ptr() for name in ("packed", "scale", "sums")]
-            return _Matrix(*pointers, address, module.outs, module.ins)
+            return pack("4P2q", *pointers, address, module.outs, module.ins)
         assert isinstance(module.weight, Tensor)
         weight = module.weight.detach().contiguous()
         self._owners.append(weight)
-        return _Matrix(weight.data_ptr(), None, None, address, *weight.shape)
+        return pack("4P2q", weight.data_ptr(), 0, 0, address, *weight.shape)

@@ -182,8 +182,8 @@ static inline floats add_pairs(floats sum, const char *x, floats w) {
 #endif
 }
 
-// y[r * outs + o] = sum over k of x[row + r][k] * weight[first + o][k]. rows and outs are constants wherever it is
-// expanded; y has room for a multiple of 4.
+// y[r * outs + o] = sum over k of x[row + r][k] * weight[first + o][k]; rows and outs are constants wherever it is
+// expanded, and y has room for a multiple of 4.
 static inline __attribute__((always_inline)) void tile_floats(const Matrix *m, const float *x, Prepared p, int64_t row,
                                                               int64_t first, int rows, int outs, float *y) {
     const int64_t ins = m->ins, size = TYPE == FP32 ? 4 : 2, step = 64 / size, whole = ins - ins % step;
