@@ -60,12 +60,12 @@ class Again(Exception):
 
 
 def download_file(
-    file: WebFile, folder: Path, progress: Progress = lambda size: None, unreachable: float = UNREACHABLE
+    file: WebFile, folder: Path, progress: Progress = lambda size: None, unreachable: float | None = None
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError: refused, not reached for `unreachable` seconds, no byte for PATIENCE seconds, wrong TRIES
-    times, or no room; what arrived is kept.
+    Raises OSError: refused, `unreachable` seconds (UNREACHABLE) not reached, PATIENCE seconds without a byte, wrong
+    TRIES times, or no room; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
@@ -98,7 +98,7 @@ def is_done(path: Path, file: WebFile) -> bool:
     return isinstance(receipt, dict) and expected.items() <= receipt.items() and status.st_size == file.size
 
 
-def _download(file: WebFile, part: Path, progress: Progress, unreachable: float) -> str:
+def _download(file: WebFile, part: Path, progress: Progress, unreachable: float | None) -> str:
     """Complete the part and return its SHA-256."""
     for _ in range(TRIES):
         try:
@@ -202,7 +202,7 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
 
 
 def insist(
-    what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0, unreachable: float = UNREACHABLE
+    what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0, unreachable: float | None = None
 ) -> T:
     """Return what the function returns; call it anew while it raises Again and patience lasts, else raise OSError.
 
@@ -220,7 +220,7 @@ def insist(
             delay = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
             delay = delay if again.after is None else again.after
             passed = time.monotonic() - since
-            if passed + delay > (PATIENCE if answered else unreachable):
+            if passed + delay > (PATIENCE if answered else unreachable or UNREACHABLE):
                 gave_up = f"gave up at try {tries} after {passed:.0f} seconds"
                 raise OSError(f"{what}: {again}; {gave_up}: run the same command again later") from again
         time.sleep(delay)
