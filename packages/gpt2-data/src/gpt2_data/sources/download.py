@@ -64,8 +64,8 @@ def download_file(
 ) -> Path:
     """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
 
-    Raises OSError: refused, `unreachable` seconds (UNREACHABLE) not reached, PATIENCE seconds without a byte, wrong
-    TRIES times, or no room; what arrived is kept.
+    Raises OSError: refused, not reached for `unreachable` seconds, without a byte for PATIENCE, wrong TRIES times,
+    or no room; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
