@@ -10,8 +10,8 @@ FROM python:3.11-slim
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
-# constraints.txt pins all versions, also of the tools that pip builds with. torch has its own layer, so that a change to
-# the packages does not reinstall it.
+# constraints.txt pins all versions, also of the tools that pip builds with. torch has its own layer, so that a change
+# to the packages does not reinstall it.
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_NO_CACHE_DIR=1
 COPY constraints.txt /src/
 # hadolint ignore=DL3013

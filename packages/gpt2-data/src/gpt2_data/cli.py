@@ -102,7 +102,7 @@ DATASET = click.argument("dataset", **FOLDER)
 @optgroup.option("--seed", type=int, default=0, show_default=True, help="Seed of --order shuffled.")
 @optgroup("Shards")
 @optgroup.option("--out", **FOLDER, help="Dataset folder to create.  [default: data/SOURCE]")
-@optgroup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens a shard.")
+@optgroup.option("--shard-size", **SIZE, default="100M", show_default=True, help="Tokens per shard.")
 @optgroup.option("--val-tokens", **SIZE,
                  help="Tokens for validation; 0 for none.  [default: 100M, at most a tenth of all]")  # fmt: skip
 @optgroup.option("--format", **_choice("uint16", "arrow"), help="Format of the shards: llm.c's, or Arrow.")
@@ -126,8 +126,8 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     Each SOURCE is one of
       fineweb-edu                 FineWeb-Edu's sample-10BT: 10 billion tokens (the default)
       fineweb-edu:sample-100BT    another config of it; also fineweb:CONFIG
-      hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; REPO@REVISION, too
-      tinyshakespeare             a megabyte, to try things
+      hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; also hf:REPO@REVISION
+      tinyshakespeare             one megabyte of text, for trials
       pydocs                      the text that comes with Python: no download
       FILES                       files or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
 
@@ -204,7 +204,7 @@ def _stoppable() -> Iterator[None]:
 @main.command()
 @DATASET
 @click.option(
-    "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full reads every byte."
+    "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full checks every byte."
 )
 @AS_JSON
 def verify(dataset: Path, level: str, as_json: bool) -> None:
@@ -261,7 +261,7 @@ def info(dataset: Path, as_json: bool) -> None:
 @main.command()
 @DATASET
 @click.argument("number", metavar="[N]", type=click.IntRange(0), default=0)
-@click.option("--split", **_choice("train", "val"), help="Split that the document is in.")
+@click.option("--split", **_choice("train", "val"), help="Split that contains the document.")
 @AS_JSON
 def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     """Print document N, counted from 0, as the model will see it."""
@@ -287,7 +287,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     "--to",
     required=True,
     type=click.Choice(["npy", "llmc", "uint16", "nanogpt", "megatron", "arrow"]),
-    help="Format to write; uint16 is another name of llmc.",
+    help="Format to write; uint16 is another name for llmc.",
 )
 @AS_JSON
 def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:

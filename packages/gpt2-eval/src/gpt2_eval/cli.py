@@ -49,7 +49,7 @@ class Run:
         if path.exists() and not path.is_file():
             raise ValueError(f"--out {path} is a {'folder' if path.is_dir() else 'device'}: name a plain file")
         if self.data is not None and path.resolve() == Path(self.data).resolve():
-            raise ValueError(f"--out {path} is the file of --data: name another")
+            raise ValueError(f"--out {path} is the file of --data: name another file")
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"--out {path}: the folder {path.parent} does not exist or cannot be written to")
 
@@ -98,9 +98,9 @@ OUTPUT = _group(
 def main(debug: bool) -> None:
     """Evaluate a GPT-2; each number names its protocol.
 
-    MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder (a
-    training checkpoint is one; a run's folder stands for its newest), or any other file that gpt2-model reads: see
-    gpt2-model --help. With --hf any causal language model is scored by the same code.
+    MODEL is a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2's), a Hugging Face model folder (such
+    as a training checkpoint), a run's folder (its newest checkpoint is used), or any other file that gpt2-model
+    reads: see gpt2-model --help. With --hf, the same code scores any causal language model.
 
     On several GPUs: torchrun --nproc_per_node=8 -m gpt2_eval hellaswag ...
     """
@@ -112,7 +112,7 @@ def main(debug: bool) -> None:
 @optgroup.option("--data", type=PATH, metavar="FILE",
                  help="Path of hellaswag_val.jsonl.  [default: downloaded and checked]")  # fmt: skip
 @optgroup.option("--protocol", type=click.Choice(["karpathy", "lm-eval", "both"]), default="both",
-                 help="karpathy: build-nanogpt's and llm.c's; lm-eval: lm-evaluation-harness'.")  # fmt: skip
+                 help="karpathy is build-nanogpt's and llm.c's, lm-eval is lm-evaluation-harness'.")  # fmt: skip
 @LIMIT
 @OUTPUT
 @HARDWARE
@@ -146,12 +146,12 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
 @HARDWARE
 @user_errors
 def task(name: str, stride: int | None, limit: int | None, **options: Any) -> None:
-    """Score another zero-shot task, beside the GPT-2 paper's figure if it has one.
+    """Score another zero-shot task, and show the GPT-2 paper's figure if there is one.
 
     \b
     lambada                      the last word of a passage
     piqa arc-easy arc-challenge winogrande openbookqa copa boolq
-                                 choices, by lm-evaluation-harness' prompts and metrics
+                                 multiple choice, by lm-evaluation-harness' prompts and metrics
     wikitext2 wikitext103 ptb    perplexity of a text per token, word and byte
 
     \b
@@ -214,7 +214,7 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
 @ONLY_JSON
 @user_errors
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Compare two models on the same items, from the files that --out wrote, with a test of significance.
+    """Compare two models on the same items, with a test of significance. A and B are files that --out wrote.
 
     \b
     gpt2-eval hellaswag -m gpt2 --out a.jsonl

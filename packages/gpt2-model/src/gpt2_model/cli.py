@@ -53,7 +53,7 @@ def main(debug: bool) -> None:
 @optgroup.option("--repetition-penalty", default=1.0, help="Values above 1 make earlier tokens less likely.")
 @optgroup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text.")
 @optgroup("Length and end")
-@optgroup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum of new tokens.")
+@optgroup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum number of new tokens.")
 @optgroup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
 @optgroup.option("--stop-id", multiple=True, type=int,
                  help="End at this token id, in addition to <|endoftext|> (50256); can be repeated.")  # fmt: skip
@@ -170,7 +170,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
-    click.secho("What you type is added to the text as it is, spaces too. An empty line: the model continues.\n"
+    click.secho("Your line is added to the text as it is, spaces too; it may be empty. Then the model continues.\n"
                 "/again replaces the last continuation. /reset starts a new text.\n"
                 "Ctrl-C stops this answer. Ctrl-D quits.", dim=True, err=True)  # fmt: skip
     before = text
@@ -206,7 +206,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 @one_line_errors
 def info(model: str, as_json: bool) -> None:
-    """Show the shape and the cost of a model or a size.
+    """Show the shape, the memory and the FLOPs of a model or a size.
 
     Sizes: 124M, 350M, 774M, 1558M, and the paper's names for them: 117M, 345M, 762M, 1542M.
     """

@@ -78,7 +78,7 @@ def _help_all(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
 @optgroup.option("--config", type=PATH, help="Read settings from a TOML file, such as a run's config.toml.")
 @_config_options
 @optgroup("What to do")
-@optgroup.option("--dry-run", is_flag=True, help="Print the plan and run a start's checks, but train nothing.")
+@optgroup.option("--dry-run", is_flag=True, help="Print the plan and run all checks of a start; train nothing.")
 @optgroup.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as one JSON document.")
 @optgroup.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @optgroup.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all,

@@ -96,8 +96,8 @@ class TrainConfig:
     sample_prompt: str = _option("Hello, I'm a language model,", EVALUATION, "Prompt that the samples continue.")
     num_samples: int = _option(4, EVALUATION, "Samples at every validation.")
     checkpoint_every: int = _option(1000, CHECKPOINTS, "Steps between checkpoints; the last step always has one.")
-    keep: int = _option(3, CHECKPOINTS, "Number of checkpoints to keep, the newest ones.")
-    resume: str = _option("auto", CHECKPOINTS, "auto: the newest good one in --out; never; or the path of one.")
+    keep: int = _option(3, CHECKPOINTS, "Number of newest checkpoints to keep.")
+    resume: str = _option("auto", CHECKPOINTS, "A checkpoint, never, or auto: the newest good one in --out.")
     on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
     max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
     spike_sigma: float = _option(0.0, FAULTS, "Skip updates this many deviations above the last 128; 0: never.")
@@ -105,7 +105,7 @@ class TrainConfig:
     tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
     wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
     profile: int = _option(0, LOGGING, "Number of steps to profile, after the first ten; 0 for none.")
-    peak_tflops: float = _option(0.0, LOGGING, "Peak of the device in TFLOP/s, for MFU; 0 looks up known GPUs.")
+    peak_tflops: float = _option(0.0, LOGGING, "Device's peak in TFLOP/s, for MFU; 0: from a table of known GPUs.")
     model: Mapping[str, Any] = field(
         default_factory=dict, metadata={"group": MODEL, "help": "Change a field of the model's shape; repeatable."}
     )
