@@ -39,7 +39,7 @@ DEVICE = click.option("-d", "--device", type=click.Choice(["cpu", "cuda"]), defa
                       help="Device to measure.")  # fmt: skip
 FIELDS = click.option("--model", "fields", multiple=True, metavar="FIELD=N", callback=_fields,
                       help="Change a field of the model's shape: n_layer=2, n_embd=64, ...")  # fmt: skip
-CHECK = click.option("--check", is_flag=True, help="Exit 1 if a required ratio is missed, with a line for each.")
+CHECK = click.option("--check", is_flag=True, help="Name each required ratio that is missed, and exit with 1.")
 
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -47,8 +47,8 @@ def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None
     only = click.option("--only", multiple=True, metavar="NAME", help="Time only cases of this name or prefix.")
     samples = click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case.")
     threads = click.option("--threads", type=COUNT, default=os.cpu_count(),
-                           help="Threads of each.  [default: all cores]")  # fmt: skip
-    as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of the table.")
+                           help="Threads of each case.  [default: all cores]")  # fmt: skip
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
     return lambda command: only(DEVICE(samples(threads(as_json(command)))))
 
 
@@ -65,7 +65,7 @@ def main() -> None:
 @main.command("list")
 @DEVICE
 def list_(device: str) -> None:
-    """List the suite's cases."""
+    """List the cases of `run`, `record` and `compare`."""
     for case in CASES:
         if device in case.devices:
             click.echo(f"{case.name:22} {case.text}")
@@ -83,7 +83,7 @@ def run_(**options: Any) -> None:
 @click.option("--to", type=click.File("a"), default=ROOT / "benchmarks" / "results.jsonl",
               help="File to append a line to.  [default: benchmarks/results.jsonl]")  # fmt: skip
 def record(to: TextIO, **options: Any) -> None:
-    """Time the suite's cases as `run` does, and keep the medians."""
+    """Time the suite's cases as `run` does, and save the medians."""
     document = measure("run", "the suite, each case alone", SUITE, **options)
     to.write(json.dumps(brief(document)) + "\n")
     click.echo(f"appended to {to.name}", err=True)
@@ -92,13 +92,13 @@ def record(to: TextIO, **options: Any) -> None:
 @main.command()
 @click.option("--base", required=True, metavar="REV", help="Commit, tag or branch to compare with.")
 @click.option("--least", type=click.FloatRange(min=0, min_open=True), default=0.9, show_default=True,
-              help="Exit 1 if a case has less than this share of the base's speed.")  # fmt: skip
+              help="Exit with 1 if a case has less than this share of the base's speed.")  # fmt: skip
 @measuring(5)
 def compare(base: str, least: float, **options: Any) -> None:
-    """Time the suite's cases with another commit's packages, too.
+    """Compare the suite's cases with another commit's packages.
 
-    Each case is two processes in turns, one with REV's packages and one with the working tree's; ratios are of
-    neighbouring samples. REV is checked out into a temporary worktree, which is removed again.
+    Two processes take turns at each case, one with REV's packages and one with the working tree's. Ratios compare
+    neighbouring samples. REV is checked out into a temporary worktree, which is removed at the end.
     """
     timed = partial(harness.compare, base=base, least=least)
     measure("compare", f"this tree beside {base}", SUITE, timed=timed, check=True, **options)
@@ -106,8 +106,8 @@ def compare(base: str, least: float, **options: Any) -> None:
 
 @main.command()
 @click.option("--size", type=click.Choice(list(H100_TOKENS)), default="124M", show_default=True, help="Model.")
-@click.option("--batch", type=COUNT, help="Sequences of a micro-batch.  [default: 4; cuda 64, 32, 16, 8]")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens of each sequence.  [default: 256; cuda 1024]")
+@click.option("--batch", type=COUNT, help="Sequences in a micro-batch.  [default: 4; cuda 64, 32, 16, 8]")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each sequence.  [default: 256; cuda 1024]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Precision.  [default: fp32; cuda bf16]")
 @click.option("--nanogpt", type=CLONE, help="Folder of a nanoGPT clone, to measure it too.")
 @click.option("--build-nanogpt", type=CLONE, help="Folder of a build-nanogpt clone, to measure it too.")
@@ -120,8 +120,8 @@ def train(
 ) -> None:  # fmt: skip
     """Time training steps: ours, transformers and clones.
 
-    Ours alone, gpt2-train as a whole, transformers, nanoGPT and build-nanogpt. On a CPU all take turns; on a GPU,
-    which does not drift, one is timed after the other.
+    Cases: our step, gpt2-train as a whole, transformers, nanoGPT and build-nanogpt. On a CPU they take turns;
+    on a GPU, whose speed does not drift, one is timed after the other.
     """
     on_gpu = device == "cuda"
     usual = ({"124M": 64, "350M": 32, "774M": 16, "1558M": 8}[size], 1024, "bf16")  # what 80 GB hold
@@ -157,7 +157,7 @@ def train(
 def decode(fields: dict[str, int], device: str, **options: Any) -> None:
     """Time text generation: ours, transformers, CTranslate2.
 
-    Prompts have 16 tokens, which 1 or 128 new ones follow; the memory's speed bounds all of them.
+    Each prompt has 16 tokens, and 1 or 128 new ones are generated; the speed of memory limits every case.
     --only "* bf16 x1*" selects a precision and a number of rows.
     """
     on_gpu, new_tokens = device == "cuda", min(128, fields.get("block_size", 1024) - 16)
@@ -181,7 +181,7 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
 
 
 @main.command("eval")
-@click.option("--data", metavar="FILE", default="", help="hellaswag_val.jsonl.  [default: downloaded]")
+@click.option("--data", metavar="FILE", default="", help="Path of hellaswag_val.jsonl.  [default: downloaded]")
 @click.option("--items", type=COUNT, default=500, show_default=True, help="Items to take from the file's start.")
 @FIELDS
 @CHECK
@@ -189,8 +189,8 @@ def decode(fields: dict[str, int], device: str, **options: Any) -> None:
 def eval_(data: str, items: int, fields: dict[str, int], device: str, **options: Any) -> None:
     """Time HellaSwag: ours, build-nanogpt's method, lm-eval.
 
-    build-nanogpt's method is four rows an item, one item at a time. All use the same random 124M weights and the
-    same items, in fp32 (bf16 on a GPU); their scores must agree.
+    build-nanogpt's method scores one item at a time, in four rows. All cases use the same random 124M weights and
+    the same items, in fp32 (bf16 on a GPU); their scores must agree.
     """
     case = partial(contender, unit="items", prepare="peers.hellaswag", data=data, count=items, fields=fields)
     groups = [
@@ -244,8 +244,8 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
 def scaling(fields: dict[str, int], **options: Any) -> None:
     """Time two ranks of gpt2-train beside two independent runs.
 
-    The runs, at the same time, are their upper limit. Each has one thread; 30M parameters, gloo, one or four
-    micro-batches of 2 x 256 tokens a step.
+    The independent runs train at the same time and are the upper limit. Each process has one thread. The model has
+    30M parameters, a step has one or four micro-batches of 2 x 256 tokens, and the ranks use gloo.
     """
     shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, **fields}
     groups = []
@@ -292,7 +292,7 @@ def choose(groups: Sequence[Sequence[Case]], patterns: Sequence[str], device: st
         import torch  # two seconds, which `--help` does not take
 
         if not torch.cuda.is_available():
-            raise click.BadParameter("this torch sees no GPU", param_hint="--device")
+            raise click.BadParameter("this torch sees no GPU: use cpu", param_hint="--device")
     names = [case.name for group in groups for case in group if device in case.devices]
     chosen = set[str]() if patterns else {*names}
     for pattern in patterns:

@@ -78,9 +78,9 @@ class Run:
 @click.option("--out", default="loss.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
               help="Picture to write: PNG, or another format by its suffix.")  # fmt: skip
 @click.option("--x", "unit", type=click.Choice(["step", "tokens"]), default="step", show_default=True,
-              help="Axis.")  # fmt: skip
+              help="Unit of the horizontal axis.")  # fmt: skip
 def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
-    """Draw training and validation loss of RUNS, and their HellaSwag accuracy where they have one.
+    """Draw the training and validation loss of RUNS, and their HellaSwag accuracy if they have one.
 
     A folder of runs stands for all runs in it.
     """
@@ -112,7 +112,7 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
         except (ValueError, TypeError, KeyError):
             broken += 1
     if broken:
-        click.echo(f"{name}: broken lines of metrics.jsonl passed over: {broken}", err=True)
+        click.echo(f"{name}: skipped broken lines of metrics.jsonl: {broken}", err=True)
     # A run that was resumed by an older program may have a step twice: the last one counts.
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
     for key, curve in (("loss", run.train), ("val_loss", run.validation), ("hellaswag_acc_norm", run.accuracy)):
@@ -120,9 +120,9 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
         places = {step: step if unit == "step" else tokens.get(step) for step in sorted(values)}
         curve += [(x, values[step]) for step, x in places.items() if x is not None]
         if len(curve) < len(values):
-            click.echo(f"{name}: {key} of steps without tokens left out: {len(values) - len(curve)}", err=True)
+            click.echo(f"{name}: skipped {key} of steps without tokens: {len(values) - len(curve)}", err=True)
     if run.last < 0:
-        click.echo(f"{name}: no rows of a run to draw", err=True)
+        click.echo(f"{name}: its metrics.jsonl has nothing to draw", err=True)
     try:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         run.reference = REFERENCES.get((config["model"]["n_layer"], config["model"]["n_embd"]))

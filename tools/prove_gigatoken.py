@@ -40,14 +40,14 @@ _PRINTABLE = "".join(map(chr, range(32, 127)))
 
 @click.command(context_settings=SETTINGS)
 def main() -> None:
-    """Compare gigatoken with tiktoken on every character and millions of strings; save the proof."""
+    """Compare gigatoken with tiktoken on every character and on millions of strings, and save the proof."""
     try:
         proof = prove()
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     keep(proof, gigatoken.PROVEN)
     libraries = f"gigatoken {proof.gigatoken} gives the tokens of tiktoken {proof.tiktoken}"
-    click.echo(f"{libraries} for {proof.strings:,} strings, but for {len(proof.code_points()):,} characters")
+    click.echo(f"{libraries} for {proof.strings:,} strings, except for {len(proof.code_points()):,} characters")
 
 
 def keep(proof: gigatoken.Proof, file: Path) -> None:

@@ -90,7 +90,7 @@ def run(*words: str | Path) -> str:
 
 @click.group(context_settings=SETTINGS)
 def main() -> None:
-    """Show, check and cut versions of the four packages; nothing is pushed or uploaded."""
+    """Show, check and create versions of the four packages; nothing is pushed or uploaded."""
 
 
 @main.command()
@@ -112,8 +112,8 @@ def status() -> None:
 def check(dist: Path | None) -> None:
     """Check that the packages can be released as they are.
 
-    Changelogs and versions agree, ranges between the packages hold, sdists and wheels build, and twine accepts
-    them. If not, exit 1 with a line for each reason.
+    Changelogs and versions must agree, the ranges between the packages must hold, and twine must accept the sdists
+    and wheels that are built. If not, exit with 1 and a line for each reason.
     """
     packages = read_packages()
     if problems := [line for package in packages for line in problems_of(package)] + range_problems(packages):
@@ -131,7 +131,7 @@ def check(dist: Path | None) -> None:
 @main.command()
 @click.argument("name", metavar="PACKAGE")
 @click.argument("level", type=click.Choice(["major", "minor", "patch"]))
-@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; change nothing.")
 def cut(name: str, level: str, dry_run: bool) -> None:
     """Create a package's next version locally, as a commit and a tag.
 

@@ -33,10 +33,10 @@ RUN: dict[str, Any] = {
 @click.option("--write-golden", is_flag=True,
               help=f"Write {GOLDEN.relative_to(ROOT)} from the working tree instead.")  # fmt: skip
 def main(base: str | None, flags: str, write_golden: bool) -> None:
-    """Train a tiny model with the code of BASE, a commit, and of the working tree, on one dataset.
+    """Train a tiny model with the code of the commit BASE and with that of the working tree, on the same data.
 
     Print a JSON document that compares each step's loss and gradient norm, and the last checkpoint's weights and
-    optimizer state. Exit 0 if all are equal, 1 if not.
+    optimizer state. Exit with 0 if all are equal, with 1 if not.
     """
     if write_golden == (base is not None) or (write_golden and flags):
         raise click.UsageError("give a commit to compare with, or --write-golden alone")

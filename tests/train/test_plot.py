@@ -100,8 +100,8 @@ def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> No
     assert y[-1] == 7.5
     assert axis.get_xlabel() == "tokens"
     assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
-    assert "run: broken lines of metrics.jsonl passed over: 3" in result.stderr
-    assert "run: val_loss of steps without tokens left out: 1" in result.stderr
+    assert "run: skipped broken lines of metrics.jsonl: 3" in result.stderr
+    assert "run: skipped val_loss of steps without tokens: 1" in result.stderr
 
 
 def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> None:
@@ -111,7 +111,7 @@ def test_a_run_that_is_none_does_not_spoil_the_others(tmp_path, monkeypatch) -> 
     runs = [tmp_path / "empty", write_run(tmp_path / "a" / "run", 5), tmp_path / "b" / "run"]
     figure, result = drawn(monkeypatch, *runs, "--out", tmp_path / "a.png")
     assert legend(figure.axes[0]) == ["a/run  4.60: training", "b/run  10.90: validation"]
-    assert result.stderr.endswith("empty: no rows of a run to draw\n")
+    assert result.stderr.endswith("empty: its metrics.jsonl has nothing to draw\n")
     shutil.rmtree(tmp_path / "empty")
     (tmp_path / "a" / "run").rename(tmp_path / "first")
     (tmp_path / "b" / "run").rename(tmp_path / "second")

@@ -110,7 +110,7 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
         try:
             library(weight_type(gpt))
         except Unavailable as reason:
-            click.echo(f"Slow, on PyTorch's operations: {reason}", err=True)
+            click.echo(f"Generation is slow without the engine in C: {reason}", err=True)
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:

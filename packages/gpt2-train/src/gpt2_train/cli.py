@@ -166,7 +166,7 @@ def _check_environment(command: click.Command) -> None:
     known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
     for name in sorted(os.environ):
         if name.startswith("GPT2_TRAIN_") and name not in known:
-            raise click.UsageError(f"unknown environment variable {name}: no flag has the name after GPT2_TRAIN_")
+            raise click.UsageError(f"unknown environment variable {name}: no flag has this name; unset it")
 
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
