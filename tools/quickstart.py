@@ -45,7 +45,7 @@ def main(out: Path) -> None:
     checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
     click.echo("Every command below can be typed by hand, after: source .venv/bin/activate")
 
-    heading("\n1. Text to tokens: the documentation and the sources that every Python carries")
+    heading("\n1. Text to tokens: the documentation and the source code that come with Python")
     command("gpt2-data", "build", "pydocs", "--out", data, "--order", "shuffled", "--val-tokens", "200k")
 
     heading("\n2. A test in HellaSwag's format, from the documents that are held out for validation")

@@ -75,7 +75,7 @@ def range_problems(packages: Iterable[Package]) -> list[str]:
             if not allowed.contains(versions[name]):
                 problems.append(f"{where} leaves out {name} {versions[name]}: edit the range there")
             elif allowed.contains("9999.0.0"):
-                problems.append(f"{where} has no upper end, so that a breaking change below would go unseen")
+                problems.append(f"{where} has no upper end: add one, so that a breaking change is seen")
     return problems
 
 
@@ -151,7 +151,7 @@ def cut(name: str, level: str, dry_run: bool) -> None:
     if run("git", "tag", "--list", tag):
         problems.append(f"the tag {tag} exists")
     if not notes:
-        problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: nothing to release")
+        problems.append(f"{package.folder}/CHANGELOG.md has no entry under [Unreleased]: add one to release")
     problems += range_problems((packages | {name: replace(package, version=version)}).values())
     if problems:
         raise click.ClickException("\nError: ".join(problems))
