@@ -15,8 +15,8 @@ from gpt2_model.model import GPT
 def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDecoder | TorchDecoder":
     """Return the fastest decoder for the model on its device, for rows of up to `capacity` tokens.
 
-    `compile` means on the CPU engine.c: None where it can be compiled, True or else a ValueError. On CUDA True has
-    torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
+    On a CPU, `compile` is about engine.c: None uses it if it can be compiled, True raises a ValueError if not. On
+    CUDA, True lets torch.compile make one graph of a step, in half a minute. False runs plain PyTorch.
     """
     device = model.device.type
     if device == "cpu" and compile is not False:
@@ -45,9 +45,9 @@ def dequantize(model: GPT) -> GPT:
 
 
 class TorchDecoder:
-    """A model that remembers rows; logits are (rows, vocab_size) in fp32, rows in the order of `select`.
+    """A model and its cache of rows; logits are (rows, vocab_size) in fp32, rows in the order of `select`.
 
-    By PyTorch, on any device. Compiled, the batch keeps its shape: rows that left are computed, but not read.
+    It uses PyTorch, on any device. Compiled, the batch keeps its shape: dropped rows are computed, but not read.
     """
 
     def __init__(self, model: GPT, capacity: int, compiled: bool = False) -> None:

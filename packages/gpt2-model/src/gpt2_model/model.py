@@ -44,7 +44,7 @@ def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float
 
 def _gelu_new(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        # The same function, as 0.5 (1 + tanh(u)) = sigmoid(2u): the compiler's tanh takes three times its exp.
+        # The same function, since 0.5 (1 + tanh(u)) = sigmoid(2u). Compiled, tanh takes 3 times as long as exp.
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
 
@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         self.upcast = config.reorder_and_upcast_attn
 
     def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Return plain_attention of the tokens' queries, keys and values, projected: (B, T, C)."""
+        """Return the attention of each token to itself and earlier ones, after c_proj: (B, T, C)."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part_BTC.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
+        """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
         load_save.save(self.config, self.state_dict(), Path(folder))

@@ -34,7 +34,7 @@ def get_tokenizer() -> tiktoken.Encoding:
 
     Use `encode_ordinary` for text from others: it never turns text into a special token.
     """
-    # Each byte has a printable character (openai/gpt-2, src/encoder.py): itself if it is one, else U+0100 and on.
+    # Each byte is written as one character (openai/gpt-2, src/encoder.py): itself if printable, else from U+0100.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

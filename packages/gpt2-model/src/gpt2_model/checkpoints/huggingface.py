@@ -79,7 +79,7 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """Return a config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM architectures."""
+    """Return the fields of config.json. transformers reads n_positions, llama.cpp n_ctx, vLLM architectures."""
     special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],

@@ -79,7 +79,7 @@ def _open(name: str) -> _Checkpoint:
     if path.is_file():
         return _open_file(path)
     if (size := PAPER_NAMES.get(name, name)) in PRESETS:
-        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's model is {OPENAI_NAMES[size]}")
+        raise FileNotFoundError(f"{name} is a size, not a model: use OpenAI's {OPENAI_NAMES[size]}")
     # "a/b" can be a hub name; what starts like a path or has more slashes cannot.
     if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")
