@@ -96,11 +96,11 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 class EngineDecoder:
-    """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
+    """TorchDecoder's methods by engine.c, for rows of up to `capacity` tokens; logits are bit-equal in any batch.
 
-    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
-    while the decoder lives. `pack` lists them as the structs of engine.c do, whose fields have 8 bytes each.
-    Raises `Unavailable`, see `library`.
+    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): do not replace the weights
+    while the decoder lives. `pack` writes the structs of engine.c, whose fields have 8 bytes each.
+    Raises `Unavailable`, as `library` does.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:

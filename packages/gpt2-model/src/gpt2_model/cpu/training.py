@@ -38,7 +38,7 @@ def kept_bytes(time: int) -> int:
 
 
 def _blocks(time: int) -> list[tuple[int, int]]:
-    """Return blocks of queries: 64, so that a block's scores stay in a cache, or an eighth of them all."""
+    """Return (start, end) of blocks of queries: 64, so that the scores stay in a cache, or an eighth of all."""
     length = max(64, -(-time // 8))
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
@@ -124,7 +124,7 @@ _attention.register_autograd(_gradients, setup_context=_save)
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return F.cross_entropy of the logits F.linear(hidden, weight), without keeping the logits.
 
-    On a CPU in blocks of rows, equal up to rounding: 2.2 times as fast for n_embd 128 (2,048 rows, one thread:
+    On a CPU it uses blocks of rows, equal up to rounding, 2.2 times as fast for n_embd 128 (2,048 rows, 1 thread:
     1.03 s instead of 2.23), since softmax and its gradient pass once over a block instead of five times over all
     logits. Under autocast the products are bf16; softmax, sums and gradients are always fp32.
 
@@ -158,8 +158,8 @@ class _HeadLoss(torch.autograd.Function):
         if trains:  # the weight's gradient is a sum over blocks, and so fp32
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
         # GPT-2's 50,257 is odd: most rows of logits would begin in the middle of a vector. The forward product in
-        # fp32 takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. So rows of zeros are
-        # added up to a multiple of 64, whose logits nobody reads: 10 ms of 124M's 700.
+        # fp32 takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. So rows of zeros pad
+        # the weight to a multiple of 64, and nobody reads their logits: 10 ms of 124M's 700.
         hidden, padded = hidden.to(dtype), weight.to(dtype)
         if len(weight) % 64:
             padded = F.pad(padded, (0, 0, 0, -len(weight) % 64))
@@ -219,9 +219,9 @@ def look_up(embedding: nn.Embedding, tokens: Tensor, share_gradient: bool) -> tu
     """Return the embeddings of tokens, (..., n_embd), and the weight for a tied output projection.
 
     By itself autograd makes two gradients of the weight's size, of which the embedding's is mostly zeros, and adds
-    them. If `share_gradient`, on a CPU, the rows of the one are added into the other: for 124M a step needs 154 MB
-    less, and in bf16 1.4 % less time if it is compiled, else 0.5 %. The gradient that comes back through the
-    returned weight must then be a tensor of its own, as head_loss's is; both can be differentiated once.
+    them. With `share_gradient`, on a CPU, the embedding's rows are added into the other gradient: for 124M a step
+    needs 154 MB less, and in bf16 1.4 % less time if it is compiled, else 0.5 %. The gradient that comes back
+    through the returned weight must then be a tensor of its own, as head_loss's is. Both differentiate only once.
     """
     if share_gradient and tokens.device.type == "cpu" and torch.is_grad_enabled():
         return _LookUp.apply(embedding.weight, tokens)  # type: ignore[no-any-return,no-untyped-call]
