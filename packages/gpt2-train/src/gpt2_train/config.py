@@ -54,7 +54,7 @@ def _option(default: Any, group: str, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Each field is a key of config.toml, in this order, and a flag with this help.
+    """All settings of a run. Each field is a key of config.toml, in this order, and (with dashes) a flag.
 
     `model` holds GPTConfig fields that differ from the 124M defaults, as values or text. A step is one update of
     the weights.
