@@ -32,7 +32,7 @@ class Completion:
         tokens: the ids drawn, without the stop id; with a stop string, up to the token that completed it.
         finish_reason: "stop" (a stop id or string) or "length" (max_new_tokens or the context is used up).
         tokens_per_second: new tokens after the first, over the time they took; 0 where there are none.
-        seconds_to_first_token: this includes the prompts, but neither loading nor compiling.
+        seconds_to_first_token: the time includes the prompts, but neither loading nor compiling.
         logprobs: if asked for, the log-probability (nats) of each of `tokens` under the model itself, before
             temperature, penalty and truncation.
     """

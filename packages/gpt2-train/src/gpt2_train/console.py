@@ -1,6 +1,6 @@
 """What a run writes to stderr: lines above a progress bar on a terminal, plain lines anywhere else.
 
-Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: nothing of this stops a run.
+Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of this stops a run.
 Intervals use the monotonic clock: the wall clock, which tqdm's own pace follows, is sometimes set back.
 """
 

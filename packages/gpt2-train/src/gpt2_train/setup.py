@@ -119,7 +119,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
 
 
 def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """Return the verified checkpoint to resume from, or None; raise CannotResume if it does not fit the config."""
+    """Return the verified checkpoint to resume from, or None; raise CannotResume if it does not fit the run."""
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
         return None
@@ -127,7 +127,7 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     if trainer["dataset"] != dataset.manifest.hash:
         raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
     if changed := changed_fields(trainer["config"], config)[0]:
-        advice = "choose another --out, and start from its weights with --init"
+        advice = "choose another --out; --init with this checkpoint starts from its weights"
         raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): {advice}")
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")

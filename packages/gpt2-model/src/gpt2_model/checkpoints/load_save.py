@@ -51,7 +51,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[
 
 
 def inspect(name_or_path: str | Path) -> GPTConfig:
-    """Return the config of a checkpoint, checked as by `load`, without reading the weights' values."""
+    """Return the config of a checkpoint, checked as by `load`, without loading its weights."""
     checkpoint = _open(str(name_or_path))
     _fitting(checkpoint)
     return checkpoint.config

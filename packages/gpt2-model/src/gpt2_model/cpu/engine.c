@@ -1,8 +1,8 @@
 // GPT-2's forward pass with a key-value cache, for CPUs: one call per token instead of some 170 calls of PyTorch.
 //
-// Decoding reads every weight once per token, so its limit is the memory's speed (benchmarks/ has measurements). A
-// weight is read once for up to eight rows, and each product is divided among threads. Each number of the result is
-// summed in a fixed order, whatever other rows are in the call and however many threads there are.
+// Decoding reads every weight once per token, so its limit is the memory's speed (benchmarks/ has measurements).
+// A weight is read once for up to eight rows, and each product is divided among threads. Each number of the result
+// is summed in a fixed order, whatever other rows are in the call and however many threads there are.
 //
 // The vector extensions of GCC and Clang map 16 floats to AVX-512, AVX2 or NEON. engine.py compiles and calls this,
 // and packs Matrix, Norm, Layer, Model and Call field by field.
@@ -56,8 +56,8 @@ typedef struct {  // buffers for the activations of a call
     Prepared prepared;
 } Scratch;
 
-// The threads of a call. One that waits spins for some 100 us, then sleeps. OpenMP's threads keep spinning: a step took
-// 30 times as long on two cores when another program ran.
+// The threads of a call. One that waits spins for some 100 us, then sleeps. OpenMP's threads keep spinning: on two
+// cores, a step took 30 times as long when another program ran.
 typedef struct {
     int threads;
     _Atomic int64_t next;  // in the loop that all threads share: the first item that none has taken
@@ -73,7 +73,7 @@ typedef struct {
 
 typedef void Alone(Team *team, const void *with);
 
-// All threads wait for each other. The last to arrive does what only one can do (`alone`), then releases the others.
+// All threads wait for each other. The last to arrive does what only one can do (`alone`), then releases the rest.
 // A wait costs some 3 us, as long as a layer norm; this way there are 61 per token instead of 134.
 static void meet(Team *team, Alone *alone, const void *with) {
     const int round = team->round;
@@ -224,7 +224,7 @@ static void embed(Team *team, const void *norm) {
     normalise(team, norm);
 }
 
-// One share is one head for all rows of a group, in order: a row's keys are in the cache before any row reads them.
+// One share is one head of all rows of a group, in order: a row's keys are in the cache before a row reads them.
 static void attention(Team *team, int64_t layer, float *scores) {
     const Model *model = team->model;
     const Call *call = team->call;
@@ -243,7 +243,7 @@ static void attention(Team *team, int64_t layer, float *scores) {
     }
 }
 
-// In the last layer only the last row of each group is kept, for its logits. No row is overwritten before it moves.
+// In the last layer only the last row of each group is kept, for its logits. Each moves before it is overwritten.
 static void choose(Team *team, const void *normed) {
     const int64_t n = team->model->n_embd;
     for (int64_t i = 0; i < team->call->groups; i++) {
@@ -303,7 +303,7 @@ Team *gpt2_start(const Model *model, int threads) {
     pthread_cond_init(&team->released, NULL);
     team->threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
     for (int i = 1; i < team->threads; i++)
-        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // waiting threads read it again
+        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // those that wait reread it
     return team;
 }
 

@@ -31,7 +31,7 @@ typedef struct {
 // Rows of activations in the form that products need besides plain fp32.
 // int8 weights: as 16-bit numbers, x = step * (256 * high + low - 32768). The products are then sums of whole
 // numbers, exact and fast (AVX-512's vpdpbusd).
-// bf16 weights: 32 at a time, first the 16 with even index, then the 16 with odd index, since one shift and one mask
+// bf16 weights: 32 at a time, first the 16 of even index, then the 16 of odd index, since one shift and one mask
 // yield the weights in this order; or as bf16 where the processor multiplies pairs of it.
 typedef struct {
     float *step;
@@ -85,7 +85,7 @@ static inline float bf16_to_float(uint16_t x) {
     return (union { uint32_t bits; float value; }){(uint32_t)x << 16}.value;
 }
 
-// e^x with a relative error of at most 2e-7: 2^n from the exponent's bits, the rest from its series on [-ln2/2, ln2/2].
+// e^x with a relative error of up to 2e-7: 2^n by the exponent's bits, the rest by its series on [-ln2/2, ln2/2].
 static inline floats exponential(floats x) {
     const floats zero = {0};
     x = larger(x, zero - 87.0f);  // beyond these the exponent's bits overflow
