@@ -1,4 +1,4 @@
-"""Read files that nobody can trust: JSON, safetensors and torch's own, whole or sharded.
+"""Read untrusted files: JSON, safetensors and torch's own, whole or sharded.
 
 Tensors are memory-mapped: names, shapes and types are known before any data is read. Pickles are read by torch's
 safe unpickler only. Limits that torch and safetensors lack are here: the size of JSON, headers and pickles.
@@ -103,7 +103,7 @@ def read_torch(path: Path) -> dict[Any, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
-    except Exception as error:  # torch reports bad files by a dozen kinds of errors
+    except Exception as error:  # torch reports bad files with a dozen kinds of errors
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         reason = f"it asks for {short(forbidden[1])}" if forbidden else text[:100]

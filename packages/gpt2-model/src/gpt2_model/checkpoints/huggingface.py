@@ -98,7 +98,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp read it: file name -> its bytes or its JSON.
 
-    OpenAI's two files, and tokenizer.json made of both. llama.cpp takes `<|endoftext|>` for text if not "special".
+    They are OpenAI's two files and a tokenizer.json. llama.cpp takes `<|endoftext|>` for text if not "special".
     """
     merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -184,7 +184,7 @@ def _download(repository: str, revision: str) -> Path:
             weights = hf_hub_download(repository, file, revision=commit)
             break
         except errors.EntryNotFoundError as error:
-            # If the hub cannot be reached, stop: each file more would take 23 s to fail.
+            # If the hub cannot be reached, stop: each further file would take 23 s to fail.
             if file == WEIGHTS_FILES[-1] or isinstance(error, errors.LocalEntryNotFoundError):
                 raise
     if weights.endswith(".json"):
