@@ -168,7 +168,7 @@ def test_a_missing_compiler_is_said(tiny_hf_folder, tmp_path, monkeypatch, compi
         (("generate", "-m", "x", "-d", "meta", "Hi"), 1, "this machine has no device 'meta'"),
         (("generate", "-m", "x", "--max-new-tokens", "0", "Hi"), 2, "0 is not in the range"),
         (("generate", "-m", "x", "--logprobs", "Hi"), 2, "--logprobs needs --json"),
-        (("generate", "-m", "345M", "Hi"), 1, "345M is a size, not a model: OpenAI's of that size is gpt2-medium"),
+        (("generate", "-m", "345M", "Hi"), 1, "345M is a size, not a model: use OpenAI's gpt2-medium"),
         (("generate", "-m", __file__, "Hi"), 1, "is not a weights file of safetensors, torch.save or llm.c"),
     ],
 )

@@ -330,7 +330,7 @@ INDEXES = {
     ),
     "no_map": (lambda index: {}, "has no weight_map"),
     "a_list": (lambda index: {"weight_map": []}, "has no weight_map"),
-    "twice": (lambda index: '{"weight_map": {"a": "b", "a": "c"}}', "a name comes twice"),
+    "twice": (lambda index: '{"weight_map": {"a": "b", "a": "c"}}', "a name occurs twice"),
 }  # fmt: skip
 
 

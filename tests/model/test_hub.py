@@ -140,7 +140,7 @@ def test_a_revision(hub, here, model, tmp_path) -> None:
     ("name", "message"),
     [
         ("no/such", "is neither a local model folder nor a model on the hub .*HF_TOKEN"),
-        ("gated/model", "is gated: ask for access on its page on the hub, then `hf auth login`"),
+        ("gated/model", "is gated: ask for access on its page on the hub, then run `hf auth login`"),
         ("a/b@v2", "is not a revision of this model on the hub"),
         ("no/weights", "on the hub lacks config.json or weights"),
         ("no/config", "on the hub lacks config.json or weights"),
@@ -171,7 +171,7 @@ def test_a_download_that_never_ends(hub, here, model, files, monkeypatch) -> Non
     hub.add("a/b", files)
     monkeypatch.setattr("time.sleep", lambda _: None)  # between tries
     hub.faults = [Drop(at=5500), Drop(at=900, times=1000)]
-    with pytest.raises(OSError, match=r"of a/b broke off again and again \(.*\): try later") as caught:
+    with pytest.raises(OSError, match=r"of a/b failed again and again \(.*\): try later") as caught:
         GPT.from_pretrained("a/b")
     assert "\n" not in str(caught.value)
     assert "bytes=5000-" in [request.range for request in hub.asked("model.safetensors")]

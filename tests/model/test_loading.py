@@ -317,15 +317,15 @@ def test_llmc(tmp_path, model, version, dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: llmc_bytes(m, at1=1), "is of version 1: write it again with a present llm.c"),
-        (lambda m: llmc_bytes(m)[:-1], "by its header"),
-        (lambda m: llmc_bytes(m) + b"\0", "by its header"),
+        (lambda m: llmc_bytes(m, at1=1), "has version 1: write it again with a current llm.c"),
+        (lambda m: llmc_bytes(m)[:-1], "its header asks for"),
+        (lambda m: llmc_bytes(m) + b"\0", "its header asks for"),
         (lambda m: llmc_bytes(m)[:500], "ends within its header"),
-        (lambda m: llmc_bytes(m, at4=2**31 - 1), "by its header"),
+        (lambda m: llmc_bytes(m, at4=2**31 - 1), "its header asks for"),
         (lambda m: llmc_bytes(m, at4=-1), "n_layer must be a positive whole number"),
         (lambda m: llmc_bytes(m, at5=3), "must be a multiple of n_head 3"),
-        (lambda m: llmc_bytes(m, at3=200), "by its header"),
-        (lambda m: llmc_bytes(m, at7=-(2**31)), "by its header"),
+        (lambda m: llmc_bytes(m, at3=200), "its header asks for"),
+        (lambda m: llmc_bytes(m, at7=-(2**31)), "its header asks for"),
     ],
 )
 def test_hostile_llmc_files_are_refused(tmp_path, model, change, message) -> None:

@@ -108,7 +108,7 @@ def test_nonsense_is_refused(fields, message) -> None:
     ("text", "message"),
     [
         ("lr = ", "is not valid TOML"),
-        ("learning_rate = 1.0", "unknown key 'learning_rate'; known are data, out, steps"),
+        ("learning_rate = 1.0", "unknown key 'learning_rate': choose from data, out, steps"),
         ("steps = 'many'", "steps must be a int, not 'many'"),
         ("model = 3", "model must be a dict, not 3"),
         ("[model]\nn_layers = 2", "unknown model field 'n_layers'"),

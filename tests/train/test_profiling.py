@@ -55,7 +55,7 @@ def test_a_profile_that_cannot_be_written_stops_nothing(tmp_path) -> None:
     with profiling(tmp_path, 1, 1, 1, said.append) as step_done:
         step_done()
     assert said
-    assert said[0].startswith("warning: no profile: ")
+    assert said[0].startswith("warning: the profile cannot be written: ")
 
 
 @pytest.mark.parametrize(("steps", "last"), [(0, 10), (3, 0)])

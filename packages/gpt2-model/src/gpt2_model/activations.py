@@ -1,23 +1,23 @@
-"""How much memory a training step takes beside weights, gradients and optimizer: the model knows what it keeps."""
+"""How much memory a training step takes for activations, besides weights, gradients and optimizer state."""
 
 import torch
 
 from gpt2_model.config import GPTConfig
 from gpt2_model.cpu.training import ROWS, kept_bytes, takes_own
 
-# The heap of a CPU run is never given back, and small tensors settle where the gradient of a token embedding was:
-# holes of this many embeddings, measured with 124M and micro-batches of 256 to 4,096 tokens.
+# On a CPU the heap is never given back, and small tensors settle where the gradient of a token embedding was. The
+# holes add up to this many embeddings, measured with 124M and micro-batches of 256 to 4,096 tokens.
 HEAP_HOLES = 4.5
 
 
 def activation_bytes(
     config: GPTConfig, batch: int, time: int, *, device_type: str, bf16: bool, compiled: bool, checkpointing: bool
 ) -> tuple[int, int, int]:
-    """Return the bytes of training on (batch, time) tokens beside weights, gradients and the optimizer's state.
+    """Return the bytes of training on (batch, time) tokens besides weights, gradients and the optimizer's state.
 
     They are counted from the tensors that autograd keeps (torch.autograd.graph.saved_tensors_hooks lists them).
-    tests/train holds the figures of CPUs to 10 %; those of other devices are counted in the same way. `bf16` is
-    autocast's, `compiled` torch.compile's, `checkpointing` GPT.activation_checkpointing.
+    Tests hold the figures of CPUs to 10 %; those of other devices are counted in the same way. `bf16` stands for
+    autocast, `compiled` for torch.compile, `checkpointing` for GPT.activation_checkpointing.
 
     Returns:
         (blocks, head, heap): what the backward pass of the blocks needs, and under autocast the matrices in bf16;
@@ -27,7 +27,7 @@ def activation_bytes(
     rows, embedding = batch * time, 4 * config.vocab_size * config.n_embd
     layer = _layer_bytes(config, time, device_type, bf16)
     blocks = config.n_layer * layer
-    if checkpointing:  # each block keeps its input; one at a time has all the rest
+    if checkpointing:  # each block keeps its input; only one at a time has all the rest
         blocks = config.n_layer * 4 * config.n_embd + layer
     copies = 2 * config.matrix_parameters if bf16 else 0
     if device_type == "cpu":
@@ -36,18 +36,18 @@ def activation_bytes(
         head = embedding * (1 if bf16 else 2) + rows * 4 * config.n_embd
         head += min(rows, ROWS) * config.vocab_size * (2 if bf16 else 4)
         return rows * blocks + copies, head, int(HEAP_HOLES * embedding)
-    # Compiled: logits and their gradient in the precision of the product. Else softmax and two gradients in fp32.
+    # Compiled, it keeps logits and their gradient in the product's type; else softmax and two gradients in fp32.
     head = embedding + rows * config.vocab_size * ((4 if bf16 else 8) if compiled else 12)
     return rows * blocks + copies, head, 0
 
 
 def _layer_bytes(config: GPTConfig, time: int, device_type: str, bf16: bool) -> int:
-    """Return the bytes that a block keeps of a token for the backward pass.
+    """Return the bytes that a block keeps per token for the backward pass.
 
-    In fp32: the inputs and outputs of both norms, queries, keys, values, the attention's output, the activation's
-    input and output. In bf16 the norms' inputs stay fp32, and the attention's output is there twice, before and
-    after its cast. Besides, the norms' means and deviations, and a logarithm for each head. Flash attention keeps
-    no matrix of scores; ours, on a CPU in bf16, keeps that of probabilities, and not its output.
+    In fp32 it keeps the inputs and outputs of both norms, queries, keys, values, the attention's output, and the
+    activation's input and output. In bf16 the norms' inputs stay fp32, and the attention's output is kept twice,
+    before and after its cast. Both keep the norms' means and deviations, and a logarithm for each head. Flash
+    attention keeps no scores; ours, on a CPU in bf16, keeps the probabilities instead of its output.
     """
     width, inner = config.n_embd, config.mlp_dim
     if bf16 and takes_own(device_type, torch.bfloat16, time):

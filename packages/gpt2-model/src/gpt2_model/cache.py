@@ -1,4 +1,4 @@
-"""The keys and values of earlier tokens, so that each token of a text is computed once."""
+"""The keys and values of earlier tokens, so that each token of a text is computed only once."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class KVCache:
     Rows are filled from the left, so a row's positions and its attention do not depend on the rows beside it.
 
     Args:
-        model: the cache is for its layers and heads, on its device.
+        model: the model to cache for, with its layers and heads, on its device.
         batch: number of rows.
         capacity: longest row, in tokens. Memory: 2 * n_layer * n_embd values for each token of each row.
     """
@@ -35,10 +35,10 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(time, device=self.lengths.device)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store (batch, n_head, time, head_dim) behind each row; return what a query may look at, and the mask.
+        """Append (batch, n_head, time, head_dim) to each row; return all that a query may see, and the mask.
 
-        The mask is None, for causal attention, when the rows were empty. Otherwise all of the cache is returned,
-        masked: its shape is the same at every step, as a compiled step needs it.
+        The mask is None, for causal attention, if the rows were empty. Otherwise the whole cache is returned with
+        a mask: its shape is the same at every step, as a compiled step needs it.
         """
         time = key.shape[2]
         if self.empty:

@@ -1,6 +1,6 @@
 """What the commands of gpt2-model, gpt2-eval and gpt2-train share.
 
-torch, and what else takes milliseconds to import, is imported where it is used: `--help` must be quick.
+torch and other slow modules are imported only where they are used: `--help` must be quick.
 """
 
 import json
@@ -68,9 +68,9 @@ def one_line(error: BaseException) -> str:
 
 
 def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a command: ValueError, OSError and full memory become one line and exit status 1.
+    """Decorate a command: ValueError, OSError and a lack of memory become one line and exit status 1.
 
-    With `--debug` they keep their traceback, as our own bugs always do. Ctrl-C ends with 130.
+    With `--debug` they keep their traceback, as our own bugs always do. Ctrl-C ends with exit status 130.
     """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
@@ -105,15 +105,15 @@ def run_command(command: click.Command, name: str) -> None:
             raise
         if not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
-        # One rank of a hundred died at exit, its work done, by a thread of torch.distributed that outlived its
-        # owner. Another hung for ever while it freed its process group, when the other rank had been killed.
+        # One rank in a hundred crashed at exit, after its work, in a thread of torch.distributed that outlived its
+        # owner. Another hung forever while it freed its process group, after the other rank had been killed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
 
 
 def find_device(name: str) -> "torch.device":
-    """Return the torch device of a name; "auto" takes CUDA, then MPS, then the CPU, and "cuda" this rank's GPU."""
+    """Return the torch device of a name: "auto" is CUDA, else MPS, else the CPU; "cuda" is this rank's GPU."""
     import torch
 
     kind = name
@@ -131,7 +131,7 @@ def keep_buffers() -> None:
     """Put large CPU tensors into huge pages, and keep their memory for the next one instead of giving it back.
 
     Call this before the first large tensor. By default each one is mapped anew and faulted in, 4 KiB at a time:
-    412,000 faults and 1.1 s of a 2.9 s training step of a 7M-parameter model. With both settings: none, and 1.7 s.
+    412,000 faults, 1.1 s of a 2.9 s training step of a 7M-parameter model. With both settings a step takes 1.7 s.
     """
     import ctypes
 
@@ -158,7 +158,7 @@ def sha256(path: Path) -> str:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power loss."""
-    if os.name == "nt":  # Windows opens no folders, and journals its names itself
+    if os.name == "nt":  # Windows cannot open folders, and journals names itself
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -169,7 +169,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears as `path` whole and on the disk, or not at all: a kill leaves the old one."""
+    """Open a file that replaces `path` once it is complete and on the disk; a kill before leaves the old one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -179,7 +179,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            error.filename = str(path)  # a failing write does not say where
+            error.filename = str(path)  # the error of a write does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -188,7 +188,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, while this process lives; a ValueError names another that holds it."""
+    """Lock a folder, created if needed, during the block; a ValueError names another process that holds it."""
     import fcntl
     import socket
 

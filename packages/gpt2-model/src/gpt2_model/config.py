@@ -1,4 +1,4 @@
-"""What a GPT-2 is made of: its sizes, the four published ones, and what they cost. No torch here."""
+"""The shape of a GPT-2, the four published sizes, and the operations of a training token. No torch here."""
 
 from ast import literal_eval
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ class GPTConfig:
         n_head: attention heads of a block; must divide `n_embd`.
         n_embd: width of the residual stream.
         n_inner: hidden width of the MLP; None means 4 * n_embd.
-        activation_function: the MLP's; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
+        activation_function: that of the MLP; `gelu_new` (GPT-2's own) is the tanh approximation of GELU.
         layer_norm_epsilon: added to the variance.
         scale_attn_weights: divide attention scores by sqrt(head width).
-        scale_attn_by_inverse_layer_idx: also divide them by the block's number, from 1 (Mistral's GPT-2s).
+        scale_attn_by_inverse_layer_idx: also divide them by the block's number, counted from 1 (Mistral's GPT-2s).
         reorder_and_upcast_attn: compute attention scores and their softmax in fp32 whatever the rest runs in.
-        tie_word_embeddings: the output projection is the token embedding.
+        tie_word_embeddings: use the token embedding as the output projection.
     """
 
     block_size: int = 1024
@@ -72,12 +72,12 @@ class GPTConfig:
 
     @property
     def matrix_parameters(self) -> int:
-        """Parameters in the blocks' matrices: what Muon trains, and what autocast copies."""
+        """Number of parameters in the blocks' matrices, which Muon trains and autocast copies."""
         return self.n_layer * (4 * self.n_embd**2 + 2 * self.n_embd * self.mlp_dim)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters in all, embeddings counted once when tied: 124,439,808 for the default."""
+        """Number of all parameters, with tied embeddings counted once: 124,439,808 for the default."""
         width = self.n_embd
         head = 0 if self.tie_word_embeddings else self.vocab_size * width
         embeddings = (self.vocab_size + self.block_size) * width
@@ -106,14 +106,14 @@ PRESETS: Mapping[str, GPTConfig] = {
     "774M": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1558M": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
-# The paper's names; counted, the models have 124, 355, 774 and 1,558 million parameters.
+# The paper's names; in fact the models have 124, 355, 774 and 1,558 million parameters.
 PAPER_NAMES = {"117M": "124M", "345M": "350M", "762M": "774M", "1542M": "1558M"}
 # OpenAI's models of these sizes, as the hub calls them.
 OPENAI_NAMES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Return floating-point operations of a training token, forward and backward: 803 million for 124M at 1,024.
+    """Return the operations of a training token, forward and backward: 803 million for 124M at 1,024 tokens.
 
     6 for each parameter, plus 6 * n_layer * n_embd * seq_len for attention, halved because it is causal. This is
     llm.c's count (train_gpt2.cu, gpt2_estimate_mfu). PaLM's appendix B, which nanoGPT follows, counts the masked

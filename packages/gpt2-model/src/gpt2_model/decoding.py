@@ -15,8 +15,8 @@ from gpt2_model.model import GPT
 def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDecoder | TorchDecoder":
     """Return the fastest decoder for the model on its device, for rows of up to `capacity` tokens.
 
-    `compile` means on the CPU engine.c: None where it can be compiled, True or else a ValueError. On CUDA True has
-    torch.compile make one graph of a step, in half a minute. False: PyTorch's operations one by one.
+    On a CPU, `compile` is about engine.c: None uses it if it can be compiled, True raises a ValueError if not. On
+    CUDA, True lets torch.compile make one graph of a step, in half a minute. False runs plain PyTorch.
     """
     device = model.device.type
     if device == "cpu" and compile is not False:
@@ -34,7 +34,7 @@ def make_decoder(model: GPT, capacity: int, compile: bool | None) -> "EngineDeco
 
 @torch.no_grad()
 def dequantize(model: GPT) -> GPT:
-    """Return the same function with the rounded weights in fp32: 12 times the speed where no engine reads int8."""
+    """Return the same model with its int8 weights as fp32: 12 times as fast where the engine cannot be used."""
     with torch.device("meta"):
         plain = GPT(model.config)
     weights = model.state_dict()
@@ -45,9 +45,9 @@ def dequantize(model: GPT) -> GPT:
 
 
 class TorchDecoder:
-    """A model that remembers rows; logits are (rows, vocab_size) in fp32, rows in the order of `select`.
+    """A model and its cache of rows; logits are (rows, vocab_size) in fp32, rows in the order of `select`.
 
-    By PyTorch, on any device. Compiled, the batch keeps its shape: rows that left are computed, but not read.
+    It uses PyTorch, on any device. Compiled, the batch keeps its shape: dropped rows are computed, but not read.
     """
 
     def __init__(self, model: GPT, capacity: int, compiled: bool = False) -> None:
@@ -56,7 +56,7 @@ class TorchDecoder:
         self._step = _compiled_step(model.device.type) if compiled else _step
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Start a row for each prompt; return the logits of what follows it."""
+        """Start a row for each prompt; return the logits of the token after it."""
         self._rows = list(range(len(prompts)))
         self._cache, logits = self._fill(prompts)
         return logits
@@ -70,10 +70,10 @@ class TorchDecoder:
         self._rows = list(range(len(rows)))
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to each row; return the logits of what follows."""
+        """Append a token to each row; return the logits of the token after it."""
         full = torch.zeros(len(self._cache.lengths), 1, dtype=torch.long)
         full[self._rows, 0] = torch.tensor(tokens)
-        if self._compiled:  # a row that left has no end of its own
+        if self._compiled:  # dropped rows would grow beyond the cache
             self._cache.lengths.clamp_(max=self._capacity - 1)
             for tensor in (self._cache.keys, self._cache.values, self._cache.lengths):
                 torch._dynamo.mark_static_address(tensor)
@@ -81,7 +81,7 @@ class TorchDecoder:
         return logits if len(self._rows) == len(logits) else logits[self._rows]
 
     def refill(self, row: int, tokens: Sequence[int]) -> None:
-        """Replace what a row holds by these tokens."""
+        """Replace the contents of a row with these tokens."""
         filled, _ = self._fill([tokens])
         place = self._rows[row]
         self._cache.keys[:, place] = filled.keys[:, 0]
@@ -108,6 +108,6 @@ def _step(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
 
 @lru_cache
 def _compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
-    """Return a compiled step, the same each time: a second call of the same shapes finds it compiled."""
+    """Return the same compiled step each time, so that it is compiled only once for the same shapes."""
     mode = "reduce-overhead" if device == "cuda" else "default"  # with CUDA graphs
     return torch.compile(_step, mode=mode, dynamic=False, fullgraph=True)

@@ -32,8 +32,8 @@ class Completion:
         tokens: the ids drawn, without the stop id; with a stop string, up to the token that completed it.
         finish_reason: "stop" (a stop id or string) or "length" (max_new_tokens or the context is used up).
         tokens_per_second: new tokens after the first, over the time they took; 0 where there are none.
-        seconds_to_first_token: prompts included, loading and compiling left out.
-        logprobs: where asked for, the log-probability (nats) of each of `tokens` under the model itself, before
+        seconds_to_first_token: the time includes the prompts, but neither loading nor compiling.
+        logprobs: if asked for, the log-probability (nats) of each of `tokens` under the model itself, before
             temperature, penalty and truncation.
     """
 
@@ -64,14 +64,14 @@ class _Row:
     context: list[int]  # prompt and new tokens
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
     cached: int  # number of its tokens that the decoder holds
-    # A token is bytes: a character that ends in the next one waits; what is no UTF-8 becomes U+FFFD.
+    # A token is bytes: an incomplete character waits for the next token; invalid UTF-8 becomes U+FFFD.
     characters: codecs.IncrementalDecoder
     pending: str = ""  # text that may be the beginning of a stop string
 
     def add(
         self, token: int, logprob: float, seconds: float, stop: Sequence[str], stop_ids: Set[int]
     ) -> tuple[str, bool]:
-        """Take the next token; return the text that can be shown, and True if the row is finished."""
+        """Add the next token; return the text that can be shown, and True if the row is finished."""
         done, data = self.completion, b""
         if not done.tokens:
             done.seconds_to_first_token = seconds
@@ -121,12 +121,12 @@ def stream(
     """Continue each prompt `num_samples` times; yield the text as it comes, in whole characters.
 
     Errors are raised at once, not with the first piece. A row's random numbers depend on `seed` and the row's
-    number alone, so its text does not change with the rows beside it: on the CPU to the last bit of its logits,
-    elsewhere as far as rounding lets the same token win.
+    number alone, so its text does not change with the rows beside it: on the CPU its logits are equal to the last
+    bit, elsewhere up to rounding, which can let another token win.
 
     Args:
-        model: its vocabulary must be GPT-2's where prompts are text.
-        prompts: text, or token ids. `[[EOT]]` asks for text from nothing.
+        model: its vocabulary must be GPT-2's if prompts are text.
+        prompts: text, or token ids. `[[EOT]]` asks for text without a prompt.
         num_samples: rows per prompt; the prompt is computed once.
         first_row: number of the first row, so that processes can share the samples of a prompt.
         max_new_tokens: tokens to add; fewer if the context is full or the model ends the text.
@@ -134,13 +134,13 @@ def stream(
         top_k: sample from this many most likely tokens; None for all.
         top_p: sample from the smallest set of tokens with this probability (Holtzman et al. 2019).
         min_p: leave out tokens less likely than this share of the likeliest (Nguyen et al. 2024).
-        repetition_penalty: above 1, tokens that came before are less likely (Keskar et al. 2019), greedily too.
+        repetition_penalty: above 1 makes earlier tokens less likely, at temperature 0 too (Keskar et al. 2019).
         seed: another seed gives another text.
         stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
         stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
         logprobs: also return the log-probability of each token.
-        slide: where the context is full, go on from its last half, which is computed again, rather than stop.
-        compile: see `make_decoder`: by default the fastest way that starts at once.
+        slide: when the context is full, continue from its last half, which is computed again, instead of stopping.
+        compile: see `make_decoder`; the default is the fastest way that starts at once.
 
     Raises:
         ValueError: a prompt is empty or fills the context, an id or option is invalid, or the model computes NaN.
@@ -191,7 +191,7 @@ def _run(
     model: GPT, rows: list[_Row], num_samples: int, sampling: Sampling, stop: Sequence[str], stop_ids: Set[int],
     compile: bool | None,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Yield the pieces of `stream`, whose arguments are checked."""
+    """Yield the pieces of `stream`, which has checked the arguments."""
     device, context = model.device, model.config.block_size
     capacity = min(context, max(len(row.context) + len(row.numbers) for row in rows))
     decoder = make_decoder(model, capacity, compile)
@@ -246,7 +246,7 @@ def _step(decoder: EngineDecoder | TorchDecoder, rows: list[_Row], context: int)
 
 
 def _seen(rows: list[_Row], model: GPT) -> Tensor:
-    """Return (rows, tokens that can be drawn), True for those of the prompt."""
+    """Return a mask, (rows, tokens that can be drawn), True for the tokens of the prompt."""
     seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
     for place, row in enumerate(rows):
         seen[place, row.context] = True
@@ -254,7 +254,7 @@ def _seen(rows: list[_Row], model: GPT) -> Tensor:
 
 
 def _only_tokens(logits: Tensor) -> Tensor:
-    """Leave out the columns that only round GPT-2's vocabulary up: no text has such tokens."""
+    """Leave out the columns that only pad GPT-2's vocabulary: no text has such tokens."""
     return logits[:, : EOT + 1] if EOT < logits.shape[1] <= PADDED else logits
 
 
@@ -267,5 +267,5 @@ def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
         raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
         full = f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}"
-        raise ValueError(f"{full}: shorten it, or slide on from its last half (--slide)")
+        raise ValueError(f"{full}: shorten it, or continue from its last half (--slide)")
     return ids

@@ -1,14 +1,14 @@
-"""GPT-2 as a PyTorch module. Names of parts and weights are those of the Hugging Face checkpoint.
+"""GPT-2 as a PyTorch module. Its parts and weights are named as in the Hugging Face checkpoint.
 
 Read it from `GPT.forward` upwards: tokens -> embeddings -> blocks -> norm -> logits. `plain_attention` says in
 three lines what attention is. cpu/training.py computes parts of it faster on a CPU; cache.py keeps the keys and
-values of earlier tokens in generation.
+values of earlier tokens during generation.
 
 Tensors are named with their shapes, one letter for each dimension:
 
     B  batch: sequences                  H  attention heads
     T  time: positions of the tokens     D  head_dim: width of a head, C / H
-    S  positions that can be seen        I  mlp_dim: hidden width of the MLP, 4 C
+    S  positions attended to             I  mlp_dim: hidden width of the MLP, 4 C
     C  n_embd: width of the stream       V  vocab_size
 """
 
@@ -44,7 +44,7 @@ def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float
 
 def _gelu_new(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and x.device.type == "cpu":
-        # The same function, as 0.5 (1 + tanh(u)) = sigmoid(2u): the compiler's tanh takes three times its exp.
+        # The same function, since 0.5 (1 + tanh(u)) = sigmoid(2u). Compiled, tanh takes 3 times as long as exp.
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
     return F.gelu(x, approximate="tanh")
 
@@ -59,10 +59,10 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionContext(Protocol):
-    """Where the tokens of a sequence stand, and which others they see; a KVCache is one.
+    """What attention must know of earlier tokens; KVCache implements it.
 
-    `positions` returns those of the next `time` tokens, (B, T). `extend` takes a layer's keys and values of these
-    tokens, (B, H, T, D); it returns all keys and values that they may look at, (B, H, S, D), and the mask,
+    `positions` returns the positions of the next `time` tokens, (B, T). `extend` takes a layer's keys and values
+    of these tokens, (B, H, T, D); it returns all that they may attend to, (B, H, S, D), and the mask,
     (B, 1, T, S), or None for causal attention. `advance` notes that all layers have computed `time` tokens.
     """
 
@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         self.upcast = config.reorder_and_upcast_attn
 
     def forward(self, x_BTC: Tensor, cache: AttentionContext | None = None) -> Tensor:
-        """Return plain_attention of the tokens' queries, keys and values, projected: (B, T, C)."""
+        """Return the attention of each token to itself and earlier ones, after c_proj: (B, T, C)."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHSD, v_BHSD = (
             part_BTC.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them, on each position alone."""
+    """Two linear layers with an activation between them, applied to each position separately."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an uninitialised embedding: nn.Embedding's own start imports a compiler on "meta" (1.7 s)."""
+    """Return an uninitialised embedding. On "meta", nn.Embedding's initialisation imports a compiler (1.7 s)."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
@@ -143,8 +143,8 @@ class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). There is no dropout: pretraining recipes of this size use none.
 
     Attributes:
-        activation_checkpointing: keep only each block's input for the backward, which computes the rest again
-            (Chen et al. 2016). For training in less memory; without gradients it changes nothing.
+        activation_checkpointing: keep only each block's input for the backward pass, which computes the rest again
+            (Chen et al. 2016). This saves memory in training; without gradients it changes nothing.
     """
 
     activation_checkpointing: bool = False
@@ -157,7 +157,7 @@ class GPT(nn.Module):
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        # Tied, the output projection is wte itself: one tensor, counted, trained and saved once.
+        # If tied, the output projection is wte itself: one tensor that is counted, trained and saved once.
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if not self.wte.weight.is_meta:
@@ -167,8 +167,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights from torch's global generator, as OpenAI's code does (gpt-2, src/model.py).
 
-        Normal with deviation 0.02, positions 0.01; the projections back into the residual stream are divided
-        by sqrt(2 * n_layer), since that many of them add up in it. Biases 0, norms 1.
+        Weights are normal with deviation 0.02, positions with 0.01. The projections into the residual stream are
+        divided by sqrt(2 * n_layer), since 2 * n_layer of them add up there. Biases are 0, norms 1.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
@@ -185,8 +185,8 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) int64 ids, T at most config.block_size, else a ValueError.
-            targets: (B, T) int64 ids that should follow each position; -100 is ignored.
-            return_logits: False in training, where nobody reads them: then they are not kept.
+            targets: (B, T) int64, the id that follows each position; -100 is ignored.
+            return_logits: False, with targets: return the loss alone, as training needs it, and keep no logits.
 
         Returns:
             (logits (B, T, V) or None, loss () in fp32 or None).
@@ -205,7 +205,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, cache: AttentionContext | None = None) -> Tensor:
         """Return the final hidden states of tokens (B, T), after the last norm: (B, T, C).
 
-        With a cache, `tokens` continue the rows that it holds, and are added to it; they must fit.
+        With a cache, `tokens` continue its rows and are added to it; the cache must have room for them.
         """
         return self._transform(self.wte(tokens), cache)
 
@@ -218,7 +218,7 @@ class GPT(nn.Module):
         x_BTC = x_BTC + self.wpe(positions)
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for block in self.h:
-            if recompute:  # nothing in a block is random, so there is no generator's state to restore
+            if recompute:  # nothing in a block is random, so there is no generator state to restore
                 x_BTC = checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTC = block(x_BTC, cache)
@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection, (V, C): the token embedding where they are tied."""
+        """The output projection, (V, C), which is the token embedding if they are tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -245,11 +245,11 @@ class GPT(nn.Module):
         """Load a Hugging Face folder, a weights file, another project's checkpoint, or a model of the hub.
 
         Args:
-            name_or_path: a folder with config.json and safetensors or .bin weights, whole or in shards; one such
-                file beside its config.json; a run's folder of gpt2-train, which stands for its newest checkpoint;
-                nanoGPT's ckpt.pt or llm.c's .bin, whose rows that pad the vocabulary to 50,304 are left out; or a
+            name_or_path: a folder with config.json and safetensors or .bin weights, whole or sharded; one weights
+                file with config.json next to it; a run folder of gpt2-train, from which the newest checkpoint is
+                loaded; nanoGPT's ckpt.pt or llm.c's .bin, without the rows that pad the vocabulary to 50,304; or a
                 hub name like "gpt2-medium" or "owner/model@revision", downloaded once into Hugging Face's cache.
-            dtype: of the weights; torch.int8 quantises them, for generation and evaluation only.
+            dtype: the type of the weights; torch.int8 quantises them, for generation and evaluation only.
 
         Returns:
             The model on the CPU, in eval mode.
@@ -270,11 +270,11 @@ class GPT(nn.Module):
 
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
-        """Return the config of what `from_pretrained` would load, checked likewise but for the values."""
+        """Return the config of what `from_pretrained` would load, after the same checks except of the values."""
         return load_save.inspect(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder, fp32, that transformers, vLLM and llama.cpp's converter load."""
+        """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
         load_save.save(self.config, self.state_dict(), Path(folder))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; see `stream` for what each means. An invalid value is a ValueError."""
+    """How a token is chosen; `stream` explains each option. An invalid value raises a ValueError."""
 
     temperature: float = 1.0
     top_k: int | None = 50
@@ -48,10 +48,10 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def sample(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
     """Choose one token for each row: (rows, vocab_size) logits and (rows,) numbers in [0, 1) -> (rows,) ids.
 
-    Temperature 0 is the exact argmax. Otherwise the `top_k` most likely tokens stay (exactly k, ties broken by
+    Temperature 0 is the exact argmax. Otherwise we keep the `top_k` most likely tokens (exactly k, ties broken by
     torch.topk), of these the smallest set whose probability reaches `top_p`, of these the ones at least `min_p`
     times as likely as the best; the token is read off the cumulative distribution at `uniform`.
-    All in fp32: a bf16 cumulative sum over 50,257 tokens saturates and cuts the wrong ones.
+    All of this is in fp32: a bf16 cumulative sum over 50,257 tokens saturates and cuts off the wrong ones.
     """
     logits = logits.float()
     if options.temperature == 0:

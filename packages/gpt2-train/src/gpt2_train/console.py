@@ -1,7 +1,7 @@
-"""What a run writes to stderr: lines above a bar on a terminal, plain lines anywhere else.
+"""What a run writes to stderr: lines above a progress bar on a terminal, plain lines anywhere else.
 
-Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of it stops a run.
-Intervals use the monotonic clock: the clock of the day, which tqdm's own pace follows, is set back now and then.
+Nobody may be reading, the disk behind a redirection may be full, a pipe may be stuck: none of this stops a run.
+Intervals use the monotonic clock: the wall clock, which tqdm's own pace follows, is sometimes set back.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-FIRST_STEPS = 3  # of a process: each has its line, so that one sees at once that it trains
+FIRST_STEPS = 3  # the first steps of a process have a line each, so that one sees at once that it trains
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
 BAR_SECONDS = 0.1
 
@@ -46,22 +46,22 @@ class Console:
             self.last_line = now
             rest = "" if self.on_terminal or not time_left else f"  {time_left}"
             self.say(step_line(row, self.steps) + rest)
-        if self.on_terminal and self.bar is None:  # not before: what is said of the start needs none
+        if self.on_terminal and self.bar is None:  # messages before the first step need no bar
             self._quietly(self._open_bar)
         if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or step == self.steps):
             self.last_bar, self.bar.n = now, step
             self.working(time_left)
 
     def _time_left(self, step: int, now: float) -> str:
-        """As "1:02:03 left", by the mean pace since this process's first step, evaluations and all."""
+        """Return "1:02:03 left", by the mean pace since this process's first step, with evaluations."""
         if self.first is None:
-            self.first = (step, now)  # it may have compiled: no pace
+            self.first = (step, now)  # it may include compiling, so it tells no pace
             return ""
         first_step, start = self.first
         return f"{tqdm.format_interval((now - start) * (self.steps - step) / (step - first_step))} left"
 
     def working(self, what: str) -> None:
-        """Show a word on a terminal: in the bar, or, before there is one, on a line."""
+        """Show what the run does, on a terminal: in the bar or, before there is one, on a line."""
         if self.bar is not None:
             self.bar.set_postfix_str(what, refresh=False)
             self._quietly(self.bar.refresh)
@@ -73,38 +73,38 @@ class Console:
         self._quietly(lambda: tqdm.write(text, file=self.stream))
 
     def close(self) -> None:
-        """Remove the bar. Lines may still be said."""
+        """Remove the bar; `say` still works."""
         if self.bar is not None:
             self._quietly(self.bar.close)
             self.bar.disable = True
             self.bar = None
 
     def _quietly(self, write: Callable[[], object]) -> None:
-        """Write if that neither waits nor fails; after a failure nothing is written any more."""
+        """Write unless that would have to wait; after a failed write, write nothing any more."""
         if self.stream is None:
             return
         try:
             if _takes_more(self.stream):
                 write()
         except (OSError, ValueError):
-            # Nobody reads, the disk is full, the terminal has gone; or Python's own stream is closed.
+            # Nobody reads, the disk is full, the terminal was closed, or Python's own stream is closed.
             _discard(self.stream)
             self.stream = None
             if self.bar is not None:
-                self.bar.disable = True  # else it writes once more, when it is collected
+                self.bar.disable = True  # else it writes once more when it is garbage-collected
 
 
 def _takes_more(stream: TextIO) -> bool:
-    """True if a line can be written without waiting for a reader. A line is lost rather than a step's time."""
+    """True if a line can be written without waiting for a reader. It is better to lose a line than time."""
     try:
         descriptor = stream.fileno()
-    except (OSError, AttributeError):  # not a file: a notebook's, or a test's
+    except (OSError, AttributeError):  # not a file: a notebook's or a test's stream
         return True
     return bool(select.select([], [descriptor], [], 0.0)[1])
 
 
 def _discard(stream: TextIO) -> None:
-    """Send nowhere what anyone writes to a dead stream: its buffer would fail at exit, and make its status 120."""
+    """Discard what is written to a dead stream: flushing its buffer at exit would fail, with exit status 120."""
     with suppress(OSError, ValueError, AttributeError):
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -113,7 +113,7 @@ def _discard(stream: TextIO) -> None:
 
 
 def step_line(row: dict[str, Any], steps: int) -> str:
-    """Return a training row as one line, without what is not known; 78 columns with five-digit steps on a GPU."""
+    """Return a training row as one line, without unknown values; 78 columns with five-digit steps on a GPU."""
     forms: dict[str, Callable[[Any], str]] = {
         "loss": "loss {:.4f}".format, "grad_norm": "norm {:.3f}".format, "lr": "lr {:.2e}".format,
         "tokens_per_second": lambda number: f"{short(number)} tok/s", "mfu": "MFU {:.1%}".format,

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, on which device, and the few sums that they share."""
+"""The processes of a run: which one this is, on which device, and the few values that they exchange."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ class World:
     """One process among `size`, over all nodes.
 
     Attributes:
-        rank: this process, 0 to size - 1; rank 0 writes files and talks.
+        rank: this process, 0 to size - 1; rank 0 writes files and messages.
         device: where this process computes.
     """
 
@@ -64,7 +64,7 @@ class World:
         return values
 
     def collect(self, own: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors, each of which one rank or all have, into rank 0's; all ranks call it, with all names."""
+        """Copy tensors, each held by one rank or by all, into rank 0's. All ranks call it, with all names."""
         owners: dict[str, int] = {}
         for rank, names in enumerate(self.gather(sorted(own))):
             for name in names:
@@ -81,14 +81,14 @@ class World:
 
 
 def start(device: str = "auto", *, deterministic: bool = False) -> World:
-    """Join the run of torchrun's environment, or be its only process. Raises ValueError for a device it lacks.
+    """Join the run that torchrun started, or be its only process. Raises ValueError if there is no such device.
 
-    NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error. With
+    It uses NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error. With
     `deterministic` CUDA uses only kernels whose sums have one order: a resumed run ends with the same bits.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
     where = find_device(device)
     if where.type == "cuda":
@@ -102,10 +102,10 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
 
 
 def _store_of_this_life() -> Any:
-    """The store in which the processes find each other, if torchrun started them on one node; None: torch's own.
+    """Return a new store where the processes find each other, if torchrun started them on one node, else None.
 
-    torchrun (2.13) starts workers again with the store that the dead ones left their addresses in: who comes first
-    connects to one of those, and is refused. On several nodes the agents count restarts differently, so there
+    torchrun (2.13) restarts workers with the store in which the dead ones left their addresses: the first worker
+    connects to one of these, and is refused. On several nodes the agents count restarts differently, so there
     torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     env = os.environ
@@ -117,7 +117,7 @@ def _store_of_this_life() -> Any:
 
 
 def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataParallel:
-    """Return a model whose backward leaves the mean gradients of all processes, which "bf16" sends rounded."""
+    """Return a model whose backward averages gradients over all processes; "bf16" rounds what is sent."""
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compression == "bf16":
         parallel.register_comm_hook(None, _in_bf16)
@@ -125,7 +125,7 @@ def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataPa
 
 
 def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """torch's hook under another name: by its own, DDP refuses it without NCCL, though gloo adds bf16 as well."""
+    """Call torch's hook. Under its own name DDP refuses it without NCCL, though gloo can add bf16 as well."""
     return bf16_compress_hook(group, bucket)
 
 
@@ -135,7 +135,7 @@ def gradient_bytes_sent(parameters: int, processes: int, compression: str) -> in
 
 
 def stop(world: World) -> None:
-    """Leave the run, which all ranks must do. Without it NCCL warns, and may hang, at exit."""
+    """Leave the run; all ranks must call this. Without it NCCL warns, and may hang, at exit."""
     if world.size > 1:
         dist.destroy_process_group()
 
@@ -143,7 +143,7 @@ def stop(world: World) -> None:
 def choose_precision(asked: str, device: torch.device | None) -> str:
     """Return "fp32" or "bf16"; for "auto" bf16 where the processor multiplies such matrices itself.
 
-    A device that is not here (None) is taken for one that does. On a CPU that does not, torch emulates: 44 GFLOP/s
+    A device that is not here (None) is assumed to do so. On a CPU that does not, torch emulates bf16: 44 GFLOP/s
     instead of 166 in fp32, measured on two AVX-512 cores.
     """
     if asked != "auto" or device is None:

@@ -19,7 +19,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STDERR = 2
 FIRST_SECONDS = 1800.0  # limit for work that was never timed: the first step compiles
-WINDOW = 128  # steps that say what is usual, as in llm.c and OLMo
+WINDOW = 128  # the last steps, which define what is usual, as in llm.c and OLMo
 FEWEST = 20  # with fewer steps a deviation means nothing
 
 
@@ -36,7 +36,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Note signals while the block runs, instead of ending by them."""
+        """Note signals while the block runs, so that they do not end the process."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield self
@@ -51,17 +51,17 @@ class StopSignal:
             self.number, self._when = number, time.monotonic()
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 with suppress(OSError, ValueError):
-                    if select.select([], [STDERR], [], 0.0)[1]:  # else a reader that does not read holds us up
+                    if select.select([], [STDERR], [], 0.0)[1]:  # a stuck reader must not block us
                         os.write(STDERR, b"finishing the step, then saving; Ctrl-C again ends at once\n")
 
 
 class Watchdog:
     """Ends this process, with exit code 1, when the work it watches takes much longer than usual.
 
-    That is `seconds` (0: no limit), or ten times the median of its last times. One process that hangs leaves the
-    others waiting in their next exchange, so each finds out by itself, and each prints its own stacks. A Python
-    thread says where training is. If the interpreter is locked, faulthandler's own thread, which needs no lock,
-    prints the stacks two seconds later and exits.
+    The limit is `seconds` (0: no limit) or, if longer, ten times the median of the last times. One process that
+    hangs leaves the others waiting in their next exchange, so each notices by itself and prints its own stacks. A
+    Python thread says where training is. If the interpreter's lock is held, faulthandler's own thread, which needs
+    no lock, prints the stacks two seconds later and exits.
     """
 
     def __init__(self, rank: int, seconds: float) -> None:
@@ -76,7 +76,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self, what: str, step: int, first_seconds: float = FIRST_SECONDS) -> Iterator[None]:
-        """Watch the work inside; `first_seconds` is the limit as long as `what` was never timed."""
+        """Watch the work in the block; while `what` was never timed, the limit is at least `first_seconds`."""
         if not self.seconds:
             yield
             return
@@ -101,7 +101,7 @@ class Watchdog:
                 os.write(STDERR, text.encode())
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)
                 sys.stdout.flush()
-                time.sleep(1)  # when this one ends, the others' exchange breaks: they print their stacks before
+                time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
                 os._exit(1)
 
 
@@ -109,15 +109,15 @@ class Watchdog:
 class Guard:
     """Judges each step by its mean loss and gradient norm, which all processes share: so all decide alike."""
 
-    sigma: float = 0.0  # leave out a step more than so many deviations above the mean of the window; 0: none
-    # Of the last steps not left out: an outlier must not widen what counts as usual.
+    sigma: float = 0.0  # skip a step more than this many deviations above the mean of the window; 0: never
+    # Those of the last steps that were not skipped: an outlier must not widen what counts as usual.
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    skips: int = 0  # updates left out in a row
+    skips: int = 0  # updates skipped in a row
     total_skips: int = 0
 
     def judge(self, loss: float, norm: float) -> str | None:
-        """Note a step; return why its update must be left out, or None if it may be made."""
+        """Note a step; return why its update must be skipped, or None if it may be made."""
         if reason := self._reason(loss, norm):
             self.skips += 1
             self.total_skips += 1

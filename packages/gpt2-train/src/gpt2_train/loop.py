@@ -28,8 +28,8 @@ def train(config: TrainConfig) -> int:
     killed and resumed ends with the same weights, bit for bit, as one that was not.
 
     Returns:
-        0 when all steps are done; 128 + the signal's number when SIGTERM, SIGINT or SIGUSR1 asked for an end: then
-        the step just finished has a checkpoint.
+        0 when all steps are done; 128 + the signal's number when SIGTERM, SIGINT or SIGUSR1 ended the run, after a
+        checkpoint of the step just finished.
 
     Raises:
         ValueError: settings that do not go together; too many steps in a row that are not finite.
@@ -37,10 +37,10 @@ def train(config: TrainConfig) -> int:
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
         world = distributed.start(config.device, deterministic=config.deterministic)
-        # Rank 0 holds the folder; all ranks learn if it cannot.
+        # Rank 0 locks the folder; if it cannot, all ranks raise its error.
         world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
         status = _train(config, world, stop)
-    distributed.stop(world)  # not after an error: it would wait for ranks that hang to answer what is under way
+    distributed.stop(world)  # not after an error: it would wait for an exchange with ranks that hang
     return status
 
 
@@ -49,7 +49,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
     try:
         profiled = config.profile if world.is_main else 0
         with run.batches, profiling(run.folder, profiled, run.step + 1, config.steps, run.log.say) as step_done:
-            _agree_to_stop(run)  # a signal may have come before there was a step
+            _agree_to_stop(run)  # a signal may have come before the first step
             while True:
                 if _evaluation_is_due(run):
                     _evaluate(run)
@@ -76,7 +76,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
 
 
 def _update(run: Run) -> None:
-    """Do one step: gradients of the whole batch, clipped, and applied if they are sound."""
+    """Do one step: compute the gradients of the whole batch, clip them, and apply them if the guard agrees."""
     with run.watchdog.watching("update", run.step + 1):
         started = time.perf_counter()
         config, world = run.config, run.world
@@ -87,8 +87,8 @@ def _update(run: Run) -> None:
         loss_sum, data_seconds = _backward(run)
         norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
 
-        # One exchange a step: the mean loss and norm, whether a signal came to any process, or a save failed. From
-        # here on all know the same numbers, and so decide alike.
+        # One exchange a step: the mean loss and norm, whether any process got a signal, or a save failed. From
+        # here on all processes have the same numbers, and so decide alike.
         own = [loss_sum, norm, float(run.stop.number > 0), float(run.saver.error is not None)]
         shared = torch.stack([torch.as_tensor(value, device=world.device).float() for value in own])
         loss, grad_norm, signals, failures = world.sum(shared / world.size).tolist()
@@ -102,7 +102,7 @@ def _update(run: Run) -> None:
                     group["lr"] = lr
                 optimizer.step()
             run.updates += 1
-        # DDP's gradients lie in its buckets. Taken out, they would be made anew beside these, 6 GB for 1558M.
+        # DDP's gradients are views of its buckets. Set to None, they would be allocated again, 6 GB for 1558M.
         run.model.zero_grad(set_to_none=world.size == 1)
         run.step += 1
         if signals:
@@ -123,7 +123,7 @@ def _update(run: Run) -> None:
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:
-    """Add up a whole batch's gradients; return its mean loss () here, and the seconds spent waiting for data."""
+    """Add up a whole batch's gradients; return this process's mean loss (), and the seconds spent on data."""
     world = run.world
     loss_sum, data_seconds = torch.zeros((), device=world.device), 0.0
     for micro_step in range(run.accumulation):
@@ -131,8 +131,8 @@ def _backward(run: Run) -> tuple[torch.Tensor, float]:
         batch = next(run.batches)
         data_seconds += time.perf_counter() - asked
         x, y = (torch.from_numpy(part).to(world.device, non_blocking=True) for part in batch)
-        # Gradients cross the processes once a step, with the last micro-batch. The forward must be inside too:
-        # it is where DDP decides whether the backward will send.
+        # Gradients are exchanged once a step, with the last micro-batch. The forward pass must be inside, too: it
+        # is where DDP decides whether the backward pass will send them.
         waits = world.size > 1 and micro_step < run.accumulation - 1
         with run.parallel.no_sync() if waits else nullcontext():  # type: ignore[operator]
             loss = loss_of(run.config, run.parallel, x, y)
@@ -149,7 +149,7 @@ def loss_of(config: TrainConfig, parallel: torch.nn.Module, x: torch.Tensor, y: 
 
 
 def _evaluation_is_due(run: Run) -> bool:
-    """True at step 0, every `eval_every` steps and at the end; after a resume, too, if a kill came before it."""
+    """True at step 0, every `eval_every` steps and at the end; also after a resume if a kill prevented it."""
     every = run.config.eval_every
     if not every or run.stopped_by or run.evaluated == run.step:
         return False
@@ -157,10 +157,10 @@ def _evaluation_is_due(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """Measure validation loss and, with a file, HellaSwag, and write samples, shared out over the processes.
+    """Measure validation loss and, with a file, HellaSwag, and write samples. The processes share the work.
 
-    Where a step is compiled, so are the measures; the samples are written by the plain module, whose weights are
-    the same. A signal ends it; the resumed run repeats it.
+    If a step is compiled, so are the measurements; samples come from the uncompiled module, whose weights are the
+    same. A signal interrupts the evaluation; the resumed run repeats it.
     """
     config, started = run.config, time.perf_counter()
     options: dict[str, Any] = {
@@ -191,7 +191,7 @@ def _evaluate(run: Run) -> None:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Continue the prompt. Each process writes some of the rows, and the rows do not depend on which."""
+    """Continue the prompt. Each process writes some of the rows; their texts do not depend on which one does."""
     config, world = run.config, run.world
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     own = []
@@ -239,7 +239,7 @@ def _save(run: Run) -> None:
 
 
 def _check_saving(run: Run, *, may_go_on: bool) -> None:
-    """End the run on all ranks if a checkpoint could not be written, or say so."""
+    """If a checkpoint could not be written, end the run on all ranks or, with `may_go_on`, only say so."""
 
     def check() -> None:
         error, run.saver.error = run.saver.error, None
@@ -252,7 +252,7 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes of tensors on a GPU, else of the whole process."""
+    """Return the peak bytes of tensors on a GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,15 +14,15 @@ from gpt2_train.config import TrainConfig, divisors, existing, micro_batches, se
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import optimizer_bytes
 
-# Elsewhere than on CUDA memory is shared with everything else, and 4,096 tokens keep two cores as busy as more do.
+# Without CUDA, memory is shared with everything else, and 4,096 tokens keep two cores as busy as more tokens do.
 MOST_TOKENS = 4096
 # Python, torch, the libraries of this package, and a step's small tensors: measured on Linux.
 PROGRAM = 270_000_000
-FILES_BYTES = 4_000_000  # of a checkpoint beside its tensors: vocabulary, settings, hashes
-# A group's limit and usage, and in its memory.stat the cached files, which make room when asked.
+FILES_BYTES = 4_000_000  # what a checkpoint has besides its tensors: vocabulary, settings, hashes
+# A cgroup's limit and usage, and in its memory.stat the cached files, which the kernel drops when it needs room.
 CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
-CUDA_CONTEXT = 600_000_000  # of the driver, cuBLAS and cuDNN on the device
+CUDA_CONTEXT = 600_000_000  # what the driver, cuBLAS and cuDNN take on the device
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Memory:
     """Bytes of one process at its peak, part by part; on a CPU the device's memory is the host's."""
 
     weights: int  # in fp32
-    gradients: int  # as much again, or less where they come as activations go
+    gradients: int  # as much again, or less if activations are freed meanwhile
     optimizer: int  # this process's share of the optimizer's state
     activations: int  # what the backward pass of a micro-batch needs, and under autocast the weights in bf16
     head: int  # logits or blocks of them, the loss, and the gradients of output projection and token embedding
@@ -43,7 +43,7 @@ class Memory:
     host_bytes: int  # on the host of rank 0; other ranks have no `checkpoint_copy`
 
     def needed_on_host(self) -> int:
-        """Return the bytes of all processes on this machine, rank 0 among them; MPS shares the host's memory."""
+        """Return the bytes of all processes on rank 0's machine; with MPS the device's memory is the host's."""
         copy = self.checkpoint_copy
         return processes_here() * (self.host_bytes - copy + self.device_bytes) + copy
 
@@ -52,7 +52,7 @@ def peak_memory(config: TrainConfig, micro_batch: int, world_size: int, device_t
     """Return the peak of training with `micro_batch` sequences at once on each of `world_size` processes.
 
     CPU figures are held to 10 % by a test; those of other devices ("cuda", "mps") are counted in the same way, and
-    measured by `choose_micro_batch` where it matters. Here and below the precision of `config` is resolved.
+    measured by `choose_micro_batch` where it matters. Here and below `config.precision` must not be "auto".
     """
     shape = config.model_config
     blocks, head, heap = GPT.activation_bytes(
@@ -62,7 +62,7 @@ def peak_memory(config: TrainConfig, micro_batch: int, world_size: int, device_t
     weights = gradients = 4 * shape.num_parameters
     on_host = device_type == "cpu"
     if on_host and world_size == 1 and micro_batch * config.seq_len == config.batch_tokens:
-        # One micro-batch a step: the gradients come as the activations go. DDP's buckets stay.
+        # One micro-batch a step: activations are freed as gradients are made. DDP's buckets stay allocated.
         gradients = 4 * shape.vocab_size * shape.n_embd
     optimizer, copy = optimizer_bytes(config, world_size), weights + optimizer_bytes(config, 1)
     step = weights + gradients + optimizer + blocks + head + heap
@@ -74,7 +74,7 @@ def peak_memory(config: TrainConfig, micro_batch: int, world_size: int, device_t
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of host memory that a process may still take; without /proc (macOS) all of the machine."""
+    """Return the bytes of host memory that a process may still take; without /proc (macOS), of all memory."""
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
@@ -88,7 +88,7 @@ def available_memory(root: Path = Path("/")) -> int:
             base, names = base / "memory", CGROUP_1
         elif controllers:
             continue
-        # A limit of any group above counts. In a container the path is the host's, and only its end is there.
+        # The limits of all groups above count. A container's path may be the host's, with folders not seen here.
         inside = base / group.lstrip("/")
         for folder in (inside, *inside.parents):
             with suppress(OSError, ValueError):  # no such file, or "max", which is no limit
@@ -114,10 +114,10 @@ def choose_micro_batch(config: TrainConfig, world: World, try_one: Callable[[int
 
     All processes get the same number: the least that any of them has room for. `try_one` does a forward and
     backward pass of n sequences, without any exchange: a process that runs out of memory would leave the others
-    waiting. It is called twice for each number, the second time beside the gradients of the first. Without it the
-    estimate is believed, as it must be where the system kills what needs too much.
+    waiting. It is called twice for each number, the second time beside the gradients of the first. Without it we
+    trust the estimate, as we must where the system kills a process that needs too much.
 
-    Raises ValueError if the batch cannot be shared out, or not even one sequence runs.
+    Raises ValueError if the batch does not divide evenly, or not even one sequence runs.
     """
     if config.micro_batch != "auto":
         return micro_batches(config, world.size, 1)[0]
@@ -131,14 +131,14 @@ def choose_micro_batch(config: TrainConfig, world: World, try_one: Callable[[int
     most = min(world.gather(max(1, most_that_fit(config, world.size, device.type, room))))
     if try_one is None:
         return most
-    # The optimizer's state is not there yet: its bytes are kept free in the trials.
+    # The optimizer's state does not exist yet: its bytes are reserved during the trials.
     _reserved = torch.empty(optimizer_bytes(config, world.size), dtype=torch.uint8, device=device)
     for micro_batch in divisors(sequences(config, world.size), most):
         if all(world.gather(_runs(try_one, micro_batch))):
             return micro_batch
     raise ValueError(
         f"not even one sequence of {config.seq_len:,} tokens fits into the memory of {device}: use "
-        "--activation-checkpointing, a shorter --seq-len or a smaller model, or share the optimizer's state out "
+        "--activation-checkpointing, a shorter --seq-len or a smaller model, or spread the optimizer's state "
         "over more processes with --shard-optimizer"
     )
 
@@ -165,20 +165,20 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def checkpoints_at_once(config: TrainConfig) -> int:
-    """Return how many are on the disk at most: those to keep, and one that is written before the oldest goes."""
+    """Return the most checkpoints on the disk at once: those to keep, and one written before the oldest goes."""
     written = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
     return min(config.keep + 1, written)
 
 
 def check_space(config: TrainConfig) -> None:
-    """Raise OSError if the checkpoints which will be there at once do not fit on the disk of the run's folder."""
+    """Raise OSError if the checkpoints that will exist at once do not fit on the disk of the run's folder."""
     run, each, number = Path(config.out), checkpoint_bytes(config), checkpoints_at_once(config)
-    # What the run has there counts as free: it makes room as new ones are written.
+    # The run's existing checkpoints count as free: they are deleted as new ones are written.
     own = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(run)).free
     if number * each > free + own:
         needed = f"{in_gb(number * each)} for {number} checkpoints of {in_gb(each)}"
-        beside = f" beside the {in_gb(own)} it has" if own else ""
+        beside = f" besides the {in_gb(own)} it has" if own else ""
         advice = "free some, or choose another --out" + " or a lower --keep" * (config.keep > 1)
         raise OSError(f"{run} will need {needed}, and {in_gb(free)} are free{beside}: {advice}")
 

@@ -1,7 +1,7 @@
 """What a run records: metrics.jsonl and samples.jsonl in its folder, the terminal, TensorBoard, W&B; its speed.
 
-A row is one write of one line, so that a kill leaves at most the last one in pieces. Rows reach the disk before a
-checkpoint does (flush), and a run that resumes from it drops the later ones, which are about to be written again.
+A row is one line, written at once, so that a kill can break only the last one. Rows reach the disk before a
+checkpoint does (flush), and a run that resumes from it drops the later rows, which it will write again.
 """
 
 import json
@@ -24,15 +24,15 @@ from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.trackers import Tracker, check_trackers, in_one_line, start_tensorboard, start_wandb
 
-# Dense bf16 with sums in fp32, TFLOP/s, of the makers' data sheets; the first that fits. Other GPUs, parts of one
-# (MIG) and the slower ones of the same name are not guessed at.
+# TFLOP/s in dense bf16 with fp32 sums, from the makers' data sheets; the first match counts. We do not guess those
+# of other GPUs, of parts of one (MIG) and of slower ones of the same name.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0, "GH200": 989.0,
     "H800": 989.0, "B200": 2250.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0,
     "L40": 181.0, "L4": 121.0, "RTX 4090": 165.2, "RTX 3090": 71.0, "MI300X": 1307.0,
 }  # fmt: skip
 GPU_SHARE = 0.40  # of the maker's peak: 124M reaches 38 % of it with llm.c on eight H100s, 56 % on eight A100s
-PRODUCT_SHARE = 0.70  # of the rate of a large matrix product, which a whole step reaches elsewhere
+PRODUCT_SHARE = 0.70  # of the rate of a large matrix product: what a step reaches on other devices
 EVALUATION_WORDS = (
     ("val_loss", "validation loss {}", ".4f"), ("hellaswag_acc_norm", "HellaSwag {}", ".2%"),
     ("seconds", "in {} s", ".1f"),
@@ -41,10 +41,10 @@ _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 
 
 class RunLog:
-    """Everything that a run reports. Each rank has one; it does nothing but on rank 0, which must `open` it."""
+    """Everything that a run reports. Each rank has one; only rank 0, which must `open` it, writes anything."""
 
     def __init__(self, config: TrainConfig, first_step: int, world: World) -> None:
-        # first_step: where training resumes; later rows are dropped. -1: it starts afresh, and drops all.
+        # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
         self.trackers: list[Tracker] = []
@@ -63,7 +63,7 @@ class RunLog:
         self.console = Console(config.steps)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
-        # MFU: the operations of a step, by llm.c's count, over those that all devices could do meanwhile.
+        # MFU: the operations of a step, by llm.c's count, over those that all devices could do in that time.
         peak = peak_tflops(config, self.world.device)
         self.peak = peak[1] * 1e12 * self.world.size if peak else None
         self.flops_per_token = flops_per_token(config.model_config, config.seq_len)
@@ -73,7 +73,7 @@ class RunLog:
             try:
                 self.trackers.append(start_wandb(config, folder, self.first_step))
             except RuntimeError as error:
-                # Whoever starts a run wants to know. A resumed one, at night after a restart, trains without.
+                # Whoever starts a run wants to know. A run that resumes, perhaps at night, trains without W&B.
                 if self.first_step < 0:
                     raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
                 self.say(f"warning: {error}; the run continues without it")
@@ -112,7 +112,7 @@ class RunLog:
             return
         self.samples.append(row)
         if row["row"] == 0:
-            # A model may write anything, also what moves the cursor or renames the window.
+            # A model may write anything, including characters that move the cursor or rename the window.
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{row['prompt']}|{row['text']}")
             self.say(f"  {text}"[:160])
 
@@ -122,7 +122,7 @@ class RunLog:
             self.console.say(text)
 
     def working(self, what: str) -> None:
-        """Show on a terminal what takes a while between two steps."""
+        """Show on a terminal which slow work is done between two steps."""
         if self.enabled:
             self.console.working(what)
 
@@ -134,7 +134,7 @@ class RunLog:
             self._track(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """End the log; once is enough. Lines may still be said."""
+        """Close the files and the trackers; `say` still works."""
         if self.enabled:
             self.console.close()
             self._track(lambda tracker: tracker.close())
@@ -158,7 +158,7 @@ class RunLog:
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
-    """Return the device's name and peak in TFLOP/s: --peak-tflops or, in bf16, the table's; None: not known."""
+    """Return the device's name and peak in TFLOP/s, from --peak-tflops or, in bf16, the table; None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     if config.peak_tflops:
         return name, config.peak_tflops
@@ -168,9 +168,9 @@ def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] 
 
 
 def assumed_speed(config: TrainConfig, device: torch.device, here: bool) -> tuple[float | None, str]:
-    """Return the operations a second to expect of one process, None if nothing is known; and where this is from.
+    """Return the operations per second to expect of one process (None if unknown), and where this comes from.
 
-    A device that is `here`, on this machine, and whose peak is not known, is measured for a second.
+    A device that is `here`, on this machine, is measured for a second if its peak is not known.
     """
     share = GPU_SHARE if device.type == "cuda" else PRODUCT_SHARE
     if config.peak_tflops:
@@ -179,7 +179,7 @@ def assumed_speed(config: TrainConfig, device: torch.device, here: bool) -> tupl
         return None, "not known, since this machine has no such device: give --peak-tflops"
     if known := peak_tflops(config, device):
         return known[1] * 1e12 * share, f"{share:.0%} (assumed) of the {known[1]:,.0f} TFLOP/s of {known[0]}"
-    # The product that a step has most of: activations by the MLP's first matrix. `item` waits for the device.
+    # A step's most typical product: activations times the MLP's first matrix. `item` waits for the device.
     shape, dtype = config.model_config, torch.bfloat16 if config.precision == "bf16" else torch.float32
     x = torch.randn(2048, shape.n_embd, device=device, dtype=dtype)
     weight = torch.randn(shape.n_embd, shape.mlp_dim, device=device, dtype=dtype)
@@ -201,18 +201,18 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Lines:
-    """A file that rows are appended to. It stays open: a process that is short of descriptors loses nothing."""
+    """A file that rows are appended to. It stays open, so a process that runs out of descriptors loses no rows."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, path.open("ab", buffering=0)
-        weakref.finalize(self, self.file.close)  # also when a run fails while it begins
+        weakref.finalize(self, self.file.close)  # also if the run fails during set-up
 
     def append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
         end = self.file.seek(0, os.SEEK_END)
         with self._clear_error():
             try:
-                while line:  # a disk that fills up takes a part first, and fails then
+                while line:  # a disk that fills up first takes a part, then fails
                     line = line[os.write(self.file.fileno(), line) :]
             except OSError:
                 self.file.truncate(end)

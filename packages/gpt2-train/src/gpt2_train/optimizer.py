@@ -1,4 +1,4 @@
-"""AdamW as GPT-2 is trained with it, Muon by choice, their state by name, and the learning rate of each step."""
+"""AdamW with GPT-3's settings, Muon by choice, their state by name, and the learning rate of each step."""
 
 import math
 import warnings
@@ -26,11 +26,11 @@ def make_optimizer(
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = False) -> Optimizers:
-    """Return what updates a run's weights: AdamW for all, or Muon for the blocks' matrices and AdamW for the rest.
+    """Return a run's optimizers: AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
 
     Muon (Jordan et al. 2024) is torch's own, scaled to the size of AdamW's updates (Liu et al. 2025), so that one
-    learning rate and decay serve both. Sharded, each process keeps the state of some of the parameters, updates
-    these, and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2020): the same updates, to the bit.
+    learning rate and decay serve both. With `sharded` each process keeps the state of some parameters, updates
+    these, and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2020): the updates are equal to the bit.
     """
     named = list(model.named_parameters())
     matrices = [p for name, p in named if name.startswith("h.") and p.ndim == 2 and config.optimizer == "muon"]
@@ -43,7 +43,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig, *, sharded: bool = Fa
         wanted.insert(0, (torch.optim.Muon, matrices, muon))
     if not sharded:
         return [kind(parameters, **settings) for kind, parameters, settings in wanted]
-    with warnings.catch_warnings():  # its package compiles, as it is imported, what we do not use
+    with warnings.catch_warnings():  # importing its package compiles what we do not use
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
     return [ZeroRedundancyOptimizer(parameters, kind, **settings) for kind, parameters, settings in wanted]
@@ -71,7 +71,7 @@ def own_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, optimizers: Optimizers, updates: int, saved: Callable[[str], Tensor]) -> None:
-    """Give this process's share of the state, after `updates` updates, the values saved by name, bit for bit."""
+    """Set this process's share of the state, after `updates` updates, to the values saved by name, bit for bit."""
     for name, parameter, state in _states(model, [_local(optimizer) for optimizer in optimizers]):
         key = name.partition(".")[0]
         state[parameter][key] = saved(name).to(parameter.device)
@@ -80,7 +80,7 @@ def load_state(model: nn.Module, optimizers: Optimizers, updates: int, saved: Ca
 
 
 def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that updates this process's share, if it is a sharded one."""
+    """Return the optimizer of this process's share if it is sharded, else the optimizer itself."""
     return getattr(optimizer, "optim", optimizer)
 
 
@@ -95,13 +95,13 @@ def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, nn.
 
 
 def optimizer_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of state on a process: AdamW has two fp32 moments, Muon one, for the blocks' matrices."""
+    """Return the bytes of state per process: AdamW has two fp32 moments, Muon one for the blocks' matrices."""
     shape = config.model_config
     muon = shape.matrix_parameters if config.optimizer == "muon" else 0
     total = 8 * shape.num_parameters - 4 * muon
     if not config.shard_optimizer:
         return total
-    # Whole tensors go to the processes, so that one has at least the token embedding's.
+    # Tensors are not split, so one process has at least the state of the token embedding.
     return max(-(-total // world_size), 8 * shape.vocab_size * shape.n_embd)
 
 
@@ -115,7 +115,7 @@ def lr_at(
     cosine  half a cosine, as in build-nanogpt and GPT-3.
     linear  a straight line; to zero (min_lr 0) it beats the cosine at this size (Bergsma et al. 2025).
     wsd     `lr` until the last `decay_steps` (0: a fifth of all), then a straight line (Hu et al. 2024): a run can
-            be prolonged from its stable part.
+            be extended from its stable part.
     """
     if step < warmup:
         return lr * (step + 1) / warmup

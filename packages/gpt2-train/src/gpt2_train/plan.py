@@ -28,9 +28,9 @@ LONG_HOURS = 72.0
 
 
 def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
-    """Work out a run's plan, as --json prints it, by the very checks that a start makes. Writes nothing.
+    """Return a run's plan, as --json prints it, after the same checks that a start makes. Writes nothing.
 
-    `problems` and `warnings` hold a line each; a figure that a failed check leaves open is None. Sizes are bytes.
+    `problems` and `warnings` are lists of lines; a figure unknown after a failed check is None. Sizes are bytes.
     """
     problems: list[str] = []
 
@@ -137,7 +137,7 @@ def _check_memory(peak: Memory, free_device: int | None, free_host: int) -> None
 
 
 def to_lines(plan: dict[str, Any]) -> list[str]:
-    """Return the plan to read, a fact a line of at most 100 columns; what a failed check left open is missing."""
+    """Return the plan as lines of at most 100 columns, without facts that a failed check left unknown."""
     facts = {
         "parameters": f"{plan['parameters']:,}",
         "steps": f"{plan['steps']:,} of {plan['batch_tokens']:,} tokens, {short(plan['tokens'])} in all",
@@ -193,7 +193,7 @@ def _memory_facts(plan: dict[str, Any]) -> dict[str, str]:
 
 
 def _duration(hours: float) -> str:
-    """Hours as "3.2 days", "1.5 hours" or "12 minutes"."""
+    """Return hours as "3.2 days", "1.5 hours" or "12 minutes"."""
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     return f"{hours:.1f} hours" if hours >= 1 else f"{ceil(60 * hours)} minutes"

@@ -25,7 +25,7 @@ from gpt2_train.optimizer import Optimizers, load_state, make_optimizers
 
 MANY_EPOCHS = 40  # beyond about four, repeated data helps less and less (Muennighoff et al. 2023)
 
-# loop.loss_of: a micro-batch is tried, and a run warmed up, by the very forward.
+# loop.loss_of, passed in so that trials of micro-batches and the warm-up do the forward pass of a step.
 LossOf = Callable[[TrainConfig, torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -40,10 +40,10 @@ class Run:
     model: GPT
     parallel: torch.nn.Module  # the model as a step calls it: compiled, and wrapped by DDP
     optimizers: Optimizers
-    loader: TokenLoader  # where the data stands
-    batches: Prefetch = field(init=False)  # the thread that moves it
+    loader: TokenLoader  # the position in the data
+    batches: Prefetch = field(init=False)  # the thread that moves it on
     micro_batch: int  # sequences that this process computes at once
-    accumulation: int  # how often it does in a step
+    accumulation: int  # how many times it does so in a step
     log: RunLog
     saver: Saver
     guard: Guard
@@ -52,13 +52,13 @@ class Run:
     stopped_by: int = 0  # its number, once all processes know of it
     hellaswag: HellaSwag | None
     step: int  # batches trained on
-    updates: int  # those that changed the weights: some may have been left out
+    updates: int  # those that changed the weights: some may have been skipped
     saved: int  # the newest step that has a checkpoint, or whose checkpoint is being written
     evaluated: int | None  # the newest step that has been evaluated
 
 
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
-    """Build a run, or read it from its newest good checkpoint. Raises what `loop.train` says."""
+    """Build a new run, or one from its newest good checkpoint. Raises the errors of `loop.train`."""
     folder, dataset = Path(config.out), open_dataset(config.data)
     config = replace(config, precision=distributed.choose_precision(config.precision, world.device))
     world.on_main(lambda: checkpoint.remove_abandoned(folder))
@@ -78,21 +78,21 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     stepped: Any = torch.compile(model, dynamic=False) if compiles else model
 
     def one_pass(module: torch.nn.Module, rows: int) -> None:
-        """A forward and backward pass over nothing in particular."""
+        """Do a forward and backward pass over tokens that mean nothing."""
         tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64, device=world.device)
-        # Two tensors: for one in both places torch.compile makes a graph that no step can use, and then another.
+        # Two tensors: given the same one twice, torch.compile makes a graph that no step can use, then another.
         loss_of(config, module, tokens, tokens.clone()).backward()  # type: ignore[no-untyped-call]
 
     if config.micro_batch == "auto" and state.get("processes") == world.size:
-        micro_batch = int(state["micro_batch"])  # the same bits need the sums of the run before
+        micro_batch = int(state["micro_batch"])  # the same bits need the same order of sums
     else:
-        # On a GPU the largest is found by trying, since what a kernel needs besides is not known.
+        # On a GPU the largest is found by trying, since it is not known how much memory kernels need besides.
         micro_batch = choose_micro_batch(config, world, partial(one_pass, stepped) if on_gpu else None)
         model.zero_grad(set_to_none=True)
     if world.size > 1:
         if compiles:
-            # Trying micro-batches has compiled the backward whole, and all gradients would be sent at its end.
-            # Compiled anew, within DDP, it is cut where a bucket is full.
+            # Trying micro-batches has compiled the backward in one piece: all gradients would be sent at its end.
+            # Compiled again, within DDP, it is split where a bucket is full.
             torch.compiler.reset()
         stepped = distributed.data_parallel(stepped, config.grad_compression)
     loader = make_loader(config, micro_batch, world.rank, world.size)
@@ -112,14 +112,14 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start, state)
     _warm_up(run, one_pass)
-    # Copies to a GPU run on after the call that began them. A step ends when all of its have, and a buffer is not
-    # filled again before as many batches later as a step has.
+    # Copies to a GPU continue after the call that begins them. A step ends only after all of its copies, and a
+    # buffer is filled again only after at least as many batches as a step has.
     run.batches = loader.prefetch(max(run.accumulation, 2), _pinned if on_gpu else None)
     return run
 
 
 def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """Return the verified checkpoint to resume from; raise CannotResume if one is there that does not fit."""
+    """Return the verified checkpoint to resume from, or None; raise CannotResume if it does not fit the run."""
     start = checkpoint.choose_checkpoint(Path(config.out), config.resume)
     if start is None:
         return None
@@ -127,7 +127,7 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     if trainer["dataset"] != dataset.manifest.hash:
         raise CannotResume(f"{config.data} is not the dataset that {start} was trained on: choose another --out")
     if changed := changed_fields(trainer["config"], config)[0]:
-        advice = "choose another --out, where --init with this checkpoint begins from its weights"
+        advice = "choose another --out; --init with this checkpoint starts from its weights"
         raise CannotResume(f"{start} was trained with other settings ({'; '.join(changed)}): {advice}")
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
@@ -135,7 +135,7 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
 
 
 def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: Path | None) -> None:
-    """Raise ValueError if the model which a run begins with does not go with its settings or its data."""
+    """Raise ValueError if the model that a run begins with does not match its settings or its data."""
     if config.model and shape != config.model_config:
         source = f"{start}" if start else f"--init {config.init}"
         raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for")
@@ -156,7 +156,7 @@ def make_loader(config: TrainConfig, micro_batch: int, rank: int, world_size: in
 
 
 def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Return what is unwise in a run that can start, a line each."""
+    """Return warnings about settings that work but are unwise, one line each."""
     lines = []
     if 0 < config.warmup >= config.steps:
         advice = f"--warmup {config.warmup} is as long as the run; try --warmup {config.steps // 10}"
@@ -167,20 +167,20 @@ def warnings_of(config: TrainConfig, dataset: Dataset) -> list[str]:
     epochs = config.steps * config.batch_tokens / max(1, train_tokens)
     if epochs > MANY_EPOCHS:
         steps = max(1, 10 * train_tokens // config.batch_tokens)
-        lines.append(f"each text is seen {epochs:,.0f} times, and learnt by heart: --steps {steps} is about ten")
+        lines.append(f"each text is seen {epochs:,.0f} times: --steps {steps} gives about ten epochs")
     return lines
 
 
 def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
-    """Return the tokens each validation predicts: as many as asked for, or all after the split's first."""
+    """Return how many tokens each validation predicts: as many as asked for, or all but the split's first."""
     return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
 
 
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
-    """Do a pass that trains nothing, where the first is not like the others.
+    """Do a pass that trains nothing, if the first pass differs from the others.
 
-    It compiles, which no step's time should have in it. And after its first backward pass DDP lays its buckets out
-    anew, which changes the order of sums over three or more ranks.
+    The first pass compiles, which should not count as a step's time. And after it DDP lays its buckets out again,
+    which changes the order of sums over three or more ranks.
     """
     compiles = run.config.compiles(run.world.device.type)
     if compiles:
@@ -219,7 +219,7 @@ def _say(run: Run, start: Path | None, state: dict[str, Any]) -> None:
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:
-    """An array in page-locked memory: a copy from it to a GPU does not hold up the CPU."""
+    """Return an array in page-locked memory: the CPU need not wait for copies from it to a GPU."""
     return torch.empty(shape, dtype=torch.int64, pin_memory=True).numpy()
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and a profiler's trace, each by choice; none may stop a run."""
+"""TensorBoard, Weights & Biases and a profiler's trace. Each is optional, and none may stop a run."""
 
 import os
 import secrets
@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from gpt2_model.command import write_whole
 from gpt2_train.config import TrainConfig
 
-# Never written anywhere, though another's error message may quote one.
+# Never written anywhere, even if another program's error message quotes one.
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-# W&B uploads at the end; a run that was asked to stop has seconds for it. What is not sent, `wandb sync` sends.
+# W&B uploads at the end; a run that was asked to stop has seconds for it. `wandb sync` sends the rest.
 FINISH_SECONDS = 20.0
 UNPROFILED = 10  # steps: the first ones of a process compile, choose kernels and fill caches
 
@@ -34,7 +34,7 @@ class Tracker:
 
 
 def start_tensorboard(folder: Path, first_step: int) -> Tracker:
-    """Write event files in `folder`/tensorboard; those of steps after `first_step` count no more."""
+    """Write event files in `folder`/tensorboard; TensorBoard then hides older events after `first_step`."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -47,14 +47,14 @@ def start_tensorboard(folder: Path, first_step: int) -> Tracker:
 
 
 def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
-    """Report to project `config.wandb`; a resumed run resumes there. Raises RuntimeError if it does not start."""
+    """Report to project `config.wandb`; a resumed run continues there. Raises RuntimeError if that fails."""
     wandb: Any = import_module("wandb")
     id_file = folder / "wandb-run-id"
     if first_step < 0 or not id_file.exists():
         with write_whole(id_file) as file:
             file.write(secrets.token_hex(4).encode())
     try:
-        # Its console would put its own streams before stdout and stderr, and copy what they carry.
+        # Its console would wrap stdout and stderr in streams of its own, and copy their output.
         settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
         run = wandb.init(
             project=config.wandb, id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
@@ -64,18 +64,18 @@ def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
         raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
 
     def log(step: int, values: dict[str, float]) -> None:
-        # W&B takes no step twice. Steps that it knows already are from before a kill, and repeated bit for bit.
+        # W&B accepts no step twice. Steps that it has already are from before a kill, and equal bit for bit.
         if step >= run.step:
             run.log(values, step=step)
 
-    return Tracker("W&B", log, lambda: None, run.finish)  # another process sends what W&B was given
+    return Tracker("W&B", log, lambda: None, run.finish)  # no flush: another process sends the values
 
 
 def check_trackers(config: TrainConfig) -> None:
     """Import the trackers that the run asks for. Raises ValueError if a package is missing."""
     for package in [name for name in ("tensorboard", "wandb") if getattr(config, name)]:
         try:
-            # A folder of that name, as W&B leaves one where it runs, can be imported too, and is empty.
+            # A mere folder of that name, such as W&B leaves where it runs, can be imported too, and is empty.
             _ = import_module(package).__version__
         except (ImportError, AttributeError):
             text = f"--{package} needs a package that is not installed: pip install {package}"
@@ -83,7 +83,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return an error of another's code on one short line, without any secret of the environment."""
+    """Return an error of another package on one short line, without the environment's secrets."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     for name in SECRETS:
         if value := os.environ.get(name):
@@ -97,8 +97,8 @@ def profiling(
 ) -> Iterator[Callable[[], None]]:
     """Trace some of the steps `first` to `last` into `folder`/profile/steps-A-B.json.gz, in Chrome's format.
 
-    The first ten are passed over, or, if that leaves too few, the first one. A run that stops in between has its
-    trace too; one that cannot be written is no reason to stop a run. Yields what must be called after each step.
+    The first ten steps are skipped or, if that leaves too few, only the first. A run that stops early writes its
+    trace too; a trace that cannot be written does not stop the run. Yields a function to call after each step.
     """
     remaining = last - first + 1
     if steps == 0 or remaining < 1:
@@ -124,11 +124,11 @@ def profiling(
             temporary.replace(path)
             say(f"profile: {path}, for chrome://tracing and ui.perfetto.dev")
         except OSError as error:
-            say(f"warning: no profile: {error}")
+            say(f"warning: the profile cannot be written: {error}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     warmup = min(1, skipped)
-    with warnings.catch_warnings():  # torch warns of no warmup, which a run's only step cannot have
+    with warnings.catch_warnings():  # torch warns of a missing warmup, which a single step cannot have
         warnings.simplefilter("ignore", UserWarning)
         plan = schedule(wait=skipped - warmup, warmup=warmup, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as tracer:

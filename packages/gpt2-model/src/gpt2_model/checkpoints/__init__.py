@@ -1,1 +1,1 @@
-"""Checkpoints on the disk and on the hub, to and from (GPTConfig, tensors)."""
+"""Read checkpoints from the disk and the hub as (GPTConfig, tensors), and write them."""

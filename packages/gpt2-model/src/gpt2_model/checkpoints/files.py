@@ -1,7 +1,7 @@
-"""Files from strangers: JSON, safetensors and torch's own, whole or in shards.
+"""Read untrusted files: JSON, safetensors and torch's own, whole or sharded.
 
-Tensors are mapped: a name, shape or type is known before any data is read. Only torch's safe unpickler unpickles.
-What torch and safetensors do not bound is bounded here: the size of JSON, headers and pickles in memory.
+Tensors are memory-mapped: names, shapes and types are known before any data is read. Pickles are read by torch's
+safe unpickler only. Limits that torch and safetensors lack are here: the size of JSON, headers and pickles.
 """
 
 import json
@@ -28,7 +28,7 @@ PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 
 def tensor_shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint. Without a module: that of a hostile config is too large even empty."""
+    """Return a checkpoint's tensor shapes, without a module: a hostile config would make it huge even if empty."""
     width, inner = config.n_embd, config.mlp_dim
     sizes = ((3 * width, width), (width, width), (inner, width), (width, inner))
     norms = ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")
@@ -44,13 +44,13 @@ def tensor_shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]
 
 
 def short(value: Any) -> str:
-    """Return a value for a message: one line, no control characters, not a page, whatever a stranger wrote."""
+    """Return a value for use in a message: one line of at most 100 characters, none of them control characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def checked_config(path: Path, **fields: Any) -> GPTConfig:
-    """Return the GPTConfig that a file asks for; if there can be none, the ValueError names the file."""
+    """Return the GPTConfig with a file's fields; if they are invalid, the ValueError names the file."""
     try:
         return GPTConfig(**fields)
     except ValueError as error:
@@ -58,12 +58,12 @@ def checked_config(path: Path, **fields: Any) -> GPTConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file; a name that comes twice is a ValueError."""
+    """Return the JSON object in a small file; a name that occurs twice raises a ValueError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            raise ValueError("a name comes twice")
+            raise ValueError("a name occurs twice")
         return entries
 
     if path.stat().st_size > MAX_JSON:
@@ -73,12 +73,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not valid JSON for a model: it holds no object")
+        raise ValueError(f"{path} is not valid JSON for a model: it is not an object")
     return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, mapped; the library checks its header against its bytes."""
+    """Return the tensors of a .safetensors file, memory-mapped; the library checks its header against its size."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_JSON:
@@ -92,7 +92,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> dict[Any, Any]:
-    """Return what torch.save wrote, a dict of tensors and plain values; mapped where the format allows it."""
+    """Return the dict of tensors and plain values that torch.save wrote, mapped where the format allows it."""
     with path.open("rb") as file:
         start = file.read(len(_LEGACY))
     zipped = start.startswith(_ZIP)
@@ -103,7 +103,7 @@ def read_torch(path: Path) -> dict[Any, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
-    except Exception as error:  # torch tells of bad files in a dozen ways
+    except Exception as error:  # torch reports bad files with a dozen kinds of errors
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         reason = f"it asks for {short(forbidden[1])}" if forbidden else text[:100]
@@ -114,7 +114,7 @@ def read_torch(path: Path) -> dict[Any, Any]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse what torch maps as if it were not compressed, and a pickle that would fill the memory."""
+    """Refuse compressed members, which torch would map as they are, and a pickle that would fill the memory."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -136,13 +136,13 @@ def _check_legacy(path: Path) -> None:
 
 
 def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Return `content` if it is dense tensors by name, in memory, which all fit in the file; else ValueError."""
+    """Return `content` if it has dense CPU tensors by name that fit in the file; else raise a ValueError."""
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path} holds {short(name)}: {type(tensor).__name__}, not only tensors by name")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {short(name)} is {tensor.layout} on {tensor.device.type}, not dense")
-    # Strides of 0 and shared storages make much of little. A tied head is the one tensor that comes twice.
+    # With strides of 0 or shared storages a small file can hold huge tensors. Only a tied head is stored twice.
     claimed = sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("lm_head.weight"))
     if claimed > path.stat().st_size:
         raise ValueError(f"{path} claims {claimed:,} bytes of tensors, more than it has")
@@ -162,13 +162,13 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """Return an index as tensor name -> file name, each a plain name."""
+    """Return an index as tensor name -> file name; the file names have no folder in them."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map")
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     for shard in names.values():
-        # A backslash is a separator elsewhere.
+        # On Windows a backslash is a separator, too.
         if not isinstance(shard, str) or shard != Path(shard).name or "\\" in shard or not shard.endswith(suffix):
             raise ValueError(f"{index} names {short(shard)}, which is not a {suffix} file beside it")
     return names

@@ -13,14 +13,14 @@ from gpt2_model.tokenizer import EOT, vocabulary_file
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
 
-# The names in config.json of GPTConfig's fields; first the one that we write.
+# The names of GPTConfig's fields in config.json; the first is the one that we write.
 _NAMES: dict[str, tuple[str, ...]] = {field.name: (field.name,) for field in fields(GPTConfig)} | {
     "block_size": ("n_positions", "max_position_embeddings"),
     "n_embd": ("n_embd", "hidden_size"),
     "n_layer": ("n_layer", "num_hidden_layers"),
     "n_head": ("n_head", "num_attention_heads"),
 }
-# Fields that change the function in a way that GPT cannot follow: the values that leave it alone.
+# Fields that may ask for what GPT cannot compute, each with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "add_cross_attention": (False, None),
@@ -29,7 +29,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "quantization_config": (None,),
     "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
-    # The bodies of these are GPT-2 and nothing else; their further heads are left out.
+    # These are all a plain GPT-2; heads beside the language model's are left out.
     "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], ["GPT2DoubleHeadsModel"], [], None),
 }
 # Fields that change nothing in the logits of a model that is not being trained: dropouts, token ids, other heads,
@@ -49,14 +49,14 @@ exponential_decay_length_penalty length_penalty max_length max_new_tokens min_le
 num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty suppress_tokens
 temperature top_k top_p typical_p cross_attention_hidden_size tie_encoder_decoder
 """.split()  # noqa: SIM905 - a line for each would be a page
-# - n_ctx was the size of the causal mask. Models of the Hugging Face course have n_ctx 128 beside 1,024 positions,
-#   and compute with all of them: n_positions alone counts, as in transformers.
-# - scale_attn_by_layer_idx stands in codeparrot's config.json. scale_attn_by_inverse_layer_idx was meant, but
-#   nothing ever read it: codeparrot was trained without.
+# - n_ctx was the size of the causal mask. Models of the Hugging Face course have n_ctx 128 but 1,024 positions,
+#   and use all of them: only n_positions counts, as in transformers.
+# - scale_attn_by_layer_idx, in codeparrot's config.json, was meant to be scale_attn_by_inverse_layer_idx, but
+#   nothing ever read it: codeparrot was trained without this scaling.
 
 
 def read_config(path: Path) -> GPTConfig:
-    """Return the GPTConfig in a config.json; a field that is unknown or asks for more than GPT is a ValueError."""
+    """Return the GPTConfig in a config.json; a field that is unknown or not supported raises a ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a model folder: it has no config.json")
     raw = read_json(path)
@@ -79,7 +79,7 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """Return a config.json: transformers reads n_positions, llama.cpp's converter n_ctx, vLLM architectures."""
+    """Return the fields of config.json. transformers reads n_positions, llama.cpp n_ctx, vLLM architectures."""
     special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -96,9 +96,9 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
-    """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp know it: file name -> its bytes or its JSON.
+    """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp read it: file name -> its bytes or its JSON.
 
-    OpenAI's two files, and both as one tokenizer.json; llama.cpp takes `<|endoftext|>` for text unless "special".
+    They are OpenAI's two files and a tokenizer.json. llama.cpp takes `<|endoftext|>` for text if not "special".
     """
     merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -140,17 +140,17 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
 def download(name: str) -> Path:
     """Download "owner/model" or "owner/model@revision" into Hugging Face's cache; return the folder there.
 
-    Short names ("gpt2") stay as they are: the hub knows where they moved, and caches hold them under these names.
-    What the hub says becomes one line: a FileNotFoundError, or an OSError if the download broke off.
+    Short names ("gpt2") are not expanded: the hub redirects them, and the cache stores models under these names.
+    Errors of the hub become one line: a FileNotFoundError, or an OSError if the connection failed.
     """
     from huggingface_hub import errors  # half a second, and only needed here
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # type: ignore[no-untyped-call] # the errors below say it in one line
-    login = "`hf auth login` or set HF_TOKEN"
+    login = "run `hf auth login` or set HF_TOKEN"
     absent = "is neither a local model folder nor a model on the hub (such as gpt2, gpt2-xl or distilgpt2)"
     unreachable = "is not a local model folder, is not in Hugging Face's cache, and the hub cannot be reached"
-    messages = {  # the first that fits
+    messages = {  # the first that matches counts
         errors.LocalEntryNotFoundError: unreachable,
         errors.EntryNotFoundError: "on the hub lacks config.json or weights",
         errors.RevisionNotFoundError: "is not a revision of this model on the hub",
@@ -166,25 +166,25 @@ def download(name: str) -> Path:
         reason = f"could not be downloaded from the hub: {str(error).strip().splitlines()[0]}"
         text = next((text for kind, text in messages.items() if isinstance(error, kind)), reason)
         raise FileNotFoundError(f"{name} {text}") from None
-    except (OSError, ValueError):  # a full disk, no right to write, or an index that is none
+    except (OSError, ValueError):  # a full disk, no permission to write, or an invalid index
         raise
-    except Exception as error:  # of the HTTP library, which huggingface_hub changes and does not hide
-        raise OSError(f"the download of {name} broke off again and again ({error}): try later") from None
+    except Exception as error:  # the HTTP library's own, which huggingface_hub lets through
+        raise OSError(f"the download of {name} failed again and again ({error}): try later") from None
 
 
 def _download(repository: str, revision: str) -> Path:
-    """Download config.json and the best weights that the model has; what is in the cache needs no network."""
+    """Download config.json and the best weights that the model has; files in the cache need no network."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-    commit = config.parent.name  # the rest from the same one, even if the model is changed meanwhile
+    commit = config.parent.name  # for the other files too, even if the model changes meanwhile
     cached = [f for f in WEIGHTS_FILES if isinstance(try_to_load_from_cache(repository, f, revision=commit), str)]
     for file in cached or WEIGHTS_FILES:
         try:
             weights = hf_hub_download(repository, file, revision=commit)
             break
         except errors.EntryNotFoundError as error:
-            # A hub that cannot be reached took it 23 s to see.
+            # If the hub cannot be reached, stop: each further file would take 23 s to fail.
             if file == WEIGHTS_FILES[-1] or isinstance(error, errors.LocalEntryNotFoundError):
                 raise
     if weights.endswith(".json"):

@@ -1,4 +1,4 @@
-"""Any checkpoint to (GPTConfig, tensors), and these to a Hugging Face folder.
+"""Load any checkpoint as (GPTConfig, tensors), and save these as a Hugging Face folder.
 
 Most checkpoints keep the four projections of a block as OpenAI did, (in, out), "Conv1D"; they are transposed for
 nn.Linear, (out, in). Names may carry a prefix ("transformer.") or be those of buffers (the causal mask).
@@ -21,8 +21,8 @@ from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
 from gpt2_model.tokenizer import EOT, PADDED
 
-# The end of a whole name: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The second
-# head of a GPT2DoubleHeadsModel is no part of the language model.
+# "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
+# second head of a GPT2DoubleHeadsModel is not part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
 _PREFIX = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+")
 
@@ -33,39 +33,39 @@ class _Checkpoint(NamedTuple):
     config: GPTConfig
     tensors: dict[str, Tensor]
     source: Path
-    in_out: bool  # how the projections lie
+    in_out: bool  # whether projections are stored as (in, out)
 
 
 def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the config and the state dict, in `dtype`, of what GPT.from_pretrained names; errors as there."""
+    """Return the config and the state dict, in `dtype`, for GPT.from_pretrained, which lists names and errors."""
     checkpoint = _open(str(name_or_path))
     tensors = _fitting(checkpoint)
 
     def own(name: str) -> Tensor:
-        # A copy: the map would change with the file. One pass does the transposing and the conversion as well.
+        # A copy, since a mapped tensor would change with the file. The same pass transposes and converts it.
         stored = tensors[name].t() if name.endswith(files.PROJECTIONS) and checkpoint.in_out else tensors[name]
         return torch.empty(stored.shape, dtype=dtype).copy_(stored)
 
-    with ThreadPoolExecutor(2) as pool:  # transposing takes twice the time of copying; a second thread makes it up
+    with ThreadPoolExecutor(2) as pool:  # transposing takes twice as long as copying; two threads make up for it
         return checkpoint.config, dict(zip(tensors, pool.map(own, tensors), strict=True))
 
 
 def inspect(name_or_path: str | Path) -> GPTConfig:
-    """Return the config of a checkpoint, checked as by `load`, without reading the weights' values."""
+    """Return the config of a checkpoint, checked as by `load`, without loading its weights."""
     checkpoint = _open(str(name_or_path))
     _fitting(checkpoint)
     return checkpoint.config
 
 
 def read_progress(model: str) -> dict[str, int]:
-    """Return the step and the tokens so far, as the trainer.json of a training checkpoint says; else {}."""
+    """Return the step and the tokens so far from a training checkpoint's trainer.json; {} if it has none."""
     path = Path(model) / "trainer.json"
     state = files.read_json(path) if path.is_file() else {}
     return {name: state[name] for name in ("step", "tokens") if type(state.get(name)) is int}
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint of the highest step in a run's folder of gpt2-train, None if it has no whole one."""
+    """Return the complete checkpoint of the highest step in a run folder of gpt2-train, or None."""
     # manifest.json is written last. Its hashes are not compared: that would read gigabytes.
     whole = ("manifest.json", "config.json", "model.safetensors")
     steps = (run / "checkpoints").glob("step-*")
@@ -79,8 +79,8 @@ def _open(name: str) -> _Checkpoint:
     if path.is_file():
         return _open_file(path)
     if (size := PAPER_NAMES.get(name, name)) in PRESETS:
-        raise FileNotFoundError(f"{name} is a size, not a model: OpenAI's of that size is {OPENAI_NAMES[size]}")
-    # "a/b" can be a hub id; what starts like a path or goes deeper cannot.
+        raise FileNotFoundError(f"{name} is a size, not a model: use OpenAI's {OPENAI_NAMES[size]}")
+    # "a/b" can be a hub name; what starts like a path or has more slashes cannot.
     if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")
     return _open_folder(download(name))
@@ -96,7 +96,7 @@ def _open_folder(folder: Path) -> _Checkpoint:
 
 
 def _open_file(path: Path) -> _Checkpoint:
-    """Open a file by its content, since a .bin is torch's or llm.c's."""
+    """Open a weights file; its content tells its kind, since a .bin is torch's or llm.c's."""
     with path.open("rb") as file:
         start = file.read(len(LLMC_MAGIC))
     if path.suffix == ".safetensors":
@@ -114,7 +114,7 @@ def _open_file(path: Path) -> _Checkpoint:
 
 
 def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
-    """Return the tensors under our names, exactly those of the config; their values are not read."""
+    """Return the tensors under our names; raise a ValueError if they are not exactly those of the config."""
     config, stored, source, in_out = checkpoint
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
@@ -124,7 +124,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         if bare in tensors:
             raise ValueError(f"{source} holds {files.short(bare)} twice, under different prefixes")
         tensors[bare] = tensor
-    if config.n_layer > len(tensors):  # else the next lines would take as long as the config likes
+    if config.n_layer > len(tensors):  # else a huge n_layer would keep the next lines busy
         depth = files.short(config.n_layer)
         raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {depth} layers")
     expected = files.tensor_shapes(config, in_out)
@@ -148,7 +148,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
 
 
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a model, `weights` its state_dict(), as a Hugging Face folder, each file whole or not at all."""
+    """Write a model, whose state_dict() is `weights`, as a Hugging Face folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
@@ -165,7 +165,7 @@ def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None
 
 
 def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
-    """Write tensor by tensor: safetensors' own save_file wants all of them in memory once more."""
+    """Write one tensor at a time: safetensors' own save_file needs a second copy of all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, weight in weights.items():
@@ -174,7 +174,7 @@ def _write_safetensors(weights: Mapping[str, Tensor], file: BinaryIO) -> None:
         header[stored_name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * weight.numel()]}
         end += 4 * weight.numel()
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors lie where they can be mapped
+    text += b" " * (-len(text) % 8)  # alignment, so that the tensors can be mapped
     file.write(len(text).to_bytes(8, "little") + text)
     for name, weight in weights.items():
         tensor = weight.detach().to("cpu", torch.float32)

@@ -23,8 +23,8 @@ _NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
 def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return the config and the tensors of a ckpt.pt of github.com/karpathy/nanoGPT, train.py.
 
-    A vocabulary of 50,304 comes back as GPT-2's 50,257. The 47 rows more are padding: they take part in nanoGPT's
-    softmax, but stand for no token, and training drove their probability to nothing.
+    A vocabulary of 50,304 comes back as GPT-2's 50,257. The other 47 rows are padding: they are in nanoGPT's
+    softmax, but stand for no token, and training drove their probability to almost zero.
     """
     arguments = dict(content["model_args"])
     model = content.get("model")
@@ -32,11 +32,11 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
     if odd or not isinstance(model, dict):
         raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd or 'model')}")
-    # Since mid-2023 model_args has `bias`, and nanoGPT the exact GELU; before it was the tanh approximation.
+    # Since mid-2023 model_args has `bias` and nanoGPT uses the exact GELU; before, it used the tanh approximation.
     activation = "gelu" if "bias" in arguments else "gelu_new"
     config = checked_config(path, **{name: arguments[name] for name in names}, activation_function=activation)
     tensors = state_dict(model, path)
-    if arguments.get("bias") is False:  # a bias of zero is the same function
+    if arguments.get("bias") is False:  # no bias is the same as a bias of zero
         for name, tensor in list(tensors.items()):
             if name.endswith(".weight") and not name.endswith(_NO_BIAS):
                 zeros = torch.zeros(1).expand(tensor.shape[0] if tensor.ndim else 0)
@@ -52,7 +52,7 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
 def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Return config and mapped tensors of a .bin of github.com/karpathy/llm.c (train_gpt2.py, write_model).
 
-    256 int32, then the parameters, those of one kind for all layers together. Rows of padding are left out.
+    The file holds 256 int32, then the parameters, each kind for all layers together. Padding rows are left out.
     """
     with path.open("rb") as file:
         header = file.read(_LLMC_HEADER)
@@ -60,13 +60,13 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise ValueError(f"{path} ends within its header")
     _, version, time, vocab, depth, heads, width, padded = struct.unpack("<8i", header[:32])
     if version not in _LLMC_DTYPES:
-        raise ValueError(f"{path} is of version {version}: write it again with a present llm.c (3: fp32, 5: bf16)")
+        raise ValueError(f"{path} has version {version}: write it again with a current llm.c (3: fp32, 5: bf16)")
     config = checked_config(path, block_size=time, vocab_size=vocab, n_layer=depth, n_head=heads, n_embd=width)
     dtype = _LLMC_DTYPES[version]
     parameters = config.num_parameters + (padded - vocab) * width
     size, actual = _LLMC_HEADER + dtype.itemsize * parameters, path.stat().st_size
     if padded < vocab or size != actual:
-        raise ValueError(f"{path} has {actual:,} bytes, {size:,} by its header")
+        raise ValueError(f"{path} has {actual:,} bytes, but its header asks for {size:,}")
     shapes = tensor_shapes(config, in_out=False) | {"wte.weight": (padded, width)}
     kinds = [f"{part}.{kind}" for part in _LLMC_PARTS for kind in ("weight", "bias")]
     layered = [f"h.{layer}.{kind}" for kind in kinds for layer in range(depth)]

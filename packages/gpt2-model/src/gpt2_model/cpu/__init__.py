@@ -1,1 +1,1 @@
-"""What makes a CPU fast: operators for training, an engine in C for generation, int8, memory that is kept."""
+"""What makes a CPU fast: operators for training, an engine in C for generation, and int8 weights."""

@@ -1,8 +1,8 @@
-// GPT-2's forward pass with a key-value cache, for CPUs: one call a token instead of some 170 calls of PyTorch.
+// GPT-2's forward pass with a key-value cache, for CPUs: one call per token instead of some 170 calls of PyTorch.
 //
-// Decoding reads every weight once a token, so its limit is the memory's speed (benchmarks/ has what is reached). A
-// weight is read once for up to eight rows, and each product is shared out among threads. Each number of the result
-// is added up in an order of its own, whatever other rows are in the call and however many threads there are.
+// Decoding reads every weight once per token, so its limit is the memory's speed (benchmarks/ has measurements).
+// A weight is read once for up to eight rows, and each product is divided among threads. Each number of the result
+// is summed in a fixed order, whatever other rows are in the call and however many threads there are.
 //
 // The vector extensions of GCC and Clang map 16 floats to AVX-512, AVX2 or NEON. engine.py compiles and calls this,
 // and packs Matrix, Norm, Layer, Model and Call field by field.
@@ -41,40 +41,40 @@ typedef struct {
 typedef struct {
     int64_t rows;              // tokens in this call: any mix of sequences and positions
     int64_t batch, capacity;   // of the cache
-    int64_t groups;            // runs of rows of one sequence
+    int64_t groups;            // runs of successive rows of one sequence
     const int64_t *tokens;     // (rows,)
-    const int64_t *sequences;  // (rows,) which row of the cache
+    const int64_t *sequences;  // (rows,) the row of the cache
     const int64_t *positions;  // (rows,)
-    const int64_t *starts;     // (groups + 1,) each one's first row, and the end of all
+    const int64_t *starts;     // (groups + 1,) each group's first row, then the number of rows
     float *keys, *values;      // (n_layer, batch, n_head, capacity, head_dim)
-    float *logits;             // (groups, vocab_size), of each one's last row
+    float *logits;             // (groups, vocab_size), of each group's last row
 } Call;
 
-typedef struct {  // where activations lie during a call
+typedef struct {  // buffers for the activations of a call
     float *stream, *normed, *qkv, *inner;
     float *scores;  // (threads, capacity rounded up to whole vectors)
     Prepared prepared;
 } Scratch;
 
-// The threads of a call. One that waits spins for some 100 us, then sleeps: with OpenMP, which goes on spinning, one
-// neighbour on two cores made a step 30 times as long.
+// The threads of a call. One that waits spins for some 100 us, then sleeps. OpenMP's threads keep spinning: on two
+// cores, a step took 30 times as long when another program ran.
 typedef struct {
     int threads;
-    _Atomic int64_t next;  // of the loop that all share: what nobody has taken yet
+    _Atomic int64_t next;  // in the loop that all threads share: the first item that none has taken
     _Atomic int started, arrived, round, stopped;
     pthread_mutex_t mutex;
     pthread_cond_t released;
     pthread_t workers[256];
     const Model *model;
     const Call *call;
-    int64_t rows;  // that go through the present layer
+    int64_t rows;  // the rows that go through the current layer
     Scratch scratch;
 } Team;
 
 typedef void Alone(Team *team, const void *with);
 
-// All threads wait for each other. What only one can do, the last to arrive does before it lets the others go: a wait
-// costs some 3 us, as long as a layer norm, and there are 61 instead of 134 a token.
+// All threads wait for each other. The last to arrive does what only one can do (`alone`), then releases the rest.
+// A wait costs some 3 us, as long as a layer norm; this way there are 61 per token instead of 134.
 static void meet(Team *team, Alone *alone, const void *with) {
     const int round = team->round;
     if (atomic_fetch_add(&team->arrived, 1) == team->threads - 1) {
@@ -108,7 +108,7 @@ static inline void put(const Matrix *m, const float *sums, int64_t apart, int64_
         }
 }
 
-// Outputs begin .. end of every row. Eight rows' activations stay in the first cache while these weights pass by.
+// Outputs begin .. end of every row. Eight rows' activations stay in the L1 cache while these weights pass by.
 static inline __attribute__((always_inline)) void outputs(const Matrix *m, const float *x, Prepared p,
                                                           int64_t begin, int64_t end, float *y, int64_t rows,
                                                           int then) {
@@ -127,7 +127,7 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
         else if (now == 4) TILES(4, MANY)
         else if (now == 2) TILES(2, MANY)
         else TILES(1, MANY)
-        for (int64_t r = row; r < row + now && first < end; r++) {  // fewer than that are left: one by one
+        for (int64_t r = row; r < row + now && first < end; r++) {  // the last few outputs, row by row
             if (TYPE == INT8) tile_int8(m, p, r, first / LANES, 1, sums);
             else
                 for (int64_t o = first; o < end; o++) {
@@ -140,10 +140,10 @@ static inline __attribute__((always_inline)) void outputs(const Matrix *m, const
     }
 }
 
-// y = x W^T + bias, added to y, or through the activation. The threads must meet after it.
+// y = x W^T + bias, stored, added to y, or put through the activation. The threads must meet after it.
 static void linear(Team *team, const Matrix *m, const float *x, float *y, int then) {
     // Large shares for few rows, since the first bytes of each come without a prefetch: a tenth more tokens/s in int8.
-    // Small ones for many, so that the second eight rows find the weights in the second cache.
+    // Small shares for many rows, so that the second eight rows find the weights in the L2 cache.
     const int64_t rows = team->rows, unit = OUTS * LANES, large = m->outs / (4 * team->threads * unit) * unit;
     const int64_t share = rows <= ROWS && large > unit ? large : unit;
     const Prepared p = team->scratch.prepared;
@@ -161,7 +161,7 @@ static void linear(Team *team, const Matrix *m, const float *x, float *y, int th
     }
 }
 
-// One head of one row: softmax(scale * q k) v up to its own position. `scores` has room for them, rounded up to 16.
+// One head of one row: softmax(scale * q k) v up to its own position. `scores` has room for all, rounded up to 16.
 static void attend(const float *query, const float *keys, const float *values, int64_t positions, int64_t width,
                    float scale, float *scores, float *y) {
     float best = -INFINITY, total = 0;
@@ -178,7 +178,7 @@ static void attend(const float *query, const float *keys, const float *values, i
         *p = exponential(*p - best);
     }
     for (int64_t t = 0; t < positions; t++) total += scores[t];
-    for (; d + 4 * LANES <= width; d += 4 * LANES) {  // 64 of the values at a time, the usual width of a head
+    for (; d + 4 * LANES <= width; d += 4 * LANES) {  // 64 numbers at a time, the usual width of a head
         floats sums[4] = {{0}};
         for (int64_t t = 0; t < positions; t++)
 #pragma GCC unroll 4
@@ -224,7 +224,7 @@ static void embed(Team *team, const void *norm) {
     normalise(team, norm);
 }
 
-// One share is a head of all rows of a sequence, in order: a row's keys are in the cache before any row looks there.
+// One share is one head of all rows of a group, in order: a row's keys are in the cache before a row reads them.
 static void attention(Team *team, int64_t layer, float *scores) {
     const Model *model = team->model;
     const Call *call = team->call;
@@ -243,7 +243,7 @@ static void attention(Team *team, int64_t layer, float *scores) {
     }
 }
 
-// In the last layer only the last row of each group goes on: its logits are wanted. No row is lost before it moves.
+// In the last layer only the last row of each group is kept, for its logits. Each moves before it is overwritten.
 static void choose(Team *team, const void *normed) {
     const int64_t n = team->model->n_embd;
     for (int64_t i = 0; i < team->call->groups; i++) {
@@ -294,7 +294,7 @@ void gpt2_stop(Team *team) {
     free(team);
 }
 
-// Threads for calls with one model; fewer than asked for where the system gives no more. NULL: no memory.
+// Start threads for calls with one model, fewer than asked for if the system gives no more. NULL: out of memory.
 Team *gpt2_start(const Model *model, int threads) {
     Team *team = calloc(1, sizeof(Team));
     if (!team) return NULL;
@@ -303,7 +303,7 @@ Team *gpt2_start(const Model *model, int threads) {
     pthread_cond_init(&team->released, NULL);
     team->threads = threads < 1 ? 1 : threads > 256 ? 256 : threads;
     for (int i = 1; i < team->threads; i++)
-        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // those that wait read it again
+        if (pthread_create(&team->workers[i], NULL, work, team)) team->threads = i;  // those that wait reread it
     return team;
 }
 
@@ -327,7 +327,7 @@ int gpt2_forward(Team *team, const Call *call) {
     s->prepared.step = (float *)(s->prepared.low + rows * widest);
     team->call = call;
     team->rows = call->rows;
-    meet(team, NULL, NULL);  // the workers wait there
+    meet(team, NULL, NULL);  // the workers wait for this in `work`
     forward(team, 0);
     free(memory);
     return 0;

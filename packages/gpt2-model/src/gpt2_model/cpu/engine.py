@@ -1,6 +1,6 @@
 """engine.c from Python: compiled once by the machine's own C compiler, then one call per token.
 
-Without a compiler generation runs on PyTorch's operations, at about two thirds of the speed; int8 as fp32.
+Without a compiler, generation runs on PyTorch at about two thirds of the speed, and int8 weights become fp32.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def weight_type(model: GPT) -> torch.dtype:
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the engine for weights of one type, from the user's cache folder; first compile it there, in 2 s."""
+    """Return the engine for weights of one type from the user's cache folder; compile it first if needed (2 s)."""
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine does not support {dtype}")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
@@ -52,14 +52,14 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     try:
         compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")
         command = [*shlex.split(compiler), f"-DTYPE={TYPES[dtype]}", target, str(sources[0]), *FLAGS]
-        # A home folder may be shared by machines of several kinds: the processor's abilities are part of the name.
+        # Machines of several kinds may share a home folder, so the processor's features are part of the name.
         identity = repr([*command, _processor(), [source.read_bytes() for source in sources]])
         with _cache_folder() as folder:
             path = Path(folder, f"engine-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so")
             if not path.exists():
                 _compile(command, path)
             engine = ctypes.CDLL(str(path))
-    except (OSError, ValueError) as error:  # ValueError: quotes in CC that do not end
+    except (OSError, ValueError) as error:  # ValueError: unclosed quotes in CC
         raise Unavailable(f"no C compiler (CC, cc, gcc or clang) could compile the engine: {error}") from None
     engine.gpt2_start.restype = ctypes.c_void_p
     engine.gpt2_start.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -69,18 +69,18 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")  # which Linux has
+    info = Path("/proc/cpuinfo")  # on Linux only
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
-    """Return the user's cache folder if nobody else may write there, else one that goes after the loading."""
-    with suppress(OSError, RuntimeError):  # no home is a RuntimeError
+    """Return the user's cache folder if nobody else may write there, else one that is deleted after loading."""
+    with suppress(OSError, RuntimeError):  # a RuntimeError if there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user numbers
+        mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user ids
         if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return nullcontext(folder)
     return tempfile.TemporaryDirectory(prefix="gpt2-model-")
@@ -96,18 +96,18 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 class EngineDecoder:
-    """A TorchDecoder by engine.c, for rows of up to `capacity` tokens. A row's logits are bit-equal in any batch.
+    """TorchDecoder's methods by engine.c, for rows of up to `capacity` tokens; logits are bit-equal in any batch.
 
-    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): leave them where they are
-    while the decoder lives. `pack` lists them as the structs of engine.c do, whose fields have 8 bytes each.
-    Raises `Unavailable`, see `library`.
+    The engine gets pointers to the model's weights (on the CPU, in fp32, bf16 or int8): do not replace the weights
+    while the decoder lives. `pack` writes the structs of engine.c, whose fields have 8 bytes each.
+    Raises `Unavailable`, as `library` does.
     """
 
     def __init__(self, model: GPT, capacity: int) -> None:
         self._library = library(weight_type(model))
         self._config, self._capacity = model.config, capacity
-        self._rows: list[int] = []  # row of the cache for each of ours
-        self._owners: list[object] = []  # of the memory that the pointers point to
+        self._rows: list[int] = []  # the row of the cache for each of our rows
+        self._owners: list[object] = []  # they keep the memory that the pointers point to
         config = model.config
         self._layers = ctypes.create_string_buffer(b"".join(map(self._layer, model.h)))
         wte = self._matrix(model.wte)
@@ -135,7 +135,7 @@ class EngineDecoder:
     def select(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
-        if len(set(rows)) < len(rows):  # rows that leave only lose their place: nothing is copied
+        if len(set(rows)) < len(rows):  # else rows are only dropped, and nothing is copied
             self._keys, self._values = self._keys[:, self._rows], self._values[:, self._rows]
             self._rows = list(range(len(rows)))
 
@@ -147,7 +147,7 @@ class EngineDecoder:
         self._append([row], [tokens])
 
     def _append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to rows, PREFILL at most per call, so that long prompts need little memory."""
+        """Append tokens to rows, at most PREFILL per call, so that long prompts need little memory."""
         pairs = [(row, token) for row, ids in zip(rows, tokens, strict=True) for token in ids]
         last: dict[int, Tensor] = {}  # row -> its logits so far
         for start in range(0, len(pairs), PREFILL):

@@ -10,11 +10,11 @@
 enum { LANES = 16, ROWS = 8 };
 enum { OUTS = 3 };      // outputs at a time: 8 x 3 sums take three quarters of AVX-512's 32 registers
 enum { AHEAD = 9216 };  // bytes to prefetch ahead: a seventh more tokens/s for fp32, two fifths for bf16 and int8
-enum { FP32, BF16, INT8 };  // TYPE, that of the weights, is set when this is compiled
+enum { FP32, BF16, INT8 };  // TYPE, the type of the weights, is a macro set by the compiler's -D
 enum { GELU_NEW, GELU, RELU, SILU, TANH };  // in the order of config.ACTIVATIONS
 
 typedef float floats __attribute__((vector_size(64)));
-typedef float floats_at __attribute__((vector_size(64), aligned(2), may_alias));  // 2: rows of bf16
+typedef float floats_at __attribute__((vector_size(64), aligned(2), may_alias));  // 2, since rows can be bf16
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef int32_t ints_at __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -28,11 +28,11 @@ typedef struct {
     int64_t outs, ins;
 } Matrix;
 
-// Rows of activations as a product wants them beside the plain fp32.
-// int8 weights: in steps of 16 bits, x = step * (256 * high + low - 32768). The products are then sums of whole
+// Rows of activations in the form that products need besides plain fp32.
+// int8 weights: as 16-bit numbers, x = step * (256 * high + low - 32768). The products are then sums of whole
 // numbers, exact and fast (AVX-512's vpdpbusd).
-// bf16 weights: 32 at a time, the 16 of even number before the 16 of odd, as one shift and one mask yield the
-// weights; or as bf16 where the processor multiplies pairs of it.
+// bf16 weights: 32 at a time, first the 16 of even index, then the 16 of odd index, since one shift and one mask
+// yield the weights in this order; or as bf16 where the processor multiplies pairs of it.
 typedef struct {
     float *step;
     uint8_t *high, *low;  // (rows, ins rounded up to 4)
@@ -66,7 +66,7 @@ static inline float add_up(floats x) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-// `add_up` of `count` vectors, a multiple of 4 of them, with a third of the work.
+// `add_up` of `count` vectors (a multiple of 4), with a third of the work.
 static inline void add_up_all(const floats *x, int count, float *y) {
     for (int i = 0; i < count; i += 4) {
         four a = quarter(x[i]), b = quarter(x[i + 1]), c = quarter(x[i + 2]), d = quarter(x[i + 3]);
@@ -85,10 +85,10 @@ static inline float bf16_to_float(uint16_t x) {
     return (union { uint32_t bits; float value; }){(uint32_t)x << 16}.value;
 }
 
-// e to the x to within 2e-7 of itself: 2^n by the exponent's bits, the rest by its series on [-ln2/2, ln2/2].
+// e^x with a relative error of up to 2e-7: 2^n by the exponent's bits, the rest by its series on [-ln2/2, ln2/2].
 static inline floats exponential(floats x) {
     const floats zero = {0};
-    x = larger(x, zero - 87.0f);  // beyond these the exponent's bits run over
+    x = larger(x, zero - 87.0f);  // beyond these the exponent's bits overflow
     x = -larger(-x, zero - 88.0f);
     const floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
     const floats n = shifted - 12582912.0f;
@@ -182,8 +182,8 @@ static inline floats add_pairs(floats sum, const char *x, floats w) {
 #endif
 }
 
-// y[r * outs + o] = sum over k of x[row + r][k] * weight[first + o][k]; rows and outs are constants wherever it is
-// expanded, and y has room for a multiple of 4.
+// y[r * outs + o] = sum over k of x[row + r][k] * weight[first + o][k]; rows and outs are constants wherever this
+// is inlined, and y has room for a multiple of 4.
 static inline __attribute__((always_inline)) void tile_floats(const Matrix *m, const float *x, Prepared p, int64_t row,
                                                               int64_t first, int rows, int outs, float *y) {
     const int64_t ins = m->ins, size = TYPE == FP32 ? 4 : 2, step = 64 / size, whole = ins - ins % step;
@@ -222,7 +222,7 @@ static inline __attribute__((always_inline)) void tile_floats(const Matrix *m, c
         }
 }
 
-// sum[lane] += the product of 4 unsigned bytes of x with 4 signed ones of each of 16 outputs.
+// sum[lane] += the dot product of 4 unsigned bytes of x and 4 signed bytes of each of 16 outputs.
 static inline ints add_products(ints sum, const uint8_t *x, const int8_t *w) {
 #if defined(__AVX512VNNI__)
     int32_t four;
@@ -235,7 +235,7 @@ static inline ints add_products(ints sum, const uint8_t *x, const int8_t *w) {
 #endif
 }
 
-// The 16 outputs of a panel for int8 weights: two exact sums, put together as one real number.
+// The 16 outputs of a panel of int8 weights: two exact sums, combined into one real number.
 static inline __attribute__((always_inline)) void tile_int8(const Matrix *m, Prepared s, int64_t row, int64_t panel,
                                                             int rows, float *y) {
     const int64_t fours = (m->ins + 3) / 4;

@@ -1,10 +1,10 @@
-"""Weights in 8 bits, quantised when a model is loaded: a quarter of fp32's memory, and of its time per token."""
+"""Weights in 8 bits, quantised when a model is loaded. They take a quarter of fp32's memory and time per token."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PANEL, GROUP = 16, 4  # outputs side by side, and inputs of each: what one vector instruction multiplies
+PANEL, GROUP = 16, 4  # one vector instruction multiplies 4 inputs of each of 16 outputs
 
 
 class Int8Matrix(nn.Module):
@@ -16,7 +16,7 @@ class Int8Matrix(nn.Module):
     Attributes:
         packed: (panels, groups, 16, 4) int8: 16 outputs by 4 inputs lie together, padded with zeros.
         scale: (panels * 16,) fp32.
-        sums: (panels * 16,) int32, of the whole numbers of a row.
+        sums: (panels * 16,) int32, the sum of the whole numbers of each row.
     """
 
     packed: Tensor
@@ -59,7 +59,7 @@ class Int8Embedding(Int8Matrix):
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Replace a GPT's matrices, except the positions, by int8, in place; it can then only be run, not trained."""
+    """Replace a GPT's matrices but the positions with int8 ones, in place; it can then be run, but not trained."""
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or name == "wte"]
     for name in names:
         matrix = model.get_submodule(name)

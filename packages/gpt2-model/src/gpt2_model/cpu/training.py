@@ -1,4 +1,4 @@
-"""Training on a CPU: attention in bf16, the loss without all logits, and one gradient for the tied embedding."""
+"""Training on a CPU: attention in bf16, a loss that keeps no logits, and one gradient for the tied embedding."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Rows of logits at a time: 206 MB in fp32, 103 in bf16. With 256, thinner products take 1.1 times as long.
+# Rows of logits at a time: 206 MB in fp32, 103 in bf16. With 256 rows the products take 1.1 times as long.
 ROWS = 1024
 LONGEST = 1024  # positions; beyond that the probabilities, whose number is quadratic, are not worth their memory
 
@@ -16,10 +16,10 @@ LONGEST = 1024  # positions; beyond that the probabilities, whose number is quad
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return softmax(scale * query key^T) value, in which no position sees what follows it.
 
-    All are (batch, heads, time, head_dim). Training on a CPU in bf16, up to 1,024 positions, computes products of
-    its own, large enough for the matrix units: both passes take 0.65 of the time for 4 x 256 positions and 12
-    heads, and a step of 124M 7 to 10 % less (torch 2.13, whose kernel multiplies smaller tiles). Everything else
-    is torch's kernel. The result can be differentiated once.
+    All are (batch, heads, time, head_dim). Training on a CPU in bf16, up to 1,024 positions, uses our own code,
+    whose products are large enough for the matrix units: both passes take 0.65 of the time for 4 x 256 positions
+    and 12 heads, and a step of 124M 7 to 10 % less than with torch 2.13, whose kernel multiplies smaller tiles.
+    Everything else uses torch's kernel. The result can be differentiated once.
     """
     trains = torch.is_grad_enabled() and query.requires_grad
     if trains and takes_own(query.device.type, query.dtype, query.shape[2]):
@@ -33,22 +33,22 @@ def takes_own(device_type: str, dtype: torch.dtype, time: int) -> bool:
 
 
 def kept_bytes(time: int) -> int:
-    """Return the bytes of probabilities that one head keeps of `time` positions for the backward."""
+    """Return the bytes of the probabilities of `time` positions that one head keeps for the backward pass."""
     return 2 * sum((end - start) * end for start, end in _blocks(time))
 
 
 def _blocks(time: int) -> list[tuple[int, int]]:
-    """Return blocks of queries: 64, so that a block's scores stay in a cache, or an eighth of them all."""
+    """Return (start, end) of blocks of queries: 64, so that the scores stay in a cache, or an eighth of all."""
     length = max(64, -(-time // 8))
     return [(start, min(start + length, time)) for start in range(0, time, length)]
 
 
-# An operator, which the compiler calls: traced, 124M takes 109 s to compile, not 49, at 256 tokens; 200 at 1,024.
+# An operator, which is not traced: if it were, 124M would compile in 109 s, not 49, at 256 tokens (1,024: 200 s).
 @torch.library.custom_op("gpt2_model::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the attention, a block of queries at a time, and the probabilities in bf16, which the backward needs.
 
-    Scores are fp32, as in torch's own kernel: one of 64 would be off by a quarter in bf16.
+    Scores are fp32, as in torch's own kernel: in bf16 a score of 64 would be off by up to a quarter.
     """
     shape, probabilities = query.shape, _room(query)
     query, key, value = (part.reshape(-1, *shape[2:]) for part in (query, key, value))
@@ -124,7 +124,7 @@ _attention.register_autograd(_gradients, setup_context=_save)
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return F.cross_entropy of the logits F.linear(hidden, weight), without keeping the logits.
 
-    On a CPU in blocks of rows, equal up to rounding: 2.2 times as fast for n_embd 128 (2,048 rows, one thread:
+    On a CPU it uses blocks of rows, equal up to rounding, 2.2 times as fast for n_embd 128 (2,048 rows, 1 thread:
     1.03 s instead of 2.23), since softmax and its gradient pass once over a block instead of five times over all
     logits. Under autocast the products are bf16; softmax, sums and gradients are always fp32.
 
@@ -147,9 +147,9 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss, whose gradients are computed in the forward, in the buffer of a block of logits.
+    """The loss. Its forward pass computes the gradients too, in the buffer of a block of logits.
 
-    Source of the idea: llm.c's fused_classifier; the blocks are those of chunked losses (torchtitan, Liger).
+    Sources: the idea is llm.c's fused_classifier; the blocks are those of chunked losses (torchtitan, Liger).
     """
 
     @staticmethod
@@ -158,8 +158,8 @@ class _HeadLoss(torch.autograd.Function):
         if trains:  # the weight's gradient is a sum over blocks, and so fp32
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
         # GPT-2's 50,257 is odd: most rows of logits would begin in the middle of a vector. The forward product in
-        # fp32 takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. So rows of zeros are
-        # added up to a multiple of 64, whose logits nobody reads: 10 ms of 124M's 700.
+        # fp32 takes 1.35 times as long then, and the weight's gradient in bf16 1.25 times. So rows of zeros pad
+        # the weight to a multiple of 64, and nobody reads their logits: 10 ms of 124M's 700.
         hidden, padded = hidden.to(dtype), weight.to(dtype)
         if len(weight) % 64:
             padded = F.pad(padded, (0, 0, 0, -len(weight) % 64))
@@ -182,18 +182,18 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # In place, 154 MB for 124M: autograd refuses to use what is saved a second time, so nobody sees it change.
+        # In place, which saves 154 MB for 124M: autograd uses saved tensors only once, so nobody sees it change.
         return hidden_grad * grad, weight_grad.mul_(grad), None, None
 
 
 def _to_gradients(logits: Tensor, target: Tensor, share: Tensor) -> Tensor:
-    """Return the loss () of logits (rows, vocab_size), which become its gradient; the others are (rows, 1)."""
-    # 32 rows stay in a cache: 0.86 of the loss's time, in bf16 with n_embd 128. The compiler fuses passes itself.
+    """Return the loss () of logits (rows, vocab_size), overwritten by its gradient; the others are (rows, 1)."""
+    # 32 rows stay in a cache: 0.86 of the loss's time in bf16 with n_embd 128. The compiler itself fuses passes.
     rows = len(logits) if torch.compiler.is_compiling() else 32
     loss = logits.new_zeros((), dtype=torch.float32)
     for start in range(0, len(logits), rows):
         block, chosen, part = (tensor[start : start + rows] for tensor in (logits, target, share))
-        scores = block.float()  # itself, if they are fp32
+        scores = block.float()  # the block itself if it is fp32
         best = scores.amax(-1, keepdim=True)
         score = scores.gather(-1, chosen) - best
         exponentials = scores.sub_(best).exp_()
@@ -206,7 +206,7 @@ def _to_gradients(logits: Tensor, target: Tensor, share: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, begin: bool) -> None:
-    """Add left @ right to total, in total's own precision; to nothing if `begin`. Left's padding is left out."""
+    """Add left @ right to total in total's own precision, or store it if `begin`. Left's padding is left out."""
     if total.dtype == left.dtype:
         total.addmm_(left[: len(total)], right, beta=0.0 if begin else 1.0)
     elif begin:
@@ -219,9 +219,9 @@ def look_up(embedding: nn.Embedding, tokens: Tensor, share_gradient: bool) -> tu
     """Return the embeddings of tokens, (..., n_embd), and the weight for a tied output projection.
 
     By itself autograd makes two gradients of the weight's size, of which the embedding's is mostly zeros, and adds
-    them. If `share_gradient`, on a CPU, the rows of the one are added into the other: for 124M a step needs 154 MB
-    less, and in bf16 1.4 % less time if it is compiled, else 0.5 %. The gradient that comes back through the
-    returned weight must then be a tensor of its own, as head_loss's is; both can be differentiated once.
+    them. With `share_gradient`, on a CPU, the embedding's rows are added into the other gradient: for 124M a step
+    needs 154 MB less, and in bf16 1.4 % less time if it is compiled, else 0.5 %. The gradient that comes back
+    through the returned weight must then be a tensor of its own, as head_loss's is; both are differentiable once.
     """
     if share_gradient and tokens.device.type == "cpu" and torch.is_grad_enabled():
         return _LookUp.apply(embedding.weight, tokens)  # type: ignore[no-any-return,no-untyped-call]
@@ -244,8 +244,8 @@ class _LookUp(torch.autograd.Function):
         return weight_grad, None
 
 
-# An operator, which the compiler calls: its own code for this, as for F.embedding's gradient, lets threads add the
-# rows of one token in any order, and a run that is resumed would end with other bits.
+# An operator, since the compiler's own code, as for F.embedding's gradient, lets threads add the rows of one token
+# in any order: a resumed run would end with other bits.
 @torch.library.custom_op("gpt2_model::add_rows", mutates_args={"total"}, device_types="cpu")
 def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
     total.index_add_(0, ids, rows)
