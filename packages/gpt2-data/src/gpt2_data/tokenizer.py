@@ -196,7 +196,7 @@ def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64
 def find_cut(data: memoryview, start: int, stop: int) -> int:
     """Return the first place in [start, stop) at which UTF-8 can be cut in two without a change of tokens, or -1.
 
-    That is before ASCII white space after a character that is no white space. Every alternative of GPT-2's pattern
+    That is before ASCII white space after a character other than white space. Every alternative of GPT-2's pattern
     is an optional space and then no white space, or white space only: no match spans such a place. Its look-aheads
     stand at the end of white space, so none looks across; and it has no look-behind.
     """
