@@ -20,7 +20,7 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
     """Open a file that appears as `path` whole and on the disk, or not at all.
 
     Args:
-        temporary_folder: where the file grows, on the same file system; by default beside `path`. A killed process
+        temporary_folder: where the file is written, in the same file system; None: beside `path`. A killed process
             leaves files there that match *.tmp-*.
         durable: False skips fsync: after a power loss the file may hold anything, so its reader must check a hash.
     """

@@ -106,8 +106,8 @@ def apportion(
 
 
 def _block(block: int, weights: Sequence[int], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    # Sources 0 to i have had floor(block * BLOCK * c / total) samples before it, c the sum of their weights: the
-    # differences are each source's share, off by less than one. Python's integers, so that nothing overflows.
+    # Before this block, sources 0 to i have had floor(block * BLOCK * c / total) samples, where c is the sum of
+    # their weights. The differences are each source's share, off by less than one. No Python integer overflows.
     sums = list(itertools.accumulate(weights))
     before, until = (np.diff([n * BLOCK * c // sums[-1] for c in sums], prepend=0) for n in (block, block + 1))
     counts = until - before

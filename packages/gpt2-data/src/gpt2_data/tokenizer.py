@@ -39,8 +39,8 @@ MAX_UNCUT = 1 << 24  # bytes; longer text that cannot be cut is refused: a repea
 _BATCH = 4_000_000  # bytes per call of gigatoken: its cache may grow by 7 times that between two checks
 CHECK_EVERY = 1000  # one text in this many is also encoded by tiktoken; that takes 1.5 % of gigatoken's time
 
-# ASCII white space, and before it no white space: printable ASCII, or the end of another character but \x85, \xa0,
-# \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. Looking back comes last: it is slow.
+# ASCII white space that does not follow white space: before it is printable ASCII or any character but \x85, \xa0,
+# \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. The look-behinds come last: they are slow.
 _SAFE_CUT = re.compile(
     rb"[ \t-\r](?<=[!-~\x80-\xff].)(?<!\xc2[\x85\xa0].)(?<!\xe1\x9a\x80.)"
     rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",

@@ -23,7 +23,7 @@ class Comparison:
     b: float
     difference: float  # b - a
     stderr: float  # of the difference, from its values item by item
-    changed: int | None = None  # items that the two answer differently; None for losses, as the three below
+    changed: int | None = None  # items that the two answer differently; this and what follows is None for losses
     only_a: int | None = None  # items that only `a` has right
     only_b: int | None = None
     p: float | None = None  # the p-value of McNemar's exact test, two-sided, that the two are equally good
@@ -99,4 +99,4 @@ def mcnemar(only_a: int, only_b: int) -> float:
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)
         ways += term
-    return min(1.0, 2 * ways / (1 << n))  # of whole numbers: no float holds 2 ** 10,042, but Python divides them
+    return min(1.0, 2 * ways / (1 << n))  # no float holds 2 ** 10,042, but Python can divide such integers

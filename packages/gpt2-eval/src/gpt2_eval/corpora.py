@@ -1,9 +1,9 @@
 """Perplexity of a whole text: WikiText-2, WikiText-103 and the Penn Treebank, per token, word and byte.
 
-raw      the file as it is, one text, in windows that overlap as the stride asks for. Per token this is what most
-         report as GPT-2's WikiText-2; the paper's WikiText-103 is nearer to per word on the same test set.
-lm-eval  lm-evaluation-harness' `wikitext`: each page alone, its tokenisation by WikiText undone, words and bytes
-         those of the page as it was.
+raw      the file as it is, as one text, in windows whose overlap the stride sets. Per token, this is what most
+         report as GPT-2's WikiText-2; the paper's WikiText-103 figure is nearer to ours per word.
+lm-eval  lm-evaluation-harness' `wikitext`: each page alone, with WikiText's tokenisation undone; words and bytes
+         are counted in the original page.
 """
 
 import math

@@ -25,7 +25,7 @@ class Estimate:
 
     value: float
     stderr: float  # NaN for a single item
-    ties: int | None = None  # of an accuracy, items whose best score several choices share; the first is taken
+    ties: int | None = None  # of an accuracy: items where several choices share the best score; the first counts
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, Column]:
 
 
 def accuracy(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Column:
-    """Return which items are right if the highest score answers each, the first one among equals."""
+    """Return which items are right if each answer is the choice with the highest score, the first of equals."""
     best = [max(row) for row in scores]
     answers = np.array([row.index(score) for row, score in zip(scores, best, strict=True)])
     ties = sum(row.count(score) > 1 for row, score in zip(scores, best, strict=True))
