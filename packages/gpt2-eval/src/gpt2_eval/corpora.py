@@ -104,7 +104,7 @@ def evaluate_corpus(
     encoder = encoder or gpt2_encoder()
     begin, prefix = encoder.begin, encoder.prefix
     raw = windows_of(begin(corpus.text), block_size, stride, prefix)
-    # Texts; rows, of which those of one group depend on each other (for the standard error); words of a text.
+    # Texts; groups of rows that depend on each other (for the standard error); what splits a text into words.
     protocols: dict[str, tuple[list[str], list[list[Row]], Callable[[str], list[Any]]]]
     protocols = {"raw": ([corpus.text], [[row] for row in raw], str.split)}
     if corpus.name != "ptb":

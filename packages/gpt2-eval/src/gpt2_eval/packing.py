@@ -22,7 +22,7 @@ from gpt2_model import EOT
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is given and what is scored, both as token ids. An empty context stands for `<|endoftext|>`."""
+    """A context and the continuation to score, as token ids. An empty context stands for `<|endoftext|>`."""
 
     context: list[int]
     continuation: list[int]

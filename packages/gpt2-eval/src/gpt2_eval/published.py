@@ -48,7 +48,7 @@ def short_hash(*parts: object) -> str:
 def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | None = None) -> tuple[list[T], int]:
     """Parse the records of a .jsonl or .parquet file, or the first `limit`; return them and how many the file has.
 
-    A record on which `parse` fails is wrong. A ValueError names the first wrong line as FILE:7, and counts all.
+    A record on which `parse` fails is wrong. A ValueError names the first one, as FILE:7, and counts them all.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")

@@ -1,7 +1,7 @@
-"""Scores on disk while an evaluation runs, so that one which was killed resumes.
+"""Keep scores on disk while an evaluation runs, so that it can resume if it is killed.
 
-Beside the file that is to be written, NAME, each rank appends to .NAME.rows-RANK: a line that says what is scored,
-then a line for each batch. All are read at the start, however many ranks wrote them, and deleted at the end.
+Beside the result file, NAME, each rank appends to .NAME.rows-RANK: a line that says what is scored, then one for
+each batch. All these files are read at the start, however many ranks wrote them, and deleted at the end.
 """
 
 import hashlib

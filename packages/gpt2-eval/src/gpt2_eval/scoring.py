@@ -1,4 +1,4 @@
-"""Items of (context, continuation) rows -> log-likelihoods, in batches and over ranks. Knows nothing of tasks."""
+"""Score items of (context, continuation) rows, in batches and over ranks. Nothing here depends on a task."""
 
 import math
 import sys
@@ -123,8 +123,8 @@ def score_batches(
         unit: what messages count, such as "rows".
     """
     rank, world_size = rank_and_world_size()
-    # Whole batches are dealt to the ranks: each holds the same rows, and so the same bits, on any number of them.
-    # The same after a resume: a batch of which anything is missing is computed whole.
+    # Whole batches are dealt to the ranks: each has the same rows, and so the same bits, on any number of ranks.
+    # So it is after a resume: if anything of a batch is missing, all of it is computed.
     numbers = range(rank, len(batches), world_size)
     total, own, interrupted = sum(map(len, batches)), dict[int, Score](), False
     with resuming(resume, model, autocast_dtype, scored) as (known, keep), evaluating(model, autocast_dtype):

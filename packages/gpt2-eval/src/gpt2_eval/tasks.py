@@ -1,4 +1,4 @@
-"""Zero-shot tasks beside HellaSwag: each a small function from a record to a question; one engine scores them all.
+"""Zero-shot tasks beside HellaSwag. Each is a small function from a record to a question; one engine scores all.
 
 Prompts, metrics and files are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal.
 """
