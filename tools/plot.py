@@ -112,7 +112,7 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
         except (ValueError, TypeError, KeyError):
             broken += 1
     if broken:
-        click.echo(f"{name}: broken lines of metrics.jsonl passed over: {broken}", err=True)
+        click.echo(f"{name}: broken lines of metrics.jsonl skipped: {broken}", err=True)
     # A run that was resumed by an older program may have a step twice: the last one counts.
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row} | {0: 0}
     for key, curve in (("loss", run.train), ("val_loss", run.validation), ("hellaswag_acc_norm", run.accuracy)):

@@ -100,7 +100,7 @@ def test_x_in_tokens_broken_lines_nulls_and_repeats(tmp_path, monkeypatch) -> No
     assert y[-1] == 7.5
     assert axis.get_xlabel() == "tokens"
     assert "30M" in [label.get_text() for label in axis.get_xticklabels()]
-    assert "run: broken lines of metrics.jsonl passed over: 3" in result.stderr
+    assert "run: broken lines of metrics.jsonl skipped: 3" in result.stderr
     assert "run: val_loss of steps without tokens left out: 1" in result.stderr
 
 

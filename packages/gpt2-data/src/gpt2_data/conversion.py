@@ -91,7 +91,7 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
         raise ValueError(f"{work} was not made by gpt2-data: choose another OUT")
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("a") as file:
-        disk.lock(file, f"another conversion is at work in {work}: wait for it or choose another OUT")
+        disk.lock(file, f"another conversion is running in {work}: wait for it or choose another OUT")
         try:
             for path in work.iterdir():  # left by a conversion that was killed
                 if path.name != ".lock":
@@ -207,6 +207,6 @@ def _to_one_file(job: _Job, to: str) -> None:
             if starts[0]:
                 starts = np.append(0, starts)
             if np.diff(starts).max() > _MAX_SEQUENCE:
-                raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens: Megatron has no such")
+                raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens is too long for Megatron")
             with disk.write_whole(path.with_suffix(".idx")) as file:
                 foreign.write_idx(file, starts)

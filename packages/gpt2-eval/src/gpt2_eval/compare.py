@@ -26,7 +26,7 @@ class Comparison:
     changed: int | None = None  # items that the two answer differently; this and what follows is None for losses
     only_a: int | None = None  # items that only `a` has right
     only_b: int | None = None
-    p: float | None = None  # the p-value of McNemar's exact test, two-sided, that the two are equally good
+    p: float | None = None  # of McNemar's exact test, two-sided, of whether the two are equally good
 
     @property
     def better(self) -> str | None:

@@ -136,7 +136,7 @@ def evaluate_corpus(
 
 
 def windows_of(ids: Sequence[int], block_size: int, stride: int, prefix: int) -> list[Row]:
-    """Cut ids into rows that score each id once: first `block_size` ids, then `stride` more after what fits.
+    """Cut ids into rows that score each once: `block_size` first, then `stride` more with as much context as fits.
 
     With a stride of the whole block, these are lm-evaluation-harness' rolling windows.
     """

@@ -61,14 +61,14 @@ def score_items(
 ) -> list[list[RowScore]]:
     """Score the continuation of each row given its context: a list of scores for each item, in their order.
 
-    The rows of an item are those that are compared with each other; a GPT, whose attention
-    takes a mask, computes their common beginning once. Each token's log-softmax is fp32, their sum float64. A row
-    too long for the model loses its first tokens (`count_truncated` counts such rows). Where torch.distributed is
-    initialised, every rank must call this with the same items; each scores its share and all get all scores.
+    The rows of an item are those that are compared with each other; a GPT, whose attention takes a mask, computes
+    their common beginning once. Each token's log-softmax is in fp32, their sum in float64. A row too long for the
+    model loses its first tokens (`count_truncated` counts such rows). Where torch.distributed is initialised,
+    every rank must call this with the same items; each scores its share, and all get all scores.
 
     Args:
-        batch_size: sequences in a forward pass, rows with a common beginning count as one; None chooses
-            about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes only the last digits of a score.
+        batch_size: sequences in a forward pass, where an item's rows with a common beginning are one; None makes
+            it about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes only a score's last digits.
         compile: run the model compiled, on sequences of one length (several items in each), so that nothing is
             compiled again from one batch or evaluation to the next.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.

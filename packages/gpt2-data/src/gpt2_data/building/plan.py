@@ -108,7 +108,7 @@ def make_plan(config: BuildConfig) -> Plan:
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
         if real in seen:
-            raise ValueError(f"{item.name} is named twice: the dataset would contain its documents twice")
+            raise ValueError(f"{item.name} is named twice, and its documents would be used twice: name it once")
         seen.add(real)
     units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
     if config.limit_docs is not None:

@@ -231,7 +231,7 @@ def _read_idx(index: Path) -> list[NDArray[np.int64]]:
     start = _IDX_HEADER.size
     header, size = uint16.read_header(index, start)
     if size < start or not header.startswith(_IDX_MAGIC):
-        raise ValueError(f"{index}: not an index of Megatron's")
+        raise ValueError(f"{index}: not a Megatron index")
     _, version, kind, sequences, documents = _IDX_HEADER.unpack(header)
     if (version, kind) != (1, _IDX_UINT16):
         raise ValueError(
