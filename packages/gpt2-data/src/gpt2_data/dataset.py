@@ -22,7 +22,7 @@ class Dataset:
     """A dataset. Opening ours reads dataset.json only; a split's files are checked when it is first used.
 
     Of other formats only Megatron's records where documents begin. Otherwise the first use of a split's documents
-    reads the whole split and keeps 8 bytes per document. They start at each EOT, or after it in nanoGPT's files.
+    reads the whole split and keeps 8 bytes per document; one starts at each EOT, or after it in nanoGPT's files.
 
     Args:
         path: a folder with our shards (uint16 or Arrow), build-nanogpt's .npy, llm.c's .bin, nanoGPT's train.bin

@@ -77,5 +77,5 @@ def sha256(path: Path) -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use; in a container or a job it may be fewer than there are."""
+    """Return how many cores this process may use: in a container or a job perhaps fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from gpt2_data.sources.hub import HubSource, Listing
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
-PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores can share only 9 MB
+PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores can share these 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
 WORK = ".build"  # in a dataset's folder; it is removed when the dataset is whole
 _COMPRESSION = 3  # of text by gzip or zstd; for estimates only

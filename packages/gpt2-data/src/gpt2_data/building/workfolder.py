@@ -118,7 +118,7 @@ def remove_temporaries(work: Path, names: list[str]) -> None:
 
 
 def remove_other_shards(out: Path, shards: list[Path]) -> None:
-    """Remove all shards but these, left by an interrupted build: they would be mixed in."""
+    """Remove all shards but `shards`, which an interrupted build left: they would be mixed in."""
     keep = {*shards, *(path.with_suffix(".docs") for path in shards if path.suffix == ".bin")}
     for path in out.iterdir():
         if manifest.is_shard_name(path.name) and path not in keep:

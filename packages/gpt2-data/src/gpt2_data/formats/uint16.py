@@ -162,7 +162,7 @@ def check_size(path: Path, size: int, expected: int, claim: str) -> None:
 class TokenFiles:
     """Read tokens at any place of a list of files. It is safe across fork, but not for several threads at once.
 
-    It uses pread, not a memory map: if a file is cut short meanwhile, a map kills the process with SIGBUS.
+    It uses pread, not a memory map: if a file is cut short meanwhile, a map would kill the process by SIGBUS.
     """
 
     def __init__(self, files: Sequence[TokenFile]) -> None:

@@ -52,7 +52,7 @@ class Wrong(OSError):
 
 
 class Again(Exception):
-    """A try failed, but another may succeed. The server asks to wait `after` seconds; `reached`: it answered."""
+    """A try failed, but another may succeed. `after`: seconds the server asks to wait; `reached`: it answered."""
 
     def __init__(self, problem: str, after: float | None = None, reached: bool = True) -> None:
         super().__init__(problem)
