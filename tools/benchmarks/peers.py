@@ -1,4 +1,4 @@
-"""Cases of other projects: training steps, generation, HellaSwag. One that is not installed is left out."""
+"""Cases of other projects: training steps, generation, HellaSwag. One that is not installed is absent."""
 
 import importlib
 import json
