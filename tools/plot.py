@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2_model.command import SETTINGS, write_whole
 
-matplotlib.use("Agg")  # a file, not a window
+matplotlib.use("Agg")  # draws to a file, not to a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from benchmarks.harness import ROOT, checkout, packages_of
 from gpt2_model.command import SETTINGS
 
 GOLDEN = ROOT / "tests" / "train" / "golden_losses.json"
-# 800,000 parameters, two micro-batches a step; warmup, decay, clipping and the second epoch lie within 50 steps.
+# 800,000 parameters, two micro-batches per step; warmup, decay, clipping and the second epoch lie within 50 steps.
 RUN: dict[str, Any] = {
     "steps": 50, "batch_tokens": 128, "seq_len": 16, "micro_batch": "4", "lr": 3e-3, "min_lr": 3e-4, "warmup": 10,
     "seed": 1, "precision": "fp32", "compile": "off", "device": "cpu", "eval_every": 0, "checkpoint_every": 0,

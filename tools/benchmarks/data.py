@@ -88,7 +88,7 @@ def build(bench: Bench, files: Sequence[str], out: Path, library: str) -> list[s
 
 
 def run_command(words: Sequence[str], **environment: str) -> dict[str, float]:
-    """Run a process; return its seconds and peak memory. Raises ValueError with the end of what it said."""
+    """Run a process; return its seconds and peak memory. Raises ValueError with the end of its output."""
     program = Path(sysconfig.get_path("scripts")) / words[0]  # of this environment, activated or not
     command, started = [program if program.exists() else words[0], *words[1:]], time.perf_counter()
     with tempfile.TemporaryFile() as output:

@@ -121,7 +121,7 @@ class _Job:
             for start in range(0, file.tokens, size):
                 piece = TokenFile(file.path, min(size, file.tokens - start), file.start + 2 * start)
                 yield number, piece, itertools.islice(chunks, -(-piece.tokens // _CHUNK))
-            assert next(chunks, None) is None  # all is read, and so the hash was compared
+            assert next(chunks, None) is None  # all was read, so the hash was compared
 
     def _read(self, file: TokenFile, size: int) -> Iterator[NDArray[np.uint16]]:
         """Yield a file's tokens; no chunk crosses a multiple of `size`. Raises ValueError if its hash is wrong."""

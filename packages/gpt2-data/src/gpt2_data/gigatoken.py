@@ -34,7 +34,7 @@ _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are search
 
 @dataclass(frozen=True)
 class Proof:
-    """Two versions that give the same tokens, but for some characters."""
+    """Two versions that give the same tokens, except for some characters."""
 
     gigatoken: str
     tiktoken: str

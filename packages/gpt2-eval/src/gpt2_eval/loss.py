@@ -126,6 +126,6 @@ def _score_windows(
 
 @cache
 def bytes_per_token() -> NDArray[np.int64]:
-    """The UTF-8 bytes that each of the 50,257 tokens stands for; `<|endoftext|>` is no text and has 0."""
+    """Return the number of UTF-8 bytes of each of the 50,257 tokens; `<|endoftext|>` is no text and has 0."""
     tokenizer = get_tokenizer()
     return np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(EOT)] + [0])

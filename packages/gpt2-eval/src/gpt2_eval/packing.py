@@ -46,7 +46,7 @@ class Pack:
 
     rows: list[int]  # their numbers
     tokens: list[int]
-    positions: list[int]  # where in its row each token stands
+    positions: list[int]  # each token's position in its row
     branches: list[int]  # 0 for what the rows share; 1, 2, ... for the rest of each row
     scored: list[list[int]]  # for each row, the places whose output predicts its continuation
 
@@ -71,13 +71,13 @@ def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[
 
 @dataclass(frozen=True)
 class Layout:
-    """What GPT.hidden takes in place of a KVCache: where tokens stand and what they see. It stores nothing."""
+    """What GPT.hidden takes in place of a KVCache: the tokens' positions and what they see. It stores nothing."""
 
     places: Tensor  # (batch, time)
     mask: Tensor  # (batch, 1, time, time), True where a position sees another
 
     def positions(self, time: int) -> Tensor:
-        """Return where in its row each token stands."""
+        """Return each token's position in its row."""
         return self.places
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

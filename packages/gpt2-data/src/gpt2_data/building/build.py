@@ -145,7 +145,7 @@ def _build_whole(run: _Run) -> BuildResult:
 
 
 def _build_part(run: _Run, number: int, count: int) -> BuildResult:
-    """Do this part's share of the units; cut the shards if no part is still at work and nothing is missing."""
+    """Do this part's share of the units; cut the shards if no other part is running and nothing is missing."""
     with workfolder.shared(run.config.out, number, count):
         workfolder.prepare(run.config, run.plan, alone=False)
         share = run.tasks[len(run.tasks) * (number - 1) // count : len(run.tasks) * number // count]
