@@ -1,4 +1,4 @@
-"""Benchmarks, python tools/bench.py COMMAND: speeds as ratios to peers and to the machine, in the same run."""
+"""Benchmarks, python tools/bench.py COMMAND: they compare speeds with peers and the machine in the same run."""
 
 import fnmatch
 import glob
@@ -20,8 +20,8 @@ from benchmarks.report import Check, bars_of, brief, provenance, table
 from benchmarks.suite import CASES, work_of
 from gpt2_model.command import SETTINGS, one_line
 
-# Tokens a second on an H100: of 124M 1.3 times llm.c's published 468,000, of larger ones half of the maker's 989
-# TFLOP/s, and of the largest two 0.55 of it, as llm.c counts operations.
+# Tokens per second on an H100: for 124M, 1.3 times llm.c's published 468,000; for 350M, half of the maker's 989
+# TFLOP/s; for the largest two, 0.55 of it. Operations are counted as in llm.c.
 H100_TOKENS = {"124M": 616_000, "350M": 216_893, "774M": 110_396, "1558M": 55_407}
 
 
@@ -43,7 +43,7 @@ CHECK = click.option("--check", is_flag=True, help="Name each required ratio tha
 
 
 def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of every command that measures."""
+    """Add the options of every command that measures."""
     only = click.option("--only", multiple=True, metavar="NAME", help="Time only cases of this name or prefix.")
     samples = click.option("--rounds", type=COUNT, default=rounds, show_default=True, help="Samples of each case.")
     threads = click.option("--threads", type=COUNT, default=os.cpu_count(),
@@ -53,7 +53,7 @@ def measuring(rounds: int) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def contender(name: str, unit: str, prepare: str, **options: Any) -> Case:
-    """A case that takes turns with others."""
+    """Return a case that takes turns with others."""
     return Case(name, "", unit, f"benchmarks.{prepare}", options)
 
 
@@ -124,7 +124,7 @@ def train(
     on a GPU, whose speed does not drift, one is timed after the other.
     """
     on_gpu = device == "cuda"
-    usual = ({"124M": 64, "350M": 32, "774M": 16, "1558M": 8}[size], 1024, "bf16")  # what 80 GB hold
+    usual = ({"124M": 64, "350M": 32, "774M": 16, "1558M": 8}[size], 1024, "bf16")  # what fits in 80 GB
     usual = usual if on_gpu else (4, 256, "fp32")
     batch, seq_len, precision = batch or usual[0], seq_len or usual[1], precision or usual[2]
     work = work_of(size, batch, seq_len, precision, device, fields)
@@ -216,13 +216,13 @@ def data_(source: str, megabytes: int, threads: int, **options: Any) -> None:
     Datasets are built from Parquet with one process per core, by ours and by build-nanogpt's method, and must have
     the same tokens. Verifying is compared with sha256sum.
     """
-    from benchmarks.data import write_corpus  # with numpy, which `--help` does without
+    from benchmarks.data import write_corpus  # imports numpy, which `--help` does not need
 
     files = sorted(glob.glob(source, recursive=True)) if source else [write_corpus(temporary_folder(), megabytes)]
     if not files:
         raise click.BadParameter(f"no file matches {source!r}", param_hint="--source")
     case = partial(contender, unit="MB", files=files)
-    # A pool of a process a core, and of as many as build-nanogpt takes itself.
+    # A pool with one process per core, and one with as many as build-nanogpt itself uses.
     pools = {"build-nanogpt's method": threads, "build-nanogpt's, half": max(1, threads // 2)}
     least = {"gigatoken": 8.0, "tiktoken": 1.3}
     groups = [
@@ -257,7 +257,7 @@ def scaling(fields: dict[str, int], **options: Any) -> None:
 
 
 def temporary_folder() -> str:
-    """A folder that is removed when the command ends."""
+    """Return a folder that is removed when the command ends."""
     return click.get_current_context().with_resource(tempfile.TemporaryDirectory(prefix="gpt2-bench-"))
 
 
@@ -266,7 +266,7 @@ def measure(
     timed: Callable[..., dict[str, Any]] = harness.measure, *,
     only: tuple[str, ...], device: str, rounds: int, threads: int, as_json: bool, check: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure groups of cases and show what it gives; exit 1 if `check` is set and a bar does not hold."""
+    """Measure groups of cases and print the results; exit 1 if `check` is set and a bar does not hold."""
     chosen, bench = choose(groups, only, device), Bench(temporary_folder(), threads, device, rounds)
     try:
         results = timed(chosen, bench)
@@ -287,9 +287,9 @@ def measure(
 
 
 def choose(groups: Sequence[Sequence[Case]], patterns: Sequence[str], device: str) -> list[list[Case]]:
-    """The device's cases whose name is, matches or else begins with a pattern; all without any pattern."""
+    """Return the device's cases whose name matches, or else begins with, a pattern; all if there is none."""
     if device == "cuda":
-        import torch  # two seconds, which `--help` does not take
+        import torch  # takes two seconds, which `--help` should not
 
         if not torch.cuda.is_available():
             raise click.BadParameter("this torch sees no GPU: use cpu", param_hint="--device")

@@ -1,7 +1,7 @@
 """Draw the curves of runs: python tools/plot.py runs/a runs/b --out loss.png
 
-Loss of each step, faint, under its mean over the steps around; validation losses; accuracy on HellaSwag. Beside
-runs of a size that OpenAI published, where GPT-2 and GPT-3 of that size stand.
+It draws each step's loss, faint, its mean over neighbouring steps, validation losses, and accuracy on HellaSwag.
+For runs of a size that OpenAI published, it also draws the figures of GPT-2 and GPT-3 of that size.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2_model.command import SETTINGS, write_whole
 
-matplotlib.use("Agg")  # a file, not a window
+matplotlib.use("Agg")  # draws to a file, not to a window
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 Curve = list[tuple[float, float]]
 GREY, FAINT = "#777777", 0.22
-# Told apart by the colour-blind, too (Okabe and Ito, but for the yellow, which paper swallows).
+# Colour-blind readers can tell them apart (Okabe and Ito, without the yellow, which is too pale on paper).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B6914", "#5D3A9B", "#E69F00")
 
 
@@ -57,7 +57,7 @@ SOURCES = (
 
 @dataclass
 class Run:
-    """What is drawn of a run: curves of (x, value); `test` is its test's file, if that is not HellaSwag's."""
+    """The parts of a run to draw: curves of (x, value); `test` names its test's file if it is not HellaSwag's."""
 
     name: str
     color: str = ""
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def last(self) -> float:
-        """The last x of all curves, -1 without any."""
+        """The last x of all curves, or -1 if there is no curve."""
         return max((curve[-1][0] for curve in (self.train, self.validation, self.accuracy) if curve), default=-1)
 
 
@@ -103,7 +103,7 @@ def main(runs: tuple[Path, ...], out: Path, unit: str) -> None:
 
 
 def load_run(folder: Path, name: str, unit: str) -> Run:
-    """A run's curves; broken lines and rows without tokens are passed over, with a word to stderr."""
+    """Return a run's curves; broken lines and rows without tokens are skipped, with a message on stderr."""
     run, rows, broken, file = Run(name), [], 0, folder / "metrics.jsonl"
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
@@ -129,12 +129,12 @@ def load_run(folder: Path, name: str, unit: str) -> Run:
         test = Path(config.get("hellaswag", "")).name
         run.test = "" if test.startswith("hellaswag_val") else test
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # of no known size
+        pass  # the run's size is unknown
     return run
 
 
 def draw(runs: list[Run], unit: str) -> Figure:
-    """One panel of losses, and one of accuracies if there are any."""
+    """Draw one panel of losses, and one of accuracies if there are any."""
     panels = [draw_loss, draw_accuracy] if any(run.accuracy for run in runs) else [draw_loss]
     size = (6.5 * len(panels), 4.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -154,12 +154,12 @@ def draw(runs: list[Run], unit: str) -> Figure:
 
 
 def sizes(runs: list[Run]) -> dict[Reference, str]:
-    """The published sizes among the runs, and the color of the first run of each."""
+    """Return the published sizes among the runs, with the color of each one's first run."""
     return {run.reference: run.color for run in reversed(runs) if run.reference}
 
 
 def draw_loss(axis: Axes, runs: list[Run]) -> None:
-    """Each step's loss, faint, its mean over the steps around, and the validation losses; beside them GPT-2's."""
+    """Draw each step's loss, faint, its mean over neighbouring steps, the validation losses, and GPT-2's loss."""
     values, ends, settled = [], [], []
     for run in runs:
         if run.train:
@@ -184,7 +184,7 @@ def draw_loss(axis: Axes, runs: list[Run]) -> None:
         axis.axhline(size.val_loss, color=color, linestyle="--", linewidth=1, zorder=1, label=label)
         ends.append(size.val_loss)
     axis.set_ylabel("loss, nats per token")
-    # The first steps of a long run fall from 11 within no time, and would take most of the picture.
+    # In a long run, the first losses fall quickly from 11, and would take most of the picture.
     low, high, high_enough = min(values + ends), max(values + ends), max(settled + ends)
     high = high_enough if settled and high - low > 1.5 * (high_enough - low) > 0 else high
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1
@@ -193,7 +193,7 @@ def draw_loss(axis: Axes, runs: list[Run]) -> None:
 
 
 def draw_accuracy(axis: Axes, runs: list[Run]) -> None:
-    """Accuracy in percent at each evaluation, what guessing gives, and what GPT-2 and GPT-3 have."""
+    """Draw the accuracy in percent at each evaluation, that of guessing, and those of GPT-2 and GPT-3."""
     for run in runs:
         if run.accuracy:
             percent = [(x, 100 * accuracy) for x, accuracy in run.accuracy]
@@ -211,13 +211,13 @@ def draw_accuracy(axis: Axes, runs: list[Run]) -> None:
 
 
 def plot_marked(axis: Axes, curve: Curve, color: str, **style: Any) -> None:
-    """Draw a curve with marks, on its last point too: forty of them are a line, more are a smear."""
+    """Draw a curve with marks, also on its last point, but no more than about forty: more would be a smear."""
     marks = list(range(len(curve) - 1, -1, -1 - len(curve) // 40))
     axis.plot(*zip(*curve, strict=True), "o-", color=color, markersize=4, markevery=marks, zorder=4, **style)
 
 
 def centred_mean(values: np.ndarray, window: int) -> Any:
-    """The mean of the `window` values around each place, of fewer at the ends."""
+    """Return the mean of the `window` values around each place, of fewer at the ends."""
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 

@@ -1,10 +1,10 @@
 """Prove that gigatoken gives tiktoken's tokens, as the two are installed here, and keep the proof in gpt2-data.
 
-For whoever releases gpt2-data for a new version of either: `python tools/prove_gigatoken.py`, some ten minutes.
+Run it before releasing gpt2-data for a new version of either: `python tools/prove_gigatoken.py`, ten minutes.
 
-First every code point in some contexts, which tells the characters that the two treat differently. Then, without
-those: long runs, white space, real text, and random mixtures of all kinds of characters. One difference there, and
-there is no proof.
+It first tries every code point in some contexts, to find the characters that the two treat differently. Without
+those, it then tries long runs, white space, real text, and random mixtures of all kinds of characters. A single
+difference there means that there is no proof.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ CONTEXTS = (
     *("{}'s", "a{}'ll {}b", " {}{}'t", "x {} 're", "1{}2", "'{}s'd", "don't{}", "\n{}\n'm"),
     *("{}", "{}\u0301e", ".{}!", "\t{} \t", "é{}日'", "  {}  {}a1 "),
 )
-"""In which every code point is tried. Before 's it shows best what a character is taken for: 's is one piece after
-a letter or a digit; after a sign its ' goes with the sign."""
+"""Contexts in which every code point is tried. 's shows best what a character is taken for: after a letter or a
+digit, 's is one piece; after a sign, its ' belongs to the sign's piece."""
 
 MAX_DIFFER = 20_000  # code points; with more of them the two are not the same encoding
 _BATCH = 20_000  # strings
@@ -60,9 +60,9 @@ def keep(proof: gigatoken.Proof, file: Path) -> None:
 def prove(
     contexts: Iterable[str] = CONTEXTS, code_points: Iterable[int] = range(0x110000), mixtures: int = 3_000_000
 ) -> gigatoken.Proof:
-    """Compare the two installed libraries by these code points, but for surrogates, and so many random mixtures.
+    """Compare the two installed libraries on these code points, except surrogates, and this many random mixtures.
 
-    Raises ValueError, with a text that shows why, if no proof comes of it.
+    Raises ValueError, with a text that the two encode differently, if there is no proof.
     """
     versions, fast = gigatoken.installed_versions(), gigatoken.Encoder(tokenizer.token_ranks())
     characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
@@ -98,13 +98,13 @@ def _batches(strings: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _neighbours(known: str) -> Iterator[str]:
-    """Each character between those that follow it and that stand before it in Unicode: of its own script."""
+    """Yield each character between its neighbours in Unicode, which are mostly of its own script."""
     for i in range(len(known)):
         yield known[i + 1 : i + 2] + known[max(0, i - 1) : i + 2]
 
 
 def _special_strings(known: str) -> Iterator[str]:
-    """Runs of each kind of character, all short mixtures of white space and one sign of each kind, and more."""
+    """Yield runs of each kind of character, all short mixtures of white space and some signs, and more."""
     of_each_category = {unicodedata.category(character): character for character in known}.values()
     examples = [*map(chr, range(128)), *of_each_category, *(c for c in _WHITE if c in known)]
     lengths = (*range(1, 35), 63, 64, 65, 128, 129, 257, 1000)
@@ -123,7 +123,7 @@ def _special_strings(known: str) -> Iterator[str]:
 
 
 def _real_text(differ: set[str]) -> Iterator[str]:
-    """The text that Python carries, whole, and cut anywhere."""
+    """Yield the text that Python carries, whole, and cut at random places."""
     documents = [tokenizer.repair_surrogates(text) for _, text in pydocs.documents()]
     documents = [text for text in documents if differ.isdisjoint(text)]
     yield from documents
@@ -134,7 +134,7 @@ def _real_text(differ: set[str]) -> Iterator[str]:
 
 
 def _mixtures(known: str, count: int, seed: int = 0) -> Iterator[list[str]]:
-    """Random strings: a third of the signs English, a third white space and ASCII, a third of any category."""
+    """Yield random strings: a third English characters, a third white space and ASCII, a third of any category."""
     rng = np.random.default_rng(seed)
     common = [[c for c in pool if c in known] for pool in (_ENGLISH, _ENGLISH, _PRINTABLE, _WHITE)]
     common = [pool for pool in common if pool]
@@ -156,7 +156,7 @@ def _mixtures(known: str, count: int, seed: int = 0) -> Iterator[list[str]]:
 
 
 def _ranges(code_points: Sequence[int]) -> Iterator[str]:
-    """Hexadecimal, neighbours as one: [0x41, 0x43, 0x44] -> "41", "43-44"."""
+    """Yield hexadecimal ranges, joining neighbours: [0x41, 0x43, 0x44] -> "41", "43-44"."""
     array: NDArray[np.int64] = np.array(code_points, np.int64)
     for run in np.split(array, np.flatnonzero(np.diff(array) > 1) + 1):
         if len(run):

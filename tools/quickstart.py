@@ -22,9 +22,9 @@ import numpy as np
 from gpt2_data import get_tokenizer, open_dataset
 from gpt2_model.command import SETTINGS
 
-# A 7M-parameter GPT-2 with the real vocabulary: most of it is the embedding. Batches are small, so that two
-# minutes hold enough updates to learn from: 1,024 tokens a step did as well after 180,000 tokens as 2,048 did
-# after 400,000.
+# A 7M-parameter GPT-2 with the real vocabulary: most of it is the embedding. Batches are small, so that there are
+# enough updates in two minutes: 1,024 tokens per step did as well after 180,000 tokens as 2,048 did after
+# 400,000.
 STEPS = 220
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
 TRAINING = {
@@ -74,14 +74,14 @@ def command(program: str, *arguments: Any) -> None:
     click.secho("$ " + shlex.join([program, *words]), fg="cyan")
     path = sys.executable if program == "python" else Path(sysconfig.get_path("scripts")) / program
     if code := subprocess.run([path, *words], check=False).returncode:
-        sys.exit(code)  # it has said why
+        sys.exit(code)  # the command has said why
 
 
 def write_items(data: Path, path: Path) -> None:
-    """HELLASWAG_ITEMS multiple-choice items: 300 characters of a document, and which of four endings is its own.
+    """Write HELLASWAG_ITEMS questions: 300 characters of a document, and four endings, one of which is its own.
 
-    The wrong endings are those of three other documents whose words are as frequent, on average, as the right
-    one's: else the choice would hang on which ending is made of the commoner words, whatever the context.
+    The wrong endings come from three other documents, and their words are about as frequent as the right one's:
+    otherwise the choice would depend on which ending has the more common words, whatever the context.
     """
     dataset, tokenizer, chosen = open_dataset(data), get_tokenizer(), random.Random(0)
     counts = np.bincount(dataset.read("train", 0, dataset.tokens("train")), minlength=tokenizer.n_vocab)
@@ -114,9 +114,9 @@ def write_items(data: Path, path: Path) -> None:
 
 
 def cut(text: str) -> Iterator[tuple[str, str]]:
-    """(context, ending) pairs of a document, side by side, about 300 and 100 characters long, the ending prose.
+    """Yield neighbouring (context, ending) pairs of a document, about 300 and 100 characters; endings are prose.
 
-    Cut before a word, since HellaSwag's protocol puts one space between the two.
+    It cuts before a word, since HellaSwag's protocol puts one space between the two.
     """
     word, end, place = re.compile(r"(?<=\S) (?=[A-Za-z])"), re.compile(r"(?<=\S)(?=\s)"), 0
     while (start := word.search(text, place + 300)) and (stop := end.search(text, start.end() + 100)):
@@ -127,7 +127,7 @@ def cut(text: str) -> Iterator[tuple[str, str]]:
 
 
 def summary(out: Path, checkpoint: Path, seconds: float) -> None:
-    """Say what came out, and where it lies."""
+    """Print the results, and where they are."""
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [(row["val_loss"], row["hellaswag_acc_norm"]) for row in rows if "val_loss" in row]
     (loss_before, right_before), (loss, right) = evaluations[0], evaluations[-1]

@@ -1,7 +1,7 @@
 """Versions and releases of the four packages: python tools/release.py status | check | cut PACKAGE LEVEL
 
-A package's version is static in its pyproject.toml, its changelog keeps the format of keepachangelog.com, its tags
-are called gpt2-model-v0.1.0. Nothing here pushes or uploads.
+A package's version is static in its pyproject.toml, its changelog has the format of keepachangelog.com, its tags
+look like gpt2-model-v0.1.0. Nothing here pushes or uploads.
 """
 
 import re
@@ -26,12 +26,12 @@ SECTION = re.compile(r"^## (?:\[Unreleased\]|\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d
 
 @dataclass(frozen=True)
 class Package:
-    """What a pyproject.toml says, and its changelog."""
+    """A package, from its pyproject.toml and its changelog."""
 
     name: str
     folder: Path
     version: Version
-    ours: dict[str, str]  # what it requires of this repository, as written there: "gpt2-model>=0.1,<0.2", by name
+    ours: dict[str, str]  # the packages of this repository that it requires, as written: "gpt2-model>=0.1,<0.2"
     changelog: str
     unreleased: str
 
@@ -52,7 +52,7 @@ def read_packages() -> list[Package]:
 
 
 def problems_of(package: Package) -> list[str]:
-    """What is wrong with a package's changelog, version or licence, a line each."""
+    """Return what is wrong with a package's changelog, version or licence, one line per problem."""
     text, file = package.changelog, package.folder / "CHANGELOG.md"
     versions = SECTION.findall(text)  # "" is Unreleased
     holds = {
@@ -67,7 +67,7 @@ def problems_of(package: Package) -> list[str]:
 
 
 def range_problems(packages: Iterable[Package]) -> list[str]:
-    """A line for each range between the packages that leaves one out, or that has no upper end."""
+    """Return a line for each version range that excludes another package's version, or has no upper end."""
     versions, problems = {package.name: package.version for package in packages}, []
     for package in packages:
         for name, text in package.ours.items():
@@ -80,7 +80,7 @@ def range_problems(packages: Iterable[Package]) -> list[str]:
 
 
 def run(*words: str | Path) -> str:
-    """Run a command in the repository and return what it printed. Its last words are ours where it fails."""
+    """Run a command in the repository and return its output. If it fails, the error shows its last lines."""
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()

@@ -1,4 +1,4 @@
-"""Compare what a commit and the working tree train, bit for bit: python tools/same_losses.py BASE"""
+"""Compare training by a commit's code and by the working tree's, bit for bit: python tools/same_losses.py BASE"""
 
 import json
 import os
@@ -19,7 +19,7 @@ from benchmarks.harness import ROOT, checkout, packages_of
 from gpt2_model.command import SETTINGS
 
 GOLDEN = ROOT / "tests" / "train" / "golden_losses.json"
-# 800,000 parameters, two micro-batches a step; warmup, decay, clipping and the second epoch lie within 50 steps.
+# 800,000 parameters, two micro-batches per step; warmup, decay, clipping and the second epoch lie within 50 steps.
 RUN: dict[str, Any] = {
     "steps": 50, "batch_tokens": 128, "seq_len": 16, "micro_batch": "4", "lr": 3e-3, "min_lr": 3e-4, "warmup": 10,
     "seed": 1, "precision": "fp32", "compile": "off", "device": "cpu", "eval_every": 0, "checkpoint_every": 0,
@@ -56,7 +56,7 @@ def compare(work: Path, base: str, flags: list[str]) -> dict[str, Any]:
     """Train both and compare them; `work` is an empty folder.
 
     Raises:
-        ValueError: no such commit, or one whose code cannot train here: with the end of what it said.
+        ValueError: there is no such commit, or its code cannot train here: with the end of its output.
     """
     write_text(work / "text.jsonl")
     runs = [work / "base", work / "head"]
@@ -70,7 +70,7 @@ def compare(work: Path, base: str, flags: list[str]) -> dict[str, Any]:
 
 
 def write_text(path: Path) -> None:
-    """200 documents of 5 to 60 words that follow each other by chance: about 6,000 tokens, always the same."""
+    """Write 200 documents of 5 to 60 random words: about 6,000 tokens, always the same."""
     draw = random.Random(1)
     words = ["the", "a", "of", "and", "in", "is", "it", "cat", "dog", "sun", "sea", "runs", "sleeps"]
     words += ["under", "old"]
@@ -79,14 +79,14 @@ def write_text(path: Path) -> None:
 
 
 def read_rows(run: Path) -> list[dict[str, float]]:
-    """The step, loss and gradient norm of each step of a run, as metrics.jsonl has them: all digits."""
+    """Return the step, loss and gradient norm of each step of a run, with all digits, from metrics.jsonl."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{name: row[name] for name in ("step", "loss", "grad_norm")} for row in rows if "loss" in row]
 
 
 def _rows_that_differ(base: Path, head: Path) -> dict[str, Any]:
     a, b = ({row["step"]: row for row in read_rows(run)} for run in (base, head))
-    # As text, since NaN is not equal to itself.
+    # They are compared as text, since NaN is not equal to itself.
     steps = [step for step in sorted({**a, **b}) if json.dumps(a.get(step)) != json.dumps(b.get(step))]
     largest = max((abs(a[n]["loss"] / b[n]["loss"] - 1) for n in steps if n in a and n in b), default=0.0)
     return {
@@ -98,7 +98,7 @@ def _rows_that_differ(base: Path, head: Path) -> dict[str, Any]:
 
 
 def _tensors_that_differ(base: Path, head: Path) -> dict[str, dict[str, Any]]:
-    """For each kind of tensor, how many there are and the names of those that are not the same bytes."""
+    """Return for each kind of tensor how many there are, and the names of those whose bytes differ."""
     kinds = {}
     for name in ("model", "optimizer"):
         files = [max((run / "checkpoints").glob("step-*")) / f"{name}.safetensors" for run in (base, head)]
@@ -123,7 +123,7 @@ def _train(tree: Path, data: Path, out: Path, flags: list[str]) -> None:
 
 
 def _python(tree: Path, arguments: list[str]) -> None:
-    """Run Python with a tree's packages, on one thread: more would share the sums out by what else is running."""
+    """Run Python with a tree's packages, on one thread: with more, the order of sums could vary with the load."""
     environment = os.environ | {"PYTHONPATH": packages_of(tree), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     if result.returncode:

@@ -255,7 +255,7 @@ def test_killed_it_leaves_no_dataset_and_can_be_run_again(built, tmp_path):
 
 def test_two_at_once(built, tmp_path):
     def again(what, done, total):
-        with pytest.raises(ValueError, match=r"another conversion is at work in .*out\.converting"):
+        with pytest.raises(ValueError, match=r"another conversion is running in .*out\.converting"):
             convert(built / "uint16", tmp_path / "out", "npy")
 
     convert(built / "uint16", tmp_path / "out", "npy", again)

@@ -1,7 +1,7 @@
-"""What is timed of ours with torch: each function makes a case ready.
+"""Our own cases that need torch: each function returns a case that is ready.
 
-`compare` calls these with the packages of an older revision, too: they use public names and commands. What is
-neither is looked for under the name that its module has, or had.
+`compare` also calls them with the packages of an older revision, so they use public names and commands. Anything
+else is looked up under its module's present or former name.
 """
 
 import json
@@ -31,7 +31,7 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def random_model(bench: Bench, fields: Mapping[str, int] | None = None, **options: Any) -> GPT:
-    """Load a model with random weights, 124M by default, which the first to ask for it makes."""
+    """Load a model with random weights, 124M by default; the first call makes it."""
     return GPT.from_pretrained(model_folder(bench, fields or {}), **options).to(bench.device).eval()
 
 
@@ -42,7 +42,7 @@ def keep_buffers() -> None:
 
 
 def training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
-    """A step as gpt2-train does it."""
+    """Time a training step as gpt2-train does it."""
     step, bf16 = Work(**work), {"avx512_bf16", "amx_bf16", "bf16"}
     if step.precision == "bf16" and bench.device == "cpu" and bf16.isdisjoint(processor()["features"]):
         raise ValueError("this processor has no bf16 instructions")
@@ -55,7 +55,7 @@ def training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> R
 
 
 def stepping(bench: Bench, work: Work, model: Any, optimizer: Any, loss_of: Callable[..., Any]) -> Ready:
-    """A step of any model: random tokens, autocast, clipping by 1, the optimizer."""
+    """Time a step of any model: random tokens, autocast, clipping by 1, the optimizer."""
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 50257, (work.batch, work.seq_len), generator=draw).to(bench.device) for _ in "xy")
 
@@ -72,13 +72,13 @@ def stepping(bench: Bench, work: Work, model: Any, optimizer: Any, loss_of: Call
 
     tokens = work.accumulation * work.batch * work.seq_len
     cost = tokens * flops_per_token(GPTConfig(**work.shape), work.seq_len)
-    return Ready(step, tokens, f"matrix {work.precision}", cost, warm_up=5)  # until the heap stays as it is
+    return Ready(step, tokens, f"matrix {work.precision}", cost, warm_up=5)  # until the heap stops growing
 
 
 def gpt2_train(bench: Bench, work: Mapping[str, Any], steps: int, ranks: int = 1, copies: int = 1) -> Ready:
-    """gpt2-train itself, with its loader, logging and clipping: a step's time as metrics.jsonl has it.
+    """Time gpt2-train itself, with its loader, logging and clipping: a step's seconds come from metrics.jsonl.
 
-    Each run has that many ranks; the speeds of copies, which run at the same time, are added.
+    Each run has `ranks` ranks; the speeds of `copies`, which run at the same time, are added.
     """
     step = Work(**work)
     tokens = ranks * step.accumulation * step.batch * step.seq_len
@@ -96,7 +96,7 @@ def gpt2_train(bench: Bench, work: Mapping[str, Any], steps: int, ranks: int = 1
         done = run_command([*words, "--out", out], OMP_NUM_THREADS=str(bench.threads))
         lines = Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = [json.loads(line)["seconds"] for line in lines]
-        return done | {"seconds": statistics.median(seconds[2:])}  # the first two get their memory
+        return done | {"seconds": statistics.median(seconds[2:])}  # the first two steps allocate memory
 
     def call() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(copies) as pool:
@@ -110,7 +110,7 @@ def generating(
     bench: Bench, precision: str, rows: int, new_tokens: int = 64, fields: Mapping[str, int] | None = None,
     compiled: bool = False,
 ) -> Ready:  # fmt: skip
-    """Text of ours, sampled with top-k 50."""
+    """Time our own text generation, sampled with top-k 50."""
     model = random_model(bench, fields, dtype=KINDS[precision])
 
     def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:
@@ -135,13 +135,13 @@ def writing(
         written = write(prompts)
         assert [len(row) for row in written] == [new_tokens] * rows, "another number of tokens was drawn"
 
-    # A step of the whole batch reads all weights once, but for the positions.
+    # A step of the whole batch reads all weights once, except the position embedding.
     weights = (config.num_parameters - config.block_size * config.n_embd) * KINDS[precision].itemsize
     return Ready(call, rows * new_tokens, "read", new_tokens * weights)
 
 
 def scoring(bench: Bench) -> Ready:
-    """Items of HellaSwag's shape: a context of 50 ids and four endings of 29."""
+    """Time scoring items of HellaSwag's shape: a context of 50 ids and four endings of 29."""
     keep_buffers()
     model, draw = random_model(bench), random.Random(0)
     contexts = [draw.choices(range(50_000), k=50) for _ in range(12 if bench.device == "cpu" else 600)]
@@ -154,7 +154,7 @@ def scoring(bench: Bench) -> Ready:
 
 
 def losing(bench: Bench) -> Ready:
-    """Validation loss of 124M."""
+    """Time the validation loss of 124M."""
     keep_buffers()
     model, shards = random_model(bench), open_dataset(dataset(bench))
     tokens = 2048 if bench.device == "cpu" else 65_536
@@ -163,7 +163,7 @@ def losing(bench: Bench) -> Ready:
 
 
 def saving(bench: Bench) -> Ready:
-    """A checkpoint of 124M with its moments: written, hashed, read back and flushed to the disk."""
+    """Time a checkpoint of 124M with its moments: written, hashed, read back and flushed to the disk."""
     from gpt2_train.checkpoint import write_checkpoint  # not public, but in every version
 
     model, run = GPT(GPTConfig()), Path(bench.folder, "run")
@@ -174,6 +174,6 @@ def saving(bench: Bench) -> Ready:
 
 
 def opening(bench: Bench) -> Ready:
-    """124M, from_pretrained."""
+    """Time loading 124M by from_pretrained."""
     size = 4 * random_model(bench).config.num_parameters
     return Ready(lambda: random_model(bench), size, "copy", size)

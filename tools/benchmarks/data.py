@@ -1,6 +1,6 @@
-"""What is timed of data and of commands: building, loading and verifying datasets, and starting. Without torch.
+"""Cases of data and commands: building, loading and verifying datasets, and starting. None imports torch.
 
-pyarrow is imported where it is needed: the loader does without, and its memory is measured.
+pyarrow is imported where it is needed: the loader does not need it, and its memory is measured.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SHARD_TOKENS = 10_000_000
 
 
 def python_texts(size: int) -> list[str]:
-    """The sources of Python's own library, as many as `size` bytes hold."""
+    """Return sources of Python's own library, as many files as fit in `size` bytes."""
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     ends = accumulate(file.stat().st_size for file in files)
     chosen = [file for file, end in zip(files, ends, strict=True) if end <= size]
@@ -35,7 +35,7 @@ def python_texts(size: int) -> list[str]:
 
 
 def tokenizing(bench: Bench, library: str) -> Ready:
-    """8 MB of Python's own sources in a process."""
+    """Time encoding 8 MB of Python's own sources in one process."""
     import pyarrow as pa
 
     from gpt2_data.tokenizer import encode_texts  # not public, but in every version
@@ -46,7 +46,7 @@ def tokenizing(bench: Bench, library: str) -> Ready:
 
 
 def write_corpus(folder: str, megabytes: int) -> str:
-    """Write a Parquet file with a column `text`: Python's own sources, again and again, in other orders."""
+    """Write a Parquet file with a column `text`: Python's own sources, repeated in other orders."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -58,7 +58,7 @@ def write_corpus(folder: str, megabytes: int) -> str:
 
 
 def read_texts(files: Sequence[str]) -> Iterator[str]:
-    """The column `text` of Parquet files."""
+    """Yield the column `text` of Parquet files."""
     import pyarrow.parquet as pq
 
     for file in files:
@@ -67,12 +67,12 @@ def read_texts(files: Sequence[str]) -> Iterator[str]:
 
 
 def megabytes_of(files: Sequence[str]) -> float:
-    """Megabytes of text, in UTF-8."""
+    """Return the megabytes of text, in UTF-8."""
     return sum(len(text.encode()) for text in read_texts(files)) / 1e6
 
 
 def dataset(bench: Bench, files: Sequence[str] = ()) -> Path:
-    """Three million tokens of Python's own text, or those of Parquet files, built once in the bench's folder."""
+    """Return a dataset of Python's own text (3M tokens) or of Parquet files, built once in the bench's folder."""
     out = Path(bench.folder, "dataset")
     if not out.exists():
         run_command(build(bench, files, out, "auto"))
@@ -80,7 +80,7 @@ def dataset(bench: Bench, files: Sequence[str] = ()) -> Path:
 
 
 def build(bench: Bench, files: Sequence[str], out: Path, library: str) -> list[str]:
-    """The command that builds a dataset. Python's own text is shuffled: its kinds lie one after the other."""
+    """Return the command that builds a dataset. Python's own text is shuffled, since it is sorted by kind."""
     own = ("pydocs", "--val-tokens", "200k", "--order", "shuffled")
     sources = (*files, "--shard-size", "10M", "--val-tokens", "1M", "--order", "source") if files else own
     words = ["gpt2-data", "build", *sources, "--out", out, "--tokenizer", library, "--workers", bench.threads]
@@ -88,7 +88,7 @@ def build(bench: Bench, files: Sequence[str], out: Path, library: str) -> list[s
 
 
 def run_command(words: Sequence[str], **environment: str) -> dict[str, float]:
-    """Run a process; return its seconds and peak memory. Raises ValueError with the end of what it said."""
+    """Run a process; return its seconds and peak memory. Raises ValueError with the end of its output."""
     program = Path(sysconfig.get_path("scripts")) / words[0]  # of this environment, activated or not
     command, started = [program if program.exists() else words[0], *words[1:]], time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -104,13 +104,13 @@ def run_command(words: Sequence[str], **environment: str) -> dict[str, float]:
 
 
 def building(bench: Bench, library: str = "auto", files: Sequence[str] = ()) -> Ready:
-    """gpt2-data build of Parquet files, in megabytes, or of Python's own text, in tokens."""
+    """Time gpt2-data build of Parquet files, in megabytes, or of Python's own text, in tokens."""
     amount = megabytes_of(files) if files else gpt2_data.open_dataset(dataset(bench)).tokens("train")
     return into_fresh_folder(bench, amount, lambda out: build(bench, files, out, library))
 
 
 def building_as_nanogpt(bench: Bench, files: Sequence[str], workers: int) -> Ready:
-    """build-nanogpt's method in a process of its own."""
+    """Time build-nanogpt's method in a process of its own."""
     code = f"from benchmarks import data; data.build_nanogpt({files}, {workers}, %r)"
     return into_fresh_folder(bench, megabytes_of(files), lambda out: [sys.executable, "-c", code % str(out)])
 
@@ -120,7 +120,7 @@ def into_fresh_folder(bench: Bench, amount: float, command: Callable[[Path], lis
 
     def call() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            os.sync()  # what was written before must not slow this one
+            os.sync()  # earlier writes must not slow this command
             out = Path(folder) / "out"
             done = run_command(command(out))
             shards = gpt2_data.open_dataset(out)
@@ -132,8 +132,8 @@ def into_fresh_folder(bench: Bench, amount: float, command: Callable[[Path], lis
 
 
 def build_nanogpt(files: Sequence[str], workers: int, out: str) -> None:
-    """build-nanogpt's fineweb.py: a pool over documents, whose tokens travel to the parent, which fills shards."""
-    gpt2_data.get_tokenizer()  # forked workers have it then, as there
+    """Do what build-nanogpt's fineweb.py does: a pool tokenizes documents, and the parent fills shards."""
+    gpt2_data.get_tokenizer()  # so that forked workers have it, as in fineweb.py
     shard, filled, number = np.empty(SHARD_TOKENS, np.uint16), 0, 0
     Path(out).mkdir()
 
@@ -162,7 +162,7 @@ def _tokenize(text: str) -> NDArray[np.uint16]:
 
 
 def loading(bench: Bench, files: Sequence[str] = ()) -> Ready:
-    """Batches of 64 x 1,024 tokens, shuffled, from the page cache, whose consumer does nothing."""
+    """Time shuffled batches of 64 x 1,024 tokens, from the page cache, for a consumer that does nothing."""
     batch, length, batches = 64, 1024, 40
     loader = gpt2_data.TokenLoader(dataset(bench, files), batch_size=batch, seq_len=length)
     tokens = batches * batch * length
@@ -171,7 +171,7 @@ def loading(bench: Bench, files: Sequence[str] = ()) -> Ready:
 
 
 def verifying(bench: Bench, files: Sequence[str] = (), program: str = "") -> Ready:
-    """Every hash of a dataset, by our function in this process, or by a program that hashes its files."""
+    """Time checking every hash of a dataset, by our function in this process or by a program."""
     data = dataset(bench, files)
     hashed = sorted(str(file) for file in data.iterdir() if file.suffix in (".bin", ".docs"))
     size = sum(map(os.path.getsize, hashed))
@@ -182,16 +182,16 @@ def verifying(bench: Bench, files: Sequence[str] = (), program: str = "") -> Rea
 
 
 def starting(bench: Bench, words: Sequence[str]) -> Ready:
-    """A command from its start as a process to its end."""
+    """Time a command from the start of its process to its end."""
     model = model_folder(bench, {}) if "{model}" in words else ""
     command = [word.format(model=model, device=bench.device) for word in words]
     return Ready(lambda: run_command(command), 1)
 
 
 def model_folder(bench: Bench, fields: Mapping[str, int]) -> Path:
-    """A model with random weights, 124M by default, saved once, by a process whose memory counts for nobody.
+    """Return a model with random weights, 124M by default, saved once, by a process whose memory is not counted.
 
-    As drawn, all tokens are about as likely: spread out, they give scores in which rounding has a scale.
+    Its embedding is scaled up: otherwise all tokens would be about as likely, and scores would hardly differ.
     """
     path = Path(bench.folder, "model")
     if not path.exists():

@@ -1,7 +1,7 @@
-"""Time cases, each in a process of its own, in turns: the side that answers, and the side that asks.
+"""Time cases in turns, each in a process of its own: the process that asks, and the processes that answer.
 
-So contenders, or two revisions of the packages, are measured as if each were alone, and a machine that drifts
-drifts for all of them.
+So each contender, or revision of the packages, is measured as if it were alone, and if the machine's speed
+drifts, it drifts for all of them.
 """
 
 import hashlib
@@ -45,15 +45,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Ready:
-    """What is timed, when everything is loaded.
+    """A case that is loaded and ready to be timed.
 
     Attributes:
         call: does the work once. It may return a dictionary with its own "seconds", the "peak_memory" of another
             process, and an "answer": lists of numbers by name, which all cases of a group must agree on.
-        amount: units of a call.
-        ceiling: the rate of the machine that bounds it, if one does.
-        cost: what a call takes of the ceiling: operations or bytes.
-        warm_up: calls before the timed ones; without any, a sample is one call, however short.
+        amount: units per call.
+        ceiling: the name of the machine's rate that limits it, if there is one.
+        cost: operations or bytes that a call takes of the ceiling.
+        warm_up: calls before the timed ones; if 0, a sample is one call, however short.
     """
 
     call: Callable[[], object]
@@ -65,7 +65,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Case:
-    """A contender. Its own process calls `prepare`, such as "benchmarks.data.loading", with bench and options."""
+    """A contender. Its own process calls `prepare`, such as "benchmarks.data.loading", with Bench and options."""
 
     name: str
     text: str
@@ -76,7 +76,7 @@ class Case:
 
 
 def answer() -> None:
-    """Answer each line of the input with one of JSON: the first when all is ready, the others with a sample."""
+    """Answer each input line with a line of JSON: the first line when all is ready, each other with a sample."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     prepare, options, settings = sys.argv[1:]
@@ -88,7 +88,7 @@ def answer() -> None:
     last = 0.0
     for _ in range(ready.warm_up):
         last = _sample(ready.call)["seconds"]
-    peak = _peak_memory(bench.device)  # before the machine is measured, which takes memory itself
+    peak = _peak_memory(bench.device)  # read before the machine is measured, which takes memory, too
     repeats = max(1, min(MOST_REPEATS, round(SAMPLE_SECONDS / last))) if last else 1
     ceiling = ready.ceiling and (ready.ceiling, bench.threads, bench.device)
     print(json.dumps({"amount": ready.amount, "ceiling": ready.ceiling}), file=answers, flush=True)
@@ -111,9 +111,9 @@ def _sample(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def _peak_memory(device: str, forget: bool = False) -> int:
-    """The most bytes that the GPU, or this process, had; `forget` starts anew."""
+    """Return the peak memory in bytes, of the GPU or of this process; `forget` resets it."""
     if forget:
-        with suppress(OSError):  # Linux alone has it
+        with suppress(OSError):  # only Linux has it
             Path("/proc/self/clear_refs").write_text("5")
     if device == "cuda":
         import torch
@@ -125,15 +125,15 @@ def _peak_memory(device: str, forget: bool = False) -> int:
 
 
 def largest(usage: resource.struct_rusage) -> int:
-    """The most bytes of memory that a process, or the largest of several, had."""
+    """Return the peak memory in bytes of a process, or of the largest of several."""
     return usage.ru_maxrss if sys.platform == "darwin" else 1024 * usage.ru_maxrss
 
 
 def rate(name: str, threads: int, device: str) -> float:
-    """What the machine reaches itself, the best of a few tries: beside it a speed means something anywhere.
+    """Return what the machine itself reaches, the best of a few tries, to compare speeds with on any machine.
 
-    Operations a second of "matrix fp32" or "matrix bf16"; bytes of "read" and "copy", which are of memory, and of
-    "sha256", a hash on each thread.
+    Operations per second for "matrix fp32" and "matrix bf16"; bytes per second for "read" and "copy", which use
+    memory, and for "sha256", with a hash on each thread.
     """
     amount, call = _machine(name, threads, device)
     return amount / min(timeit.repeat(call, number=1, repeat=16 if name == "read" else 3))
@@ -141,7 +141,7 @@ def rate(name: str, threads: int, device: str) -> float:
 
 @cache
 def _machine(name: str, threads: int, device: str) -> tuple[float, Callable[[], object]]:
-    """What a call does, and the call."""
+    """Return the operations or bytes of a call, and the call."""
     import numpy as np
 
     if name == "copy":
@@ -154,7 +154,7 @@ def _machine(name: str, threads: int, device: str) -> tuple[float, Callable[[], 
 
     if name == "read":
         # NumPy asks for large pages, which read faster. torch.dot reads as fast as a loop in C with prefetching:
-        # 36.6 and 35.6 GB/s on two cores. What `item` asks for, a GPU has finished.
+        # 36.6 and 35.6 GB/s on two cores. `item` waits until a GPU has finished.
         memory = torch.from_numpy(np.ones(READ_BYTES // 4, np.float32)).to(device)
         return READ_BYTES, lambda: torch.dot(memory, memory).item()
     side = 8192 if device == "cuda" else 2048
@@ -165,7 +165,7 @@ def _machine(name: str, threads: int, device: str) -> tuple[float, Callable[[], 
 
 @dataclass
 class Worker:
-    """The asking side of a case's process. Its first answer has amount and ceiling, the others are samples."""
+    """A case's process, seen from the asking side. The first answer has amount and ceiling, others are samples."""
 
     case: Case
     process: subprocess.Popen[str]
@@ -174,7 +174,7 @@ class Worker:
     failed: str = ""
 
     def ask(self) -> None:
-        """Take the next answer. `failed` is the last line of a process that has ended instead."""
+        """Take the next answer. If the process has ended instead, set `failed` to its last line."""
         if self.failed:
             return
         assert self.process.stdout
@@ -187,11 +187,11 @@ class Worker:
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines() or [f"ended with {code}"]
         if code == -signal.SIGKILL:
-            lines = ["killed by the system, of too little memory perhaps: use --only for fewer at a time"]
+            lines = ["killed by the system, perhaps out of memory: use --only to time fewer at once"]
         self.failed = lines[-1].removeprefix("ValueError: ")
 
     def result(self) -> dict[str, Any]:
-        """Return what follows from the samples: median, least, most and all of them."""
+        """Return the statistics of the samples: median, least, most and all of them."""
         (amount, ceiling), samples = self.answers[0].values(), self.answers[1:]
         names = ("seconds", "machine", "share") if ceiling else ("seconds",)
         return {
@@ -206,7 +206,7 @@ class Worker:
 
 @contextmanager
 def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
-    """Yield a case's process with the packages of a tree, warm, or failed."""
+    """Yield a case's process with the packages of a tree, ready or failed."""
     path = [packages_of(tree), str(ROOT / "tools"), *filter(None, [os.getenv("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path),
@@ -225,12 +225,12 @@ def started(case: Case, bench: Bench, tree: Path) -> Iterator[Worker]:
         finally:
             process.kill()
             with suppress(BrokenPipeError):
-                process.communicate()  # and closes its pipes
+                process.communicate()  # also closes its pipes
 
 
 def take_turns(cases: Iterable[tuple[Case, Path]], bench: Bench) -> list[Worker]:
     """Time cases, each with the packages of a tree; whoever begins a round ends the next one."""
-    with ExitStack() as stack:  # one starts after the other: the first makes the files that all read
+    with ExitStack() as stack:  # they start one by one: the first makes the files that all read
         workers = [stack.enter_context(started(case, bench, tree)) for case, tree in cases]
         for turn in range(bench.rounds):
             for worker in workers[:: 1 if turn % 2 else -1]:
@@ -239,7 +239,7 @@ def take_turns(cases: Iterable[tuple[Case, Path]], bench: Bench) -> list[Worker]
 
 
 def measure(groups: Iterable[Sequence[Case]], bench: Bench, tolerance: float = 0.0) -> dict[str, Any]:
-    """Time cases: those of a group take turns, and have ratios to the group's first one.
+    """Time cases: those of a group take turns, and are compared with the group's first case.
 
     Raises:
         ValueError: answers differ by more than the tolerance, so that speeds mean nothing.
@@ -299,7 +299,7 @@ def compare(groups: Iterable[Sequence[Case]], bench: Bench, base: str, least: fl
 
 
 def packages_of(tree: Path) -> str:
-    """The sources of a tree's packages, as a PYTHONPATH."""
+    """Return the sources of a tree's packages, as a PYTHONPATH."""
     return os.pathsep.join(map(str, sorted(tree.glob("packages/*/src"))))
 
 
@@ -317,7 +317,7 @@ def checkout(revision: str) -> Iterator[Path]:
         raise ValueError(f"{revision!r} is no commit of {ROOT}: give a branch, a tag or a hash")
     with tempfile.TemporaryDirectory(prefix="gpt2-tree-") as temporary:
         tree = Path(temporary) / commit
-        subprocess.run([*git, "worktree", "prune"], check=True)  # of one that was killed
+        subprocess.run([*git, "worktree", "prune"], check=True)  # removes what a killed run left
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", tree, commit], check=True)
         try:
             yield tree

@@ -1,4 +1,4 @@
-"""What is timed of others: training steps, generation, and scores of HellaSwag. One that is missing is absent."""
+"""Cases of other projects: training steps, generation, HellaSwag. One that is not installed is absent."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ Scores = list[list[float]]
 
 
 def library(name: str) -> Any:
-    """A package that may not be installed."""
+    """Import a package. Raises ValueError if it is not installed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         return importlib.import_module(name)
@@ -32,7 +32,7 @@ def library(name: str) -> Any:
 
 
 def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool = False) -> Ready:
-    """transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
+    """Time transformers' GPT2LMHeadModel, whose loss shifts the labels by one."""
     step, transformers = Work(**work), library("transformers")
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     shape = {**step.shape, "n_positions": step.shape["block_size"]}
@@ -43,16 +43,16 @@ def transformers_training(bench: Bench, work: Mapping[str, Any], compiled: bool 
 
 
 def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> Ready:
-    """nanoGPT's or build-nanogpt's model and optimizer, from a clone, compiled on a GPU."""
+    """Time nanoGPT's or build-nanogpt's model and optimizer, from a clone, compiled on a GPU."""
     step = Work(**work)
     if clone == "nanoGPT":
         sys.path.insert(0, folder)
         module = library("model")
         config = module.GPTConfig(**step.shape, vocab_size=50304, dropout=0.0, bias=True)
-    else:  # the model alone: imported, the file downloads and trains
+    else:  # the model alone: importing the file would download and train
         text = (Path(folder) / "train_gpt2.py").read_text(encoding="utf-8").partition("\nimport tiktoken")[0]
-        module = sys.modules[clone] = ModuleType(clone)  # dataclasses look there
-        module.__dict__["master_process"] = False  # it would print
+        module = sys.modules[clone] = ModuleType(clone)  # dataclasses look it up there
+        module.__dict__["master_process"] = False  # the master process would print
         exec(text.replace("from hellaswag import", "# "), module.__dict__)
         config = module.GPTConfig(**step.shape, vocab_size=50304)
     model = module.GPT(config).to(bench.device)
@@ -64,12 +64,12 @@ def karpathy(bench: Bench, work: Mapping[str, Any], clone: str, folder: str) -> 
 
 
 def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
-    """transformers' generate."""
+    """Time transformers' `generate`."""
     if precision == "int8":
         raise ValueError("no int8 for CPUs")
     folder, transformers = model_folder(bench, fields), library("transformers")
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=KINDS[precision]).to(bench.device)
-    model.generation_config.eos_token_id = None  # no end, and none to be masked at each token
+    model.generation_config.eos_token_id = None  # rows do not end, and no end is masked at each token
 
     def write(prompts: list[list[int]]) -> Sequence[Sequence[int]]:
         ids = torch.tensor(prompts, device=bench.device)
@@ -81,7 +81,7 @@ def transformers_generating(bench: Bench, precision: str, rows: int, new_tokens:
 
 
 def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields: Any) -> Ready:
-    """CTranslate2 with the same weights."""
+    """Time CTranslate2 with the same weights."""
     ct2, folder = library("ctranslate2"), Path(bench.folder, "ctranslate2")
     kind = str(KINDS[precision]).removeprefix("torch.")
     if kind not in ct2.get_supported_compute_types(bench.device):
@@ -102,10 +102,10 @@ def ctranslate2(bench: Bench, precision: str, rows: int, new_tokens: int, fields
 
 
 def hellaswag(bench: Bench, data: str, count: int, method: str, fields: Mapping[str, int]) -> Ready:
-    """Items of HellaSwag by ours, build-nanogpt's method or lm-evaluation-harness: seconds an item.
+    """Time items of HellaSwag with our code, build-nanogpt's method or lm-evaluation-harness.
 
-    Ours scores all of them in a call, as a user would; others, whose speed does not hang on how many there are, a
-    part in each round.
+    Ours scores all items in one call, as a user would. The others, whose speed does not depend on the number of
+    items, score a part of them in each round.
     """
     items = load_hellaswag(data or None, limit=count).items
     contenders = {"build-nanogpt": _plain, "harness": _harness}
@@ -134,7 +134,7 @@ def _ours(bench: Bench, fields: Mapping[str, int], protocol: str) -> Callable[[S
 
 
 def _plain(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
-    """One item at a time: its four rows, padded to the longest, through the whole model; then the mask."""
+    """Score one item at a time: run its four rows, padded to the longest, through the model; then mask."""
     transformers, device = library("transformers"), bench.device
     model = transformers.GPT2LMHeadModel.from_pretrained(model_folder(bench, fields)).to(device).eval()
 
@@ -158,7 +158,7 @@ def _plain(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequenc
 
 
 def _harness(bench: Bench, fields: Mapping[str, int], _: str) -> Callable[[Sequence[Any]], Scores]:
-    """lm-evaluation-harness' own model class, given the very rows: it sorts, batches by 16 and scores them."""
+    """Score the same rows with lm-evaluation-harness' model class, which sorts them and batches them by 16."""
     kind, folder = "bfloat16" if bench.device == "cuda" else "float32", str(model_folder(bench, fields))
     model = library("lm_eval.models.huggingface").HFLM(
         pretrained=folder, device=bench.device, dtype=kind, batch_size=16

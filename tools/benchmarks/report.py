@@ -1,4 +1,4 @@
-"""What follows from a benchmark's samples, where they are from, and how they are shown."""
+"""Statistics of a benchmark's samples, their provenance, and the tables that show them."""
 
 import os
 import platform
@@ -17,23 +17,23 @@ LIBRARIES = {
     "pyarrow", "transformers", "tokenizers", "ctranslate2", "lm_eval",
 }  # fmt: skip
 FEATURES = {"sha_ni", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16"}
-# A case, a peer, and the least median ratio of their speeds that `--check` accepts; without a peer, least speed.
+# A case, a peer, and the least median ratio of their speeds that `--check` accepts (without a peer: least speed).
 Check = tuple[str, str, float]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, least, most and all of them."""
+    """Return the median, least and most of the values, and all of them."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": list(values)}
 
 
 def ratio_of(result: Mapping[str, Any], peer: Mapping[str, Any]) -> dict[str, Any]:
-    """The speed of one result over that of another, each in the same round."""
+    """Return the ratio of two results' speeds, round by round."""
     pairs = zip(result["per_second"]["rounds"], peer["per_second"]["rounds"], strict=True)
     return spread([one / other for one, other in pairs])
 
 
 def bar(text: str, value: float, least: float) -> dict[str, Any]:
-    """A line of what `--check` holds."""
+    """Return one requirement of `--check`, and whether it holds."""
     return {"bar": text, "value": value, "holds": value >= least}
 
 
@@ -51,7 +51,7 @@ def bars_of(checks: Sequence[Check], results: Sequence[Mapping[str, Any]]) -> li
 
 
 def short(value: float) -> str:
-    """1.24G, 83.1M, 12.3k, 792, 37.6, 5.25."""
+    """Format a number: 1.24G, 83.1M, 12.3k, 792, 37.6, 5.25."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -59,7 +59,7 @@ def short(value: float) -> str:
 
 
 def processor() -> dict[str, Any]:
-    """The system, the processor's name, its cores, and which of FEATURES it has."""
+    """Return the system, the processor's name, its cores, and which of FEATURES it has."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -73,13 +73,13 @@ def processor() -> dict[str, Any]:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """What was run, when, on which commit of the project, and on what."""
+    """Return what was run, when, with which commit and versions, and on which machine."""
     machine = processor()
     if device == "cuda":
         import torch
 
         machine["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    # Short, with a + where the working tree has changes; nothing outside a clone.
+    # The short hash, with a + if the working tree has changes; nothing outside a clone.
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     versions = {one.name: one.version for one in distributions() if one.name in LIBRARIES}
     return {
@@ -92,7 +92,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """A line a case, then what is absent, then the bars."""
+    """Return a table: one line per case, then what is absent, then the bars."""
     base, machine, settings = document.get("base"), document["machine"], document["settings"]
     ratio = f"the speed here over that of {base}" if base else "the first one's speed over it"
     where = machine.get("gpu") or f"{machine['cpu']}, {settings['threads']} threads of {machine['cores']} cores"
@@ -119,7 +119,7 @@ def _in_short(values: Mapping[str, Any]) -> str:
 
 
 def brief(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.jsonl keeps of `run`: the medians, and where they are from."""
+    """Return what results.jsonl keeps of a `run`: the medians, and their provenance."""
     rows = {}
     for one in document["results"]:
         seconds, names = one["seconds"], [name for name in ("per_second", "share") if name in one]

@@ -19,13 +19,13 @@ class Work:
     batch: int
     seq_len: int
     precision: str
-    accumulation: int  # micro-batches of a step
+    accumulation: int  # micro-batches per step
 
 
 def work_of(
     size: str, batch: int, seq_len: int, precision: str, device: str, fields: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The fields of a Work: a step of a preset, whose shape `fields` change, as large as usual on the device."""
+    """Return the fields of a Work: a step of a preset changed by `fields`, as large as usual on the device."""
     shape = {name: getattr(PRESETS[size], name) for name in ("n_layer", "n_head", "n_embd")}
     shape |= {"block_size": max(1024, seq_len), **fields}
     accumulation = max(1, 524_288 // (batch * seq_len)) if device == "cuda" else 1

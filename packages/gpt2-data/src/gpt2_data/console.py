@@ -1,4 +1,4 @@
-"""A progress bar, and numbers for reading."""
+"""A progress bar, and numbers formatted for people."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-SECONDS_BETWEEN_LINES = 30.0  # where stderr is no terminal: a short build says nothing there
+SECONDS_BETWEEN_LINES = 30.0  # if stderr is not a terminal; a short build prints none
 # tqdm's own format leaves one column of 80 for the bar.
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
@@ -18,7 +18,7 @@ _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
 
 @contextmanager
 def bar() -> Iterator[Callable[..., None]]:
-    """Show (what, done, total[, tokens so far]): a bar on a terminal, a line now and then elsewhere; on stderr."""
+    """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or else as lines."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
@@ -59,7 +59,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def format_count(number: int) -> str:
-    """A count for reading: "9,999", "38.7M", "9.95B"."""
+    """Format a count: "9,999", "38.7M", "9.95B"."""
     for unit, factor in ("B", 1e9), ("M", 1e6), ("k", 1e3):
         if number >= max(0.9995 * factor, 10_000):
             return f"{number / factor:.3g}{unit}"
@@ -67,7 +67,7 @@ def format_count(number: int) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes for reading: "512 bytes", "1.2 GB"."""
+    """Format a number of bytes: "512 bytes", "1.2 GB"."""
     for unit, factor in ("GB", 1e9), ("MB", 1e6), ("kB", 1e3):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
@@ -75,7 +75,7 @@ def format_bytes(size: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time for reading: "40 seconds", "12 minutes", "3.5 hours", "2.1 days"."""
+    """Format a duration: "40 seconds", "12 minutes", "3.5 hours", "2.1 days"."""
     for unit, length in ("days", 86_400), ("hours", 3600), ("minutes", 60):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""A dataset into another format. The tokens of a split stay the same; where both have shards, so do those."""
+"""Convert a dataset to another format. Each split keeps its tokens, and its shards if both formats have shards."""
 
 import contextlib
 import hashlib
@@ -21,11 +21,11 @@ from gpt2_data.formats.uint16 import TokenFile
 from gpt2_data.tokenizer import VOCAB_SIZE, identity
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
-SHARD_TOKENS = 100_000_000  # in a shard, where the source has none: of nanoGPT's and Megatron's files
+SHARD_TOKENS = 100_000_000  # in a shard, if the source has no shards (nanoGPT, Megatron)
 _CHUNK = 1_000_000
-_MAX_SEQUENCE = 2**31 - 1  # tokens: an i32
+_MAX_SEQUENCE = 2**31 - 1  # tokens: Megatron stores a length as an int32
 
-Progress = Callable[[str, int, int], None]  # is called with ("writing", tokens done, of how many)
+Progress = Callable[[str, int, int], None]  # is called with ("writing", tokens done, tokens in all)
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def convert(
 ) -> ConvertResult:
     """Write the dataset `source` to the folder `out` in another format.
 
-    Every byte of a dataset of ours is compared with its dataset.json on the way. Memory: a few chunks of 1M
-    tokens, and 20 bytes a document of a shard (for Megatron, or if another project's documents are needed, of a
-    whole split).
+    If `source` has our own format, every file is compared with its hash in dataset.json. Memory: a few chunks of
+    1M tokens, and 20 bytes per document of a shard (of a whole split for Megatron, or if another project's
+    documents are needed).
 
     Args:
-        out: must not exist or be empty. It appears whole or not at all: until then it is OUT.converting.
-        to: one of FORMATS. llmc and arrow are datasets of ours, with a dataset.json; the others are as their
-            makers' programs read them.
+        out: must not exist, or be empty. It appears whole or not at all: until it is whole, it is OUT.converting.
+        to: one of FORMATS. llmc and arrow make a dataset of our own, with a dataset.json; the others make files
+            that the programs of those projects read.
     """
     out = Path(out)
     if to not in FORMATS:
@@ -86,14 +86,14 @@ def convert(
 
 @contextlib.contextmanager
 def _work_folder(work: Path, needed: int) -> Iterator[None]:
-    """Work in a fresh folder alone; it is removed if that fails."""
+    """Lock an empty work folder while the block runs; remove it if the block fails."""
     if work.is_dir() and any(work.iterdir()) and not (work / ".lock").exists():
         raise ValueError(f"{work} was not made by gpt2-data: choose another OUT")
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("a") as file:
-        disk.lock(file, f"another conversion is at work in {work}: wait for it or choose another OUT")
+        disk.lock(file, f"another conversion is running in {work}: wait for it or choose another OUT")
         try:
-            for path in work.iterdir():  # of a conversion that was killed
+            for path in work.iterdir():  # left by a conversion that was killed
                 if path.name != ".lock":
                     path.unlink()
             disk.check_space(work, needed, "OUT")
@@ -104,7 +104,7 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
 
 
 class _Job:
-    """A conversion at work: it reads the source from end to end and hashes it on the way."""
+    """A running conversion: it reads the source from end to end and hashes it on the way."""
 
     def __init__(self, dataset: Dataset, work: Path, progress: Callable[[int], None]) -> None:
         self.dataset, self.manifest, self.work = dataset, dataset.manifest, work
@@ -113,7 +113,7 @@ class _Job:
         self._done = 0
 
     def pieces(self, split: str) -> Iterator[tuple[int, TokenFile, Iterator[NDArray[np.uint16]]]]:
-        """Yield what becomes a shard each: its file's number, where it is, and its tokens, to be taken at once."""
+        """Yield each new shard's file number, place and tokens; read the tokens before asking for the next."""
         has_shards = isinstance(self.manifest, Manifest) or self.manifest.format in ("npy", "llmc")
         for number, file in enumerate(self.dataset.split(split).files):
             size = file.tokens if has_shards and file.tokens <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS
@@ -121,7 +121,7 @@ class _Job:
             for start in range(0, file.tokens, size):
                 piece = TokenFile(file.path, min(size, file.tokens - start), file.start + 2 * start)
                 yield number, piece, itertools.islice(chunks, -(-piece.tokens // _CHUNK))
-            assert next(chunks, None) is None  # and so the hash was compared
+            assert next(chunks, None) is None  # all was read, so the hash was compared
 
     def _read(self, file: TokenFile, size: int) -> Iterator[NDArray[np.uint16]]:
         """Yield a file's tokens; no chunk crosses a multiple of `size`. Raises ValueError if its hash is wrong."""
@@ -169,7 +169,7 @@ def _to_ours(job: _Job, form: str) -> None:
                 )
             ids = None
             if form == "arrow":
-                continues = int(len(starts) == 0 or starts[0] > 0)  # the document before, or one without an EOT
+                continues = int(len(starts) == 0 or starts[0] > 0)  # the first row has no EOT of its own
                 documents = max(documents, continues)
                 rows = np.arange(documents - continues, documents + len(starts))
                 ids = document_ids(rows, total, options["seed"])
@@ -194,7 +194,7 @@ def _to_npy(job: _Job) -> None:
 
 
 def _to_one_file(job: _Job, to: str) -> None:
-    """Write a file a split; for Megatron one sequence a document, and one of what stands before the first."""
+    """Write one file per split; for Megatron, one sequence per document, and one of what precedes the first."""
     for split in SPLITS:
         if not (total := job.dataset.tokens(split)):
             continue
@@ -207,6 +207,6 @@ def _to_one_file(job: _Job, to: str) -> None:
             if starts[0]:
                 starts = np.append(0, starts)
             if np.diff(starts).max() > _MAX_SEQUENCE:
-                raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens: Megatron has no such")
+                raise ValueError(f"{split}: a document of over {_MAX_SEQUENCE:,} tokens is too long for Megatron")
             with disk.write_whole(path.with_suffix(".idx")) as file:
                 foreign.write_idx(file, starts)

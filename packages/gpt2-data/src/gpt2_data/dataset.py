@@ -15,21 +15,21 @@ from gpt2_data.formats.manifest import Manifest, Shard
 from gpt2_data.formats.uint16 import TokenFiles
 from gpt2_data.tokenizer import VOCAB_SIZE
 
-_ONE_READ = 1 << 29  # tokens: one call of the system reads 2 GiB at most
+_ONE_READ = 1 << 29  # tokens: one system call reads at most 2 GiB
 
 
 class Dataset:
     """A dataset. Opening ours reads dataset.json only; a split's files are checked when it is first used.
 
-    Of other projects only Megatron records where documents are. For the rest the first use of a split's documents
-    reads the whole split and keeps 8 bytes a document: they start at each EOT, or in nanoGPT's files after it.
+    Of other formats only Megatron's records where documents begin. Otherwise the first use of a split's documents
+    reads the whole split and keeps 8 bytes per document; one starts at each EOT, or after it in nanoGPT's files.
 
     Args:
-        path: a folder of ours (uint16 or Arrow shards), of build-nanogpt's .npy, of llm.c's .bin, of nanoGPT's
-            train.bin and val.bin, or of Megatron's .bin and .idx, or the common beginning of the latter's names.
+        path: a folder with our shards (uint16 or Arrow), build-nanogpt's .npy, llm.c's .bin, nanoGPT's train.bin
+            and val.bin, or Megatron's .bin and .idx; for Megatron also a path without these two endings.
 
     Raises:
-        ValueError, OSError: `path` is no dataset, or one of another tokenizer.
+        ValueError, OSError: `path` is not a dataset, or its tokenizer is not GPT-2's.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,13 +38,13 @@ class Dataset:
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> "Split":
-        """Open a split. Raises ValueError or OSError if a file of it is missing or damaged."""
+        """Open a split. Raises ValueError or OSError if one of its files is missing or damaged."""
         if name not in self._splits:
             self._splits[name] = Split(self.path, self.manifest, name)
         return self._splits[name]
 
     def tokens(self, split: str) -> int:
-        """Return the number of tokens of the split, EOTs counted."""
+        """Return the number of tokens of the split, including EOTs."""
         return self.manifest.tokens(split)
 
     def num_documents(self, split: str) -> int:
@@ -52,7 +52,7 @@ class Dataset:
         return self.split(split).first_documents[-1]
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
-        """Return tokens [start, stop) of the split, across shards. Raises ValueError if there are none such."""
+        """Return tokens [start, stop) of the split, across shards. Raises ValueError if it has no such tokens."""
         if not 0 <= start <= stop <= self.tokens(split):
             raise ValueError(f"tokens {start:,} to {stop:,} not in split {split!r}: it has {self.tokens(split):,}")
         out = np.empty(stop - start, np.uint16)
@@ -61,11 +61,11 @@ class Dataset:
         return out
 
     def document(self, split: str, number: int) -> NDArray[np.uint16]:
-        """Return document `number` of the split as it stands there: EOT, then its tokens."""
+        """Return document `number` as it is stored in the split: EOT, then its tokens."""
         return self.read(split, *self.document_range(split, number))
 
     def document_range(self, split: str, number: int) -> tuple[int, int]:
-        """Return where in the split document `number` stands: (start, stop) in tokens."""
+        """Return where document `number` is in the split: (start, stop) in tokens."""
         count = self.num_documents(split)
         if not 0 <= number < count:
             raise ValueError(f"no document {number:,} in split {split!r}: it has {count:,}, counted from 0")
@@ -92,7 +92,7 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 def load(path: Path) -> Manifest | ForeignManifest:
-    """Describe the dataset at `path`. Raises ValueError or OSError in one line, also for a foreign tokenizer."""
+    """Return the description of a dataset. Raises ValueError or OSError, also if its tokenizer is not GPT-2's."""
     if (path / manifest.FILE_NAME).exists() or (path / ".build").exists():
         description = manifest.load(path)
         if (problem := manifest.tokenizer_problem(description)) is not None:
@@ -115,12 +115,12 @@ class Split:
             for shard in self._shards
         ]
         self._reader = TokenFiles(self.files)
-        # Where each file begins in the stream, in tokens, and at the end how many there are.
+        # Where each file begins in the stream, in tokens; the last entry is the stream's length.
         self.starts = list(itertools.accumulate((file.tokens for file in self.files), initial=0))
 
     @functools.cached_property
     def first_documents(self) -> list[int]:
-        """The number of the first document of each file, and at the end how many there are."""
+        """The number of each file's first document; the last entry is the number of all documents."""
         return list(itertools.accumulate((shard.documents for shard in self._shards), initial=0))
 
     def document_start(self, number: int) -> int:
@@ -148,12 +148,12 @@ class Split:
         files = borders.searchsorted(starts, side="right") - 1
         if out.shape[1] <= _ONE_READ and (starts + out.shape[1] <= borders[files + 1]).all():
             self._reader.read_rows(out, files.tolist(), (starts - borders[files]).tolist())
-        else:  # one crosses a file's border, or is longer than a read
+        else:  # a row crosses the border of two files, or is longer than one read
             for row, start in zip(out, starts.tolist(), strict=True):
                 self._read(row, start)
-        # dataset.json vouches for the largest id, but the file may have been damaged since. An id too large would
-        # end a run on a GPU without a word of where it came from. All rows at once: one by one takes a fifth of
-        # the time of reading them.
+        # dataset.json vouches for the largest id, but the file may have been damaged since. On a GPU, an id that
+        # is too large would end a run without saying where it came from. All rows are checked at once: checking
+        # them one by one takes a fifth of the time of reading them.
         if int(out.max()) >= VOCAB_SIZE:
             row_number, column = np.argwhere(out >= VOCAB_SIZE)[0].tolist()
             at = int(starts[row_number]) + column

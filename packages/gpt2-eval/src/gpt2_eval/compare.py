@@ -1,4 +1,4 @@
-"""Two models on the same items: the difference, its standard error and McNemar's test, from files of --out.
+"""Compare two models on the same items, from files of --out: difference, standard error and McNemar's test.
 
 Most of the items' difficulty cancels out: the standard error is that of the differences item by item, well below
 that of two independent runs. Source: Miller 2024, "Adding Error Bars to Evals".
@@ -12,7 +12,7 @@ from typing import Any
 from gpt2_eval.published import read_items
 from gpt2_eval.report import Column, columns_of, ratio_standard_error
 
-SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")  # whichever model answers
+SAME_IN_BOTH = ("ind", "item", "window", "hash", "label", "chars", "tokens", "bytes")  # whatever the model
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Comparison:
     b: float
     difference: float  # b - a
     stderr: float  # of the difference, from its values item by item
-    changed: int | None = None  # items that the two answer differently; None for losses, as the three below
+    changed: int | None = None  # items that the two answer differently; this and what follows is None for losses
     only_a: int | None = None  # items that only `a` has right
     only_b: int | None = None
-    p: float | None = None  # of McNemar's exact test, two-sided, that the two are equally good
+    p: float | None = None  # of McNemar's exact test, two-sided, of whether the two are equally good
 
     @property
     def better(self) -> str | None:
-        """The better model, "A" or "B"; None if chance gives such a difference in more than one of 20 cases."""
+        """The better model, "A" or "B"; None if chance gives such a difference in more than 1 of 20 cases."""
         if self.p is None:  # losses: less is better
             shown, b_is_better = abs(self.difference) > 1.96 * self.stderr, self.difference < 0
         else:
@@ -93,10 +93,10 @@ def _compare(a: Column, b: Column) -> Comparison:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the chance, for equal models, of so uneven a split of what only one has right (McNemar 1947)."""
+    """Return the chance that equally good models split so unevenly what only one has right (McNemar 1947)."""
     n = only_a + only_b
     ways = term = 1
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)
         ways += term
-    return min(1.0, 2 * ways / (1 << n))  # of whole numbers: no float holds 2 ** 10,042, but Python divides them
+    return min(1.0, 2 * ways / (1 << n))  # no float holds 2 ** 10,042, but Python can divide such integers

@@ -1,9 +1,9 @@
-"""Perplexity of a text as a whole: WikiText-2, WikiText-103 and the Penn Treebank, per token, word and byte.
+"""Perplexity of a whole text: WikiText-2, WikiText-103 and the Penn Treebank, per token, word and byte.
 
-raw      the file as it is, one text, in windows that overlap as the stride asks for. Per token this is what most
-         report as GPT-2's WikiText-2; the paper's WikiText-103 is nearer to per word on the same test set.
-lm-eval  lm-evaluation-harness' `wikitext`: each page alone, its tokenisation by WikiText undone, words and bytes
-         those of the page as it was.
+raw      the file as it is, as one text, in windows whose overlap the stride sets. Per token, this is what most
+         report as GPT-2's WikiText-2; the paper's WikiText-103 figure is nearer to ours per word.
+lm-eval  lm-evaluation-harness' `wikitext`: each page alone, with WikiText's tokenisation undone; words and bytes
+         are counted in the original page.
 """
 
 import math
@@ -55,7 +55,7 @@ class CorpusText:
 
 
 def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
-    """Read a corpus' file, without a path the published one; Parquet and JSONL files hold a line a record.
+    """Read a corpus from a path, or the published file; Parquet and JSONL files hold one line per record.
 
     Raises:
         OSError: there is no such file, or it cannot be downloaded.
@@ -66,7 +66,7 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
         text = "".join(read_items(file, _text_of)[0])  # WikiText's records end with their line feed
     else:
         try:
-            text = file.read_bytes().decode()  # as it is: read_text would change \r
+            text = file.read_bytes().decode()  # unchanged: read_text would replace \r
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     if not text.strip():
@@ -88,11 +88,11 @@ def evaluate_corpus(
     encoder: Encoder | None = None,
     **options: Unpack[ScoringOptions],
 ) -> CorpusResult:
-    """Score a corpus: its perplexities, raw and, where it has pages, by lm-eval's protocol.
+    """Return a corpus's perplexities: raw and, if it has pages, by lm-eval's protocol.
 
     Args:
         stride: tokens by which the raw windows move on; the model's context if None. With less, each token has at
-            least context - stride tokens before it, and the text costs context / stride as much.
+            least context - stride tokens before it, and scoring takes context / stride times as long.
         encoder: the model's tokenizer; GPT-2's if None.
         options: those of `score_items`, and so are the errors.
     """
@@ -104,7 +104,7 @@ def evaluate_corpus(
     encoder = encoder or gpt2_encoder()
     begin, prefix = encoder.begin, encoder.prefix
     raw = windows_of(begin(corpus.text), block_size, stride, prefix)
-    # Texts; rows, of which those of one group depend on each other (for the standard error); words of a text.
+    # Texts; groups of rows that depend on each other (for the standard error); what splits a text into words.
     protocols: dict[str, tuple[list[str], list[list[Row]], Callable[[str], list[Any]]]]
     protocols = {"raw": ([corpus.text], [[row] for row in raw], str.split)}
     if corpus.name != "ptb":
@@ -136,7 +136,7 @@ def evaluate_corpus(
 
 
 def windows_of(ids: Sequence[int], block_size: int, stride: int, prefix: int) -> list[Row]:
-    """Cut ids into rows that score each once: the first `block_size`, then `stride` more with what fits before.
+    """Cut ids into rows that score each once: `block_size` first, then `stride` more with as much context as fits.
 
     With a stride of the whole block, these are lm-evaluation-harness' rolling windows.
     """

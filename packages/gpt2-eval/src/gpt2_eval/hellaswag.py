@@ -21,7 +21,7 @@ from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import METRICS, HellaSwagResult, columns_of, divided
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
-# 10,042 items, on which all published numbers are.
+# The 10,042 items of all published numbers.
 PUBLISHED = Published(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
@@ -35,11 +35,11 @@ class HellaSwagItem:
 
     ind: int  # its number in the published data
     label: int  # index of the right ending, 0 to 3
-    rows: dict[str, list[Row]]  # protocol -> one row an ending
+    rows: dict[str, list[Row]]  # protocol -> one row per ending
     # Protocol -> kind of score -> what each ending's sum is divided by. lm-eval counts the characters and bytes of
     # the cleaned ending, without the blank before it.
     lengths: dict[str, dict[str, list[int]]]
-    hash: str  # of its texts, by which `compare` knows that two models answered the same question
+    hash: str  # of its texts; shows `compare` that two models answered the same question
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def load_hellaswag(
 
     Args:
         path: the published file, downloaded once, if None.
-        encoder: of the model that is to be evaluated; GPT-2's if None.
+        encoder: the tokenizer of the model to evaluate; GPT-2's if None.
 
     Raises:
-        OSError: no such file, or it cannot be downloaded.
+        OSError: there is no such file, or it cannot be downloaded.
         ValueError: lines are not HellaSwag items with a label.
     """
     file, sha256 = find_file(PUBLISHED, path)
@@ -113,14 +113,14 @@ def evaluate_hellaswag(
 
 
 def clean(text: str) -> str:
-    """Return lm-evaluation-harness' `preprocess`, bug for bug (lm_eval/tasks/hellaswag/utils.py)."""
+    """Clean a text as lm-evaluation-harness' `preprocess` does, bug for bug (lm_eval/tasks/hellaswag/utils.py)."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
     """Check and tokenise a record; a ValueError says what is wrong with it."""
-    if record.get("label", "") == "":  # as the hub's copy of the test split has it
+    if record.get("label", "") == "":  # as in the hub's copy of the test split
         raise ValueError("no label: the test split has none, use the validation split")
     ind, label, endings = record["ind"], record["label"], record["endings"]
     texts = {name: record[name] for name in TEXTS}
@@ -130,7 +130,7 @@ def _item(record: dict[str, Any], encoder: Encoder) -> HellaSwagItem:
         raise ValueError(f"ind {ind!r} is not a whole number")
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
         raise ValueError("endings is not a list of four texts")
-    if type(label) is bool or str(label) not in ("0", "1", "2", "3"):  # the hub's copy of the data has texts
+    if type(label) is bool or str(label) not in ("0", "1", "2", "3"):  # the hub's copy of the data has strings
         raise ValueError(f"label {label!r} is not 0, 1, 2 or 3")
     cleaned = [clean(ending) for ending in endings]
     if "" in cleaned:

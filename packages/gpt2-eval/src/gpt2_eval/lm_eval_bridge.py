@@ -15,9 +15,9 @@ from gpt2_model import EOT, GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A GPT as the harness wants it, scored with the options of `score_items`, on every rank under torchrun.
+    """A GPT with the harness' interface, scored with the options of `score_items`, on all ranks under torchrun.
 
-    Requests with one context share its computation. https://github.com/EleutherAI/lm-evaluation-harness
+    Requests with the same context share its computation. https://github.com/EleutherAI/lm-evaluation-harness
     """
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:

@@ -36,10 +36,10 @@ def evaluate_loss(
 
     Args:
         dataset: what `gpt2_data.open_dataset` returns.
-        tokens: target tokens; all there are where the split is smaller (`LossResult.tokens` says how many).
-        seq_len: tokens a window; the model's context if None.
-        batch_size: windows in a forward pass; 8 if None. In fp32 it changes but the last digits.
-        compile: run the model compiled, on batches of one shape: the last is filled up.
+        tokens: target tokens; all of them if the split is smaller (`LossResult.tokens` says how many).
+        seq_len: tokens per window; the model's context if None.
+        batch_size: windows in a forward pass; 8 if None. In fp32 it changes only the last digits.
+        compile: run the model compiled, on batches of one shape: the last batch is padded.
         options: as in `score_items`; so are ranks and Interrupted.
 
     Raises:
@@ -71,7 +71,7 @@ def evaluate_loss(
         {"window": number, "hash": short_hash(*data), "nats": nats, "tokens": length, "bytes": num_bytes}
         for number, ((nats, num_bytes), length) in enumerate(zip(windows, lengths, strict=True))
     ]
-    # Sums in float64 and in order: the same on every rank.
+    # Sums are in float64 and in order, and so the same on every rank.
     column = columns_of(records)["loss"]
     loss, total_bytes = column.estimate(), sum(num_bytes for _, num_bytes in windows)
     return LossResult(
@@ -103,9 +103,9 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 def _score_windows(
     model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, fill_to: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return nats and bytes of the targets in each window of consecutive ids (targets + 1,), the last maybe short.
+    """Return nats and bytes of each window's targets, from consecutive ids (targets + 1,); the last may be short.
 
-    With `fill_to` the model runs compiled, on a batch filled up to so many windows.
+    With `fill_to`, the model runs compiled, on a batch that is padded to that many windows.
     """
     limit = min(model.config.vocab_size, EOT + 1)
     if ids.max() >= limit:
@@ -117,7 +117,7 @@ def _score_windows(
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(device)
     batch = torch.from_numpy(tokens.reshape(-1, seq_len)).to(device)
     hidden = model.hidden(batch) if fill_to is None else compiled(type(model).hidden)(model, batch)
-    # What pads the last window lies at the end of the flattened batch: cut off, it is never scored.
+    # The padding lies at the end of the flattened batch, where it is cut off and never scored.
     log_probs, _ = token_scores(hidden.flatten(0, 1)[:num_targets], model.head_weight, targets)
     nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
     text_bytes = np.bincount(window_of, weights=bytes_per_token()[ids[1:]])
@@ -126,6 +126,6 @@ def _score_windows(
 
 @cache
 def bytes_per_token() -> NDArray[np.int64]:
-    """The UTF-8 bytes that each of the 50,257 tokens stands for; `<|endoftext|>` is no text and has 0."""
+    """Return the number of UTF-8 bytes of each of the 50,257 tokens; `<|endoftext|>` is no text and has 0."""
     tokenizer = get_tokenizer()
     return np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(EOT)] + [0])

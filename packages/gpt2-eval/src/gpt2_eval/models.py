@@ -1,4 +1,4 @@
-"""What is evaluated, and its tokenizer: a GPT-2, or any causal language model that transformers loads."""
+"""Models to evaluate, with their tokenizers: a GPT-2, or any causal language model that transformers loads."""
 
 import sys
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from gpt2_model.command import find_device
 class Encoder:
     """A model's tokenizer."""
 
-    begin: Callable[[str], list[int]]  # with what stands before a text (GPT-2: nothing, Llama: <s>)
-    go_on: Callable[[str], list[int]]  # of a text that continues another
+    begin: Callable[[str], list[int]]  # ids of a text that begins, with what precedes it (Llama: <s>)
+    go_on: Callable[[str], list[int]]  # ids of a text that continues another
     prefix: int  # the id that stands for an empty context
     is_gpt2: bool = False  # True for GPT-2's tokenizer, by which datasets for training are tokenised
 
@@ -34,13 +34,13 @@ def gpt2_encoder() -> Encoder:
 
 
 def joint(encoder: Encoder, context: str, continuation: str) -> Row:
-    """Tokenise the whole, and cut it where the context's own tokens end; blanks that end it go over first.
+    """Tokenise both texts as one, and cut after the context's own tokens; its final blanks go to the continuation.
 
     Source: lm_eval/api/model.py (TemplateLM._encode_pair and loglikelihood), lm-evaluation-harness 0.4.13.
     """
     if not context:
         ids = encoder.go_on(continuation)
-        # A continuation that begins with the prefix is not given it twice.
+        # If the continuation begins with the prefix, the prefix is not added again.
         return Row(ids[:1], ids[1:]) if ids[:1] == [encoder.prefix] else Row([encoder.prefix], ids)
     given, whole = encoder.begin(context.rstrip()), encoder.begin(context + continuation)
     return Row(given or [encoder.prefix], whole[len(given) :])
@@ -52,10 +52,10 @@ class Sizes(NamedTuple):
 
 
 class HFModel(nn.Module):
-    """A transformers model in two halves, as score_items wants it.
+    """A transformers model split into hidden states and head, as score_items needs it.
 
-    Some models also scale or cap their logits. So the halves are tried on a few tokens: where their product is
-    not the model's own logits, `hidden` returns these, and there is no `head_weight`: right, and slower.
+    Some models also scale or cap their logits. So the two are tried on a few tokens: if their product is not the
+    model's own logits, `hidden` returns the logits, and `head_weight` is None. That is slower, but right.
     """
 
     def __init__(self, model: Any) -> None:
@@ -70,7 +70,7 @@ class HFModel(nn.Module):
 
     @torch.no_grad()
     def is_causal(self) -> bool:
-        """True if a token changes nothing before it."""
+        """True if a token does not affect the predictions before it."""
         tokens = torch.arange(3, 11, device=self.model.device).repeat(2, 1) % self.config.vocab_size
         tokens[1, -1] = 2 % self.config.vocab_size
         one, other = self.model(tokens, use_cache=False).logits[:, :-1]
@@ -120,7 +120,7 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
         tokenizer = AutoTokenizer.from_pretrained(hf)
         loaded = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(where).eval()
     except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]  # a list of all architectures may follow
+        why = str(error).strip().splitlines()[0]  # the rest may list all architectures
         raise ValueError(
             f"transformers cannot load {hf!r}, a hub name or a folder with a tokenizer in it, as a causal "
             f"language model: {why[:200]}"

@@ -1,9 +1,9 @@
-"""Rows that begin alike as one sequence in which the beginning stands once, and batches of such sequences.
+"""Pack rows that begin alike into one sequence, which holds their beginning once, and batch such sequences.
 
     shared ids | rest of row 1 | rest of row 2 | ...
 
-The rest of each row takes the positions that follow the shared ones, and sees these and itself alone: so each
-position has the very inputs that it has in a row of its own. HellaSwag's four endings of one context take 1.68M
+The rest of each row takes the positions that follow the shared ones, and sees only these and itself. So each
+position has the same inputs as in a row of its own. HellaSwag's four endings of one context take 1.68M
 positions in this way, and 3.17M one by one. Source of the idea: tree attention (SpecInfer, Miao et al. 2024).
 """
 
@@ -22,7 +22,7 @@ from gpt2_model import EOT
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is given and what is scored, both as token ids. An empty context stands for `<|endoftext|>`."""
+    """A context and the continuation to score, as token ids. An empty context stands for `<|endoftext|>`."""
 
     context: list[int]
     continuation: list[int]
@@ -33,7 +33,7 @@ class Row:
 
 
 class RowScore(NamedTuple):
-    """The score of a continuation: nats; and True if all its tokens, or its last, are the likeliest."""
+    """The score of a continuation: nats; whether all its tokens, and whether its last one, are the likeliest."""
 
     logprob: float
     greedy: bool
@@ -46,15 +46,15 @@ class Pack:
 
     rows: list[int]  # their numbers
     tokens: list[int]
-    positions: list[int]  # where in its row each token stands
-    branches: list[int]  # 0 for what the rows share, else 1, 2, ... for the rest of each
+    positions: list[int]  # each token's position in its row
+    branches: list[int]  # 0 for what the rows share; 1, 2, ... for the rest of each row
     scored: list[list[int]]  # for each row, the places whose output predicts its continuation
 
 
 def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[Pack]:
-    """Pack the rows of an item, numbered from `first` on: into one sequence if they begin alike and may share."""
+    """Pack the rows of an item, numbered from `first` on: into one sequence if they begin alike and `share`."""
     inputs = [row.inputs(block_size) for row in rows]
-    low, high = min(inputs, default=[]), max(inputs, default=[])  # what these two begin with, all do
+    low, high = min(inputs, default=[]), max(inputs, default=[])  # all begin with what these two share
     shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     if shared == 0 or (len(rows) > 1 and not share):
         return [part for i, row in enumerate(rows) for part in pack([row], first + i, block_size, share)]
@@ -71,13 +71,13 @@ def pack(rows: Sequence[Row], first: int, block_size: int, share: bool) -> list[
 
 @dataclass(frozen=True)
 class Layout:
-    """What GPT.hidden takes in place of a KVCache: where tokens stand and what they see. It stores nothing."""
+    """What GPT.hidden takes in place of a KVCache: the tokens' positions and what they see. It stores nothing."""
 
     places: Tensor  # (batch, time)
     mask: Tensor  # (batch, 1, time, time), True where a position sees another
 
     def positions(self, time: int) -> Tensor:
-        """Return where in its row each token stands."""
+        """Return each token's position in its row."""
         return self.places
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +85,7 @@ class Layout:
         return key, value, self.mask
 
     def advance(self, time: int) -> None:
-        """Nothing is kept."""
+        """Do nothing, as nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Batch:
 
 
 def lay_out(lines: Sequence[Sequence[Pack]], num_lines: int | None = None, length: int | None = None) -> Batch:
-    """Lay these lines out as a batch, padded to `num_lines` of `length` tokens; if None, to what they need."""
+    """Lay these lines out as a batch, padded to `num_lines` of `length` tokens; None pads no more than needed."""
     needed = max(sum(len(pack.tokens) for pack in line) for line in lines)
     shape = (num_lines or len(lines), length or needed)
     tokens, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)

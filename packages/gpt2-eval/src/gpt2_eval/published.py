@@ -19,13 +19,13 @@ class Published:
     """A file that published numbers are computed on."""
 
     source: str  # an address, or hf:REPO:CONFIG:SPLIT
-    sha256: str | None = None  # in hex; None where only the hub's own record of it is known
+    sha256: str | None = None  # in hex; None if only the hub records it
 
 
 def find_file(published: Published, path: str | Path | None = None) -> tuple[Path, str]:
     """Return the file at `path`, or the published one, downloaded once into the user's cache; and its SHA-256.
 
-    An OSError says that there is no such file, or that the download failed and how to do without.
+    An OSError says that there is no such file, or that the download failed and what to do instead.
     """
     if path is not None:
         return Path(path), sha256(Path(path))
@@ -33,7 +33,7 @@ def find_file(published: Published, path: str | Path | None = None) -> tuple[Pat
     try:
         file = fetch(published.source, cache, sha256=published.sha256)
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.filename is not None:  # the disk's
+        if isinstance(error, OSError) and error.filename is not None:  # an error of the disk
             raise
         advice = f"Or download {published.source} yourself and give it as --data"
         raise OSError(f"{str(error).rstrip('.')}. {advice}") from error
@@ -48,7 +48,7 @@ def short_hash(*parts: object) -> str:
 def read_items(path: Path, parse: Callable[[dict[str, Any]], T], limit: int | None = None) -> tuple[list[T], int]:
     """Parse the records of a .jsonl or .parquet file, or the first `limit`; return them and how many the file has.
 
-    A record on which `parse` fails is wrong. A ValueError names the first wrong line as FILE:7, and counts all.
+    A record on which `parse` fails is wrong. A ValueError names the first one, as FILE:7, and counts them all.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
@@ -86,7 +86,7 @@ def _records(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         for number, record in enumerate(records, 1):
             yield f"{path}: row {number}", record
         return
-    # At b"\n" alone: str.splitlines would cut at U+2028 and others, which stand inside JSON strings.
+    # Split at b"\n" alone: str.splitlines would also split at U+2028 and others, which JSON strings may contain.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line

@@ -1,4 +1,4 @@
-"""Several processes that share an evaluation: who is who, and the records of all of them in order."""
+"""Share an evaluation between processes: each one's rank, and the records of all of them in order."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def process_group() -> Iterator[int]:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of them: (0, 1) where torch.distributed is not initialised."""
+    """Return this process's rank and the number of ranks: (0, 1) where torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -38,8 +38,8 @@ def rank_and_world_size() -> tuple[int, int]:
 def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) -> list[T]:
     """Return the records 0 to total - 1 in order, on every rank, from the share that each rank has.
 
-    Records are gathered and not averages, so that no item counts twice or is lost without notice (RuntimeError). A
-    rank that was interrupted comes here too: the others would wait for it in vain. Then all raise Interrupted.
+    Records are gathered, not averages: so an item that counts twice or is lost is noticed (RuntimeError). A rank
+    that was interrupted must call this too, or the others would wait for it in vain; then all raise Interrupted.
     """
     share = (interrupted, dict(own))
     _, world_size = rank_and_world_size()

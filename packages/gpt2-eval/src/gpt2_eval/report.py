@@ -1,4 +1,4 @@
-"""Results, their standard errors, and what is written of them: JSON, and a record of each item."""
+"""Results, their standard errors, and what is written to disk: JSON, and a record of each item."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class Estimate:
 
     value: float
     stderr: float  # NaN for a single item
-    ties: int | None = None  # of an accuracy, items whose best score several choices share; the first is taken
+    ties: int | None = None  # of an accuracy: items where several choices share the best score; the first counts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Column:
     """A metric, item by item."""
 
     values: NDArray[np.float64]  # 1 or 0 for right or wrong, else nats
-    weights: NDArray[np.float64]  # the metric is the sum of the values over theirs
+    weights: NDArray[np.float64]  # the metric is the sum of the values divided by the sum of the weights
     answers: NDArray[Any] | None = None  # what the model chose; None for nats
     ties: int | None = None
 
@@ -49,12 +49,12 @@ class TaskResult:
 
     task: str
     items: int  # scored
-    total: int  # in the file: more under a limit
+    total: int  # in the file: more than `items` if there was a limit
     data_sha256: str  # of the whole file
     metrics: dict[str, dict[str, Estimate]]  # by protocol and metric
     truncated: dict[str, int]  # by protocol, rows whose context was cut on the left to fit the model
-    seconds: float  # from the rows to the scores
-    records: list[dict[str, Any]] = field(repr=False)  # one an item, in the file's order; see `write_records`
+    seconds: float  # of scoring, after the rows were made
+    records: list[dict[str, Any]] = field(repr=False)  # one per item, in the file's order; see `write_records`
 
     @property
     def partial(self) -> bool:
@@ -92,7 +92,7 @@ class HellaSwagResult(TaskResult):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean loss of a text, by what the mean is over; `stderr` is that of `nats_per_token`."""
+    """The exponential of a text's mean loss per token, word or byte; `stderr` is that of `nats_per_token`."""
 
     token: float
     word: float
@@ -107,7 +107,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class CorpusResult:
-    """Perplexities of a text as a whole."""
+    """Perplexities of a whole text."""
 
     task: str
     data_sha256: str
@@ -133,11 +133,11 @@ class LossResult:
     perplexity: float  # exp(loss)
     bits_per_byte: float  # per UTF-8 byte of the target text, in which `<|endoftext|>` has none
     tokens: int  # target tokens scored
-    tokens_requested: int  # more than `tokens` where the split is smaller
+    tokens_requested: int  # more than `tokens` if the split is smaller
     sequences: int  # windows that the tokens were cut into
-    seq_len: int  # tokens a window; the first of each is predicted from one token alone
+    seq_len: int  # tokens per window; the first of each is predicted from one token alone
     seconds: float  # from the first read to the result
-    records: list[dict[str, Any]] = field(repr=False)  # one a window: its number, hash, nats, tokens and bytes
+    records: list[dict[str, Any]] = field(repr=False)  # one per window: its number, hash, nats, tokens and bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
@@ -145,7 +145,7 @@ class LossResult:
 
 
 def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, Column]:
-    """Return metric -> its column, of records that an evaluation has made; of any others, none."""
+    """Return metric -> its column, from the records of an evaluation; empty for any other records."""
     first, ones = records[0], np.ones(len(records))
 
     def values(name: str) -> NDArray[np.float64]:
@@ -170,7 +170,7 @@ def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, Column]:
 
 
 def accuracy(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Column:
-    """Return which items are right if each is answered by its highest score, the first of equals."""
+    """Return which items are right if each answer is the choice with the highest score, the first of equals."""
     best = [max(row) for row in scores]
     answers = np.array([row.index(score) for row, score in zip(scores, best, strict=True)])
     ties = sum(row.count(score) > 1 for row, score in zip(scores, best, strict=True))
@@ -188,7 +188,7 @@ def perplexity_of(nats: float) -> float:
 
 
 def ratio_standard_error(totals: NDArray[np.float64], weights: NDArray[Any]) -> float:
-    """Return the standard error of sum(totals) / sum(weights); NaN below two (Cochran 1977, section 2.11).
+    """Return the standard error of sum(totals) / sum(weights); NaN for fewer than two (Cochran 1977, 2.11).
 
     With equal weights it is lm-evaluation-harness' `mean_stderr`: sample deviation (Bessel) over sqrt(n).
     """
@@ -209,10 +209,10 @@ def finite(value: Any) -> Any:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one line an item; the file appears whole or not at all.
+    """Write one line per item; the file appears whole or not at all.
 
     A line of hellaswag is {"ind", "label", "hash", "karpathy": {"sum": [4], "mean": [4]}, "lm-eval": {"sum": [4],
-    "char": [4], "byte": [4]}}: log-likelihoods in nats, as they are and by token, character and byte.
+    "char": [4], "byte": [4]}}: log-likelihoods in nats, in total and per token, character and byte.
     """
     with write_whole(path) as file:
         for record in records:

@@ -1,7 +1,7 @@
-"""Scores on disk while an evaluation runs, so that one which was killed resumes.
+"""Keep scores on disk while an evaluation runs, so that it can resume if it is killed.
 
-Beside the file that is to be written, NAME, each rank appends to .NAME.rows-RANK: a line that says what is scored,
-then a line for each batch. All are read at the start, however many ranks wrote them, and deleted at the end.
+Beside the result file, NAME, each rank appends to .NAME.rows-RANK: a line that says what is scored, then one for
+each batch. All these files are read at the start, however many ranks wrote them, and deleted at the end.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype | None, scored: Iterable[object]) -> str:
     """Return the SHA-256, in hex, of all that scores depend on: weights, precision and what is scored.
 
-    A weight enters as the integer sum of its bits, computed on its own device. That tells one checkpoint from the
-    next; it is no protection against someone who means to deceive.
+    A weight counts as the integer sum of its bits, computed on its own device. That distinguishes one checkpoint
+    from the next, but does not protect against forgery.
     """
     digest = hashlib.sha256(str(dtype).encode())
     for name, weight in weights.items():
@@ -42,8 +42,8 @@ def resuming(
 ) -> Iterator[tuple[dict[int, Score], Callable[[Mapping[int, Score]], None]]]:
     """Yield the scores on disk, by the number of the row or window, and a function that adds a batch's scores.
 
-    `path` is the file that is to be written in the end; None keeps nothing. Scores of another model or of other
-    things than `scored` are ignored, and overwritten. Every rank must call this.
+    `path` is the result file, written at the end; None keeps nothing. Scores of another model, or of anything but
+    `scored`, are ignored and overwritten. Every rank must call this.
     """
     if path is None:
         yield {}, lambda scores: None
@@ -54,7 +54,7 @@ def resuming(
     for file in _files(path):
         known |= _read(file, what)
     if world_size > 1:
-        dist.barrier()  # all have read before one begins to write
+        dist.barrier()  # all ranks must have read before one begins to write
     file = path.with_name(f".{path.name}.rows-{rank}")
     temporary = file.with_name(f"{file.name}.tmp")
     with temporary.open("w", encoding="utf-8") as out:
@@ -62,7 +62,7 @@ def resuming(
         def add(scores: Mapping[int, Score]) -> None:
             try:
                 out.write(json.dumps(scores) + "\n")
-                out.flush()  # from here on a kill does not lose them
+                out.flush()  # a kill after this does not lose them
             except OSError as error:
                 raise OSError(f"{file}: {error.strerror}; the same command resumes from there") from error
 

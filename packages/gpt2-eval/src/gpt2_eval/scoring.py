@@ -1,4 +1,4 @@
-"""Items of (context, continuation) rows -> log-likelihoods, in batches and over ranks. Knows nothing of tasks."""
+"""Score items of (context, continuation) rows, in batches and over ranks. Nothing here depends on a task."""
 
 import math
 import sys
@@ -30,9 +30,9 @@ HEAD_BLOCK = (2048, 65_536)
 # Tokens in a forward pass. For the same reason 64 rows of HellaSwag with 124M cost 1.4 times the CPU time of 16.
 CPU_BATCH_TOKENS = 2048
 BATCH_TOKENS = 65_536
-# Of a sequence where all must be of one length: HellaSwag's items take 167 on average, and at most 450.
+# Tokens of a sequence where all must have one length: HellaSwag's items have 167 on average, and at most 450.
 FIXED_LENGTH = 512
-LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+LOG_SECONDS = 30.0  # between two lines of progress if there is no terminal
 
 
 class PassOptions(TypedDict, total=False):
@@ -61,21 +61,21 @@ def score_items(
 ) -> list[list[RowScore]]:
     """Score the continuation of each row given its context: a list of scores for each item, in their order.
 
-    The rows of an item are those that are compared with each other; what they begin with is computed once by a
-    GPT, whose attention can be told what a token sees. Each token's log-softmax is fp32, their sum float64. A row
-    too long for the model loses its first tokens (`count_truncated` counts such rows). Where torch.distributed is
-    initialised, every rank must call this with the same items; each scores its share and all get all scores.
+    The rows of an item are those that are compared with each other; a GPT, whose attention takes a mask, computes
+    their common beginning once. Each token's log-softmax is in fp32, their sum in float64. A row too long for the
+    model loses its first tokens (`count_truncated` counts such rows). Where torch.distributed is initialised,
+    every rank must call this with the same items; each scores its share, and all get all scores.
 
     Args:
-        batch_size: sequences in a forward pass, an item's rows being one where they share a beginning; None makes
-            it about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes but the last digits of a score.
+        batch_size: sequences in a forward pass, where an item's rows with a common beginning are one; None makes
+            it about 2,048 tokens on a CPU and 65,536 elsewhere. In fp32 it changes only a score's last digits.
         compile: run the model compiled, on sequences of one length (several items in each), so that nothing is
             compiled again from one batch or evaluation to the next.
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
-        resume: the file that the caller will write. Scores are written beside it after each batch, and those that
-            a killed call wrote there are not computed again; `remove_scores` deletes them.
+        resume: the file that the caller will write. Scores are saved beside it after each batch, and those that a
+            killed call has saved are not computed again; `remove_scores` deletes them.
         progress: show progress on stderr: a bar on a terminal, elsewhere a line every half minute.
-        stop: asked before each batch, on each rank for itself; True on one of them ends the scoring on all.
+        stop: called before each batch, on each rank; True on one of them ends the scoring on all.
 
     Raises:
         ValueError: a row cannot be scored, or scores are not finite.
@@ -114,17 +114,17 @@ def score_batches(
     progress: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[Score]:
-    """Score batches, each on one of the ranks; return the scores 0, 1, ... of all that is in them, on every rank.
+    """Score batches, each on one of the ranks; return the scores of all rows or windows, in order, on every rank.
 
     Args:
         batches: for each batch, the numbers of the rows or windows in it.
-        score: number of a batch -> the scores of what is in it, by number; called within `evaluating`.
+        score: number of a batch -> the scores of its rows or windows, by number; called within `evaluating`.
         scored: what is scored, for the fingerprint of the scores on disk.
-        unit: what is counted for the user, "rows".
+        unit: what messages count, such as "rows".
     """
     rank, world_size = rank_and_world_size()
-    # Whole batches are dealt to the ranks: each holds the same rows, and so the same bits, on any number of them.
-    # The same after a resume: a batch of which anything is missing is computed whole.
+    # Whole batches are dealt to the ranks: each has the same rows, and so the same bits, on any number of ranks.
+    # So it is after a resume: if anything of a batch is missing, all of it is computed.
     numbers = range(rank, len(batches), world_size)
     total, own, interrupted = sum(map(len, batches)), dict[int, Score](), False
     with resuming(resume, model, autocast_dtype, scored) as (known, keep), evaluating(model, autocast_dtype):
@@ -140,7 +140,7 @@ def score_batches(
             own.update(scores)
     records = gather_records(own, total, interrupted)
     bad = [number for number, (nats, *_) in enumerate(records) if not math.isfinite(nats)]
-    if bad:  # it would lose every comparison and become an accuracy
+    if bad:  # NaN would lose every comparison, and yet give an accuracy
         raise ValueError(
             f"{len(bad)} of {total} {unit} have a log-likelihood of NaN or infinity (the first is number "
             f"{bad[0]}): the model's weights are damaged, or overflow in this precision"
@@ -173,7 +173,7 @@ def plan_batches(
 ) -> list[Batch]:
     """Plan the batches in which `score_items`, with the same options, computes these items: longest rows first.
 
-    Sorted, padding is 2 % of HellaSwag's positions, not 38 % (batches of 64 rows in the file's order).
+    Sorting reduces HellaSwag's padding to 2 % of all positions, from 38 % (batches of 64 rows in file order).
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -184,7 +184,7 @@ def plan_batches(
     packs.sort(key=lambda part: (-len(part.tokens), part.rows[0]))
     if not packs:
         return []
-    # A model that gives logits gives them for all positions: 2 GB for 2,048 of them and a vocabulary of 256,000.
+    # A model without `head_weight` gives logits for all positions: 2 GB for 2,048 and a vocabulary of 256,000.
     small = device_of(model).type == "cpu" or model.head_weight is None
     max_tokens = CPU_BATCH_TOKENS if small else BATCH_TOKENS
     if compile:
@@ -201,7 +201,7 @@ def plan_batches(
 
 
 def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compile: bool) -> dict[int, RowScore]:
-    """Return the scores by the number of the row."""
+    """Return each row's score, by the row's number."""
     device = device_of(model)
     tokens = torch.from_numpy(batch.tokens).to(device)
     if compile:
@@ -212,7 +212,7 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
     places = [np.array(scored) + start for part, start in packs for scored in part.scored]
     lengths = np.array([len(scored) for scored in places])
     targets = np.concatenate([rows[number].continuation for number in batch.rows])
-    # Only these go on to the head: 37 % of HellaSwag's positions, and the head is 31 % of the 124M model's work.
+    # The head computes only these: 37 % of HellaSwag's positions, and the head is 31 % of the 124M model's work.
     hidden = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(device)]
     log_probs, greedy = token_scores(hidden, model.head_weight, torch.from_numpy(targets).to(device))
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -225,7 +225,7 @@ def _score_batch(model: LanguageModel, batch: Batch, rows: Sequence[Row], compil
 
 
 def _hidden(model: LanguageModel, tokens: Tensor, layout: Layout) -> Tensor:
-    # Not `model.hidden` itself, which `evaluate_loss` compiles: each would make the other compile again.
+    # Not `model.hidden` itself, which `evaluate_loss` compiles: each use would make the other compile again.
     return model.hidden(tokens, layout)
 
 
@@ -263,7 +263,7 @@ def token_scores(hidden: Tensor, weight: Tensor | None, targets: Tensor) -> tupl
 
 @contextmanager
 def evaluating(model: LanguageModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the block in eval mode, without gradients, in this precision whatever autocast is around the caller."""
+    """Run the block in eval mode, without gradients, in this precision even if the caller uses autocast."""
     was_training = model.training
     model.train(False)
     # A training step that found inference tensors in the cache of cast weights could not go backward through them.

@@ -1,4 +1,4 @@
-"""Results as a person reads them."""
+"""Results as tables for people to read."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Zero-shot tasks beside HellaSwag: each a small function from a record to a question; one engine scores them all.
+"""Zero-shot tasks beside HellaSwag. Each is a small function from a record to a question; one engine scores all.
 
 Prompts, metrics and files are those of lm-evaluation-harness 0.4.13 (lm_eval/tasks), whose numbers they equal.
 """
@@ -17,11 +17,11 @@ from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
 @dataclass(frozen=True)
 class Question:
-    """An item as text."""
+    """An item of a task, as text."""
 
-    rows: list[tuple[str, str]]  # context and continuation of each choice; one where there is none
+    rows: list[tuple[str, str]]  # context and continuation of each choice; one row if there is no choice
     label: int  # index of the right choice
-    choices: list[str]  # the texts by whose length acc_norm divides; empty where there is no acc_norm
+    choices: list[str]  # the texts by whose length acc_norm divides; empty if there is no acc_norm
 
 
 def _piqa(record: dict[str, Any]) -> Question:
@@ -41,7 +41,7 @@ def _openbookqa(record: dict[str, Any]) -> Question:
 
 
 def _copa(record: dict[str, Any]) -> Question:
-    """The full stop of the premise gives way to a word. Two blanks go before a choice, as in the harness."""
+    """A word replaces the premise's full stop. Two blanks precede a choice, as in the harness."""
     word = {"cause": "because", "effect": "therefore"}[record["question"]]
     choices = [" " + text[0].lower() + text[1:] for text in (record["choice1"], record["choice2"])]
     return _choose(f"{record['premise'].strip()[:-1]} {word}", choices, int(record["label"]), by_length=False)
@@ -53,7 +53,7 @@ def _boolq(record: dict[str, Any]) -> Question:
 
 
 def _winogrande(record: dict[str, Any]) -> Question:
-    """The contexts differ, by the name that is put in, and what follows it is scored (Trinh and Le 2018)."""
+    """The contexts differ in the name that fills the blank; what follows it is scored (Trinh and Le 2018)."""
     before, blank, after = record["sentence"].partition("_")
     if not blank:
         raise ValueError("the sentence has no _")
@@ -74,11 +74,11 @@ def _choose(context: str, choices: Sequence[str], label: int, *, by_length: bool
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and where it is published."""
+    """How a task asks, and where its file is published."""
 
-    question: Callable[[dict[str, Any]], Question]  # of a record; it may fail in any way if the record is none
+    question: Callable[[dict[str, Any]], Question]  # may raise any error if the record is not of this task
     file: Published
-    # The model's size -> the metric that comes nearest to it -> figure of Table 3 (Radford et al. 2019).
+    # The model's size -> our nearest metric -> the figure in Table 3 of the paper (Radford et al. 2019).
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -161,7 +161,7 @@ def evaluate_task(
     metrics = {name: column.estimate() for name, column in columns_of(records).items()}
     if nats := metrics.pop("nats", None):
         perplexity = perplexity_of(nats.value)
-        # To first order, that of the mean times the perplexity (the delta method).
+        # To first order, its error is that of the mean times the perplexity (the delta method).
         metrics["perplexity"] = Estimate(perplexity, perplexity * nats.stderr)
     return TaskResult(
         task=data.task,

@@ -1,4 +1,4 @@
-"""A source -> a dataset folder: the same bytes whoever builds it, on whatever machine, however often it is killed.
+"""Build a dataset folder from a source: the same bytes on any machine, however often the build was killed.
 
 Phase A (tokenize_units.py) tokenizes the plan's units into OUT/.build, phase B (cut_shards.py) cuts the documents
 into shards. dataset.json comes last: a folder without it is no dataset.
@@ -76,7 +76,7 @@ class _Run:
         return tasks
 
     def find_finished(self) -> BuildResult | None:
-        """Return the result of an earlier build of the same; see workfolder.find_finished."""
+        """Return the result of an earlier build of the same dataset; see workfolder.find_finished."""
         dataset = workfolder.find_finished(self.config, self.request, lambda: self.plan)
         return None if dataset is None else self.result(dataset.source, dataset.shards, already_built=True)
 
@@ -102,11 +102,11 @@ class _Run:
 def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildResult:
     """Build the dataset that `config` describes, or resume its build. A finished dataset stays as it is.
 
-    With more than one worker the calling script needs its `if __name__ == "__main__":`, for processes are spawned.
+    With more than one worker the calling script needs `if __name__ == "__main__":`, since processes are spawned.
 
     Args:
         progress: is called with "fetching" (bytes of files), "tokenizing" (bytes of text) or "writing" (tokens);
-            how much of it is done, of how much; and the tokens so far. What it raises ends the build.
+            how much of it is done; the total; and the tokens so far. An exception from it ends the build.
 
     Raises:
         ValueError, OSError: one line that says what to do.
@@ -116,7 +116,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRes
     run = _Run(config, backend, progress, time.monotonic(), request_name(config))
     if (result := run.find_finished()) is not None:
         return result
-    if not run.plan.units:  # planned before the folder is there: a source that is wrong leaves nothing behind
+    if not run.plan.units:  # planned before the folder exists: a wrong source leaves nothing behind
         raise ValueError("the source contains no text")
     return _build_whole(run) if config.part is None else _build_part(run, *config.part)
 
@@ -145,14 +145,14 @@ def _build_whole(run: _Run) -> BuildResult:
 
 
 def _build_part(run: _Run, number: int, count: int) -> BuildResult:
-    """Do this part's share of the units; cut the shards if no part is still at work and nothing is missing."""
+    """Do this part's share of the units; cut the shards if no other part is running and nothing is missing."""
     with workfolder.shared(run.config.out, number, count):
         workfolder.prepare(run.config, run.plan, alone=False)
         share = run.tasks[len(run.tasks) * (number - 1) // count : len(run.tasks) * number // count]
         receipts = _tokenize(run, share)
-    # The lock is let go before looking: of parts that end together, the last to let go sees all done.
+    # The lock is released before looking: of parts that end together, the last to release it sees all done.
     if all(task.file("json").exists() for task in run.tasks):
-        with contextlib.suppress(disk.Busy):  # another part looked, too, and cuts them
+        with contextlib.suppress(disk.Busy):  # another part has seen it, too, and cuts the shards
             return _build_whole(run)
     return run.result(workfolder.totals(receipts), tokens=sum(receipt.tokens for receipt in receipts))
 
@@ -163,12 +163,12 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
     done = tokens = 0
     run.progress("tokenizing", 0, total, 0)
     remote = {item.path: item.remote for item in run.plan.inputs if item.remote is not None}
-    awaited = {  # the file that a unit needs, unless it is tokenized
+    awaited = {  # unit -> the file that it needs, unless it is already tokenized
         task.unit.index: path
         for task in tasks
         if (path := task.unit.files[0]) in remote and read_receipt(task, check_files=False) is None
     }
-    # A file lies in the folder of its commit as in its repository.
+    # In its commit's folder, a file has the same path as in its repository.
     fetched = [
         (remote[path], Path(path.removesuffix(remote[path].path))) for path in dict.fromkeys(awaited.values())
     ]
@@ -207,8 +207,8 @@ def _write_shards(run: _Run, receipts: Sequence[Receipt]) -> tuple[Shard, ...]:
     cuts = cut_stream(layout, run.config)
     workfolder.remove_other_shards(run.config.out, [cut.path for cut in cuts])
     done = 0
-    # Threads: hashing and copying leave the interpreter free, and a process takes longer to start than a shard
-    # to write. Twice as many as cores, since half of them wait for the disk.
+    # Threads: hashing and copying release the GIL, and starting a process takes longer than writing a shard.
+    # There are twice as many as cores, since half of them wait for the disk.
     with ThreadPoolExecutor(2 * run.config.num_workers(2 * layout.num_tokens)) as pool:
         futures = [pool.submit(write_shard, layout, cut) for cut in cuts]
         try:

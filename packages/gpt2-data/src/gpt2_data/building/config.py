@@ -28,16 +28,16 @@ class BuildConfig:
         val_tokens: the first documents are for validation, as many whole ones as reach this many tokens. None:
             100M, or a tenth of all tokens if that is less, and none if that takes more than half of them.
         format: "uint16" (llm.c's shards) or "arrow".
-        workers: processes. None: one a core that this process may use, fewer for little text.
+        workers: processes. None: one per core that this process may use, fewer for little text.
         tokenizer: the library: "auto", "tiktoken" or "gigatoken".
         order: "shuffled" (by `seed`) or "source". None: "shuffled", or with `compat` "source".
         engine: "local" for processes here, "ray" for a Ray cluster.
         part: (I, N): do only share I of N of the work units; the part that ends last cuts the shards.
-        limit_docs: use only this many documents from the start of the source, empty ones counted.
+        limit_docs: use only this many documents from the start of the source, including empty ones.
         column: column (Parquet) or key (JSON lines) of the text.
         downloads: where fetched files are kept, for the next build too. None: `out / "downloads"`.
         delete_downloads: delete each fetched file as soon as it is tokenized.
-        compat: "build-nanogpt": validation is the first shard to the token, as its fineweb.py cuts it.
+        compat: "build-nanogpt": validation is exactly the first shard, as in its fineweb.py.
     """
 
     sources: tuple[str, ...]
@@ -58,7 +58,7 @@ class BuildConfig:
     compat: str | None = None
 
     def __post_init__(self) -> None:
-        # Scripts hand in lists and strings; what is stored is always the same type.
+        # Scripts pass lists and strings; the stored types are always the same.
         object.__setattr__(self, "sources", tuple(map(str, self.sources)))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "downloads", self.downloads and Path(self.downloads))
@@ -84,5 +84,5 @@ class BuildConfig:
             raise ValueError(f"compat {self.compat} decides val_tokens and order: leave them out")
 
     def num_workers(self, text_bytes: int) -> int:
-        """Return the number of processes to tokenize that much text with."""
+        """Return the number of processes for tokenizing this much text."""
         return self.workers or min(cores(), 1 + text_bytes // _WORTH_A_WORKER)

@@ -108,7 +108,7 @@ def _permuted(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 def cut_stream(layout: Layout, config: BuildConfig) -> list[Cut]:
-    """Cut the shards: validation's first, numbered as one series. A document may continue in the next shard."""
+    """Plan all shards: validation first, numbered as one series. A document may continue in the next shard."""
     cuts: list[Cut] = []
     for split, first, last in ("val", 0, layout.val_tokens), ("train", layout.val_tokens, layout.num_tokens):
         for start in range(first, last, config.shard_size):
@@ -118,12 +118,12 @@ def cut_stream(layout: Layout, config: BuildConfig) -> list[Cut]:
 
 
 def document_ids(numbers: NDArray[np.int64], num_documents: int, seed: int | None) -> NDArray[np.int64]:
-    """Return the numbers in the source's order of the documents `numbers` of the stream."""
+    """Return the numbers that documents have in the source; `numbers` are those in the stream."""
     return numbers if seed is None else order.permute(numbers, num_documents, seed)
 
 
 def write_shard(layout: Layout, cut: Cut) -> Shard:
-    """Write one shard: uint16 with its sidecar, or Arrow. Memory: a chunk of tokens and 20 bytes a document."""
+    """Write one shard: uint16 with its sidecar, or Arrow. Memory: a chunk of tokens and 20 bytes per document."""
     sums = layout.positions
     begin, end = (int(i) for i in np.searchsorted(sums[:-1], [cut.start, cut.stop]))  # documents that start here
     starts = sums[begin:end].astype(np.int64) - cut.start
@@ -156,9 +156,9 @@ def _tokens(layout: Layout, cut: Cut) -> Iterator[NDArray[np.uint16]]:
 
 
 def _runs(layout: Layout, cut: Cut) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) in the units' tokens of the shard's pieces; pieces that adjoin are one."""
+    """Yield (start, length), in the units' tokens, of the shard's pieces; adjoining pieces are joined."""
     sums = layout.positions
-    first = int(np.searchsorted(sums, cut.start, side="right")) - 1  # may have started before the shard
+    first = int(np.searchsorted(sums, cut.start, side="right")) - 1  # it may start before the shard
     last = int(np.searchsorted(sums[:-1], cut.stop))
     lengths = np.diff(np.clip(sums[first : last + 1].astype(np.int64), cut.start, cut.stop))
     starts = layout.starts[first:last].astype(np.int64)

@@ -16,15 +16,15 @@ from gpt2_data.sources import files
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
-_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}  # of text and a core, on a Cascade Lake of 2.5 GHz
+_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}  # of text per core, on a Cascade Lake at 2.5 GHz
 DOWNLOADS_AT_ONCE = (
-    2  # fetched files on the disk if they are deleted: one at work, one that is ready or on its way
+    2  # fetched files on the disk if they are deleted after use: one in use, one ready or being fetched
 )
 MAX_SHARDS = 100_000
 
 
 def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
-    """Estimate a build. Raises ValueError if it has more shards than a file system likes: the M was forgotten."""
+    """Estimate a build. Raises ValueError if there would be more than MAX_SHARDS shards."""
     documents, size = 0, 0.0
     for unit in plan.units:
         count = unit.documents
@@ -32,7 +32,7 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
             count = round(unit.text_bytes / _mean_document(unit.kind, unit.files[0]))
         documents += count
         per_token = _BYTES_PER_TOKEN_OF_CODE if unit.kind == "pydocs" else _BYTES_PER_TOKEN
-        size += count + unit.text_bytes / per_token  # an EOT each
+        size += count + unit.text_bytes / per_token  # one EOT per document
     tokens = round(size)
     val = config.shard_size if config.compat else config.val_tokens
     if val is None:  # a single document is not split
@@ -54,14 +54,14 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
         "shards": shards,
         "bytes": dataset,
         "bytes_to_download": sum(downloads),
-        # Tokenized units, shards, where documents are, and downloads.
+        # Tokenized units, shards, document offsets, and downloads.
         "bytes_while_building": 2 * dataset + 2 * positions + at_once,
     }
 
 
 @functools.lru_cache
 def _mean_document(kind: str, path: str) -> float:
-    """Return the mean bytes of a document: of JSON lines by the first megabyte, else those of a web page."""
+    """Return a document's mean size in bytes: for JSON lines from the first megabyte, else a web page's."""
     if kind != "jsonl":
         return 154 if kind == "tinyshakespeare" else 4_700
     with files.open_bytes(path) as file:
@@ -70,7 +70,7 @@ def _mean_document(kind: str, path: str) -> float:
 
 
 def print_plan(config: BuildConfig, as_json: bool) -> None:
-    """Print what would be built, on what, and what it needs."""
+    """Print what would be built, from what, and what the build needs."""
     backend = tokenizer.choose_backend(config.tokenizer)
     plan = make_plan(config)
     text_bytes = sum(unit.text_bytes for unit in plan.units)

@@ -25,7 +25,7 @@ from gpt2_data.sources.hub import HubSource, Listing
 
 PLAN_VERSION = 2
 UNIT_BYTES = 16_000_000  # text in a work unit: a quarter of a second of one core with gigatoken, two with tiktoken
-PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores share what is only 9 MB
+PYDOCS_UNIT_BYTES = 2_000_000  # smaller, so that two cores can share these 9 MB
 UNIT_FILES = 4096  # text files in a work unit, at most
 WORK = ".build"  # in a dataset's folder; it is removed when the dataset is whole
 _COMPRESSION = 3  # of text by gzip or zstd; for estimates only
@@ -37,7 +37,7 @@ class Input:
 
     kind: str
     path: str  # where it is, or will be once it is fetched from the hub; for a stream its Listing as JSON
-    name: str  # without its folder: a dataset is the same wherever its sources lay
+    name: str  # without its folder: a dataset is the same wherever its sources are
     bytes: int
     mtime_ns: int = 0
     sha256: str | None = None  # if it is known without reading the file
@@ -73,7 +73,7 @@ class Plan:
         return [item.sha256 or known.get(item.path) or sha256(Path(item.path)) for item in self.inputs]
 
     def content_hash(self, hashes: list[str]) -> str:
-        """Return a name that is equal exactly if all units' tokens are. `hashes` are the inputs' SHA-256."""
+        """Return a hash that is equal exactly if all units' tokens are. `hashes` are the inputs' SHA-256."""
         return self._hash([[item.kind, digest] for item, digest in zip(self.inputs, hashes, strict=True)])
 
     def _hash(self, inputs: list[list[Any]]) -> str:
@@ -93,7 +93,7 @@ def _json_sha256(content: object) -> str:
 
 
 def make_plan(config: BuildConfig) -> Plan:
-    """Cut the source into units. Opens every file, reads none to its end but for --limit-docs. Writes nothing.
+    """Cut the source into units. Open every file, but read none to its end except for --limit-docs. Write nothing.
 
     Raises ValueError or OSError if a source is unknown, named twice or unreadable, or the hub does not answer.
     """
@@ -108,7 +108,7 @@ def make_plan(config: BuildConfig) -> Plan:
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
         if real in seen:
-            raise ValueError(f"{item.name} is named twice: the dataset would contain its documents twice")
+            raise ValueError(f"{item.name} is named twice, and its documents would be used twice: name it once")
         seen.add(real)
     units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
     if config.limit_docs is not None:
@@ -119,7 +119,7 @@ def make_plan(config: BuildConfig) -> Plan:
 
 
 def request_name(config: BuildConfig) -> str:
-    """Return a name of what is asked for: files by name, size and time; sources on the hub by name alone."""
+    """Return a hash of what is requested: local files by name, size and time; hub sources by name alone."""
     sources: list[object] = []
     for source in config.sources:
         local = hub.parse(source) is None
@@ -148,7 +148,7 @@ def check_unchanged(plan: Plan) -> None:
 def _hub_inputs(
     config: BuildConfig, source: str, on_hub: HubSource, pins: dict[str, dict[str, Any]]
 ) -> Iterator[Input]:
-    """Yield a source's files, at the commit of an interrupted build or else of today, and note them in `pins`."""
+    """Yield a source's files, at an interrupted build's commit or else the newest, and record them in `pins`."""
     name = f"hub-{hashlib.sha256(f'{source} {config.column}'.encode()).hexdigest()[:16]}.json"
     try:
         pin = json.loads((config.out / WORK / name).read_bytes())
@@ -170,7 +170,7 @@ def _hub_inputs(
 
 
 def downloads(config: BuildConfig) -> Path:
-    """Return where a build puts what it fetches. A part that deletes does so in a folder of its own."""
+    """Return the folder for a build's downloads. A part that deletes its downloads has its own folder."""
     folder = config.downloads or config.out / "downloads"
     if config.part is not None and config.delete_downloads:
         return folder / f"part-{config.part[0]}-of-{config.part[1]}"
@@ -226,7 +226,7 @@ def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
 
 
 def _ranges(sizes: Sequence[int], unit_bytes: int, most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of neighbours, as few as reach `unit_bytes` and no more than `most`."""
+    """Yield ranges [start, stop) of neighbours: as few as reach `unit_bytes`, and at most `most`."""
     start = total = 0
     for stop, size in enumerate(sizes, 1):
         total += size
@@ -243,7 +243,7 @@ def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
     """Yield the units that hold the first `limit` documents, the last of them cut short."""
     for unit in units:
         count = unit.documents
-        if count is None:  # nobody has counted them: do so only just past the limit
+        if count is None:  # they are not counted yet: count only just past the limit
             count = sum(batch.documents for batch in catalog.read(dataclasses.replace(unit, limit=limit + 1)))
         if count > limit:
             text = unit.text_bytes * limit // count

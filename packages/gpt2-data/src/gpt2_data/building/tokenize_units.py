@@ -1,8 +1,8 @@
 """Phase A of a build: a work unit of the source -> its tokens and its documents' lengths, in files.
 
-A unit's receipt is written last and is the only sign that it is done. The files are not forced to the disk: their
-hashes are checked when a build resumes, and most are gone before the disk has to have them (a sixth of a build's
-time). Workers import this module: it must load nothing that only the parent needs.
+A unit's receipt is written last and is the only sign that it is done. The files are not fsynced, which
+would take a sixth of a build's time: their hashes are checked when a build resumes, and most are deleted before
+they reach the disk. Workers import this module: it must load nothing that only the parent needs.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class UnitTask:
-    """Tokenize a unit into `work`, and hash those of its files that no unit before it reads: `hashed`."""
+    """A task: tokenize a unit into `work`, and hash those of its files that no earlier unit reads (`hashed`)."""
 
     plan: str
     unit: Unit
@@ -56,16 +56,16 @@ class UnitTask:
     hashed: tuple[str, ...] = ()
 
     def file(self, ending: str) -> Path:
-        """Return one of its files.
+        """Return the path of one of its files.
 
         `u16`: the tokens, an EOT before each document, and nothing else. `u64`: the documents' lengths in tokens.
-        `json`: the receipt, written last. `at`: the number of the document at work, if tokenized carefully.
+        `json`: the receipt, written last. `at`: the number of the current document, if `careful`.
         """
         return self.work / f"unit-{self.unit.index:05d}.{ending}"
 
 
 def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]:
-    """Tokenize a unit, unless it has a receipt that fits its files. Returns the receipt, and True if it is new.
+    """Tokenize a unit, unless it has a receipt that matches its files. Return the receipt, and True if it is new.
 
     `careful` takes one document at a time and notes its number in the file `at` first, so that a document which
     kills this process can be named.
@@ -109,13 +109,13 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
 
 
 def _noted(task: UnitTask) -> Iterator[Batch]:
-    """Yield the unit's documents one by one, each once its number stands in the file `at`."""
+    """Yield the unit's documents one by one, each after writing its number to the file `at`."""
     number = -1
     with task.file("at").open("wb", buffering=0) as file:
         for batch in catalog.read(task.unit):
             rows = [batch] if batch.continues else [batch.rows(i, i + 1) for i in range(batch.documents)]
             for row in rows:
-                number += row.documents  # 0 for the rest of one
+                number += row.documents  # 0 for the rest of a document
                 os.pwrite(file.fileno(), f"{number:020d}".encode(), 0)
                 yield row
 
@@ -130,7 +130,7 @@ def document_at_work(task: UnitTask) -> str:
 
 
 def read_receipt(task: UnitTask, check_files: bool) -> Receipt | None:
-    """Return the receipt of this very unit, if there is one, and if its files are whole by their hash."""
+    """Return this unit's receipt; None if there is none or, with `check_files`, if it does not match the files."""
     try:
         receipt = Receipt(**json.loads(task.file("json").read_bytes()))
         same = (receipt.plan, tuple(receipt.sha256)) == (task.plan, task.hashed)

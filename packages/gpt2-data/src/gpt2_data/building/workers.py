@@ -1,4 +1,4 @@
-"""Run the tasks of a build in processes here, or on a Ray cluster. Either may die without the build."""
+"""Run the tasks of a build in local processes or on a Ray cluster. The build survives the death of a worker."""
 
 import contextlib
 import functools
@@ -20,20 +20,20 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_LOOKS_EVERY = 0.2  # seconds between looks at whether a task that had to wait is ready
-_NODE_DEATHS = 100  # a task whose machine is lost, through no fault of its own, runs again, but not for ever
+_LOOKS_EVERY = 0.2  # seconds between checks whether a waiting task is ready
+_NODE_DEATHS = 100  # times that a task runs again because its machine was lost
 
 
 @dataclass(frozen=True)
 class Job(Generic[T, R]):
-    """A function to run on each of the tasks, and what goes with it.
+    """A function to run on each of the tasks, and its callbacks.
 
     Attributes:
-        function: does a task; it must be importable by name. Where a process died it runs twice, the second time
-            with True for its second argument: it should leave a trace of where it is.
-        blame: names what a task was at that killed a process twice.
+        function: does a task; it must be importable by name. If its process dies, it runs again,
+            with True as its second argument: it should then record where it is.
+        blame: says what a task was working on when it killed its process for the second time.
         done: is called in this process with each result.
-        ready: says in this process if a task can begin. What it raises ends the run.
+        ready: is called in this process; True if a task can begin. An exception from it ends the run.
     """
 
     function: Callable[[T, bool], R]
@@ -46,12 +46,12 @@ def run(job: Job[T, R], tasks: Sequence[T], workers: int | None, on_ray: bool = 
     """Do the tasks in processes and return their results in the order of the tasks.
 
     An exception ends the run at once. If a process dies, the tasks that it may have worked on are done again, one
-    at a time; one that kills its process again raises OSError with what it was at.
+    at a time. If a task kills its process again, OSError says what it was working on.
 
     Args:
-        workers: tasks at a time; on Ray None is one for each of the cluster's CPUs.
-        on_ray: on the cluster that RAY_ADDRESS names, or that runs on this machine, or else one of this machine
-            alone. Every machine must see the dataset's folder under the same path.
+        workers: tasks at a time; on Ray, None means one per CPU of the cluster.
+        on_ray: run on the cluster that RAY_ADDRESS names, else on one that runs on this machine, else on a new
+            one of this machine alone. Every machine must see the dataset's folder under the same path.
     """
     if on_ray:
         return _run(job, tasks, _Cluster(workers))
@@ -70,12 +70,12 @@ def run(job: Job[T, R], tasks: Sequence[T], workers: int | None, on_ray: bool = 
 def _run(job: Job[T, R], tasks: Sequence[T], machine: "_Processes | _Cluster") -> list[R]:
     results: dict[int, R] = {}
     waiting, running = deque(range(len(tasks))), dict[Future[R], int]()
-    suspects: set[int] = set()  # may have killed their process
+    suspects: set[int] = set()  # tasks that may have killed their process
     losses = Counter[int]()
     try:
         while waiting or running:
-            # No more than run at a time, so that few are suspects if a worker dies. In order, as the files that
-            # tasks wait for are fetched.
+            # Submit no more tasks than run at a time, so that few are suspects if a worker dies; and in order, as
+            # the files that they wait for are fetched in order.
             room = 1 if suspects else machine.room
             while waiting and len(running) < room and job.ready(tasks[waiting[0]]):
                 i = waiting.popleft()
@@ -134,15 +134,15 @@ class _Processes:
         """End the processes, without waiting for work that nobody wants."""
         if running:
             for process in list((getattr(self._pool, "_processes", None) or {}).values()):
-                process.terminate()  # Python before 3.14 has no public way to say so
-        # The workers' end takes 0.2 s, in which the shards are begun.
+                process.terminate()  # Python before 3.14 has no public way to do it
+        # The workers take 0.2 s to end; writing the shards begins meanwhile.
         self._pool.shutdown(wait=bool(running), cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not stay behind, waiting, when the parent is killed."""
+    """Leave Ctrl-C to the parent, and exit when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only wait, busily
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would only wait, using CPU time
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -177,7 +177,7 @@ class _Cluster:
 
 
 def _connect() -> Any:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what is to change
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about a coming change
     try:
         import ray
         import ray.exceptions
@@ -186,7 +186,7 @@ def _connect() -> Any:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "")
         if (match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)) is not None:
-            try:  # for ten seconds: Ray itself tries for minutes
+            try:  # for ten seconds: Ray itself would try for minutes
                 socket.create_connection((match[1], int(match[2])), timeout=10).close()
             except OSError as error:
                 raise OSError(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}") from None

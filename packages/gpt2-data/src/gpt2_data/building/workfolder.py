@@ -1,4 +1,4 @@
-"""OUT/.build, the work folder of a build; what dataset.json and build.jsonl say of how a dataset was built."""
+"""OUT/.build, a build's work folder; and what dataset.json and build.jsonl record about a build."""
 
 import contextlib
 import importlib.metadata
@@ -39,7 +39,7 @@ def check(out: Path) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Work in the folder alone; if that fails before anything is done, remove the folder. Raises disk.Busy."""
+    """Lock the folder for one build; if the block fails before anything is done, remove it. Raises disk.Busy."""
     work, is_new = out / WORK, not out.exists()
     with _lock_file(work, "lock"):
         try:
@@ -55,7 +55,7 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared(out: Path, number: int, count: int) -> Iterator[None]:
-    """Work in the folder as part `number` of `count` beside the other parts. Raises disk.Busy."""
+    """Lock the folder as part `number` of `count`, beside the other parts. Raises disk.Busy."""
     work = out / WORK
     with _lock_file(work, "lock", shared=True), _lock_file(work, f"lock-{number}-of-{count}"):
         yield
@@ -71,7 +71,7 @@ def _lock_file(work: Path, name: str, shared: bool = False) -> Iterator[None]:
         disk.lock(file, busy, shared=shared)
         there = Path(file.name)
         if not there.exists() or not os.path.samestat(os.fstat(file.fileno()), there.stat()):
-            raise disk.Busy(busy)  # a build that ended meanwhile removed the folder: this lock keeps nobody away
+            raise disk.Busy(busy)  # a build that ended meanwhile removed the folder: this lock excludes nobody
         if not shared:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -83,8 +83,8 @@ def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
     """Keep what an interrupted build of the same plan did; a build alone in the folder deletes all else.
 
     Raises:
-        ValueError: other parts work beside this one (`alone` is False) by another plan.
-        OSError: what is still to be written does not fit.
+        ValueError: `alone` is False, and the other parts follow another plan.
+        OSError: the disk has too little room for what is still to be written.
     """
     work, fetched = config.out / WORK, downloads(config)
     mark = work / f"plan-{plan.name}"
@@ -118,7 +118,7 @@ def remove_temporaries(work: Path, names: list[str]) -> None:
 
 
 def remove_other_shards(out: Path, shards: list[Path]) -> None:
-    """Remove an interrupted build's shards of other sizes: they would be mixed in."""
+    """Remove all shards but `shards`, which an interrupted build left: they would be mixed in."""
     keep = {*shards, *(path.with_suffix(".docs") for path in shards if path.suffix == ".bin")}
     for path in out.iterdir():
         if manifest.is_shard_name(path.name) and path not in keep:
@@ -149,7 +149,7 @@ def source_record(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
 
 
 def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Plan]) -> Manifest | None:
-    """Return the dataset, if it is built already. Raises ValueError if it is another or damaged.
+    """Return the dataset if it is already built. Raises ValueError if the folder holds another or a damaged one.
 
     The source is the same if a line of build.jsonl has the request and the dataset's hash, or else if the files'
     contents are the same: for that `make_plan` is called.
@@ -174,7 +174,7 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
     report = verify(out, "fast")
     if not report.ok:
         raise ValueError(f"{out} is built, but damaged: {report.problems[0]}: delete it and build again")
-    shutil.rmtree(out / WORK, ignore_errors=True)  # there if we were killed in the last moment
+    shutil.rmtree(out / WORK, ignore_errors=True)  # still there if we were killed at the last moment
     return dataset
 
 

@@ -1,12 +1,12 @@
-"""Arrow shards (`train_000001.arrow`): one row a document, `id` int64 and `tokens` list<uint16>.
+"""Arrow shards (`train_000001.arrow`): one row per document, `id` int64 and `tokens` list<uint16>.
 
 A shard is an Arrow IPC stream (https://arrow.apache.org/docs/format/Columnar.html) of one record batch, which
 `datasets` maps into memory: a header, the ids (int64), where each row begins and the last ends (int32), and the
 tokens, each part at a multiple of 64 bytes. A document cut by the shard's end continues in the next shard as a row
 with the same id.
 
-The header is laid out here, not by pyarrow: the file is the same whatever its version, no more than a chunk of
-tokens is in memory while writing, and a reader who knows the counts knows the header's bytes: none is trusted.
+The header is laid out here, not by pyarrow. So the file does not depend on pyarrow's version, writing keeps only a
+chunk of tokens in memory, and a reader who knows the counts can compare every byte of the header.
 """
 
 import struct
@@ -72,7 +72,7 @@ def write_shard(
 ) -> uint16.Written:
     """Write `num_tokens`, which come in `chunks`, in rows that begin at the tokens `starts`, the first at 0.
 
-    Memory: a chunk and 12 bytes a row.
+    Memory: a chunk and 12 bytes per row.
     """
     rows = len(starts)
     assert starts[0] == 0
@@ -88,7 +88,7 @@ def write_shard(
 
 @dataclass(frozen=True)
 class ArrowShard:
-    """A shard that has the size and the header of its counts."""
+    """A shard whose size and header match its counts."""
 
     file: TokenFile
     rows: Numbers  # where each row begins, in tokens; the first may continue the last document of the shard before
@@ -97,7 +97,7 @@ class ArrowShard:
 
 
 def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
-    """Open a shard of so many tokens and of documents that start in it. Raises ValueError or OSError."""
+    """Open a shard of `num_tokens`, in which `num_documents` start. Raises ValueError or OSError."""
     front, size = uint16.read_header(path, _HEADER_BYTES)
     for rows in num_documents, num_documents + 1:  # both may have the same size, because of the padding
         if 0 < rows <= num_tokens and size == shard_bytes(num_tokens, rows) and front == header(num_tokens, rows):
@@ -115,7 +115,7 @@ def check_shard(path: Path, num_tokens: int, num_documents: int) -> ArrowShard:
 
 
 def _parts(num_tokens: int, num_rows: int) -> list[tuple[int, int]]:
-    """Return (position, length) in bytes, behind the header, of ids, row starts and tokens."""
+    """Return (position, length) in bytes, after the header, of ids, row starts and tokens."""
     lengths = 8 * num_rows, 4 * (num_rows + 1), 2 * num_tokens
     offsets = _up(lengths[0], _ALIGN)
     return [(0, lengths[0]), (offsets, lengths[1]), (_up(offsets + lengths[1], _ALIGN), lengths[2])]

@@ -2,7 +2,7 @@
 
 - `npy`, build-nanogpt: `edufineweb_train_000001.npy`, a NumPy file of uint16.
 - `llmc`, llm.c and modded-nanogpt: `fineweb_train_000001.bin`, the layout of our own uint16 shards (uint16.py).
-- `nanogpt`: `train.bin` and `val.bin`, uint16 and nothing else. No id of GPT-2's begins like llm.c's header.
+- `nanogpt`: `train.bin` and `val.bin`, uint16 and nothing else. llm.c's header begins with no GPT-2 id.
 - `megatron`: pairs `X.bin`, uint16 and nothing else, and `X.idx`: the 9 bytes MMIDIDX 0 0, u64 version 1, u8 kind
   of number (8: uint16), u64 sequences S, u64 D; i32 lengths[S], i64 positions[S] in bytes, i64 documents[D]: the
   first sequence of each document, and S at the end.
@@ -45,18 +45,18 @@ class ForeignShard:
     split: str
     file: TokenFile
     index: Path | None = None
-    max_token = VOCAB_SIZE - 1  # the largest id that reading accepts: nobody has looked at the file
+    max_token = VOCAB_SIZE - 1  # the largest id that reading accepts: the file was not scanned
 
     @functools.cached_property
     def document_starts(self) -> NDArray[np.int64]:
-        """Where documents begin in the file, in tokens: by Megatron's .idx, else at each EOT.
+        """Where documents begin in the file, in tokens: from Megatron's .idx, else at each EOT.
 
-        In nanoGPT's files an EOT stands behind each document: they begin at 0 and after each EOT but the last.
+        In nanoGPT's files an EOT follows each document: they begin at 0 and after each EOT but the last.
         """
         if self.index is not None:
             _, positions, documents = _read_idx(self.index)
             first = documents[:-1]
-            return positions[first[first < len(positions)]] // 2  # behind the last are empty ones
+            return positions[first[first < len(positions)]] // 2  # those after the last sequence are empty
         starts, is_nanogpt = eots(self.file), self.file.start == 0
         if is_nanogpt and not (len(starts) and starts[0] == 0):
             starts = np.append(0, starts + 1)
@@ -76,7 +76,7 @@ class ForeignManifest:
     shards: tuple[ForeignShard, ...]
 
     def split(self, split: str) -> list[ForeignShard]:
-        """Return the files of a split in order. Raises ValueError for a split there cannot be."""
+        """Return the files of a split in order. Raises ValueError for an unknown split."""
         check_split(split)
         return [shard for shard in self.shards if shard.split == split]
 
@@ -113,7 +113,7 @@ def _sampled(path: Path) -> tuple[int, str]:
 
 
 def sniff(path: Path) -> ForeignManifest | None:
-    """Return what a folder, or the common beginning of a Megatron pair's two names, holds; None if it is unknown.
+    """Return what a folder, or a Megatron pair's path without its endings, holds; None if it is unknown.
 
     Raises ValueError or OSError if it is known but damaged, or may be more than one dataset.
     """
@@ -178,7 +178,7 @@ def _check_npy(path: Path) -> TokenFile:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except Exception:  # of what Python's parser may raise, numpy catches a part
+        except Exception:  # numpy catches only some of what Python's parser may raise
             raise ValueError(
                 f"{path}: not a NumPy file of version 1, or its header cannot be read "
                 "(some projects give raw tokens that name)"
@@ -227,11 +227,11 @@ def _check_megatron(tokens: Path, index: Path) -> TokenFile:
 
 
 def _read_idx(index: Path) -> list[NDArray[np.int64]]:
-    """Return an .idx's lengths, positions and documents, once its counts agree with its size."""
+    """Return an .idx's lengths, positions and documents, after checking its counts against its size."""
     start = _IDX_HEADER.size
     header, size = uint16.read_header(index, start)
     if size < start or not header.startswith(_IDX_MAGIC):
-        raise ValueError(f"{index}: not an index of Megatron's")
+        raise ValueError(f"{index}: not a Megatron index")
     _, version, kind, sequences, documents = _IDX_HEADER.unpack(header)
     if (version, kind) != (1, _IDX_UINT16):
         raise ValueError(
@@ -247,7 +247,7 @@ def _read_idx(index: Path) -> list[NDArray[np.int64]]:
 
 
 def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
-    """Write the .idx of one-document sequences; `starts` are in tokens, with the number of tokens at the end."""
+    """Write an .idx with a sequence per document; `starts` are in tokens, and end with the number of tokens."""
     count = len(starts) - 1
     file.write(_IDX_HEADER.pack(_IDX_MAGIC, 1, _IDX_UINT16, count, count + 1))
     file.write(np.diff(starts).astype(_LENGTH).data)

@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_split(split: str) -> None:
-    """Raise ValueError for a split there cannot be."""
+    """Raise ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: choose {' or '.join(SPLITS)}")
 
@@ -43,7 +43,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Shard:
-    """What dataset.json says of a shard. Sizes in bytes."""
+    """What dataset.json says about a shard. Sizes are in bytes."""
 
     split: str
     file: str
@@ -71,7 +71,7 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     def tokens(self, split: str) -> int:
-        """Return the number of tokens of a split, EOTs counted."""
+        """Return the number of tokens of a split, including EOTs."""
         return sum(shard.tokens for shard in self.split(split))
 
     def documents(self, split: str) -> int:
@@ -79,7 +79,7 @@ class Manifest:
         return sum(shard.documents for shard in self.split(split))
 
     def split(self, split: str) -> list[Shard]:
-        """Return the shards of a split in order. Raises ValueError for a split there cannot be."""
+        """Return the shards of a split in order. Raises ValueError for an unknown split."""
         check_split(split)
         return [shard for shard in self.shards if shard.split == split]
 
@@ -106,8 +106,8 @@ class Manifest:
 def load(folder: Path) -> Manifest:
     """Read and check a dataset folder's dataset.json. Raises ValueError or OSError naming it.
 
-    Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts. Another
-    vocabulary than GPT-2's is not refused here but by tokenizer_problem.
+    Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts. A
+    vocabulary other than GPT-2's is refused not here, but by tokenizer_problem.
     """
     path = folder / FILE_NAME
     try:
@@ -126,7 +126,7 @@ def load(folder: Path) -> Manifest:
 
 
 def not_a_dataset(folder: Path, what: str, hint: str) -> str:
-    """Return the message about a path that is no dataset, with the dataset around it or in it."""
+    """Return the message for a path that is not a dataset; it names a dataset around it or in it."""
     if not folder.exists():
         return f"{folder} is not a dataset: there is no such folder; gpt2-data build --out {folder} makes one"
     if folder.is_file():
@@ -137,7 +137,7 @@ def not_a_dataset(folder: Path, what: str, hint: str) -> str:
 
 
 def _typed(kind: Any, item: Any) -> Any:
-    """Make a dataclass of JSON, whose values must be of the fields' types."""
+    """Make a dataclass instance from JSON, whose values must have the fields' types."""
     record = kind(**item)
     for field in dataclasses.fields(kind):
         value = getattr(record, field.name)
@@ -188,7 +188,7 @@ def _check_shard(shard: Shard, vocab_size: int) -> None:
 
 
 def tokenizer_problem(manifest: Manifest) -> str | None:
-    """Return what is wrong if the tokens are not GPT-2's: ids of another vocabulary train without an error."""
+    """Return what is wrong if the tokens are not GPT-2's: a model would train on other ids without an error."""
     theirs, ours = manifest.tokenizer, tokenizer.identity()
     for key in "vocabulary_sha256", "vocab_size", "eot":
         if theirs.get(key) != ours[key]:
@@ -208,7 +208,7 @@ def is_shard_name(name: str) -> bool:
 
 
 def open_shard(folder: Path, shard: Shard) -> TokenFile:
-    """Open a shard, once its size and header are those of dataset.json. Raises ValueError or OSError."""
+    """Open a shard whose size and header must be those of dataset.json. Raises ValueError or OSError."""
     path = folder / shard.file
     if shard.docs is None:
         return arrow.check_shard(path, shard.tokens, shard.documents).file
@@ -219,7 +219,7 @@ def open_shard(folder: Path, shard: Shard) -> TokenFile:
 
 
 def open_documents(folder: Path, shard: Shard) -> Numbers:
-    """Return where a shard's documents begin, in tokens, once the header of the file that says so is right."""
+    """Return where a shard's documents begin, in tokens, after checking the header of the file that says so."""
     if shard.docs is None:
         return arrow.check_shard(folder / shard.file, shard.tokens, shard.documents).documents
     offsets = uint16.check_docs(folder / shard.docs.file)
@@ -239,7 +239,7 @@ def write_documents(
 ) -> Shard:
     """Write a shard in which documents start at the tokens `starts`: uint16 and its sidecar, or Arrow with `ids`.
 
-    There is one id more than starts if the first row continues the document before.
+    There is one id more than starts if the first row continues the previous document.
     """
     sidecar = None
     if ids is None:

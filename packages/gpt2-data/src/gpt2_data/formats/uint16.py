@@ -87,8 +87,8 @@ def write(
 ) -> Written:
     """Write a header, the numbers of `chunks` as `dtype` and a trailer, hashed as they go by.
 
-    The two hashes are what writing costs: 350 MB/s each without SHA instructions. Two threads were no faster on
-    two cores that others use too, and a build keeps all cores busy as it is.
+    Most of the time goes into the two hashes: 350 MB/s each without SHA instructions. Two threads were no faster
+    on two busy cores, and a build keeps all cores busy anyway.
     """
     payload, whole = hashlib.sha256(), hashlib.sha256(header)
     size, maximum = len(header) + len(trailer), 0
@@ -118,7 +118,7 @@ def docs_bytes(num_documents: int) -> int:
 def check_shard(path: Path) -> TokenFile:
     """Open a shard whose header agrees with the size of its file.
 
-    Raises ValueError or OSError, naming the file. Nothing is allocated on the word of a header.
+    Raises ValueError or OSError, naming the file. No memory is allocated because a header claims a size.
     """
     header, size = read_header(path, _SHARD_HEADER.size)
     if size < _SHARD_HEADER.size:
@@ -135,7 +135,7 @@ def check_shard(path: Path) -> TokenFile:
 
 
 def check_docs(path: Path) -> Numbers:
-    """Open a sidecar whose header agrees with the file's size. Raises as check_shard."""
+    """Open a sidecar whose header agrees with the file's size. Raises the same errors as check_shard."""
     header, size = read_header(path, _DOCS_HEADER.size)
     if size < _DOCS_HEADER.size or not header.startswith(_DOCS_MAGIC):
         raise ValueError(f"{path}: not a sidecar of document offsets")
@@ -147,7 +147,7 @@ def check_docs(path: Path) -> Numbers:
 
 
 def read_header(path: Path, count: int) -> tuple[bytes, int]:
-    """Return a file's first bytes, `count` unless it is shorter, and its size."""
+    """Return a file's first `count` bytes, fewer if it is shorter, and its size."""
     with path.open("rb") as file:
         return file.read(count), os.fstat(file.fileno()).st_size
 
@@ -160,9 +160,9 @@ def check_size(path: Path, size: int, expected: int, claim: str) -> None:
 
 
 class TokenFiles:
-    """Read tokens at any place of a list of files. Safe across fork; not for several threads at once.
+    """Read tokens at any place of a list of files. It is safe across fork, but not for several threads at once.
 
-    By pread, not by memory map: if a file is cut while we read it, a map kills the process by SIGBUS; this raises.
+    It uses pread, not a memory map: if a file is cut short meanwhile, a map would kill the process by SIGBUS.
     """
 
     def __init__(self, files: Sequence[TokenFile]) -> None:
@@ -199,7 +199,7 @@ class TokenFiles:
         return ValueError(f"{self._files[number].path}: cut short while it was read, at token {offset:,}")
 
     def close(self) -> None:
-        """Close what is open; the next read opens it again."""
+        """Close the open files; the next read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 

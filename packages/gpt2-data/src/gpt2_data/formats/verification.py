@@ -1,4 +1,4 @@
-"""Is a dataset on the disk what its dataset.json says?"""
+"""Check that a dataset's files are what its dataset.json says."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
         level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
             header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
             the vocabulary, and that an EOT stands at each document's start and nowhere else.
-        workers: threads, each at a shard of its own; by default one a core.
+        workers: threads, each of which checks a shard at a time; by default one per core.
 
     Raises:
         ValueError: there is no valid dataset.json. What is wrong with the files is in the report.
@@ -53,7 +53,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
         )
     dataset = manifest.load(folder)
     problems = [problem] if (problem := manifest.tokenizer_problem(dataset)) else []
-    with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy leave the interpreter's lock
+    with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy release the GIL
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
     listed = {name for shard in dataset.shards for name in shard.files}
@@ -77,12 +77,12 @@ def _shard_problems(folder: Path, shard: Shard, dataset: Manifest, level: str) -
         return problems
     try:
         return problems + _content_problems(folder, shard, dataset, check_documents=not problems)
-    except (ValueError, OSError) as error:  # changed meanwhile
+    except (ValueError, OSError) as error:  # the files changed meanwhile
         return [*problems, f"{shard.file}: {error}"]
 
 
 def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_documents: bool) -> list[str]:
-    """Read the shard once: its hash may be wrong, or right and its tokens as a faulty builder wrote them."""
+    """Read the shard once and check its hash, and its tokens, which a faulty builder may have got wrong."""
     problems: list[str] = []
     file = manifest.open_shard(folder, shard)
     starts = manifest.open_documents(folder, shard).read() if check_documents else np.empty(0, np.int64)
@@ -100,7 +100,7 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
         buffer = memoryview(bytearray(_BLOCK))
         while count := source.readinto(buffer):
             digest.update(buffer[:count])
-            # An Arrow file has more behind the tokens.
+            # An Arrow file has more after the tokens.
             tokens = np.frombuffer(buffer[: count // 2 * 2], uint16.TOKEN)[: file.tokens - position]
             if not bad_id and len(tokens) and int(tokens.max()) >= dataset.vocab_size:
                 at = int(np.argmax(tokens >= dataset.vocab_size))

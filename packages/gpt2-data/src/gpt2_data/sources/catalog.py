@@ -1,4 +1,4 @@
-"""Where documents come from: a name on the command line leads to inputs, a work unit of one to its documents.
+"""Where documents come from: `expand` turns a SOURCE into files, `read` turns a work unit into documents.
 
 A source is read one unit at a time (plan.py cuts them), as a stream of batches in the source's own order. A new
 kind of file needs an entry in ENDINGS, a branch in _parts, a reader in files.py, and a cut in plan.py.
@@ -28,12 +28,12 @@ class Unit:
 
     Attributes:
         kind: parquet, jsonl, txt, pydocs, tinyshakespeare or stream.
-        files: one, but for txt; for stream the Listing of what is on the hub, as JSON.
+        files: one path, several for txt; for stream, the Listing of the hub's files as JSON.
         start: first row group (parquet), byte (jsonl), shard (stream) or document (pydocs).
-        stop: behind the last; 0: to the end.
+        stop: one past the last; 0 means the end.
         limit: read no more than this many documents.
-        documents: how many there are, empty ones counted; None if that is not known without reading.
-        text_bytes: about how much text, for progress and estimates.
+        documents: how many there are, including empty ones; None if only reading would tell.
+        text_bytes: the approximate size of the text, for progress and estimates.
     """
 
     index: int
@@ -69,7 +69,7 @@ def expand(source: str) -> list[tuple[str, str]]:
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
         raise ValueError(f"no file matches {source!r}")
-    for path in paths:  # a pipe would be waited for, a device such as /dev/zero never ends
+    for path in paths:  # reading a pipe would wait; a device such as /dev/zero never ends
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")
     return [(kind, path) for path in paths]
@@ -105,14 +105,14 @@ def _parts(unit: Unit) -> Iterator[Part]:
         for i, text in enumerate(texts, 1):
             yield Part(text + "\n\n" * (i < len(texts)))
     else:
-        from gpt2_data.sources import hub  # half a second, and only needed here
+        from gpt2_data.sources import hub  # takes half a second to import, and is only needed here
 
         listing = hub.Listing.from_json(json.loads(path))
         yield from map(Part, hub.stream(listing, unit.start, unit.column))
 
 
 def document_name(unit: Unit, number: int) -> str:
-    """Say for a message where the unit's document `number`, counted from 0, stands."""
+    """Say, for a message, where the unit's document `number`, counted from 0, is."""
     path = unit.files[0]
     if unit.kind == "parquet":
         rows = sum(rows for rows, _ in files.row_groups(path, unit.column)[: unit.start])

@@ -1,10 +1,10 @@
-"""Files of gigabytes to disk: resumed across processes, checked, and there whole or not at all.
+"""Download large files: resumed across processes, checked, and there whole or not at all.
 
 NAME.part grows, is checked against the size and the SHA-256 that the hub lists, and becomes NAME; NAME.json is the
-receipt by which a rerun knows the file without hashing it again; NAME.lock keeps other processes and boxes away.
+receipt by which a rerun knows the file without hashing it again; NAME.lock excludes other processes and machines.
 
 The HTTP client is huggingface_hub's: proxies, certificates, redirects and HF_HUB_OFFLINE are its business. Its own
-`http_get` and `http_backoff` (2.4.0) would sleep for as long as a Retry-After says, be it a day.
+`http_get` and `http_backoff` (2.4.0) would sleep for as long as a Retry-After says, even a day.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from gpt2_data import disk
 T = TypeVar("T")
 Progress = Callable[[int], object]  # is called with the bytes of the file that are on the disk
 TRIES = 3  # downloads from the first byte, of a file that arrives wrong or cannot be resumed
-PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits are of 300 seconds
-UNREACHABLE = 30.0  # the same, where a person waits, for a server that has not answered yet
+PATIENCE = 900.0  # seconds of trying without a byte of progress; the hub's rate limits last 300 seconds
+UNREACHABLE = 30.0  # the same, while a person waits, for a server that has not answered yet
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time, with jitter
 READ_TIMEOUT = 30.0  # seconds without a byte, then the connection counts as lost
 LOGIN = "log in by `hf auth login` or set HF_TOKEN"
@@ -52,7 +52,7 @@ class Wrong(OSError):
 
 
 class Again(Exception):
-    """A try failed in a way that another may not; the server asks to wait `after` seconds, or was not reached."""
+    """A try failed, but another may succeed. `after`: seconds the server asks to wait; `reached`: it answered."""
 
     def __init__(self, problem: str, after: float | None = None, reached: bool = True) -> None:
         super().__init__(problem)
@@ -62,16 +62,16 @@ class Again(Exception):
 def download_file(
     file: WebFile, folder: Path, progress: Progress = lambda size: None, unreachable: float | None = None
 ) -> Path:
-    """Have the file at folder / file.path, downloading what is missing; several processes may ask at once.
+    """Download what is missing of folder / file.path and return the path; several processes may call at once.
 
-    Raises OSError: refused, not reached for `unreachable` seconds, without a byte for PATIENCE, wrong TRIES times,
-    or no room; what arrived is kept.
+    Raises OSError if the server refuses, is not reached for `unreachable` seconds, sends no byte for PATIENCE
+    seconds or a wrong file TRIES times, or the disk is full; what arrived is kept.
     """
     path = folder / file.path
     if is_done(path, file):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("a") as lock:  # it stays, since to delete it races
+    with path.with_name(path.name + ".lock").open("a") as lock:  # it stays, since deleting it would be a race
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_done(path, file):  # by another process meanwhile
             return path
@@ -88,7 +88,7 @@ def download_file(
 
 
 def is_done(path: Path, file: WebFile) -> bool:
-    """True if the file is there, by its size and its receipt."""
+    """True if its size and its receipt show that the file is there."""
     try:
         status, receipt = path.stat(), json.loads(path.with_name(path.name + ".json").read_text())
     except (OSError, ValueError):
@@ -120,13 +120,13 @@ def _download(file: WebFile, part: Path, progress: Progress, unreachable: float 
 
 
 def _receive(file: WebFile, part: Path, progress: Progress) -> None:
-    """Append to the part what is missing of the file. Raises Again or OSError."""
-    # Without a SHA-256 nothing could tell what the part begins with.
+    """Append the file's missing bytes to the part. Raises Again or OSError."""
+    # Without a SHA-256, nothing could show that the part's bytes are right.
     with part.open("ab" if file.sha256 else "wb") as out:
         size = out.tell()
         if size == file.size:
             return
-        with get(file.url, size) as (blocks, total):  # by a new link to the store, for links expire
+        with get(file.url, size) as (blocks, total):  # through a new link to the store, since links expire
             if total not in (None, file.size):
                 raise Wrong(f"{file.url}: the file has {total:,} bytes, should have {file.size:,}")
             for block in blocks:
@@ -142,7 +142,7 @@ def _receive(file: WebFile, part: Path, progress: Progress) -> None:
 class Downloader(contextlib.AbstractContextManager["Downloader"]):
     """Fetches files, each into its folder, in order in a background thread, while the caller works on others.
 
-    No more than `ahead` files are there and not released (None: all). `delete` deletes those that are released.
+    At most `ahead` fetched files wait for their release (None: all of them). `delete` deletes released files.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
         self._error: BaseException | None = None
         self._room = threading.Semaphore(len(files) if ahead is None else ahead)
         self._stop = threading.Event()
-        # A daemon, since a server that is silent must not hold up the end of the program.
+        # A daemon, since a silent server must not delay the end of the program.
         self._thread = threading.Thread(target=self._run, name="download", daemon=True)
         self._thread.start()
 
@@ -167,7 +167,7 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
         return arrived
 
     def release(self, path: Path) -> None:
-        """Take note that a file is done with."""
+        """Record that the caller has finished with a file."""
         if self.delete:
             path.with_name(path.name + ".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -204,9 +204,9 @@ class Downloader(contextlib.AbstractContextManager["Downloader"]):
 def insist(
     what: str, function: Callable[[], T], size: Callable[[], int] = lambda: 0, unreachable: float | None = None
 ) -> T:
-    """Return what the function returns; call it anew while it raises Again and patience lasts, else raise OSError.
+    """Call the function until it does not raise Again, and return its result. Raise OSError if patience runs out.
 
-    Patience starts anew whenever `size`, of what has arrived, has grown. `what` is named in errors.
+    Patience starts anew whenever `size()`, the bytes that have arrived, has grown. Errors name `what`.
     """
     since, tries, answered, largest = time.monotonic(), 0, False, 0
     while True:
@@ -228,14 +228,14 @@ def insist(
 
 @contextlib.contextmanager
 def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterator[bytes], int | None]]:
-    """Ask for bytes [start, stop) of a file; yield them in blocks, and the size of all of it, None if not said.
+    """Request bytes [start, stop) of a file; yield them in blocks, and the file's size, None if unknown.
 
     Raises Wrong if the server does not send that range, another OSError, or Again.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    # The user's token goes to the hub alone; the client takes it off where a redirect leaves the host.
+    # The user's token goes to the hub alone; the client removes it when a redirect leaves the host.
     token = None if urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2] else False
     headers = build_hf_headers(token=token, library_name="gpt2-data")
     headers |= {"Range": f"bytes={start}-{'' if stop is None else stop - 1}", "Accept-Encoding": "identity"}
@@ -249,7 +249,7 @@ def get(url: str, start: int, stop: int | None = None) -> Iterator[tuple[Iterato
             first, total = span.groups() if span else ("", "*")
         if first != str(start):
             raise Wrong(f"{url}: the server cannot send the file from byte {start:,} on")
-        # Not iter_raw(size): it would hold back, and lose, what came before a break.
+        # Not iter_raw(size): it would buffer, and lose, what came before the connection broke.
         yield response.iter_raw(), None if total == "*" else int(total)
 
 
@@ -272,7 +272,7 @@ def transport(what: str) -> Iterator[None]:
     from huggingface_hub import errors
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
-    reasons = {  # the first that fits; the hub does not tell a private dataset from none
+    reasons = {  # the first match counts; the hub treats a private dataset like a missing one
         errors.GatedRepoError: f"gated: ask for access on the dataset's page, then {LOGIN}",
         errors.RepositoryNotFoundError: f"no such dataset; if it is private, {LOGIN}",
         errors.RevisionNotFoundError: "no such revision",

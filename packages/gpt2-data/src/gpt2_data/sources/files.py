@@ -20,15 +20,15 @@ from gpt2_data import tokenizer
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
-MAX_LINE = 1 << 27  # bytes; a small compressed file may stand for more than any memory holds
-_LONG_LINE = 1 << 24  # bytes; of a longer line no more than so many may stand outside of strings
+MAX_LINE = 1 << 27  # bytes; a small compressed file may expand to more than fits in memory
+_LONG_LINE = 1 << 24  # bytes; in a longer line, no more than this many may be outside of strings
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _READ = 1 << 20  # bytes of a compressed column read at once
 _SHOWN = 300  # characters of a list in a message; a file may have any number of columns
 
 
 class Part(NamedTuple):
-    """A document or, of one too long to hold, a part. The fields are those of a Batch."""
+    """A document, or a part of one that is too long to hold in memory. The fields are those of a Batch."""
 
     text: str | None
     replaced: bool = False
@@ -66,7 +66,7 @@ class Batch:
         return len(tokenizer.text_buffers(self.texts)[0])
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Documents [start, stop) of it."""
+        """Return a batch of its documents [start, stop)."""
         replaced = tuple(i - start for i in self.replaced if start <= i < stop)
         return Batch(self.texts.slice(start, stop - start), replaced)
 
@@ -102,7 +102,7 @@ def _batch(parts: list[Part]) -> Batch:
 
 
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
-    """Open a Parquet file, or what pyarrow reads from and errors call `name`, that has this column of strings."""
+    """Open a Parquet file, or a file object that errors call `name`; it must have this column of strings."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,7 +124,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
 
 
 def row_groups(source: Any, column: str, name: str = "") -> list[tuple[int, int]]:
-    """Return (rows, bytes of text uncompressed) of each row group of a Parquet file, by its footer."""
+    """Return (rows, uncompressed bytes of text) of each row group of a Parquet file, from its footer."""
     with open_parquet(source, column, name) as file:
         metadata = file.metadata
     # Nested columns before it count for several leaves.
@@ -162,7 +162,7 @@ def _from_column(column: Any) -> Batch:
     if column.null_count:
         column = column.fill_null("")
     try:
-        column.validate(full=True)  # Arrow does not look at what it stores
+        column.validate(full=True)  # Arrow does not check what it reads
     except pa.ArrowInvalid:
         return _batch([Part(*_decode(data)) for data in column.cast(pa.large_binary()).to_pylist()])
     return Batch(column, ())
@@ -170,7 +170,7 @@ def _from_column(column: Any) -> Batch:
 
 @contextlib.contextmanager
 def open_bytes(path: str) -> Iterator[BinaryIO]:
-    """Open a file, decompressed if its name says so. What cannot be read raises ValueError naming it."""
+    """Open a file, decompressed if its name says so. Raises ValueError, naming it, if it cannot be read."""
     import pyarrow as pa
 
     try:
@@ -186,7 +186,7 @@ def is_compressed(path: str) -> bool:
 
 
 def read_jsonl(path: str, key: str, start: int, stop: int) -> Iterator[Part]:
-    """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0: to the end."""
+    """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0 means the end."""
     for number, line in enumerate(_lines(path, start, stop), 1):
         if line.isspace():
             continue

@@ -28,7 +28,7 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(
     rf"hf:(?P<repo>{_NAME}(?:/{_NAME})?)(?:@(?P<revision>[^\s:@]+))?(?::(?P<config>[^\s:]*)(?::(?P<split>\w[\w.]*))?)?"
 )
-_FOOTER = 1 << 16  # bytes of a Parquet file's end that are asked for first; FineWeb-Edu's footers have 3 MB
+_FOOTER = 1 << 16  # bytes of a Parquet file's end that are requested first; FineWeb-Edu's footers have 3 MB
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Listing:
 
     @classmethod
     def from_json(cls, data: Any) -> "Listing":
-        """Return a listing that was kept. Raises ValueError, KeyError or TypeError if it is none."""
+        """Return the listing that to_json wrote. Raises ValueError, KeyError or TypeError if it is invalid."""
         repo = _matching(_NAME + f"(/{_NAME})?", data["repo"])
         commit = _matching("[0-9a-f]{40}", data["commit"])
         files = tuple(hub_file(repo, commit, row["path"], row["size"], row["sha256"]) for row in data["files"])
@@ -71,7 +71,7 @@ class Listing:
 
 
 def parse(text: str) -> HubSource | None:
-    """Return what a SOURCE names on the hub, or None. Raises ValueError if it is meant so but malformed."""
+    """Return what a SOURCE names on the hub; None if it names none. Raises ValueError if it is malformed."""
     short, _, config = text.partition(":")
     if short in SHORT and re.fullmatch(r"[\w-]+(:[^\s:]+)?", text):
         return HubSource(SHORT[short][0], config=config or SHORT[short][1])
@@ -84,7 +84,7 @@ def parse(text: str) -> HubSource | None:
 
 
 def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
-    """Return what files.row_groups does for a file on the hub, by its footer alone. Raises OSError, too."""
+    """Do what files.row_groups does for a file on the hub, reading its footer alone. Also raises OSError."""
     import pyarrow as pa
 
     footer = download.read_range(file.url, max(0, file.size - _FOOTER), file.size)
@@ -95,7 +95,7 @@ def row_groups(file: WebFile, column: str = "text") -> list[tuple[int, int]]:
 
 
 def list_files(source: HubSource) -> Listing:
-    """List the source's files at the commit that its revision stands for now, by one request.
+    """List the source's files at its revision's current commit, with one request.
 
     Raises ValueError, naming the configs or splits that there are, or OSError.
     """
@@ -116,7 +116,7 @@ def list_files(source: HubSource) -> Listing:
         there_are = ", ".join(sorted(splits)) or "none"
         raise ValueError(f"{what}: no file of split {source.split!r}; the splits are: {there_are}")
     if statistics.mode(PurePosixPath(name).suffix for name in chosen) == ".parquet":
-        # A licence or a picture among them is left out, as `datasets` does.
+        # Other files, such as a licence or a picture, are left out, as `datasets` does.
         chosen = [name for name in chosen if name.endswith(".parquet")]
     commit = _matching("[0-9a-f]{40}", info.sha)
     rows = [(name, siblings[name].size, siblings[name].lfs) for name in chosen]
@@ -143,7 +143,7 @@ def _splits(source: HubSource, configs: list[Any], names: list[str]) -> tuple[st
 
 
 def _card_splits(source: HubSource, entry: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Return the files of each split by an entry of the card's `configs:`."""
+    """Return the files of each split from an entry of the card's `configs:`."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]  # huggingface_hub requires it
 
     base = (str(entry.get("data_dir") or "").strip("/") + "/").removeprefix("/")
@@ -183,7 +183,7 @@ def _splits_by_name(names: list[str], folder: str = "") -> dict[str, list[str]]:
 
 
 def hub_file(repo: str, commit: str, path: Any, size: Any, sha256: Any) -> WebFile:
-    """Return the file of a dataset at a commit, checked, since its path becomes one on this machine."""
+    """Return the file of a dataset at a commit. Its path is checked: it becomes a path on this machine."""
     from huggingface_hub import constants
 
     names = set(_matching(r"[^\x00-\x1f\\]+", path).split("/"))
@@ -202,18 +202,18 @@ def _matching(pattern: str, value: Any) -> str:
 def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | None = None) -> Path:
     """Download a file, unless it is there already, and return its path.
 
-    The file is there whole and checked, or not at all. A download that broke resumes, in another process too.
+    The file is there whole and checked, or not at all. A broken download resumes, even in another process.
 
     Args:
         source: an address (https://...), or hf:REPO[@REVISION][:CONFIG[:SPLIT]], a split that is a single file.
         folder: where the file is kept; it is created if need be.
         name: of the file in `folder`. By default the last part of the address, or OWNER--REPO/PATH of the hub.
-        sha256: in hex. A file of that name and hash is taken without asking the network. By default it is the
-            hub's own; of another address only the size is checked then.
+        sha256: in hex. An existing file of that name and hash is used without a request. By default it is the
+            hash that the hub lists; for other addresses, only the size is checked by default.
 
     Raises:
         ValueError: the source is malformed, or the hub has no such config or split, or several files.
-        OSError: refused, not reached (given up after half a minute) or wrong content, in one line.
+        OSError: the server refuses, is not reached within half a minute, or sends wrong content.
     """
     on_hub = parse(source)
     if on_hub is None:
@@ -224,7 +224,7 @@ def fetch(source: str, folder: Path, *, name: str | None = None, sha256: str | N
     if name and sha256 is not None and (folder / name).is_file():
         if disk.sha256(folder / name) == sha256:
             return folder / name
-        (folder / f"{name}.json").unlink(missing_ok=True)  # the receipt may not tell that the file is damaged
+        (folder / f"{name}.json").unlink(missing_ok=True)  # the receipt would hide that the file is damaged
     if on_hub is None:
         assert name is not None
         file = WebFile(source, name, download.insist(source, lambda: _size_of(source)), sha256)
@@ -258,13 +258,13 @@ def tinyshakespeare() -> Path:
 
 
 def num_shards(listing: Listing) -> int:
-    """Return how many shards `stream` knows of a dataset that is not Parquet. Raises ValueError in one line."""
+    """Return how many shards `stream` finds in a dataset that is not Parquet. Raises ValueError in one line."""
     with _one_line_errors(listing):
         return int(_open(listing).num_shards)
 
 
 def stream(listing: Listing, shard: int, column: str = "text") -> Iterator[str | None]:
-    """Yield the documents of a shard in order, by library `datasets`; null is None. Raises ValueError in one line.
+    """Yield a shard's documents in order, read by `datasets`; null becomes None. Raises ValueError in one line.
 
     A shard is what `datasets` makes of a data file: the same documents in whichever process reads it.
     """
