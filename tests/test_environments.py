@@ -9,6 +9,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,7 @@ def test_the_dockerfiles_differ_in_torch_alone_and_copy_what_there_is_and_are_no
     assert [rest for name, rest in cuda if name == "USER"] == ["1000"]
 
 
+@pytest.mark.slow
 def test_the_dockerfiles_pip_commands_are_good(tmp_path) -> None:
     """pip resolves each, with the pins, by what is installed here, and installs nothing."""
     lines = instructions(ROOT / "docker" / "cuda.Dockerfile")

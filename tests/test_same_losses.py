@@ -57,6 +57,7 @@ def test_a_change_of_the_maths_is_found_and_a_harmless_one_is_not(repository) ->
     assert found["tensors"]["optimizer"]["differ"] > 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_says_why(repository) -> None:
     unknown = compare(repository, "nowhere")
     assert unknown.returncode == 1

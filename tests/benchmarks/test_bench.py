@@ -172,6 +172,7 @@ def counts(bench: Bench) -> Ready:
     return Ready(lambda: {"seconds": 2.0, "answer": {"count": [1]}}, 10, warm_up=0)
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_absent_and_a_bar_exits_with_1(monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the cases' processes find them
     groups = [[Case(name, "", "items", f"test_bench.{name}") for name in ("counts", "fails")]]

@@ -106,6 +106,7 @@ def test_the_sampled_check_finds_a_planted_difference(monkeypatch):
         tokenizer.encode_texts(pa.array([" world"]), "gigatoken")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(fast._memory() is None, reason="only Linux says how much memory a process has")
 def test_memory_is_bounded():
     """30 MB of words that were never seen make a cache without bound grow by 350 MB."""

@@ -13,6 +13,7 @@ from hub_server import SECOND, Drop, Refuse
 from gpt2_data.sources import hub
 from gpt2_data.sources.hub import HubSource, Listing, list_files
 
+pytestmark = pytest.mark.slow
 TEXTS = [
     [f"document {i} of {shard}, naïve 日本語" if i % 5 else (None if i % 2 else "") for i in range(700)]
     for shard in range(3)

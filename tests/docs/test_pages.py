@@ -82,6 +82,7 @@ def test_snippets_run(page, sandbox) -> None:
         exec(code, {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_run(page, sandbox, monkeypatch) -> None:
     if ["gpt2-data", "build", "pydocs"] not in [words[:3] for words in commands(page)]:

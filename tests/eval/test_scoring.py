@@ -103,6 +103,7 @@ def test_half_of_the_positions_of_hellaswag_s_shape(model):
     assert sum(batch.tokens.size for batch in plan_batches(model, cases)) < 0.54 * 100 * 4 * 78
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls torch.jit
 def test_compiled_equals_plain_and_compiles_once(model, cases, monkeypatch):
     torch._dynamo.reset()

@@ -1,5 +1,7 @@
 """Both tokenizer libraries; a source of more than 50,000 documents, and what a dataset of it must be."""
 
+from pathlib import Path
+
 import fineweb_like
 import pytest
 
@@ -7,6 +9,13 @@ from gpt2_data import BuildConfig, build
 from gpt2_data import gigatoken as fast
 
 FILES = 12
+
+
+def pytest_collection_modifyitems(items):
+    """`make test-fast` leaves out this folder, which takes half of the suite's time."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

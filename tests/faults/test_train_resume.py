@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from train_faults import SETTINGS, SHAPE, checkpoint, good_steps, outcome, rows, snapshot, wait_for_step
+from train_faults import SETTINGS, SHAPE, checkpoint, good_steps, outcome, rows, snapshot, steps_of, wait_until
 
 from gpt2_data import convert, open_dataset
 from gpt2_train import TrainConfig
@@ -82,7 +82,7 @@ def test_the_clock_goes_back_a_day(tmp_path, runs) -> None:
 def test_a_second_trainer_is_refused_by_the_name_of_the_first(tmp_path, runs) -> None:
     out = tmp_path / "run"
     (first,) = runs.begin(out, ("in_update", {"step": 8, "do": "sleep"}))
-    wait_for_step(out, 7)
+    wait_until(lambda: 6 in steps_of(out))
     for ranks in (1, 2):
         says = [f"{out} is in use by process {first.pid} on {socket.gethostname()}"]
         runs.fail(out, ranks=ranks, says=says, log=tmp_path / f"second-{ranks}.log")

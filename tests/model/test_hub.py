@@ -68,6 +68,7 @@ def info(name: str, hub: HubServer, **environment: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_home_cache_and_offline_mode(hub, files, tmp_path) -> None:
     """Downloaded under HF_HOME, a moved name like "gpt2" too; offline then without any request."""
     hub.add("openai-community/gpt2", files)

@@ -43,6 +43,7 @@ def test_int8_models_are_for_running_alone(tiny_hf_folder, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_loss_on_real_text_is_that_of_fp32() -> None:
     """A model trained on the bytes of the standard library's sources, on some that it has not seen: within 0.5 %
     of fp32 (it was 0.01), by the module and by engine.c with its 16-bit activations."""

@@ -35,6 +35,7 @@ def traced(runs, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 # Compiled, it is so also after trying micro-batches, which compiles a backward that would send all at its end.
 @pytest.mark.parametrize(("run", "bytes_each"), [("none", 4), ("bf16", 2), ("compiled", 4)])
 def test_every_gradient_crosses_once_a_step_beside_the_last_backward(traced, run, bytes_each) -> None:

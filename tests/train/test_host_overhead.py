@@ -2,12 +2,14 @@
 
 import time
 
+import pytest
 import torch
 
 from gpt2_model import GPT
 from gpt2_train import TrainConfig, train
 
 
+@pytest.mark.slow
 def test_the_host_adds_less_than_two_percent_to_a_step(dataset, tmp_path, monkeypatch) -> None:
     """The quickstart's model and batch. Its own work: gradients, clipping, the update; the rest is the loop's."""
     work, ends = [0.0], []

@@ -74,6 +74,7 @@ def test_a_job_that_is_out_of_time_is_saved_and_queued_again(dataset, tmp_path, 
     assert good_steps(out) == [last]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_job(tmp_path, slurm) -> None:
     """Not queued again: it would fail again."""
     job = slurm("--no-such-option", nodes=1)

@@ -85,6 +85,7 @@ def test_transformers_loads_a_checkpoint(reference) -> None:
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_whole_process(dataset, tmp_path) -> None:
     """Python's own end is part of it; tests/faults has every signal at every time, on forks that leave sooner."""
     command = [sys.executable, "-m", "gpt2_train", *flags(dataset, tmp_path, checkpoint_every=0, steps=100_000)]
