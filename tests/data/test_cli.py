@@ -89,7 +89,7 @@ def test_what_a_user_can_mend_is_one_line(run, source, make, texts, tmp_path):
         (["info", tmp_path], "is not a dataset"),
         (["info", source], f"000.jsonl is a file: name its folder, {source.parent}"),
         (["show", tmp_path], "is not a dataset"),
-        (["verify", out.parent], f"{out.parent} is not a dataset; {out} in it is: name that"),
+        (["verify", out.parent], f"{out.parent} is not a dataset but holds one: use {out}"),
     ]:
         done = run(*arguments)
         assert done.exit_code == 1, (arguments, done.output)

@@ -132,7 +132,7 @@ def not_a_dataset(folder: Path, what: str, hint: str) -> str:
     if folder.is_file():
         return f"{folder} is a file: name its folder, {folder.parent}"
     if inside := sorted(file.parent for file in folder.glob(f"*/{FILE_NAME}")):
-        return f"{folder} is not a dataset; {' and '.join(map(str, inside[:3]))} in it is: name that"
+        return f"{folder} is not a dataset but holds one: use {' or '.join(map(str, inside[:3]))}"
     return f"{folder} is not a {what}: there is no {FILE_NAME} in it{hint}"
 
 
