@@ -54,7 +54,7 @@ class Dataset:
     def read(self, split: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return tokens [start, stop) of the split, across shards. Raises ValueError if it has no such tokens."""
         if not 0 <= start <= stop <= self.tokens(split):
-            raise ValueError(f"split {split!r} has {self.tokens(split):,} tokens, {start:,} to {stop:,} are not in it")
+            raise ValueError(f"split {split!r} has {self.tokens(split):,} tokens, not {start:,} to {stop:,}")
         out = np.empty(stop - start, np.uint16)
         if start < stop:
             self.split(split).read_windows(out[np.newaxis], np.array([start]))
