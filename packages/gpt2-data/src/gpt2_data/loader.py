@@ -100,7 +100,8 @@ class TokenLoader(Iterator[Pair]):
         dataset.read(self.split, 0, 1)  # opens the split, so that a missing shard is noticed now
 
     def __next__(self) -> Pair:
-        x, y = np.empty((2, self.batch_size, self.seq_len), np.int64)
+        shape = self.batch_size, self.seq_len
+        x, y = np.empty(shape, np.int64), np.empty(shape, np.int64)
         self.next_into(x, y)
         return x, y
 
