@@ -10,6 +10,7 @@ import numpy as np
 from gpt2_data import disk
 from gpt2_data.formats import arrow, foreign, manifest, uint16
 from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
+from gpt2_data.formats.uint16 import Numbers, TokenFile
 
 _BLOCK = 1 << 18  # bytes hashed and checked at once: what a core's cache holds
 _DAMAGED = f"damaged: its SHA-256 is not the one in {FILE_NAME}"
@@ -65,36 +66,37 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
 
 def _shard_problems(folder: Path, shard: Shard, dataset: Manifest, level: str) -> list[str]:
     problems: list[str] = []
+    documents = file = None
     for name in reversed(shard.files):  # the sidecar first
-        open_file = manifest.open_shard if name == shard.file else manifest.open_documents
         try:
-            open_file(folder, shard)
+            if name == shard.file:
+                file = manifest.open_shard(folder, shard)
+            else:
+                documents = manifest.open_documents(folder, shard)
         except FileNotFoundError:
             problems.append(f"{name}: missing")
         except (ValueError, OSError) as error:
             problems.append(f"{name}: {str(error).removeprefix(f'{folder / name}: ')}")
-    if level == "fast" or any(problem.startswith(f"{shard.file}:") for problem in problems):
+    if level == "fast" or file is None:
         return problems
     try:
-        return problems + _content_problems(folder, shard, dataset, check_documents=not problems)
+        return problems + _content_problems(shard, dataset, file, documents)
     except (ValueError, OSError) as error:  # the files changed meanwhile
         return [*problems, f"{shard.file}: {error}"]
 
 
-def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_documents: bool) -> list[str]:
+def _content_problems(shard: Shard, dataset: Manifest, file: TokenFile, documents: Numbers | None) -> list[str]:
     """Read the shard once and check its hash, and its tokens, which a faulty builder may have got wrong."""
     problems: list[str] = []
-    file = manifest.open_shard(folder, shard)
-    starts = manifest.open_documents(folder, shard).read() if check_documents else np.empty(0, np.int64)
     if shard.docs is None:
         rows = arrow.check_shard(file.path, shard.tokens, shard.documents)
         if rows.rows.read(0, 1) != 0 or rows.ids.read().min() < 0:
             problems.append(f"{shard.file}: impossible row starts or ids: damaged")
-    elif (
-        check_documents
-        and hashlib.sha256((folder / shard.docs.file).read_bytes()).hexdigest() != shard.docs.sha256
-    ):
+        documents = rows.documents
+    elif documents is not None and hashlib.sha256(documents.path.read_bytes()).hexdigest() != shard.docs.sha256:
         problems.append(f"{shard.docs.file}: {_DAMAGED}")
+    starts = np.empty(0, np.int64) if documents is None else documents.read()
+    vocab_size, eot = dataset.vocab_size, dataset.tokenizer["eot"]
     position = eots = eots_at_starts = 0
     bad_id = ""
     digest = hashlib.sha256()
@@ -105,10 +107,10 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
             digest.update(buffer[:count])
             # An Arrow file has more after the tokens.
             tokens = np.frombuffer(buffer[: count // 2 * 2], uint16.TOKEN)[: file.tokens - position]
-            if not bad_id and len(tokens) and int(tokens.max()) >= dataset.vocab_size:
-                at = int(np.argmax(tokens >= dataset.vocab_size))
-                bad_id = f"token {position + at:,} is {tokens[at]}, not below {dataset.vocab_size}"
-            is_eot = tokens == dataset.tokenizer["eot"]
+            if not bad_id and len(tokens) and int(tokens.max()) >= vocab_size:
+                at = int(np.argmax(tokens >= vocab_size))
+                bad_id = f"token {position + at:,} is {tokens[at]}, not below {vocab_size}"
+            is_eot = tokens == eot
             here = slice(*np.searchsorted(starts, [position, position + len(tokens)]))
             eots += int(np.count_nonzero(is_eot))
             eots_at_starts += int(np.count_nonzero(is_eot[starts[here] - position]))
@@ -118,6 +120,6 @@ def _content_problems(folder: Path, shard: Shard, dataset: Manifest, check_docum
     if bad_id:
         problems.append(f"{shard.file}: {bad_id}")
     in_order = (np.diff(starts, prepend=-1, append=file.tokens) > 0).all()
-    if check_documents and not (in_order and eots == eots_at_starts == len(starts)):
+    if documents is not None and not (in_order and eots == eots_at_starts == len(starts)):
         problems.append(f"{shard.files[-1]}: document offsets do not fit the tokens of {shard.file}")
     return problems
