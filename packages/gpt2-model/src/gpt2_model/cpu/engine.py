@@ -44,7 +44,7 @@ def weight_type(model: GPT) -> torch.dtype:
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the engine for weights of one type from the user's cache folder; compile it first if needed (2 s)."""
+    """Return the engine for weights of one type from the user's cache folder; compile it first if needed (3 s)."""
     if dtype not in TYPES:
         raise Unavailable(f"the CPU engine does not support {dtype}")
     sources = [Path(__file__).with_name(name) for name in SOURCES]
