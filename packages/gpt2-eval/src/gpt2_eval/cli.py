@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click_option_group import optgroup
 
 from gpt2_model import command
 from gpt2_model.command import PATH, SETTINGS, Size, print_json
-
-if TYPE_CHECKING:  # torch takes two seconds to import: no module that needs it is, before work starts
-    from gpt2_eval.published import Published
 
 CORPUS_NAMES = ("wikitext2", "wikitext103", "ptb")
 TASK_NAMES = (
@@ -125,13 +122,13 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
     gpt2-eval hellaswag -m runs/a --data hellaswag_val.jsonl --protocol karpathy
     """
     run = Run(**options)
-    from gpt2_eval.hellaswag import PUBLISHED, evaluate_hellaswag, load_hellaswag
+    from gpt2_eval.hellaswag import evaluate_hellaswag, load_hellaswag
 
     items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
     with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
             items = load_hellaswag(run.data, limit=limit, encoder=encoder)
-        _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring), PUBLISHED)
+        _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring))
 
 
 @main.command(short_help="Score LAMBADA, PIQA, ARC, WikiText or another task.")
@@ -139,13 +136,23 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
 @MODEL
 @optgroup("Data")
 @optgroup.option("--data", type=PATH, metavar="FILE", help="The task's file.  [default: downloaded]")
-@optgroup.option("--stride", type=click.IntRange(min=1), metavar="N",
-                 help="Tokens between the starts of windows.  [default: the model's context]")  # fmt: skip
+@optgroup.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens between the starts of windows.  [default: the model's context]",
+)
+@optgroup.option(
+    "--protocol",
+    type=click.Choice(["raw", "hf-page"]),
+    help="WikiText's text: the raw file, also by lm-eval's pages; or its lines joined by blank lines, as "
+    "transformers' page on perplexity does.  [default: raw]",
+)
 @LIMIT
 @OUTPUT
 @HARDWARE
 @user_errors
-def task(name: str, stride: int | None, limit: int | None, **options: Any) -> None:
+def task(name: str, stride: int | None, protocol: str | None, limit: int | None, **options: Any) -> None:
     """Score another zero-shot task, and show the GPT-2 paper's figure if there is one.
 
     \b
@@ -158,23 +165,26 @@ def task(name: str, stride: int | None, limit: int | None, **options: Any) -> No
     gpt2-eval task lambada -m gpt2
     gpt2-eval task wikitext2 -m gpt2 --stride 512
     """
+    if name == "ptb" and protocol == "hf-page":
+        raise click.UsageError("--protocol hf-page is of WikiText alone")
     if name in CORPUS_NAMES and (options["out"] or limit):
         raise click.UsageError(f"--out and --limit do not apply to {name}, which is one text")
-    if name not in CORPUS_NAMES and stride:
-        raise click.UsageError(f"--stride does not apply to {name}")
+    if name not in CORPUS_NAMES and (stride or protocol):
+        raise click.UsageError(f"{'--stride' if stride else '--protocol'} does not apply to {name}")
     run = Run(**options)
-    from gpt2_eval.corpora import CORPORA, evaluate_corpus, load_corpus
-    from gpt2_eval.tasks import TASKS, evaluate_task, load_task
+    from gpt2_eval.corpora import evaluate_corpus, load_corpus
+    from gpt2_eval.tasks import evaluate_task, load_task
 
     if name in CORPUS_NAMES:
         text = load_corpus(name, run.data)
+        protocol = protocol or "raw"
         with _loaded(run) as (model, encoder, scoring):
-            perplexities = evaluate_corpus(model, text, stride=stride, encoder=encoder, **scoring)
-            _report(run, model, perplexities, CORPORA[name].file)
+            choices = {"stride": stride, "protocol": protocol, "encoder": encoder}
+            _report(run, model, evaluate_corpus(model, text, **choices, **scoring))
         return
     questions = load_task(name, run.data, limit=limit)
     with _loaded(run) as (model, encoder, scoring):
-        _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring), TASKS[name].file)
+        _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring))
 
 
 @main.command(short_help="Measure loss, perplexity and bits per byte on a dataset.")
@@ -300,8 +310,8 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
             raise
 
 
-def _report(run: Run, model: Any, result: Any, published: "Published | None" = None) -> None:
-    """Write --out and print the result, on rank 0; --data may be another file than the `published` one."""
+def _report(run: Run, model: Any, result: Any) -> None:
+    """Write --out and print the result, on rank 0."""
     from gpt2_eval import tables
     from gpt2_eval.ranks import rank_and_world_size
     from gpt2_eval.report import finite, write_records
@@ -318,14 +328,10 @@ def _report(run: Run, model: Any, result: Any, published: "Published | None" = N
         remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
     where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
-    other = run.data is not None and published is not None and result.data_sha256 != published.sha256
     if run.as_json:
-        checked = {"published_file": not other} if published else {}
-        return print_json(finite(result.as_dict() | checked | where))
+        return print_json(finite(result.as_dict() | where))
     size = next((name for name, shape in PRESETS.items() if shape == model.config), None)
     tables.show_result(result, size, f"{device}, {dtype}")
-    if published is not None and other:
-        known = "Not the published file" if published.sha256 else "Not known to be the published file"
-        text = f"{known} (SHA-256 {result.data_sha256[:12]}…): compare with numbers on this same file only"
-        click.secho(text, fg="yellow")
+    if doubt := getattr(result, "doubt", ""):  # a LossResult has none: its dataset is the user's own
+        click.secho(f"{doubt}: compare with numbers on this same file only", fg="yellow")
     click.echo(f"model {where['model']}, data {run.data or 'as published'}")

@@ -51,6 +51,7 @@ class TaskResult:
     items: int  # scored
     total: int  # in the file: more than `items` if there was a limit
     data_sha256: str  # of the whole file
+    doubt: str  # why it is not the published file; empty if it is
     metrics: dict[str, dict[str, Estimate]]  # by protocol and metric
     truncated: dict[str, int]  # by protocol, rows whose context was cut on the left to fit the model
     seconds: float  # of scoring, after the rows were made
@@ -67,7 +68,7 @@ class TaskResult:
 
     def _about(self) -> dict[str, Any]:
         names = ("task", "items", "partial", "data_sha256", "seconds")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"published_file": not self.doubt}
 
     def _figures(self, protocol: str) -> dict[str, Any]:
         metrics = self.metrics[protocol]
@@ -111,6 +112,7 @@ class CorpusResult:
 
     task: str
     data_sha256: str
+    doubt: str  # why its text is not the published one; empty if it is
     stride: int  # tokens by which the raw windows move on
     perplexities: dict[str, Perplexity]  # by protocol
     seconds: float
@@ -119,7 +121,7 @@ class CorpusResult:
         """Return what is written as JSON."""
         document = asdict(self)
         perplexities: dict[str, Any] = document.pop("perplexities")
-        return document | perplexities
+        return document | perplexities | {"published_file": not document.pop("doubt")}
 
 
 @dataclass(frozen=True)

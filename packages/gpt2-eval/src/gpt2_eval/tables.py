@@ -34,7 +34,8 @@ def show_result(result: TaskResult | CorpusResult | LossResult, size: str | None
 
 
 def _show_task(result: TaskResult, size: str | None, how: str) -> None:
-    paper = TASKS[result.task].paper.get(size or "", {}) if result.task in TASKS else {}
+    comparable = not result.doubt and not result.partial and result.task in TASKS
+    paper = TASKS[result.task].paper.get(size or "", {}) if comparable else {}
     heading = f"{'protocol':10}{'metric':15}{'value':>9}{'stderr':>9}{'ties':>6}"
     click.echo(heading + (f"{'paper':>9}" if paper else ""))
     for protocol, metrics in result.metrics.items():
@@ -50,7 +51,8 @@ def _show_task(result: TaskResult, size: str | None, how: str) -> None:
             click.echo(
                 f"{protocol}: {rows:,} rows lost the beginning of their context, which is longer than the model's"
             )
-    click.echo(f"{result.items:,} items of {result.task} in {result.seconds:.1f} s on {how}")
+    what = result.task + ", not the published file," * bool(result.doubt)
+    click.echo(f"{result.items:,} items of {what} in {result.seconds:.1f} s on {how}")
     if result.partial:
         click.secho(f"PARTIAL: the first {result.items:,} of {result.total:,} items; not comparable", fg="yellow")
 
@@ -63,13 +65,22 @@ def _show_corpus(result: CorpusResult, size: str | None, how: str) -> None:
             value, count = getattr(perplexity, unit), getattr(perplexity, f"{unit}s")
             # The delta method: all three are exp(nats / count) of the same nats.
             stderr = value * perplexity.stderr * perplexity.tokens / count
-            paper = corpus.paper.get(size or "") if unit == corpus.per else None
+            comparable = (protocol, unit) == corpus.nearest and not result.doubt
+            paper = corpus.paper.get(size or "") if comparable else None
             click.echo(
                 f"{protocol:10}{unit:7}{_figure(value, '.3f'):>11}{_error(stderr, '.3g'):>11}"
                 f"{f'{paper:.2f}' if paper else '':>9}{count:13,}"
             )
         click.echo(f"{protocol:10}{perplexity.bits_per_byte:.4f} bits per byte")
-    click.echo(f"{result.task}, stride {result.stride:,} (raw), in {result.seconds:.1f} s on {how}")
+    main = next(iter(result.perplexities))
+    what = result.task + " (not the published file)" * bool(result.doubt)
+    click.echo(f"{what}, stride {result.stride:,} ({main}), in {result.seconds:.1f} s on {how}")
+    for protocol, perplexity in result.perplexities.items():
+        known = corpus.tokens[protocol]
+        if not result.doubt and perplexity.tokens == known:
+            click.echo(f"{protocol}: {known:,} tokens, as published")
+        else:
+            click.echo(f"{protocol}: {perplexity.tokens:,} tokens; GPT-2's of the published text are {known:,}")
 
 
 def _show_loss(result: LossResult, how: str) -> None:

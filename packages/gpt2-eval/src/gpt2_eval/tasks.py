@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
-from gpt2_eval.published import Published, find_file, read_items, short_hash
+from gpt2_eval.published import Fields, Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, columns_of, perplexity_of
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
 
@@ -30,14 +30,18 @@ def _piqa(record: dict[str, Any]) -> Question:
 
 
 def _arc(record: dict[str, Any]) -> Question:
-    choices = record["choices"]
-    label = choices["label"].index(record["answerKey"])
-    return _choose(f"Question: {record['question']}\nAnswer:", choices["text"], label)
+    return _one_of(f"Question: {record['question']}\nAnswer:", record)
 
 
 def _openbookqa(record: dict[str, Any]) -> Question:
-    choices = record["choices"]
-    return _choose(record["question_stem"], choices["text"], choices["label"].index(record["answerKey"].lstrip()))
+    return _one_of(record["question_stem"], record)
+
+
+def _one_of(context: str, record: dict[str, Any]) -> Question:
+    texts, labels = record["choices"]["text"], record["choices"]["label"]
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} choices.text and {len(labels)} choices.label")
+    return _choose(context, texts, labels.index(record["answerKey"].lstrip()))
 
 
 def _copa(record: dict[str, Any]) -> Question:
@@ -82,9 +86,21 @@ class Task:
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+ONE_OF: Fields = {"choices.text": list, "choices.label": list, "answerKey": str}
+FIELDS: Mapping[str, Fields] = {
+    "lambada": {"text": str},
+    "piqa": {"goal": str, "sol1": str, "sol2": str, "label": int},
+    "arc-easy": {"question": str, **ONE_OF},
+    "arc-challenge": {"question": str, **ONE_OF},
+    "winogrande": {"sentence": str, "option1": str, "option2": str, "answer": str},
+    "openbookqa": {"question_stem": str, **ONE_OF},
+    "copa": {"premise": str, "choice1": str, "choice2": str, "question": str, "label": int},
+    "boolq": {"passage": str, "question": str, "label": int},
+}
 LAMBADA = Published(
     "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
     "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    5153,
 )
 TASKS = {
     "lambada": Task(_lambada, LAMBADA, {
@@ -93,13 +109,13 @@ TASKS = {
         "774M": {"perplexity": 10.87, "acc_last_token": 0.6012},
         "1558M": {"perplexity": 8.63, "acc_last_token": 0.6324},
     }),
-    "piqa": Task(_piqa, Published("hf:baber/piqa::validation")),
-    "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test")),
-    "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test")),
-    "winogrande": Task(_winogrande, Published("hf:allenai/winogrande:winogrande_xl:validation")),
-    "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test")),
-    "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation")),
-    "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation")),
+    "piqa": Task(_piqa, Published("hf:baber/piqa::validation", items=1838)),
+    "arc-easy": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Easy:test", items=2376)),
+    "arc-challenge": Task(_arc, Published("hf:allenai/ai2_arc:ARC-Challenge:test", items=1172)),
+    "winogrande": Task(_winogrande, Published("hf:allenai/winogrande:winogrande_xl:validation", items=1267)),
+    "openbookqa": Task(_openbookqa, Published("hf:allenai/openbookqa:main:test", items=500)),
+    "copa": Task(_copa, Published("hf:aps/super_glue:copa:validation", items=100)),
+    "boolq": Task(_boolq, Published("hf:aps/super_glue:boolq:validation", items=3270)),
 }  # fmt: skip
 
 
@@ -111,6 +127,7 @@ class Questions:
     questions: list[Question]
     total: int
     sha256: str
+    doubt: str = ""  # why it is not the published file
 
 
 def load_task(name: str, path: str | Path | None = None, *, limit: int | None = None) -> Questions:
@@ -131,8 +148,8 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
             raise ValueError("a continuation is empty")
         return question
 
-    questions, total = read_items(file, parse, limit)
-    return Questions(name, questions, total, sha256)
+    questions, total = read_items(file, parse, limit, FIELDS[name])
+    return Questions(name, questions, total, sha256, task.file.doubt(sha256, total, path is not None))
 
 
 def evaluate_task(
@@ -168,6 +185,7 @@ def evaluate_task(
         items=len(items),
         total=data.total,
         data_sha256=data.sha256,
+        doubt=data.doubt,
         metrics={"lm-eval": metrics},
         truncated={"lm-eval": count_truncated(items, model.config.block_size)},
         seconds=time.perf_counter() - start,
