@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click_option_group import optgroup
 
+from gpt2_eval.progress import speaking
 from gpt2_model import command
 from gpt2_model.command import PATH, SETTINGS, Size, print_json
 
@@ -124,10 +125,12 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
     run = Run(**options)
     from gpt2_eval.hellaswag import evaluate_hellaswag, load_hellaswag
 
-    items = load_hellaswag(run.data, limit=limit)  # before the model: bad data shows in a second
+    with speaking("reading and tokenizing HellaSwag"):  # before the model: bad data shows in a second
+        items = load_hellaswag(run.data, limit=limit)
     with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
-            items = load_hellaswag(run.data, limit=limit, encoder=encoder)
+            with speaking("tokenizing HellaSwag"):
+                items = load_hellaswag(run.data, limit=limit, encoder=encoder)
         _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring))
 
 
@@ -176,13 +179,15 @@ def task(name: str, stride: int | None, protocol: str | None, limit: int | None,
     from gpt2_eval.tasks import evaluate_task, load_task
 
     if name in CORPUS_NAMES:
-        text = load_corpus(name, run.data)
+        with speaking(f"reading {name}"):
+            text = load_corpus(name, run.data)
         protocol = protocol or "raw"
         with _loaded(run) as (model, encoder, scoring):
             choices = {"stride": stride, "protocol": protocol, "encoder": encoder}
             _report(run, model, evaluate_corpus(model, text, **choices, **scoring))
         return
-    questions = load_task(name, run.data, limit=limit)
+    with speaking(f"reading {name}"):
+        questions = load_task(name, run.data, limit=limit)
     with _loaded(run) as (model, encoder, scoring):
         _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring))
 
@@ -210,7 +215,8 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
     from gpt2_data import open_dataset
     from gpt2_eval.loss import count_targets, evaluate_loss
 
-    dataset = open_dataset(data)
+    with speaking(f"opening {data}"):
+        dataset = open_dataset(data)
     count_targets(dataset, split, tokens)  # before the model: an empty split shows in a second
     with _loaded(run) as (model, encoder, scoring):
         if not encoder.is_gpt2:
@@ -261,15 +267,18 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
     gpt2-eval lm-eval -m gpt2 --tasks sciq,blimp --num-fewshot 0
     """
     try:
-        import lm_eval as harness
-        from lm_eval.tasks import TaskManager
+        with speaking("loading lm-evaluation-harness"):
+            import lm_eval as harness
+            from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("this needs lm-evaluation-harness: pip install 'gpt2-eval[lm-eval]'") from None
     from gpt2_eval.lm_eval_bridge import GPT2LM
     from gpt2_eval.ranks import rank_and_world_size
 
-    run, manager, names = Run(**options), TaskManager(), tasks.split(",")
-    unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
+    run, names = Run(**options), tasks.split(",")
+    with speaking("listing the harness' tasks"):
+        manager = TaskManager()
+        unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them")
     with _loaded(run) as (model, _, scoring):
@@ -287,14 +296,19 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
 @contextmanager
 def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """Yield the model, its tokenizer and the options of `score_items`, in torchrun's process group."""
-    import torch
+    with speaking("loading torch"):
+        import torch
 
-    from gpt2_eval.models import load_model
-    from gpt2_eval.ranks import process_group
+        from gpt2_eval.models import load_model
+        from gpt2_eval.ranks import process_group
+        from gpt2_eval.resume import sole_writer
 
     command.keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
-    with process_group() as rank:
-        model, encoder = load_model(run.model, run.hf, run.device)
+    with process_group() as rank, sole_writer(Path(run.out)) if run.out and not rank else nullcontext():
+        with speaking(f"loading {run.model or run.hf}"):
+            if run.compile:
+                command.check_compiler(command.find_device(run.device), "no --compile")
+            model, encoder = load_model(run.model, run.hf, run.device)
         scoring = {
             "batch_size": run.batch_size,
             "autocast_dtype": torch.bfloat16 if run.dtype == "bf16" else None,
@@ -323,15 +337,19 @@ def _report(run: Run, model: Any, result: Any) -> None:
     if run.out is not None:
         path = Path(run.out)
         if path.exists():
-            click.echo(f"--out {path}: replacing the existing file", err=True)
+            click.echo(f"--out {click.format_filename(path)}: replacing the existing file", err=True)
         write_records(path, result.records)
         remove_scores(path)
     device, dtype = str(next(model.parameters()).device), "bf16" if run.dtype == "bf16" else "fp32"
-    where = {"model": run.model or run.hf, "data": run.data, "device": device, "dtype": dtype}
+    # A name that is not UTF-8 is written with U+FFFD: neither a terminal nor JSON can hold it.
+    data, name = (
+        None if path is None else click.format_filename(path) for path in (run.data, run.model or run.hf)
+    )
+    where = {"model": name, "data": data, "device": device, "dtype": dtype}
     if run.as_json:
         return print_json(finite(result.as_dict() | where))
     size = next((name for name, shape in PRESETS.items() if shape == model.config), None)
     tables.show_result(result, size, f"{device}, {dtype}")
     if doubt := getattr(result, "doubt", ""):  # a LossResult has none: its dataset is the user's own
         click.secho(f"{doubt}: compare with numbers on this same file only", fg="yellow")
-    click.echo(f"model {where['model']}, data {run.data or 'as published'}")
+    click.echo(f"model {name}, data {data or 'as published'}")

@@ -6,8 +6,9 @@ each batch. All these files are read at the start, however many ranks wrote them
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gpt2_eval.models import LanguageModel
 from gpt2_eval.ranks import rank_and_world_size
+from gpt2_model.command import locked
 
 Score = tuple[float | int, ...]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,6 +84,19 @@ def _read(file: Path, what: str) -> dict[int, Score]:
     except (ValueError, TypeError, AttributeError):
         pass  # a damaged line: what comes after it is scored again
     return known
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold a result file during the block; a ValueError says that another evaluation writes it."""
+    folder = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder), str(path))) from None
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)  # while it is still locked
+        yield
 
 
 def remove_scores(path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gpt2_eval.models import LanguageModel
 from gpt2_eval.packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
+from gpt2_eval.progress import speaking
 from gpt2_eval.ranks import gather_records, rank_and_world_size
 from gpt2_eval.resume import Score, resuming
 from gpt2_model import EOT, GPT
@@ -32,7 +33,7 @@ CPU_BATCH_TOKENS = 2048
 BATCH_TOKENS = 65_536
 # Tokens of a sequence where all must have one length: HellaSwag's items have 167 on average, and at most 450.
 FIXED_LENGTH = 512
-LOG_SECONDS = 30.0  # between two lines of progress if there is no terminal
+LOG_SECONDS = 10.0  # between two lines of progress if there is no terminal
 
 
 class PassOptions(TypedDict, total=False):
@@ -74,7 +75,7 @@ def score_items(
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         resume: the file that the caller will write. Scores are saved beside it after each batch, and those that a
             killed call has saved are not computed again; `remove_scores` deletes them.
-        progress: show progress on stderr: a bar on a terminal, elsewhere a line every half minute.
+        progress: show progress on stderr: a bar on a terminal, elsewhere a line every ten seconds.
         stop: called before each batch, on each rank; True on one of them ends the scoring on all.
 
     Raises:
@@ -130,14 +131,15 @@ def score_batches(
     with resuming(resume, model, autocast_dtype, scored) as (known, keep), evaluating(model, autocast_dtype):
         if known and progress:
             print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
-        for number in _with_progress(numbers, f"scoring {unit}") if progress else numbers:
-            if interrupted := stop is not None and stop():
-                break
-            scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
-            if len(scores) < len(batches[number]):
-                scores = score(number)
-                keep(scores)
-            own.update(scores)
+        with _progress(numbers, f"scoring {unit}") if progress else nullcontext(numbers) as shown:
+            for number in shown:
+                if interrupted := stop is not None and stop():
+                    break
+                scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
+                if len(scores) < len(batches[number]):
+                    scores = score(number)
+                    keep(scores)
+                own.update(scores)
     records = gather_records(own, total, interrupted)
     bad = [number for number, (nats, *_) in enumerate(records) if not math.isfinite(nats)]
     if bad:  # NaN would lose every comparison, and yet give an accuracy
@@ -148,19 +150,28 @@ def score_batches(
     return records
 
 
-def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
-    """Yield the batches, with a bar on a terminal, and a line every half minute elsewhere."""
+@contextmanager
+def _progress(batches: Sequence[int], what: str) -> Iterator[Iterable[int]]:
+    """Yield the batches, with a bar on a terminal, and a line every ten seconds elsewhere."""
     if sys.stderr.isatty():
-        yield from tqdm(batches, desc=what, unit="batch", leave=False)
+        with tqdm(batches, desc=what, unit="batch", leave=False) as bar:
+            yield bar
         return
-    start = last = time.monotonic()
-    for done, batch in enumerate(batches):
-        now = time.monotonic()
-        if done and now - last > LOG_SECONDS:
-            remaining = tqdm.format_interval((now - start) / done * (len(batches) - done))
-            print(f"{what}: {done:,} of {len(batches):,} batches, {remaining} left", file=sys.stderr, flush=True)
-            last = now
-        yield batch
+    start, done = time.monotonic(), 0
+
+    def line() -> str:
+        remaining = (time.monotonic() - start) / done * (len(batches) - done) if done else None
+        left = f", {tqdm.format_interval(remaining)} left" if remaining is not None else ""
+        return f"{what}: {done:,} of {len(batches):,} batches{left}"
+
+    def counted() -> Iterator[int]:
+        nonlocal done
+        for batch in batches:
+            yield batch
+            done += 1
+
+    with speaking(line, LOG_SECONDS):
+        yield counted()
 
 
 def count_truncated(items: Iterable[Iterable[Row]], block_size: int) -> int:

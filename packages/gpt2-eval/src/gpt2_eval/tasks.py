@@ -5,11 +5,13 @@ Prompts, metrics and files are those of lm-evaluation-harness 0.4.13 (lm_eval/ta
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
 from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
+from gpt2_eval.progress import speaking
 from gpt2_eval.published import Fields, Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, columns_of, perplexity_of
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
@@ -163,7 +165,8 @@ def evaluate_task(
     """
     start = time.perf_counter()
     encoder = encoder or gpt2_encoder()
-    items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
+    with speaking(f"tokenizing {data.task}") if options.get("progress") else nullcontext():
+        items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
     scored = score_items(model, items, **options)
     records = []
     for number, (question, rows) in enumerate(zip(data.questions, scored, strict=True)):

@@ -127,6 +127,24 @@ def find_device(name: str) -> "torch.device":
     return device
 
 
+def check_compiler(device: "torch.device", otherwise: str) -> None:
+    """Let torch.compile's back end make a tiny kernel; a ValueError says in a line why it cannot.
+
+    It takes a tenth of a second beside what any compiled program needs: its imports and, once on a machine, half a
+    minute of a C++ compiler.
+    """
+    import torch
+    from torch import _inductor  # torch.compile itself would count a graph more
+
+    try:
+        sample = torch.ones(8, device=device)
+        _inductor.compile(torch.fx.symbolic_trace(lambda x: x + 1), [sample])(sample)
+    except Exception as error:  # no compiler, no headers, no room for its files: these errors have no common type
+        reason = str(error).strip().partition("\n")[0][:200]
+        advice = f"install a C++ compiler (g++), or use {otherwise}"
+        raise ValueError(f"torch.compile does not work here ({reason}): {advice}") from None
+
+
 def keep_buffers() -> None:
     """Put large CPU tensors into huge pages, and keep their memory for the next one instead of giving it back.
 

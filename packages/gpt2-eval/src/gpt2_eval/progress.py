@@ -1,0 +1,32 @@
+"""What a person or a log sees while nothing is finished."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS = 10.0  # between two lines
+
+
+@contextmanager
+def speaking(what: str | Callable[[], str], seconds: float | None = None) -> Iterator[None]:
+    """Write to stderr what goes on, every ten seconds while the block runs; under torchrun, on rank 0."""
+    over, start = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(max(SECONDS if seconds is None else seconds, 0.001)):
+            text = what() if callable(what) else f"{what}: {time.monotonic() - start:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
