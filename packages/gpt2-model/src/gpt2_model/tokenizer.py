@@ -4,6 +4,7 @@ import hashlib
 import json
 from functools import cache
 from importlib.metadata import files
+from typing import Any
 
 import tiktoken
 
@@ -16,6 +17,7 @@ _SHA256 = {
 }
 # The pattern of the GPT-2 release, written with possessive quantifiers: same matches, no deep recursion.
 _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def vocabulary_file(name: str) -> bytes:
@@ -29,18 +31,31 @@ def vocabulary_file(name: str) -> bytes:
 
 
 @cache
+def byte_of() -> dict[str, int]:
+    """Return the byte of each of the 256 characters that stand for bytes in a byte-level vocabulary.
+
+    A byte is itself if it is printable, else a character from U+0100 on (openai/gpt-2, src/encoder.py).
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a byte-level token; one that was added may have other characters, and is itself."""
+    byte = byte_of()
+    return bytes(byte[char] for char in token) if all(char in byte for char in token) else token.encode()
+
+
+@cache
 def get_tokenizer() -> tiktoken.Encoding:
     """Return GPT-2's tokenizer: 50,257 tokens, the last one `<|endoftext|>`.
 
     Use `encode_ordinary` for text from others: it never turns text into a special token.
     """
-    # Each byte is written as one character (openai/gpt-2, src/encoder.py): itself if printable, else from U+0100.
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     symbols: dict[str, int] = json.loads(vocabulary_file("encoder.json"))
     symbols.pop("<|endoftext|>")
-    ranks = {bytes(byte_of[char] for char in symbol): rank for symbol, rank in symbols.items()}
+    ranks = {token_bytes(symbol): rank for symbol, rank in symbols.items()}
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=EOT + 1,
@@ -48,3 +63,28 @@ def get_tokenizer() -> tiktoken.Encoding:
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": EOT},
     )
+
+
+def byte_level_json(vocab: bytes, merges: bytes, *, prefix: bool = False) -> dict[str, Any]:
+    """Return the tokenizer.json of a byte-level BPE such as GPT-2's, from its vocab.json and merges.txt."""
+    level = {**BYTE_LEVEL, "add_prefix_space": prefix}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": {**level, "trim_offsets": False},
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "vocab": json.loads(vocab),
+            "merges": [line for line in merges.decode().splitlines() if line and not line.startswith("#version")],
+        },
+    }

@@ -1,14 +1,16 @@
 """Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
 
-import json
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
+from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES
 from gpt2_model.config import GPTConfig
-from gpt2_model.tokenizer import EOT, vocabulary_file
+from gpt2_model.tokenizer import EOT, byte_level_json, vocabulary_file
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
@@ -78,9 +80,8 @@ def read_config(path: Path) -> GPTConfig:
     return checked_config(path, **values)
 
 
-def hf_config(config: GPTConfig) -> dict[str, Any]:
+def hf_config(config: GPTConfig, special_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of config.json. transformers reads n_positions, llama.cpp n_ctx, vLLM architectures."""
-    special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -88,8 +89,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "n_ctx": config.block_size,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # as in our training: none
         "initializer_range": 0.02,
-        "bos_token_id": special,
-        "eos_token_id": special,
+        **{"bos_token_id": None, "eos_token_id": None, **special_ids},
         "use_cache": True,
         "dtype": "float32",
     }
@@ -102,31 +102,11 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     """
     merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     return {
         "vocab.json": vocab,
         "merges.txt": merges,
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": EOT, **end, "special": True}],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": {**byte_level, "trim_offsets": False},
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "vocab": json.loads(vocab),
-                "merges": [line for line in merges.decode().splitlines()[1:] if line],
-            },
-        },
+        "tokenizer.json": byte_level_json(vocab, merges) | {"added_tokens": [{"id": EOT, **end, "special": True}]},
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
@@ -178,6 +158,7 @@ def _download(repository: str, revision: str) -> Path:
 
     config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
     commit = config.parent.name  # for the other files too, even if the model changes meanwhile
+    _download_tokenizer(repository, commit)
     cached = [f for f in WEIGHTS_FILES if isinstance(try_to_load_from_cache(repository, f, revision=commit), str)]
     for file in cached or WEIGHTS_FILES:
         try:
@@ -191,3 +172,22 @@ def _download(repository: str, revision: str) -> Path:
         for shard in sorted(set(shard_names(Path(weights)).values())):
             hf_hub_download(repository, shard, revision=commit)
     return config.parent
+
+
+def _download_tokenizer(repository: str, commit: str) -> None:
+    """Download the tokenizer's files and generation_config.json, each of which may be absent."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    for file in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+        if try_to_load_from_cache(repository, file, revision=commit) is not None:
+            continue  # it is there, or the hub has said that it is absent
+        try:
+            hf_hub_download(repository, file, revision=commit)
+        except errors.LocalEntryNotFoundError:  # each further file would take 23 s to fail
+            unknown = (
+                "is not in Hugging Face's cache and the hub cannot be reached: the model may lack its tokenizer"
+            )
+            print(f"warning: {file} of {repository} {unknown}", file=sys.stderr)
+            return
+        except errors.EntryNotFoundError:
+            pass
