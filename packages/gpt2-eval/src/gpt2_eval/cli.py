@@ -127,10 +127,7 @@ def hellaswag(protocol: str, limit: int | None, **options: Any) -> None:
 
     with speaking("reading and tokenizing HellaSwag"):  # before the model: bad data shows in a second
         items = load_hellaswag(run.data, limit=limit)
-    with _loaded(run) as (model, encoder, scoring):
-        if not encoder.is_gpt2:
-            with speaking("tokenizing HellaSwag"):
-                items = load_hellaswag(run.data, limit=limit, encoder=encoder)
+    with _loaded(run) as (model, _, scoring):
         _report(run, model, evaluate_hellaswag(model, items, protocol=protocol, **scoring))
 
 
@@ -181,15 +178,14 @@ def task(name: str, stride: int | None, protocol: str | None, limit: int | None,
     if name in CORPUS_NAMES:
         with speaking(f"reading {name}"):
             text = load_corpus(name, run.data)
-        protocol = protocol or "raw"
-        with _loaded(run) as (model, encoder, scoring):
-            choices = {"stride": stride, "protocol": protocol, "encoder": encoder}
-            _report(run, model, evaluate_corpus(model, text, **choices, **scoring))
+        with _loaded(run) as (model, _, scoring):
+            result = evaluate_corpus(model, text, stride=stride, protocol=protocol or "raw", **scoring)
+            _report(run, model, result)
         return
     with speaking(f"reading {name}"):
         questions = load_task(name, run.data, limit=limit)
-    with _loaded(run) as (model, encoder, scoring):
-        _report(run, model, evaluate_task(model, questions, encoder=encoder, **scoring))
+    with _loaded(run) as (model, _, scoring):
+        _report(run, model, evaluate_task(model, questions, **scoring))
 
 
 @main.command(short_help="Measure loss, perplexity and bits per byte on a dataset.")
@@ -213,14 +209,20 @@ def loss(data: str, split: str, tokens: int, seq_len: int | None, **options: Any
     """
     run = Run(data=data, **options)
     from gpt2_data import open_dataset
-    from gpt2_eval.loss import count_targets, evaluate_loss
+    from gpt2_eval.loss import count_targets, evaluate_loss, tokenizer_of
 
     with speaking(f"opening {data}"):
         dataset = open_dataset(data)
     count_targets(dataset, split, tokens)  # before the model: an empty split shows in a second
     with _loaded(run) as (model, encoder, scoring):
-        if not encoder.is_gpt2:
-            raise ValueError(f"{data} holds GPT-2's tokens, but {run.hf} has another tokenizer")
+        if encoder is None:
+            no = f"warning: {run.model} has no tokenizer: whether {data} holds its ids cannot be checked"
+            click.echo(no, err=True)
+        elif not encoder.same_ids(tokenizer_of(dataset)):
+            raise ValueError(
+                f"{data} holds the ids of a tokenizer, but {run.model or run.hf} has another tokenizer: build a "
+                "dataset with the model's, as in gpt2-data build SOURCE --tokenizer MODEL_FOLDER --out DIR"
+            )
         _report(run, model, evaluate_loss(model, dataset, split=split, tokens=tokens, seq_len=seq_len, **scoring))
 
 

@@ -12,10 +12,11 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack
 
-from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
+from gpt2_eval.models import Encoder, LanguageModel, encoder_of, gpt2_encoder, joint
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Fields, Published, find_file, read_items, short_hash
 from gpt2_eval.report import METRICS, HellaSwagResult, columns_of, divided
@@ -54,6 +55,9 @@ class HellaSwag:
     total: int
     sha256: str
     doubt: str = ""  # why it is not the published file
+    path: str | Path | None = None
+    limit: int | None = None
+    encoder: Encoder | None = None
 
 
 def load_hellaswag(
@@ -72,7 +76,10 @@ def load_hellaswag(
     file, sha256 = find_file(PUBLISHED, path)
     encoder = encoder or gpt2_encoder()
     items, total = read_items(file, lambda record: _item(record, encoder), limit, FIELDS)
-    return HellaSwag(items, total, sha256, PUBLISHED.doubt(sha256, total, path is not None))
+    return HellaSwag(items, total, sha256, PUBLISHED.doubt(sha256, total, path is not None), path, limit, encoder)
+
+
+_reload = lru_cache(maxsize=1)(load_hellaswag)  # training evaluates the same items again and again
 
 
 def evaluate_hellaswag(
@@ -84,6 +91,8 @@ def evaluate_hellaswag(
 ) -> HellaSwagResult:
     """Score `data`, a file or the items that `load_hellaswag` read, by one protocol or by both in one pass.
 
+    Items that were tokenized for another tokenizer than the model's are read and tokenized again, once.
+
     Where torch.distributed is initialised, every rank must call this; each gets the whole result.
 
     Args:
@@ -92,8 +101,11 @@ def evaluate_hellaswag(
     """
     if protocol not in (*METRICS, "both"):
         raise ValueError(f"unknown protocol {protocol!r}: choose karpathy, lm-eval or both")
+    encoder = encoder_of(model)
     if not isinstance(data, HellaSwag):
-        data = load_hellaswag(data)
+        data = load_hellaswag(data, encoder=encoder)
+    elif data.encoder not in (None, encoder):
+        data = _reload(data.path, limit=data.limit, encoder=encoder)
     start = time.perf_counter()
     rows = {name: [item.rows[name] for item in data.items] for name in METRICS if protocol in (name, "both")}
     scored = iter(score_items(model, [four for fours in rows.values() for four in fours], **options))

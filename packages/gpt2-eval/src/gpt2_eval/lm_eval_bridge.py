@@ -8,10 +8,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from gpt2_eval.corpora import windows_of
-from gpt2_eval.models import gpt2_encoder
+from gpt2_eval.models import encoder_of
 from gpt2_eval.packing import Row
+from gpt2_eval.published import short_hash
 from gpt2_eval.scoring import ScoringOptions, score_items
-from gpt2_model import EOT, GPT, generate
+from gpt2_model import GPT, generate
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
@@ -22,14 +23,19 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.options, self.encoder = model, options, encoder_of(model)
+        files = sorted(model.tokenizer.files.items()) if model.tokenizer else []
+        # The name under which the harness caches requests.
+        self.tokenizer_name = "gpt2" if self.encoder.is_gpt2 else short_hash(*map(repr, files))
 
-    eot_token_id = EOT  # also stands for an empty context
-    tokenizer_name = "gpt2"  # the name under which the harness caches requests
+    @property
+    def eot_token_id(self) -> int:
+        """The id that also stands for an empty context."""
+        return self.encoder.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text; GPT-2 has no special tokens to add."""
-        return gpt2_encoder().begin(string)
+        """Return the ids of a text."""
+        return self.encoder.begin(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -44,7 +50,9 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, each token scored once."""
         size = self.model.config.block_size
-        texts = [windows_of(self.tok_encode(request.args[0]), size, size, EOT) for request in requests]
+        texts = [
+            windows_of(self.tok_encode(request.args[0]), size, size, self.eot_token_id) for request in requests
+        ]
         scored = iter(score_items(self.model, [[row] for rows in texts for row in rows], **self.options))
         return [sum(next(scored)[0].logprob for _ in rows) for rows in texts]
 
@@ -57,7 +65,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
                 raise ValueError("a task that samples (do_sample) does not run by this bridge: it is greedy")
             new = options["max_gen_toks"]
             room = max(1, self.model.config.block_size - new)
-            prompt = (self.tok_encode(context) or [EOT])[-room:]
+            prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
             [row] = generate(self.model, [prompt], max_new_tokens=new, temperature=0, stop=options["until"])
             texts.append(row.text)
         return texts

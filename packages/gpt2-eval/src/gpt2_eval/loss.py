@@ -2,18 +2,18 @@
 
 import math
 import time
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt2_eval.models import LanguageModel
+from gpt2_eval.models import GPT2, LanguageModel
 from gpt2_eval.published import short_hash
 from gpt2_eval.report import LossResult, columns_of, perplexity_of
 from gpt2_eval.scoring import PassOptions, compiled, device_of, score_batches, token_scores
-from gpt2_model import EOT, get_tokenizer
+from gpt2_model import EOT, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gpt2_data import Dataset
@@ -54,6 +54,7 @@ def evaluate_loss(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     num_targets = count_targets(dataset, split, tokens)
     start = time.perf_counter()
+    token_bytes = bytes_per_token(dataset, model)
     num_windows = -(-num_targets // seq_len)
     firsts = range(0, num_windows, batch_size)
     batches = [range(first, min(first + batch_size, num_windows)) for first in firsts]
@@ -61,7 +62,7 @@ def evaluate_loss(
     def score(number: int) -> dict[int, tuple[float, int]]:
         windows = batches[number]
         ids = dataset.read(split, windows.start * seq_len, min(windows.stop * seq_len, num_targets) + 1)
-        nats, text_bytes = _score_windows(model, ids, seq_len, batch_size if compile else None)
+        nats, text_bytes = _score_windows(model, ids, token_bytes, seq_len, batch_size if compile else None)
         return dict(zip(windows, zip(nats.tolist(), text_bytes.tolist(), strict=True), strict=True))
 
     data = (dataset.manifest.hash, split)
@@ -101,13 +102,17 @@ def count_targets(dataset: "Dataset", split: str, tokens: int) -> int:
 
 
 def _score_windows(
-    model: LanguageModel, ids: NDArray[np.uint16], seq_len: int, fill_to: int | None
+    model: LanguageModel,
+    ids: NDArray[np.uint16],
+    token_bytes: NDArray[np.int64],
+    seq_len: int,
+    fill_to: int | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return nats and bytes of each window's targets, from consecutive ids (targets + 1,); the last may be short.
 
     With `fill_to`, the model runs compiled, on a batch that is padded to that many windows.
     """
-    limit = min(model.config.vocab_size, EOT + 1)
+    limit = min(model.config.vocab_size, len(token_bytes))
     if ids.max() >= limit:
         raise ValueError(f"token id {ids.max()} in the data is beyond the vocabulary of {limit}")
     num_targets, device = ids.size - 1, device_of(model)
@@ -120,12 +125,30 @@ def _score_windows(
     # The padding lies at the end of the flattened batch, where it is cut off and never scored.
     log_probs, _ = token_scores(hidden.flatten(0, 1)[:num_targets], model.head_weight, targets)
     nats = np.bincount(window_of, weights=-log_probs.cpu().double().numpy())
-    text_bytes = np.bincount(window_of, weights=bytes_per_token()[ids[1:]])
+    text_bytes = np.bincount(window_of, weights=token_bytes[ids[1:]])
     return nats.astype(np.float64), text_bytes.astype(np.int64)
 
 
-@cache
-def bytes_per_token() -> NDArray[np.int64]:
-    """Return the number of UTF-8 bytes of each of the 50,257 tokens; `<|endoftext|>` is no text and has 0."""
-    tokenizer = get_tokenizer()
-    return np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(EOT)] + [0])
+def tokenizer_of(dataset: "Dataset") -> Tokenizer:
+    """Return the tokenizer by which a dataset was made: GPT-2's, or its own."""
+    file = getattr(dataset, "tokenizer", None)
+    return GPT2 if file is None else load_tokenizer(file.parent, dataset.eot) or GPT2
+
+
+def bytes_per_token(dataset: "Dataset", model: LanguageModel) -> NDArray[np.int64]:
+    """Return the number of UTF-8 bytes of each id of a dataset; its `<|endoftext|>` is no text and has 0.
+
+    All are 0 if the model has no tokenizer and the dataset none of its own: its ids may be characters'.
+    """
+    if getattr(dataset, "tokenizer", None) is not None:
+        return _bytes_per_token(tokenizer_of(dataset), dataset.vocab_size, dataset.eot)
+    known = getattr(model, "tokenizer", GPT2) is not None
+    return _bytes_per_token(GPT2, EOT + 1, EOT) if known else np.zeros(EOT + 1, np.int64)
+
+
+@lru_cache(maxsize=2)
+def _bytes_per_token(tokenizer: Tokenizer, size: int, eot: int) -> NDArray[np.int64]:
+    lengths = np.array([len(text) for text in tokenizer.token_bytes()][:size])
+    lengths.resize(size)
+    lengths[eot] = 0
+    return lengths

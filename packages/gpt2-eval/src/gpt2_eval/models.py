@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2_eval.packing import Layout, Row
-from gpt2_model import EOT, GPT, get_tokenizer
+from gpt2_model import EOT, GPT, Tokenizer, get_tokenizer, load_tokenizer
 from gpt2_model.command import find_device
 
 
@@ -22,7 +23,19 @@ class Encoder:
     begin: Callable[[str], list[int]]  # ids of a text that begins, with what precedes it (Llama: <s>)
     go_on: Callable[[str], list[int]]  # ids of a text that continues another
     prefix: int  # the id that stands for an empty context
-    is_gpt2: bool = False  # True for GPT-2's tokenizer, by which datasets for training are tokenised
+    tokenizer: Tokenizer | None = None  # the same by its files, which can be compared; None if they cannot
+
+    def same_ids(self, other: Tokenizer) -> bool:
+        """True if no text without special tokens gets other ids by `other`; added tokens do not matter."""
+        return self.tokenizer is not None and not self.tokenizer.problem and self.tokenizer.same_ids(other)
+
+    @property
+    def is_gpt2(self) -> bool:
+        """True if texts get GPT-2's ids."""
+        return self.same_ids(GPT2)
+
+
+GPT2 = Tokenizer({})  # its files are read when the first text comes
 
 
 @cache
@@ -30,7 +43,42 @@ def gpt2_encoder() -> Encoder:
     """GPT-2's byte-pair encoding."""
     encode = get_tokenizer().encode_ordinary
     # An item's rows begin alike; nobody writes into these lists.
-    return Encoder(lru_cache(maxsize=8)(encode), encode, EOT, is_gpt2=True)
+    return Encoder(lru_cache(maxsize=8)(encode), encode, EOT, GPT2)
+
+
+def encoder_of(model: Any) -> Encoder:
+    """Return a model's own encoder; GPT-2's for a module that says nothing of its tokenizer.
+
+    A ValueError says that a GPT has none, or that it cannot be followed.
+    """
+    if isinstance(model, HFModel):
+        return model.encoder or gpt2_encoder()
+    if not hasattr(model, "tokenizer"):
+        return gpt2_encoder()
+    size, tokenizer = model.config.vocab_size, model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"the model has no tokenizer for its vocabulary of {size:,}: text cannot be scored; put its "
+            "tokenizer.json into its folder"
+        )
+    if tokenizer.problem:
+        raise ValueError(tokenizer.problem)
+    if tokenizer.num_base > size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.num_base:,} tokens, but the model's vocabulary only {size:,}"
+        )
+    return _own_encoder(tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _own_encoder(tokenizer: Tokenizer) -> Encoder:
+    if tokenizer.prefix is None:
+        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
+    if tokenizer.is_gpt2 and tokenizer.prefix == EOT:
+        return gpt2_encoder()
+    before = len(tokenizer.encode(""))  # what some tokenizers put before a text
+    begin = lru_cache(maxsize=8)(tokenizer.encode)
+    return Encoder(begin, lambda text: tokenizer.encode(text)[before:], tokenizer.prefix, tokenizer)
 
 
 def joint(encoder: Encoder, context: str, continuation: str) -> Row:
@@ -58,9 +106,9 @@ class HFModel(nn.Module):
     model's own logits, `hidden` returns the logits, and `head_weight` is None. That is slower, but right.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, encoder: Encoder | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.encoder = model, encoder
         sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
         embedding = model.get_input_embeddings()
         self.config = Sizes(next((size for size in sizes if size), 2048), int(embedding.weight.shape[0]))
@@ -100,15 +148,18 @@ LanguageModel = GPT | HFModel
 """What is scored. Any module with `config`, `hidden` and `head_weight` will do, though type checkers object."""
 
 
-def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder]:
+def load_model(model: str | None, hf: str | None, device: str) -> tuple[LanguageModel, Encoder | None]:
     """Load a model in fp32 onto a device, by GPT.from_pretrained or by transformers; return it and its tokenizer.
+
+    The tokenizer is None if the model has none, so that no text can be scored, but a loss on ids.
 
     A ValueError or OSError says that there is no such model or device.
     """
     assert (model is None) != (hf is None)
     where = find_device(device)
     if model is not None:
-        return GPT.from_pretrained(model).to(where), gpt2_encoder()
+        own = GPT.from_pretrained(model).to(where)
+        return own, None if own.tokenizer is None else encoder_of(own)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
@@ -125,17 +176,18 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
             f"transformers cannot load {hf!r}, a hub name or a folder with a tokenizer in it, as a causal "
             f"language model: {why[:200]}"
         ) from error
-    wrapped = HFModel(loaded)
+    encoder = _encoder(tokenizer)
+    wrapped = HFModel(loaded, encoder)
     if not wrapped.is_causal():
         raise ValueError(f"{hf} is not a causal language model: its predictions depend on later tokens")
-    return wrapped, _encoder(tokenizer)
+    return wrapped, encoder
 
 
 def _encoder(tokenizer: Any) -> Encoder:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
-    probe, gpt2 = "Hello,  world's café 豆腐 12345\n\n", gpt2_encoder()
-    is_gpt2 = len(tokenizer) == 50257 and tokenizer.encode(probe) == gpt2.begin(probe)
-    continue_text = partial(tokenizer.encode, add_special_tokens=False)
-    return Encoder(tokenizer.encode, continue_text, int(prefix), is_gpt2)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = load_tokenizer(folder)
+    return Encoder(tokenizer.encode, partial(tokenizer.encode, add_special_tokens=False), int(prefix), files)

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gpt2_eval.models import LanguageModel
+from gpt2_eval.models import LanguageModel, encoder_of
 from gpt2_eval.packing import Batch, Layout, Pack, Row, RowScore, fill_lines, lay_out, pack
 from gpt2_eval.progress import speaking
 from gpt2_eval.ranks import gather_records, rank_and_world_size
 from gpt2_eval.resume import Score, resuming
-from gpt2_model import EOT, GPT
+from gpt2_model import GPT
 
 # Positions and tokens of the vocabulary that logits are computed for at once, so that those of a whole batch
 # never exist: 8 windows of 1,024 would be 1.6 GB in fp32, and log-softmax makes a second copy. On a CPU a block is
@@ -82,6 +82,9 @@ def score_items(
         ValueError: a row cannot be scored, or scores are not finite.
         Interrupted: `stop` said True, here or on another rank.
     """
+    if not all(row.context for item in items for row in item):
+        prefix = encoder_of(model).prefix
+        items = [[row if row.context else Row([prefix], row.continuation) for row in item] for item in items]
     rows = [row for item in items for row in item]
     block_size, vocab_size = model.config.block_size, model.config.vocab_size
     for index, row in enumerate(rows):
@@ -90,7 +93,7 @@ def score_items(
                 f"row {index}: a continuation of {len(row.continuation)} tokens cannot be scored; "
                 f"it must have 1 to {block_size}, the model's context"
             )
-        if max(max(row.context, default=EOT), max(row.continuation)) >= vocab_size:
+        if max(*row.context, *row.continuation) >= vocab_size:
             raise ValueError(f"row {index} has a token id beyond the model's vocabulary of {vocab_size}")
     batches = plan_batches(model, items, batch_size, compile)
 

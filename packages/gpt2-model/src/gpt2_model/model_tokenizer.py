@@ -32,9 +32,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], ids: SpecialIds, source: str = "", eot: int | None = None
+        self, files: Mapping[str, bytes], ids: SpecialIds | None = None, source: str = "", eot: int | None = None
     ) -> None:
-        self.files, self.ids = files, ids
+        self.files, self.ids = files, ids or SpecialIds()
         self._source, self._eot = source, eot
 
     def __deepcopy__(self, memo: Any) -> "Tokenizer":
@@ -85,6 +85,12 @@ class Tokenizer:
         """The id that stands before a text, and from which one without a prompt begins; None if there is none."""
         ids = (self._eot, self.ids.bos, *self.ids.eos, self._named("bos_token"), self._named("eos_token"))
         return next((token for token in ids if token is not None), None)
+
+    @property
+    def prefix(self) -> int | None:
+        """The id that stands for an empty context: `eot`, but the tokenizer's bos or eos first, as in lm-eval."""
+        own = (self._eot, self._named("bos_token"), self._named("eos_token"), self.eot)
+        return next((token for token in own if token is not None), None)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
