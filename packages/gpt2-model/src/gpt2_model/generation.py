@@ -157,18 +157,14 @@ def stream(
     text_needed = bool(stop) or any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = _needed(model) if text_needed else _usable(model)
     for prompt in prompts:
-        ids, text = _encode(prompt, tokenizer)
-        _check(ids, model, slide)
-        characters = tokenizer.stream if tokenizer else lambda _: _no_text
-        before = ids
-        if len(ids) >= context:
-            ids = ids[-max(1, context // 2) :]
+        whole, text = _encode(prompt, tokenizer, model, slide)
+        ids = whole if len(whole) < context else whole[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
         for _ in range(num_samples):
             number = first_row + len(rows)
             completion = Completion(number, text, logprobs=[] if logprobs else None)
-            numbers = uniforms(seed, number, room)
-            rows.append(_Row(completion, list(ids), numbers, len(ids), characters(before)))
+            characters = tokenizer.stream(whole) if tokenizer else lambda _: ""
+            rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids), characters))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
 
@@ -299,18 +295,11 @@ def _needed(model: GPT) -> Tokenizer:
     return tokenizer
 
 
-def _encode(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> tuple[list[int], str]:
-    """Return a prompt's ids and its text."""
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt) if tokenizer else [], whole_characters(prompt)
-    return list(prompt), tokenizer.decode(prompt) if tokenizer else ""
-
-
-def _no_text(token: int | None) -> str:
-    return ""
-
-
-def _check(ids: list[int], model: GPT, slide: bool) -> None:
+def _encode(
+    prompt: str | Sequence[int], tokenizer: Tokenizer | None, model: GPT, slide: bool
+) -> tuple[list[int], str]:
+    """Return the ids of a prompt, checked, and its text."""
+    ids = tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else [*prompt]
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
         first = "[[model.tokenizer.eot]]"
@@ -320,3 +309,6 @@ def _check(ids: list[int], model: GPT, slide: bool) -> None:
     if len(ids) >= context and not slide:
         full = f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}"
         raise ValueError(f"{full}: shorten it, or continue from its last half (--slide)")
+    if isinstance(prompt, str):
+        return ids, whole_characters(prompt)
+    return ids, tokenizer.decode(ids) if tokenizer else ""

@@ -184,9 +184,7 @@ def _download_tokenizer(repository: str, commit: str) -> None:
         try:
             hf_hub_download(repository, file, revision=commit)
         except errors.LocalEntryNotFoundError:  # each further file would take 23 s to fail
-            unknown = (
-                "is not in Hugging Face's cache and the hub cannot be reached: the model may lack its tokenizer"
-            )
+            unknown = "is not in the cache, and the hub cannot be reached: the model may lack its own tokenizer"
             print(f"warning: {file} of {repository} {unknown}", file=sys.stderr)
             return
         except errors.EntryNotFoundError:

@@ -114,7 +114,8 @@ def open_tokenizer(files: Mapping[str, bytes], source: str, vocab_size: int) -> 
             ids = [(token, library.token_to_id(token)) for token in sorted({*around} - {""})]
             library.post_processor = TemplateProcessing(single=template, special_tokens=ids)
     except Exception as error:  # the library raises plain Exceptions, and damaged files any kind
-        reason = " ".join(str(error).split())[:150] if str(error) else type(error).__name__
+        odd = isinstance(error, (AttributeError, TypeError, LookupError, OverflowError))
+        reason = f"a file is damaged ({type(error).__name__})" if odd else " ".join(str(error).split())[:150]
         raise ValueError(f"the tokenizer in {source} cannot be followed: {reason}; {_ADVICE}") from None
     library.no_truncation()
     library.no_padding()
