@@ -168,7 +168,8 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
     if not sys.stderr.isatty():
         disable_progress_bar()  # 148 weights take 30 ms
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf)
+        # A text may be longer than the context, of which transformers would warn.
+        tokenizer = AutoTokenizer.from_pretrained(hf, model_max_length=10**9)
         loaded = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).to(where).eval()
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]  # the rest may list all architectures
