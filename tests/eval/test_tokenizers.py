@@ -14,6 +14,7 @@ from gpt2_data import BuildConfig, build, open_dataset
 from gpt2_eval import evaluate_hellaswag, evaluate_loss, load_hellaswag
 from gpt2_eval.cli import main
 from gpt2_eval.corpora import evaluate_corpus, load_corpus
+from gpt2_eval.lm_eval_bridge import GPT2LM
 from gpt2_eval.models import encoder_of, load_model
 from gpt2_eval.tasks import evaluate_task, load_task
 from gpt2_model import GPT, GPTConfig, get_tokenizer
@@ -141,6 +142,9 @@ def test_items_are_tokenized_for_the_model_that_is_evaluated(own_ids, bytes_alon
     items = load_hellaswag(items_file, limit=3)
     for folder in (own_ids, bytes_alone):
         model = GPT.from_pretrained(folder)
+        bridge, encoder = GPT2LM(model), encoder_of(model)
+        assert (bridge.eot_token_id, bridge.tok_encode(TEXT)) == (encoder.prefix, encoder.begin(TEXT))
+        assert bridge.tokenizer_name != GPT2LM(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8))).tokenizer_name
         expected = evaluate_hellaswag(model, load_hellaswag(items_file, limit=3, encoder=encoder_of(model)))
         assert evaluate_hellaswag(model, items).records == expected.records
 

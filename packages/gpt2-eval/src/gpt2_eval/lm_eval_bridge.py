@@ -24,9 +24,13 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def __init__(self, model: GPT, **options: Unpack[ScoringOptions]) -> None:
         super().__init__()
         self.model, self.options, self.encoder = model, options, encoder_of(model)
-        files = sorted(model.tokenizer.files.items()) if model.tokenizer else []
-        # The name under which the harness caches requests.
-        self.tokenizer_name = "gpt2" if self.encoder.is_gpt2 else short_hash(*map(repr, files))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which the harness caches requests."""
+        if self.encoder.is_gpt2 or self.model.tokenizer is None:
+            return "gpt2"
+        return short_hash(*map(repr, sorted(self.model.tokenizer.files.items())))
 
     @property
     def eot_token_id(self) -> int:
