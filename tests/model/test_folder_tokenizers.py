@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -262,19 +263,24 @@ def test_ends_of_a_model_without_a_tokenizer(tmp_path) -> None:
 
 
 ODD = {
-    "spiece": ({"spiece.model": b"x"}, r"it has spiece\.model, but neither tokenizer\.json nor both"),
-    "wordpiece": ({"vocab.txt": b"x"}, r"it has vocab\.txt, but neither"),
-    "no merges": ({"vocab.json": b"{}"}, r"it has vocab\.json, but neither"),
-    "settings": ({"tokenizer_config.json": b"{}"}, r"it has tokenizer_config\.json, but neither"),
-    "damaged": ({"tokenizer.json": b'{"version": '}, r"tokenizer\.json is not valid JSON"),
-    "empty": ({"tokenizer.json": b""}, r"it has tokenizer\.json, but neither"),
-    "a list": ({"tokenizer.json": b"[1]"}, r"tokenizer\.json is not valid JSON: it is not an object"),
+    "spiece": ({"spiece.model": b"x"}, "it has spiece.model, but neither tokenizer.json nor both"),
+    "wordpiece": ({"vocab.txt": b"x"}, "it has vocab.txt, but neithe"),
+    "no merges": ({"vocab.json": b"{}"}, "it has vocab.json, but neithe"),
+    "settings": ({"tokenizer_config.json": b"{}"}, "it has tokenizer_config.json, but neithe"),
+    "damaged": ({"tokenizer.json": b'{"version": '}, "tokenizer.json is not valid JSON"),
+    "empty": ({"tokenizer.json": b""}, "it has tokenizer.json, but neithe"),
+    "a list": ({"tokenizer.json": b"[1]"}, "tokenizer.json is not valid JSON: it is not an object"),
     "no model": ({"tokenizer.json": b'{"model": 7}'}, "a file is damaged"),
     "unknown": ({"tokenizer.json": b'{"version": "1.0", "model": {"type": "New", "vocab": {}}}'}, "did not match"),
     "added": ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [3]}'},
               "a file is damaged"),
     "code": ({"tokenizer.json": b"{}", "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["t.T", null]}}',
               "tokenization_t.py": b"raise SystemExit"}, "it has code of its own, which is not run"),
+    "gap": ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+             "added_tokens.json": b'{"<|user|>": 7}'}, "'<|user|>' has an id that others do not"),
+    "panic": ({"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": '
+               b'{"type": "Precompiled", "precompiled_charsmap": "AAAA"}}'}, "Cannot parse precompiled_charsmap"),
+    "huge": ({"tokenizer.json": b'{"model": {"vocab": {"a": 4294967295}, "merges": []}}'}, "16 million"),
     "other class": ({"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json":
                      b'{"tokenizer_class": "CTRLTokenizer"}'}, "it is a CTRLTokenizer without tokenizer.json"),
 }  # fmt: skip
@@ -290,7 +296,8 @@ def test_a_tokenizer_that_cannot_be_followed_is_refused_where_text_is_needed(tmp
     assert (model.tokenizer.eot, model.tokenizer.stop_ids) == (None, ())
     assert len(generate(model, [[1, 2]], max_new_tokens=3)[0].tokens) == 3
     for options in ({"prompts": ["Hi"]}, {"prompts": [[1]], "stop": ["x"]}):
-        with pytest.raises(ValueError, match=f"the tokenizer in .* cannot be followed: .*{reason}") as caught:
+        expected = f"the tokenizer in .* cannot be followed: .*{re.escape(reason)}"
+        with pytest.raises(ValueError, match=expected) as caught:
             generate(model, **options)
         assert "\n" not in str(caught.value)
     result = CliRunner().invoke(main, ["info", str(tmp_path / "m")])

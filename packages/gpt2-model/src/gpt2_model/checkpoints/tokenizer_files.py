@@ -20,6 +20,7 @@ _MAX_BYTES = 100_000_000  # the largest tokenizer.json on the hub has 40 MB
 # transformers' class for a GPT-2's tokenizer; the name in tokenizer_config.json may be absent.
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", None)
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _END = "<|endoftext|>"
 _ADVICE = "use prompts of token ids (in Python), or save it as tokenizer.json with transformers' AutoTokenizer"
 
@@ -108,12 +109,19 @@ def open_tokenizer(files: Mapping[str, bytes], source: str, vocab_size: int) -> 
         from tokenizers.processors import TemplateProcessing
 
         library = Tokenizer.from_str(json.dumps(content))
-        library.add_tokens([AddedToken(**token) for token in added])
+        library.add_tokens([AddedToken(**{n: token[n] for n in _FLAGS if n in token}) for token in added])
+        for token in [*content.get("added_tokens", []), *added]:  # the library numbers them as it likes
+            if library.token_to_id(token["content"]) != token.get("id", library.token_to_id(token["content"])):
+                raise ValueError(f"its token {token['content'][:50]!r} has an id that others do not lead up to")
+        if max(library.get_vocab().values(), default=0) >= 2**24:
+            raise ValueError("it has ids above 16 million")
         if any(around):
             template = " ".join([around[0], "$A", around[1]]).strip()
             ids = [(token, library.token_to_id(token)) for token in sorted({*around} - {""})]
             library.post_processor = TemplateProcessing(single=template, special_tokens=ids)
-    except Exception as error:  # the library raises plain Exceptions, and damaged files any kind
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # the library raises plain Exceptions and Rust's panics, damaged files any kind
         odd = isinstance(error, (AttributeError, TypeError, LookupError, OverflowError))
         reason = f"a file is damaged ({type(error).__name__})" if odd else " ".join(str(error).split())[:150]
         raise ValueError(f"the tokenizer in {source} cannot be followed: {reason}; {_ADVICE}") from None
@@ -176,10 +184,9 @@ def _added_tokens(
     vocab = content["model"]["vocab"]
     if isinstance(vocab, dict) and _END not in vocab:
         known.add(_END)  # transformers' default, which counts only where the vocabulary has it
-    tokens = [by_id[token] for token in sorted(by_id)]
+    tokens = [by_id[token] | {"id": token} for token in sorted(by_id)]
     tokens += [token | {"special": True} for token in special if token["content"] not in known]
-    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return [{name: token[name] for name in fields if name in token} for token in tokens]
+    return tokens
 
 
 def _is_gpt2(content: Mapping[str, Any]) -> bool:
