@@ -145,7 +145,7 @@ def test_items_are_tokenized_for_the_model_that_is_evaluated(own_ids, bytes_alon
         bridge, encoder = GPT2LM(model), encoder_of(model)
         assert (bridge.eot_token_id, bridge.tok_encode(TEXT)) == (encoder.prefix, encoder.begin(TEXT))
         assert bridge.tokenizer_name != GPT2LM(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8))).tokenizer_name
-        expected = evaluate_hellaswag(model, load_hellaswag(items_file, limit=3, encoder=encoder_of(model)))
+        expected = evaluate_hellaswag(model, load_hellaswag(items_file, limit=3, encoder=model.tokenizer))
         assert evaluate_hellaswag(model, items).records == expected.records
 
 

@@ -16,11 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Unpack
 
-from gpt2_eval.models import Encoder, LanguageModel, encoder_of, gpt2_encoder, joint
+from gpt2_eval.models import Encoder, LanguageModel, encoder_of, gpt2_encoder, joint, tokenizer_encoder
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Fields, Published, find_file, read_items, short_hash
 from gpt2_eval.report import METRICS, HellaSwagResult, columns_of, divided
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
+from gpt2_model import Tokenizer
 
 # The items of all published numbers.
 PUBLISHED = Published(
@@ -61,7 +62,7 @@ class HellaSwag:
 
 
 def load_hellaswag(
-    path: str | Path | None = None, *, limit: int | None = None, encoder: Encoder | None = None
+    path: str | Path | None = None, *, limit: int | None = None, encoder: Encoder | Tokenizer | None = None
 ) -> HellaSwag:
     """Read, check and tokenise a HellaSwag file (.jsonl, or the hub's .parquet), or its first `limit` items.
 
@@ -74,7 +75,7 @@ def load_hellaswag(
         ValueError: lines are not HellaSwag items with a label.
     """
     file, sha256 = find_file(PUBLISHED, path)
-    encoder = encoder or gpt2_encoder()
+    encoder = tokenizer_encoder(encoder) if isinstance(encoder, Tokenizer) else encoder or gpt2_encoder()
     items, total = read_items(file, lambda record: _item(record, encoder), limit, FIELDS)
     return HellaSwag(items, total, sha256, PUBLISHED.doubt(sha256, total, path is not None), path, limit, encoder)
 

@@ -61,17 +61,19 @@ def encoder_of(model: Any) -> Encoder:
             f"the model has no tokenizer for its vocabulary of {size:,}: text cannot be scored; put its "
             "tokenizer.json into its folder"
         )
-    if tokenizer.problem:
-        raise ValueError(tokenizer.problem)
+    encoder = tokenizer_encoder(tokenizer)
     if tokenizer.num_base > size:
         raise ValueError(
             f"the tokenizer has {tokenizer.num_base:,} tokens, but the model's vocabulary only {size:,}"
         )
-    return _own_encoder(tokenizer)
+    return encoder
 
 
 @lru_cache(maxsize=4)
-def _own_encoder(tokenizer: Tokenizer) -> Encoder:
+def tokenizer_encoder(tokenizer: Tokenizer) -> Encoder:
+    """Return the encoder of a tokenizer; a ValueError says that it cannot be followed, or names no beginning."""
+    if tokenizer.problem:
+        raise ValueError(tokenizer.problem)
     if tokenizer.prefix is None:
         raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
     if tokenizer.is_gpt2 and tokenizer.prefix == EOT:
