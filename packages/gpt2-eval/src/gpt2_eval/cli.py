@@ -284,6 +284,8 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
 
     command.keep_buffers()  # of 3.6 s for 2,000 positions of 124M on a CPU, 0.35 went into mapping memory
     with process_group() as rank:
+        if run.compile:
+            command.check_compiler(command.find_device(run.device), "no --compile")
         model, encoder = load_model(run.model, run.hf, run.device)
         scoring = {
             "batch_size": run.batch_size,

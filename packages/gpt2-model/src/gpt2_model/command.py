@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -127,6 +127,24 @@ def find_device(name: str) -> "torch.device":
     return device
 
 
+def check_compiler(device: "torch.device", otherwise: str) -> None:
+    """Let torch.compile's back end make a tiny kernel; a ValueError says in a line why it cannot.
+
+    It takes a tenth of a second beside what any compiled program needs: its imports and, once on a machine, half a
+    minute of a C++ compiler.
+    """
+    import torch
+    from torch import _inductor  # torch.compile itself would count a graph more
+
+    try:
+        sample = torch.ones(8, device=device)
+        _inductor.compile(torch.fx.symbolic_trace(lambda x: x + 1), [sample])(sample)
+    except Exception as error:  # no compiler, no headers, no room for its files: these errors have no common type
+        reason = str(error).strip().partition("\n")[0][:200]
+        advice = f"install a C++ compiler (g++), or use {otherwise}"
+        raise ValueError(f"torch.compile does not work here ({reason}): {advice}") from None
+
+
 def keep_buffers() -> None:
     """Put large CPU tensors into huge pages, and keep their memory for the next one instead of giving it back.
 
@@ -189,18 +207,30 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder, created if needed, during the block; a ValueError names another process that holds it."""
-    import fcntl
     import socket
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+        _lock(file, folder, shared=False)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise the ValueError of `locked` if another process holds the folder. Writes nothing."""
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open() as file:
+            _lock(file, folder, shared=True)
+
+
+def _lock(file: TextIO, folder: Path, shared: bool) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None

@@ -27,7 +27,7 @@ import torch
 
 from gpt2_model import GPT
 from gpt2_model.command import locked, sha256
-from gpt2_train.config import CannotResume, existing
+from gpt2_train.config import CannotResume, check_out, existing
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
@@ -219,6 +219,7 @@ def _remove(folder: Path) -> None:
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
     """Lock a run's folder, created if needed and removed again if the run fails before it writes anything."""
+    check_out(str(run))
     is_new = not run.exists()
     with locked(run):
         try:

@@ -47,6 +47,7 @@ class RunLog:
         # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
+        self.diverged = False  # said once
         self.trackers: list[Tracker] = []
 
     def open(self) -> int | None:
@@ -90,6 +91,20 @@ class RunLog:
         names = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds", "peak_memory")
         self._log(row["step"], {f"train/{name}": row[name] for name in names})
         self.console.step(row)
+        self._say_if_diverged(row)
+
+    def _say_if_diverged(self, row: dict[str, Any]) -> None:
+        """Warn once of a loss far above that of guessing, or a gradient far above any that training brings."""
+        guessing = math.log(self.config.model_config.vocab_size)
+        loss, norm = row["loss"] or 0.0, row["grad_norm"] or 0.0
+        if self.diverged or "skipped" in row or not (loss > guessing + 2 or norm > 1e4):
+            return
+        self.diverged = True
+        fact = f"the loss is {loss:,.2f}, above that of guessing ({guessing:.2f})"
+        if loss <= guessing + 2:
+            fact = f"the gradient's norm is {norm:,.0f}"
+        advice = "the run has probably diverged: lower --lr or lengthen --warmup, with another --out"
+        self.say(f"warning: step {row['step']}: {fact}: {advice}")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Record an evaluation, after its samples: without this row, they are dropped when the run is resumed."""
