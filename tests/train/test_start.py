@@ -187,6 +187,16 @@ def test_a_warmup_follows_the_steps_where_it_is_not_given(dataset) -> None:
     assert (code, "warmup: 1 -> 5" in said) == (2, True)
 
 
+def test_divergence_is_said_once(dataset, capfd) -> None:
+    """walk: with --lr 30 the loss rose to 26 million; "done", and no other word."""
+    settings = {**TINY, "data": str(dataset), "steps": 10, "warmup": 1, "checkpoint_every": 0}
+    assert train(TrainConfig(**settings, out="calm")) == 0
+    assert "diverged" not in capfd.readouterr().err
+    assert train(TrainConfig(**{**settings, "lr": 30.0, "min_lr": 30.0}, out="wild")) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "diverged" in line]
+    assert "above that of guessing (5.55): the run has probably diverged: lower --lr or lengthen --warmup" in line
+
+
 @pytest.mark.parametrize("name", ["data", "out", "init", "resume", "hellaswag"])
 def test_a_name_that_is_not_utf_8_is_refused_by_name(dataset, name) -> None:
     """llama_index #10369: surrogates not allowed, after all the work."""

@@ -47,7 +47,7 @@ class RunLog:
         # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
-        self.diverged = False  # said once
+        self.lowest, self.diverged = math.inf, False  # the lowest loss; whether it was said that the run diverged
         self.trackers: list[Tracker] = []
 
     def open(self) -> int | None:
@@ -94,15 +94,17 @@ class RunLog:
         self._say_if_diverged(row)
 
     def _say_if_diverged(self, row: dict[str, Any]) -> None:
-        """Warn once of a loss far above that of guessing, or a gradient far above any that training brings."""
-        guessing = math.log(self.config.model_config.vocab_size)
-        loss, norm = row["loss"] or 0.0, row["grad_norm"] or 0.0
-        if self.diverged or "skipped" in row or not (loss > guessing + 2 or norm > 1e4):
+        """Warn once of a loss that has risen far above that of guessing, or of a gradient beyond all measure."""
+        loss, norm, guessing = row["loss"], row["grad_norm"], math.log(self.config.model_config.vocab_size)
+        if self.diverged or "skipped" in row or loss is None or norm is None:
             return
-        self.diverged = True
+        self.lowest = min(self.lowest, loss)
+        risen = loss > max(guessing, self.lowest) + 2
+        self.diverged = risen or norm > 1e4
+        if not self.diverged:
+            return
         fact = f"the loss is {loss:,.2f}, above that of guessing ({guessing:.2f})"
-        if loss <= guessing + 2:
-            fact = f"the gradient's norm is {norm:,.0f}"
+        fact = fact if risen else f"the gradient's norm is {norm:,.0f}"
         advice = "the run has probably diverged: lower --lr or lengthen --warmup, with another --out"
         self.say(f"warning: step {row['step']}: {fact}: {advice}")
 
