@@ -56,7 +56,7 @@ def main(debug: bool) -> None:
 @optgroup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum number of new tokens.")
 @optgroup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
 @optgroup.option("--stop-id", multiple=True, type=int,
-                 help="End at this token id, in addition to <|endoftext|> (50256); can be repeated.")  # fmt: skip
+                 help="End at this token id, in addition to the model's own ends; can be repeated.")  # fmt: skip
 @optgroup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half.")
 @optgroup("Hardware")
 @optgroup.option("-d", "--device", default="auto", help="cuda, mps, cpu, or auto.")
@@ -83,20 +83,21 @@ def generate(
         raise click.UsageError("--interactive takes at most one prompt, one sample, and no --json")
     if options["logprobs"] and not as_json:
         raise click.UsageError("--logprobs needs --json")
+    from gpt2_model.generation import end_ids
     from gpt2_model.sampling import Sampling
-    from gpt2_model.tokenizer import EOT
 
     options["top_k"] = top_k or None
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
     gpt = _load(model, device, dtype)
     _say_if_slow(gpt, options["compile"])
-    options["stop_ids"] = (EOT, *stop_id) if gpt.config.vocab_size > EOT else stop_id
+    options["stop_ids"] = [*end_ids(gpt), *stop_id]
     if interactive:
         _converse(gpt, texts[0] if texts else "", options)
     elif as_json:
+        from gpt2_model.generation import first_id
         from gpt2_model.generation import generate as complete
 
-        rows = (vars(row) for row in complete(gpt, texts or [[EOT]], **options))
+        rows = (vars(row) for row in complete(gpt, texts or [[first_id(gpt)]], **options))
         print_json([{name: value for name, value in row.items() if value is not None} for row in rows])
     else:
         _print_rows(gpt, texts, options)
@@ -131,14 +132,13 @@ def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool)
 
 def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> None:
     """Print one row as it comes, a word at a time; several in their order, each when it is whole."""
-    from gpt2_model.generation import Completion, stream
-    from gpt2_model.tokenizer import EOT
+    from gpt2_model.generation import Completion, first_id, stream
 
     samples = options["num_samples"]
     alone = max(1, len(texts)) * samples == 1
     rows: dict[int, Completion] = {}
     shown, started = 0, 0.0
-    for piece in stream(gpt, texts or [[EOT]], **options):
+    for piece in stream(gpt, texts or [[first_id(gpt)]], **options):
         if not started:  # the first token is there, and with it nothing can be wrong any more
             started = time.perf_counter()
             click.echo(texts[0] if alone and texts else "", nl=False)
@@ -165,8 +165,7 @@ def _print_rows(gpt: "GPT", texts: Sequence[str], options: dict[str, Any]) -> No
 
 def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
     """Let a person and the model write one text in turns."""
-    from gpt2_model.generation import stream
-    from gpt2_model.tokenizer import EOT
+    from gpt2_model.generation import first_id, stream
 
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
@@ -194,7 +193,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         before = text
         click.echo(text, nl=False)
         with suppress(KeyboardInterrupt):
-            for piece in stream(gpt, [text] if text else [[EOT]], **options):
+            for piece in stream(gpt, [text] if text else [[first_id(gpt)]], **options):
                 click.secho(piece.text, nl=False, bold=True)  # the model's words
                 sys.stdout.flush()
                 text += piece.text

@@ -1,6 +1,5 @@
 """Text from a model: prompts in, completions out, all at once or as they come."""
 
-import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from gpt2_model.cpu.engine import EngineDecoder
 from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
-from gpt2_model.tokenizer import EOT, PADDED, get_tokenizer
+from gpt2_model.tokenizer import Tokenizer
 
 P = ParamSpec("P")
 
@@ -64,15 +63,14 @@ class _Row:
     context: list[int]  # prompt and new tokens
     numbers: np.ndarray  # its own random numbers, one for each token that it may draw
     cached: int  # number of its tokens that the decoder holds
-    # A token is bytes: an incomplete character waits for the next token; invalid UTF-8 becomes U+FFFD.
-    characters: codecs.IncrementalDecoder
+    characters: Callable[[int | None], str]  # the text that a token adds; None for the end
     pending: str = ""  # text that may be the beginning of a stop string
 
     def add(
         self, token: int, logprob: float, seconds: float, stop: Sequence[str], stop_ids: Set[int]
     ) -> tuple[str, bool]:
         """Add the next token; return the text that can be shown, and True if the row is finished."""
-        done, data = self.completion, b""
+        done, text = self.completion, self.pending
         if not done.tokens:
             done.seconds_to_first_token = seconds
         elif seconds > done.seconds_to_first_token:
@@ -84,10 +82,9 @@ class _Row:
             self.context.append(token)
             if done.logprobs is not None:
                 done.logprobs.append(logprob)
-            if token < get_tokenizer().n_vocab:
-                data = get_tokenizer().decode_single_token_bytes(token)
+            text += self.characters(token)
         last = done.finish_reason == "stop" or len(done.tokens) == len(self.numbers)
-        text = self.pending + self.characters.decode(data, final=last)
+        text += self.characters(None) if last else ""
         places = [place for string in stop if (place := text.find(string)) >= 0]
         if places:
             text, last = text[: min(places)], True
@@ -113,7 +110,7 @@ def stream(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
-    stop_ids: Sequence[int] = (EOT,),
+    stop_ids: Sequence[int] | None = None,
     logprobs: bool = False,
     slide: bool = False,
     compile: bool | None = None,
@@ -125,8 +122,8 @@ def stream(
     bit, elsewhere up to rounding, which can let another token win.
 
     Args:
-        model: its vocabulary must be GPT-2's if prompts are text.
-        prompts: text, or token ids. `[[EOT]]` asks for text without a prompt.
+        model: its `tokenizer` is needed if prompts are text.
+        prompts: text, or token ids. `[[model.tokenizer.eot]]` asks for text without a prompt.
         num_samples: rows per prompt; the prompt is computed once.
         first_row: number of the first row, so that processes can share the samples of a prompt.
         max_new_tokens: tokens to add; fewer if the context is full or the model ends the text.
@@ -137,7 +134,7 @@ def stream(
         repetition_penalty: above 1 makes earlier tokens less likely, at temperature 0 too (Keskar et al. 2019).
         seed: another seed gives another text.
         stop: end a row where one of these strings appears, even in the middle of a token; it is not in the text.
-        stop_ids: end a row at one of these tokens; () for none, not even `<|endoftext|>`.
+        stop_ids: end a row at one of these tokens; None for the model's own, GPT-2's `<|endoftext|>`; () for none.
         logprobs: also return the log-probability of each token.
         slide: when the context is full, continue from its last half, which is computed again, instead of stopping.
         compile: see `make_decoder`; the default is the fastest way that starts at once.
@@ -153,20 +150,23 @@ def stream(
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list: [prompt] for one")
     size, context = model.config.vocab_size, model.config.block_size
-    if not all(0 <= token < size for token in stop_ids) and list(stop_ids) != [EOT]:
+    stop_ids = end_ids(model) if stop_ids is None else stop_ids
+    if not all(0 <= token < size for token in stop_ids):
         raise ValueError(f"stop_ids {list(stop_ids)} must all be below the vocabulary size, {size}")
     rows: list[_Row] = []
-    tokenizer = get_tokenizer()
+    text_needed = bool(stop) or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = _needed(model) if text_needed else _usable(model)
     for prompt in prompts:
-        ids = _encode(prompt, model, slide)
-        text = tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
+        own_ids = tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else list(prompt)
+        ids = _checked(own_ids, model, slide)
+        text = tokenizer.decode(ids) if tokenizer else ""
         if len(ids) >= context:
             ids = ids[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
         for _ in range(num_samples):
             number = first_row + len(rows)
             completion = Completion(number, text, logprobs=[] if logprobs else None)
-            characters = codecs.getincrementaldecoder("utf-8")("replace")
+            characters = tokenizer.stream() if tokenizer else lambda _: ""
             rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids), characters))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
@@ -195,7 +195,8 @@ def _run(
     device, context = model.device, model.config.block_size
     capacity = min(context, max(len(row.context) + len(row.numbers) for row in rows))
     decoder = make_decoder(model, capacity, compile)
-    seen = None if sampling.repetition_penalty == 1 else _seen(rows, model)
+    tokenizer = _usable(model)
+    seen = None if sampling.repetition_penalty == 1 else _only_tokens(_seen(rows, model), tokenizer)
 
     started = time.perf_counter()
     logits = decoder.prefill([row.context for row in rows[::num_samples]])
@@ -207,7 +208,7 @@ def _run(
         logits = logits[copies]
 
     for step in count():
-        logits = _only_tokens(logits)
+        logits = _only_tokens(logits, tokenizer)
         adjusted = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
         noise = torch.from_numpy(np.array([row.numbers[step] for row in rows])).to(device)
         drawn = sample(adjusted, noise, sampling)
@@ -246,23 +247,66 @@ def _step(decoder: EngineDecoder | TorchDecoder, rows: list[_Row], context: int)
 
 
 def _seen(rows: list[_Row], model: GPT) -> Tensor:
-    """Return a mask, (rows, tokens that can be drawn), True for the tokens of the prompt."""
+    """Return a mask, (rows, vocabulary), True for the tokens of the prompt."""
     seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool)
     for place, row in enumerate(rows):
         seen[place, row.context] = True
-    return _only_tokens(seen).to(model.device)
+    return seen.to(model.device)
 
 
-def _only_tokens(logits: Tensor) -> Tensor:
-    """Leave out the columns that only pad GPT-2's vocabulary: no text has such tokens."""
-    return logits[:, : EOT + 1] if EOT < logits.shape[1] <= PADDED else logits
+def _only_tokens(logits: Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    """Leave out what the tokenizer has no token for: it pads the vocabulary, and no text has it."""
+    if tokenizer is None:
+        return logits
+    logits = logits[:, : tokenizer.num_tokens]
+    if tokenizer.holes:
+        lowest = False if logits.dtype == torch.bool else -torch.inf
+        logits = logits.index_fill(1, torch.tensor(tokenizer.holes, device=logits.device), lowest)
+    return logits
 
 
-def _encode(prompt: str | Sequence[int], model: GPT, slide: bool) -> list[int]:
-    ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt)
+def end_ids(model: GPT) -> list[int]:
+    """Return the ids that end a text by default: those that the model's folder or tokenizer names."""
+    own = model.special_ids.eos if model.tokenizer is None else model.tokenizer.stop_ids
+    return [token for token in own if token < model.config.vocab_size]
+
+
+def first_id(model: GPT) -> int:
+    """Return the id from which a text without a prompt begins."""
+    ids = model.special_ids
+    first = next(iter([ids.bos] if ids.bos is not None else ids.eos), None)
+    if model.tokenizer is not None:
+        first = model.tokenizer.eot
+    if first is None or first >= model.config.vocab_size:
+        raise ValueError("the model's files name no token that a text begins with: give a prompt")
+    return first
+
+
+def _usable(model: GPT) -> Tokenizer | None:
+    """Return the model's tokenizer, or None if it has none that can be followed."""
+    return None if model.tokenizer is None or model.tokenizer.problem else model.tokenizer
+
+
+def _needed(model: GPT) -> Tokenizer:
+    """Return the model's tokenizer, for which text asks; a ValueError says why there is none."""
+    size, tokenizer = model.config.vocab_size, model.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"the model has no tokenizer for its vocabulary of {size:,}: give token ids (in Python)")
+    if tokenizer.problem:
+        raise ValueError(tokenizer.problem)
+    if tokenizer.num_base > size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.num_base:,} tokens, but the model's vocabulary only {size:,}"
+        )
+    return tokenizer
+
+
+def _checked(ids: list[int], model: GPT, slide: bool) -> list[int]:
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
-        raise ValueError("a prompt is empty: to write from nothing, give no prompt (in Python, [[EOT]])")
+        raise ValueError(
+            "a prompt is empty: to write from nothing, give no prompt (in Python, [[model.tokenizer.eot]])"
+        )
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:

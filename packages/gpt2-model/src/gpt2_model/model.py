@@ -27,6 +27,7 @@ from gpt2_model.checkpoints import load_save
 from gpt2_model.config import GPTConfig
 from gpt2_model.cpu.int8 import Int8Matrix, quantize
 from gpt2_model.cpu.training import causal_attention, head_loss, look_up
+from gpt2_model.tokenizer import SpecialIds, Tokenizer, model_tokenizer
 
 
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -145,14 +146,19 @@ class GPT(nn.Module):
     Attributes:
         activation_checkpointing: keep only each block's input for the backward pass, which computes the rest again
             (Chen et al. 2016). This saves memory in training; without gradients it changes nothing.
+        tokenizer: that of the model's folder; else GPT-2's for a vocabulary of 50,257 to 50,304, or None.
+        special_ids: what the folder says of ids that begin and end a text; a tokenizer has its own.
     """
 
     activation_checkpointing: bool = False
     activation_bytes = staticmethod(activation_bytes)
+    tokenizer: Tokenizer | None
+    special_ids: SpecialIds
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer, self.special_ids = model_tokenizer(config.vocab_size, None)
         self.wte = _embedding(config.vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -259,9 +265,10 @@ class GPT(nn.Module):
             ValueError: a config this model cannot follow exactly, weights that do not fit it, or a damaged file.
         """
         is_int8 = dtype == torch.int8
-        config, weights = load_save.load(name_or_path, torch.float32 if is_int8 else dtype)
+        config, weights, folder = load_save.load(name_or_path, torch.float32 if is_int8 else dtype)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = cls(config)
+        model.tokenizer, model.special_ids = model_tokenizer(config.vocab_size, folder)
         model.load_state_dict(weights, assign=True)
         del weights  # so that quantize can free one matrix after another
         if is_int8:
@@ -277,4 +284,4 @@ class GPT(nn.Module):
         """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""
         if isinstance(self.wte, Int8Matrix):
             raise ValueError("an int8 model cannot be saved: load it in fp32 or bf16 to write a copy")
-        load_save.save(self.config, self.state_dict(), Path(folder))
+        load_save.save(self.config, self.state_dict(), Path(folder), self.tokenizer, self.special_ids)

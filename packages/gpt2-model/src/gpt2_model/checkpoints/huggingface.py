@@ -1,6 +1,6 @@
 """Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
 from gpt2_model.config import GPTConfig
-from gpt2_model.tokenizer import EOT, vocabulary_file
+from gpt2_model.tokenizer import EOT, byte_level_json, vocabulary_file
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
@@ -78,9 +78,8 @@ def read_config(path: Path) -> GPTConfig:
     return checked_config(path, **values)
 
 
-def hf_config(config: GPTConfig) -> dict[str, Any]:
+def hf_config(config: GPTConfig, special_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of config.json. transformers reads n_positions, llama.cpp n_ctx, vLLM architectures."""
-    special = EOT if config.vocab_size > EOT else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -88,8 +87,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "n_ctx": config.block_size,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # as in our training: none
         "initializer_range": 0.02,
-        "bos_token_id": special,
-        "eos_token_id": special,
+        **{"bos_token_id": None, "eos_token_id": None, **special_ids},
         "use_cache": True,
         "dtype": "float32",
     }
@@ -102,31 +100,11 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     """
     merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     return {
         "vocab.json": vocab,
         "merges.txt": merges,
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": EOT, **end, "special": True}],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": {**byte_level, "trim_offsets": False},
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "vocab": json.loads(vocab),
-                "merges": [line for line in merges.decode().splitlines()[1:] if line],
-            },
-        },
+        "tokenizer.json": byte_level_json(vocab, merges, [{"id": EOT, **end, "special": True}]),
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,

@@ -19,7 +19,7 @@ from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_confi
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
 from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
-from gpt2_model.tokenizer import EOT, PADDED
+from gpt2_model.tokenizer import SpecialIds, Tokenizer
 
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
@@ -36,8 +36,11 @@ class _Checkpoint(NamedTuple):
     in_out: bool  # whether projections are stored as (in, out)
 
 
-def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the config and the state dict, in `dtype`, for GPT.from_pretrained, which lists names and errors."""
+def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor], Path | None]:
+    """Return the config, the state dict in `dtype`, and the Hugging Face folder, if it is one.
+
+    GPT.from_pretrained lists the names and errors.
+    """
     checkpoint = _open(str(name_or_path))
     tensors = _fitting(checkpoint)
 
@@ -50,7 +53,8 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[
     # the file's order one thread ends long before the other, and 124M take 182 ms, not 156.
     names = sorted(tensors, key=lambda name: -tensors[name].numel())
     with ThreadPoolExecutor(2) as pool:
-        return checkpoint.config, dict(zip(names, pool.map(own, names), strict=True))
+        weights = dict(zip(names, pool.map(own, names), strict=True))
+    return checkpoint.config, weights, checkpoint.source.parent if checkpoint.in_out else None
 
 
 def inspect(name_or_path: str | Path) -> GPTConfig:
@@ -150,16 +154,24 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+def save(
+    config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None, ids: SpecialIds
+) -> None:
     """Write a model, whose state_dict() is `weights`, as a Hugging Face folder, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
-    # Any other size is another vocabulary, whose files we do not have.
-    contents = tokenizer_files(config) if EOT < config.vocab_size <= PADDED else {}
-    special = dict.fromkeys(("bos_token_id", "eos_token_id"), EOT)
-    contents["generation_config.json"] = special if config.vocab_size > EOT else {}
-    contents["config.json"] = hf_config(config)
+    contents: dict[str, Any] = {}
+    special: dict[str, Any] = {}
+    if tokenizer is not None:
+        ids = tokenizer.ids
+        if "tokenizer.json" not in tokenizer.files and tokenizer.is_gpt2:
+            contents |= tokenizer_files(config)
+        contents |= tokenizer.files
+        ends = tokenizer.stop_ids
+        special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None}
+    contents["generation_config.json"] = ids.generation or {n: v for n, v in (special | ids.config).items() if v}
+    contents["config.json"] = hf_config(config, special | ids.config)
     for name, content in contents.items():
         if isinstance(content, dict):
             content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
