@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from gpt2_eval.models import Encoder, LanguageModel, gpt2_encoder, joint
+from gpt2_eval.models import Encoder, LanguageModel, encoder_of, joint
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_items, short_hash
 from gpt2_eval.report import METRICS, HellaSwagResult, columns_of, divided
 from gpt2_eval.scoring import ScoringOptions, count_truncated, score_items
+from gpt2_model import Tokenizer
 
 # The 10,042 items of all published numbers.
 PUBLISHED = Published(
@@ -52,7 +53,7 @@ class HellaSwag:
 
 
 def load_hellaswag(
-    path: str | Path | None = None, *, limit: int | None = None, encoder: Encoder | None = None
+    path: str | Path | None = None, *, limit: int | None = None, encoder: Encoder | Tokenizer | None = None
 ) -> HellaSwag:
     """Read, check and tokenise a HellaSwag file (.jsonl, or the hub's .parquet), or its first `limit` items.
 
@@ -65,7 +66,7 @@ def load_hellaswag(
         ValueError: lines are not HellaSwag items with a label.
     """
     file, sha256 = find_file(PUBLISHED, path)
-    encoder = encoder or gpt2_encoder()
+    encoder = encoder if isinstance(encoder, Encoder) else encoder_of(encoder)
     items, total = read_items(file, lambda record: _item(record, encoder), limit)
     return HellaSwag(items, total, sha256)
 

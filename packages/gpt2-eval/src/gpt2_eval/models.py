@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2_eval.packing import Layout, Row
-from gpt2_model import EOT, GPT, get_tokenizer
+from gpt2_model import EOT, GPT, Tokenizer, get_tokenizer
 from gpt2_model.command import find_device
 
 
@@ -31,6 +31,15 @@ def gpt2_encoder() -> Encoder:
     encode = get_tokenizer().encode_ordinary
     # An item's rows begin alike; nobody writes into these lists.
     return Encoder(lru_cache(maxsize=8)(encode), encode, EOT, is_gpt2=True)
+
+
+def encoder_of(tokenizer: Tokenizer | None) -> Encoder:
+    """Return the encoder of a model's tokenizer; GPT-2's without one. ValueError if it has no id to begin with."""
+    if tokenizer is None or tokenizer.is_gpt2:
+        return gpt2_encoder()
+    if tokenizer.eot is None:
+        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
+    return Encoder(lru_cache(maxsize=8)(tokenizer.encode), tokenizer.encode, tokenizer.eot)
 
 
 def joint(encoder: Encoder, context: str, continuation: str) -> Row:

@@ -140,7 +140,7 @@ class SpecialIds:
 
 
 class Tokenizer:
-    """The tokenizer of a model: GPT-2's own, or that of a folder's files, which are parsed once text is needed.
+    """The tokenizer of a model: that of a folder's files, which are parsed once text is needed; without, GPT-2's.
 
     Attributes:
         files: the folder's tokenizer files as they are, by name; saving the model writes them again.
@@ -148,9 +148,10 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], ids: SpecialIds, source: str = "", eot: int | None = None
-    ) -> None:
-        self.files, self.ids = files, ids
+        self, files: Mapping[str, bytes] | None = None, ids: SpecialIds | None = None, source: str = "",
+        eot: int | None = None,
+    ) -> None:  # fmt: skip
+        self.files, self.ids = files or {}, ids or SpecialIds()
         self._source, self._eot = source, eot
 
     def __deepcopy__(self, memo: Any) -> "Tokenizer":

@@ -271,6 +271,7 @@ class Saver:
         pin = self.world.device.type == "cuda"
         with torch.device("meta"):
             self._model = GPT(model.config)
+        self._model.tokenizer, self._model.special_ids = model.tokenizer, model.special_ids
         weights = {name: torch.empty(tensor.shape, pin_memory=pin) for name, tensor in model.state_dict().items()}
         self._model.load_state_dict(weights, assign=True)
         shapes = state_shapes(model, optimizers)

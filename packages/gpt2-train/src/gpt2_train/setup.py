@@ -12,7 +12,7 @@ import torch
 
 from gpt2_data import Dataset, Prefetch, TokenLoader
 from gpt2_eval import HellaSwag
-from gpt2_model import GPT
+from gpt2_model import GPT, Tokenizer
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
@@ -50,6 +50,7 @@ class Run:
     stop: StopSignal  # the signal that came to this process
     stopped_by: int = 0  # its number, once all processes know of it
     hellaswag: HellaSwag | None
+    tokenizer: Tokenizer
     step: int  # batches trained on
     updates: int  # those that changed the weights: some may have been skipped
     saved: int  # the newest step that has a checkpoint, or whose checkpoint is being written
@@ -66,6 +67,8 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     torch.manual_seed(config.seed)
     source = start.checkpoint or config.init
     model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
+    if dataset.tokenizer and not start.checkpoint:
+        model.tokenizer = start.tokenizer
     model.to(world.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config, sharded=config.shard_optimizer and world.size > 1)
@@ -101,6 +104,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
         accumulation=sequences(config, world.size) // micro_batch, evaluated=world.on_main(log.open),
         saver=Saver(folder, config.keep, world), guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
         watchdog=Watchdog(world.rank, config.hang_seconds), stop=stop, hellaswag=start.hellaswag,
+        tokenizer=start.tokenizer,
         step=step, updates=state.get("updates", 0), saved=step,
     )  # fmt: skip
     world.on_main(lambda: _write_config(folder, config))

@@ -9,7 +9,7 @@ import torch
 
 from gpt2_data import Dataset, TokenLoader, open_dataset
 from gpt2_eval import HellaSwag, load_hellaswag
-from gpt2_model import GPT, GPTConfig, flops_per_token, get_tokenizer
+from gpt2_model import GPT, GPTConfig, Tokenizer, flops_per_token, load_tokenizer
 from gpt2_model.command import check_compiler
 from gpt2_train import checkpoint, memory
 from gpt2_train.config import CannotResume, TrainConfig, changed_fields, default_warmup, micro_batches, whole_batch
@@ -37,6 +37,7 @@ class Start:
     checkpoint: Path | None  # verified, to resume from
     state: dict[str, Any]  # its trainer.json
     hellaswag: HellaSwag | None
+    tokenizer: Tokenizer  # that the model and its samples use; GPT-2's if the dataset has none of its own
     split: tuple[int, int] | None  # micro-batch and accumulation, by the estimate of memory
     memory: Memory | None  # what they need
     free: tuple[int | None, int]  # bytes of the GPU, if there is one, and of the host
@@ -59,19 +60,25 @@ def check_start(
     """
     config = replace(config, precision=choose_precision(config.precision, device if here else None))
     dataset = check(open_dataset, config.data)
+    if dataset and dataset.tokenizer and not config.init and "vocab_size" not in config.model:
+        config = replace(config, model={**config.model, "vocab_size": dataset.vocab_size})
     start = check(on_main, lambda: starting_point(config, dataset)) if dataset else None
     state = {} if start is None else checkpoint.read_trainer_state(start)
     config = _with_own_warmup(config, state)
     source = start or config.init
-    shape = (check(GPT.inspect, source) if source else None) or config.model_config
+    found = check(GPT.inspect, source) if source else None
+    shape = found or config.model_config
     if dataset:
         check(check_shape, config, shape, dataset, start, world_size)
         check(make_loader, config, 1, 0, world_size)
         if config.eval_every and validation_tokens(config, dataset):
             check(dataset.split, "val")
     config = replace(config, model=asdict(shape))
-    hellaswag = check(_load_hellaswag, config) if config.hellaswag else None
-    check(_check_prompt, config)
+    tokenizer = check(find_tokenizer, config, dataset, found and source) if dataset else None
+    tokenizer = tokenizer or Tokenizer()
+    hellaswag = check(_load_hellaswag, config, tokenizer) if config.hellaswag else None
+    if config.eval_every and config.num_samples:
+        check(prompt_ids, config, tokenizer)
     check(check_trackers, config)
     if here and config.compiles(device.type):
         check(on_main, lambda: check_compiler(device, "gpt2-train --compile off"))
@@ -82,7 +89,8 @@ def check_start(
     if split is not None:
         check(memory.check_memory, config, split[0], world_size, device.type, free)
     return Start(
-        config=config, dataset=dataset, checkpoint=start, state=state, hellaswag=hellaswag, split=split,
+        config=config, dataset=dataset, checkpoint=start, state=state, hellaswag=hellaswag,
+        tokenizer=tokenizer, split=split,
         memory=peak, free=free,
     )  # fmt: skip
 
@@ -130,7 +138,9 @@ def check_shape(
             advice += f" --batch-tokens {batch}"
         context = f"the context of {config.init or start}, {longest}"
         raise ValueError(f"seq_len {config.seq_len} is longer than {context}: {advice}")
-    largest, last = max(shard.max_token for shard in dataset.manifest.shards), shape.vocab_size - 1
+    # GPT-2's vocabulary may be cut, as that of letters is; another's is what its tokenizer says.
+    seen = max(shard.max_token for shard in dataset.manifest.shards)
+    largest, last = dataset.vocab_size - 1 if dataset.tokenizer else seen, shape.vocab_size - 1
     if largest > last:
         advice = "" if start or config.init else f": use --model vocab_size={largest + 1}"
         problem = f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}"
@@ -188,25 +198,40 @@ def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
     return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
 
 
-def _load_hellaswag(config: TrainConfig) -> HellaSwag:
-    data, size = load_hellaswag(config.hellaswag), config.model_config.vocab_size
+def find_tokenizer(config: TrainConfig, dataset: Dataset, source: str | Path | None) -> Tokenizer:
+    """Return the model's tokenizer, if it has one, else the dataset's; a ValueError says that they differ."""
+    own = Tokenizer()
+    if dataset.tokenizer:
+        own = load_tokenizer(dataset.tokenizer.parent, dataset.eot) or own
+    of_model = GPT.inspect_tokenizer(source) if source else None
+    if of_model is None:
+        return own
+    if not of_model.same_ids(own):
+        flag = "without --tokenizer" if of_model.is_gpt2 else f"with --tokenizer {source}"
+        problem = f"{config.data} was built with another tokenizer than that of {source}"
+        raise ValueError(f"{problem}: build a dataset {flag} (gpt2-data build)")
+    return of_model
+
+
+def _load_hellaswag(config: TrainConfig, tokenizer: Tokenizer) -> HellaSwag:
+    data, size = load_hellaswag(config.hellaswag, encoder=tokenizer), config.model_config.vocab_size
     rows = (row for item in data.items for row in item.rows["karpathy"])
-    if size < get_tokenizer().n_vocab and max(max((*row.context, *row.continuation)) for row in rows) >= size:
+    if size < tokenizer.num_tokens and max(max((*row.context, *row.continuation)) for row in rows) >= size:
         raise ValueError(f"--hellaswag: its texts have token ids beyond the vocabulary of {size:,}: leave it out")
     return data
 
 
-def _check_prompt(config: TrainConfig) -> None:
-    """Raise ValueError if samples of the model cannot continue the prompt."""
-    if not (config.eval_every and config.num_samples):
-        return
-    ids, shape = get_tokenizer().encode_ordinary(config.sample_prompt), config.model_config
-    if max(ids, default=0) >= shape.vocab_size:
+def prompt_ids(config: TrainConfig, tokenizer: Tokenizer) -> list[int]:
+    """Return what samples continue. Raises ValueError if the model cannot continue it."""
+    ids, shape = tokenizer.encode(config.sample_prompt), config.model_config
+    if not ids and tokenizer.eot is not None:
+        ids = [tokenizer.eot]
+    if max(ids, default=shape.vocab_size) >= shape.vocab_size:
         problem = f"has a token beyond the vocabulary of {shape.vocab_size:,}"
     elif len(ids) >= shape.block_size:
         problem = f"has {len(ids):,} tokens, and the context is {shape.block_size:,}"
     else:
-        return
+        return ids
     raise ValueError(f"--sample-prompt {config.sample_prompt[:40]!r} {problem}: change it, or use --num-samples 0")
 
 
