@@ -68,14 +68,14 @@ def check_start(
     source = start or config.init
     found = check(GPT.inspect, source) if source else None
     shape = found or config.model_config
+    tokenizer = check(find_tokenizer, config, dataset, found and source) if dataset else None
+    tokenizer = tokenizer or Tokenizer()
     if dataset:
         check(check_shape, config, shape, dataset, start, world_size)
         check(make_loader, config, 1, 0, world_size)
         if config.eval_every and validation_tokens(config, dataset):
             check(dataset.split, "val")
     config = replace(config, model=asdict(shape))
-    tokenizer = check(find_tokenizer, config, dataset, found and source) if dataset else None
-    tokenizer = tokenizer or Tokenizer()
     hellaswag = check(_load_hellaswag, config, tokenizer) if config.hellaswag else None
     if config.eval_every and config.num_samples:
         check(prompt_ids, config, tokenizer)
