@@ -104,3 +104,13 @@ def test_init_keeps_the_model_s_own_files(own) -> None:
     tuned = Path("tuned/checkpoints/step-00000001")
     assert (tuned / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tuned / "tokenizer.json").read_bytes() == (Path("start") / "tokenizer.json").read_bytes()
+
+
+def test_hellaswag_is_scored_with_it(own) -> None:
+    """Its texts get the dataset's ids: with GPT-2's they would be beyond the vocabulary."""
+    item = {"ind": 0, "label": 1, "activity_label": "a", "ctx_a": "the cat", "ctx_b": "", "ctx": "the cat",
+            "endings": ["sleeps", "runs", "is a sea", "is under it"]}  # fmt: skip
+    Path("h.jsonl").write_text(json.dumps(item) + "\n")
+    assert train(run_of(own / "data", hellaswag="h.jsonl", steps=1, eval_every=1)) == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert {row["hellaswag_acc_norm"] for row in rows if "loss" not in row} <= {0.0, 1.0}
