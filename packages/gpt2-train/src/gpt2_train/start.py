@@ -60,8 +60,8 @@ def check_start(
     """
     config = replace(config, precision=choose_precision(config.precision, device if here else None))
     dataset = check(open_dataset, config.data)
-    if dataset and dataset.tokenizer and not config.init and "vocab_size" not in config.model:
-        config = replace(config, model={**config.model, "vocab_size": dataset.vocab_size})
+    if dataset and dataset.tokenizer and not config.init:
+        config = replace(config, model={"vocab_size": dataset.vocab_size, **config.model})
     start = check(on_main, lambda: starting_point(config, dataset)) if dataset else None
     state = {} if start is None else checkpoint.read_trainer_state(start)
     config = _with_own_warmup(config, state)
@@ -84,14 +84,13 @@ def check_start(
         check(on_main, lambda: check_compiler(device, "gpt2-train --compile off"))
     check(on_main, lambda: memory.check_space(config))
     free = on_main(lambda: memory.free_memory(device, here))
-    split = check(_split, config, state, world_size, device.type, free)
-    peak = None if split is None else memory.peak_memory(config, split[0], world_size, device.type)
+    split, peak = check(_split, config, state, world_size, device.type, free), None
     if split is not None:
+        peak = memory.peak_memory(config, split[0], world_size, device.type)
         check(memory.check_memory, config, split[0], world_size, device.type, free)
     return Start(
-        config=config, dataset=dataset, checkpoint=start, state=state, hellaswag=hellaswag,
-        tokenizer=tokenizer, split=split,
-        memory=peak, free=free,
+        config=config, dataset=dataset, checkpoint=start, state=state, hellaswag=hellaswag, tokenizer=tokenizer,
+        split=split, memory=peak, free=free,
     )  # fmt: skip
 
 
@@ -190,6 +189,8 @@ def _shortened(config: TrainConfig, tokens: int, world_size: int) -> tuple[str, 
         batch //= 2
     steps = max(1, tokens // batch)
     flags = f"--steps {steps}" if batch == config.batch_tokens else f"--batch-tokens {batch} --steps {steps}"
+    if config.warmup >= steps:
+        flags += f" --warmup {default_warmup(steps)}"
     return flags, steps * batch
 
 
