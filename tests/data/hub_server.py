@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
         """Send large files by a signed link to the store, small ones from here."""
         if name not in files:
-            self.answer(404, **{"X-Error-Code": "EntryNotFound"})
+            self.answer(404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         elif "lfs" not in _entry(name, files[name]):
             self.send_file(files[name], **{"X-Repo-Commit": commit})
         else:

@@ -76,7 +76,7 @@ def test_home_cache_and_offline_mode(hub, files, tmp_path) -> None:
     first = info("gpt2", hub, HF_HOME=str(home))
     assert json.loads(first.stdout)["n_embd"] == 32, first.stderr
     assert first.stderr == ""
-    assert sorted(downloads(hub)) == ["config.json", "model.safetensors"]
+    assert sorted(downloads(hub)) == ["config.json", "generation_config.json", "model.safetensors"]
     assert (home / "hub" / "models--gpt2" / "snapshots" / FIRST / "model.safetensors").exists()
 
     hub.requests.clear()
@@ -102,7 +102,7 @@ def test_safetensors_are_preferred_and_a_bin_is_taken(hub, here, model, files, t
     hub.add("bin/alone", as_bin(files, tmp_path))
     for _ in range(2):  # the second time, from the cache
         assert torch.equal(GPT.from_pretrained("both/here").wte.weight, model.wte.weight)
-        assert downloads(hub) == ["config.json", "model.safetensors"]
+        assert downloads(hub) == ["config.json", "generation_config.json", "model.safetensors"]
     assert torch.equal(GPT.from_pretrained("bin/alone").wte.weight, model.wte.weight)
     assert downloads(hub)[-1] == "pytorch_model.bin"
     hub.requests.clear()

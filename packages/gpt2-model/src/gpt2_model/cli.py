@@ -210,13 +210,17 @@ def info(model: str, as_json: bool) -> None:
     Sizes: 124M, 350M, 774M, 1558M, and the paper's names for them: 117M, 345M, 762M, 1542M.
     """
     progress: dict[str, Any] = {}
+    folder: Path | None = None
     config = PRESETS.get(PAPER_NAMES.get(model, model))
     if config is None:
         from gpt2_model.checkpoints.load_save import inspect, read_progress
 
         model = _checkpoint_of(model)
-        config, progress = inspect(model), read_progress(model)
+        (config, folder), progress = inspect(model), read_progress(model)
+    from gpt2_model.model_tokenizer import describe_tokenizer
+
     facts = progress | vars(config)
+    facts["tokenizer"] = describe_tokenizer(config.vocab_size, folder)
     facts["parameters"] = config.num_parameters
     facts["bytes_fp32"] = 4 * config.num_parameters
     facts["training_flops_per_token"] = flops_per_token(config, config.block_size)

@@ -14,8 +14,8 @@ from torch import Tensor
 from gpt2_model.cpu.engine import EngineDecoder
 from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
+from gpt2_model.model_tokenizer import Tokenizer, whole_characters
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
-from gpt2_model.tokenizer import Tokenizer
 
 P = ParamSpec("P")
 
@@ -157,16 +157,13 @@ def stream(
     text_needed = bool(stop) or any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = _needed(model) if text_needed else _usable(model)
     for prompt in prompts:
-        own_ids = tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else list(prompt)
-        ids = _checked(own_ids, model, slide)
-        text = tokenizer.decode(ids) if tokenizer else ""
-        if len(ids) >= context:
-            ids = ids[-max(1, context // 2) :]
+        whole, text = _encode(prompt, tokenizer, model, slide)
+        ids = whole if len(whole) < context else whole[-max(1, context // 2) :]
         room = max_new_tokens if slide else min(max_new_tokens, context - len(ids))
         for _ in range(num_samples):
             number = first_row + len(rows)
             completion = Completion(number, text, logprobs=[] if logprobs else None)
-            characters = tokenizer.stream() if tokenizer else lambda _: ""
+            characters = tokenizer.stream(whole) if tokenizer else lambda _: ""
             rows.append(_Row(completion, list(ids), uniforms(seed, number, room), len(ids), characters))
     return _run(model, rows, num_samples, sampling, stop, frozenset(stop_ids), compile) if rows else iter(())
 
@@ -273,10 +270,8 @@ def end_ids(model: GPT) -> list[int]:
 
 def first_id(model: GPT) -> int:
     """Return the id from which a text without a prompt begins."""
-    ids = model.special_ids
-    first = next(iter([ids.bos] if ids.bos is not None else ids.eos), None)
-    if model.tokenizer is not None:
-        first = model.tokenizer.eot
+    ids, tokenizer = model.special_ids, model.tokenizer
+    first = tokenizer.eot if tokenizer else next(iter([*filter(None, [ids.bos]), *ids.eos]), ids.bos)
     if first is None or first >= model.config.vocab_size:
         raise ValueError("the model's files name no token that a text begins with: give a prompt")
     return first
@@ -295,21 +290,25 @@ def _needed(model: GPT) -> Tokenizer:
     if tokenizer.problem:
         raise ValueError(tokenizer.problem)
     if tokenizer.num_base > size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.num_base:,} tokens, but the model's vocabulary only {size:,}"
-        )
+        more = f"the folder's tokenizer has {tokenizer.num_base:,} tokens, the model's vocabulary only {size:,}"
+        raise ValueError(f"{more}: they do not belong together; give token ids (in Python)")
     return tokenizer
 
 
-def _checked(ids: list[int], model: GPT, slide: bool) -> list[int]:
+def _encode(
+    prompt: str | Sequence[int], tokenizer: Tokenizer | None, model: GPT, slide: bool
+) -> tuple[list[int], str]:
+    """Return the ids of a prompt, checked, and its text."""
+    ids = tokenizer.encode(prompt) if tokenizer and isinstance(prompt, str) else [*prompt]
     size, context = model.config.vocab_size, model.config.block_size
     if not ids:
-        raise ValueError(
-            "a prompt is empty: to write from nothing, give no prompt (in Python, [[model.tokenizer.eot]])"
-        )
+        first = "[[model.tokenizer.eot]]"
+        raise ValueError(f"a prompt is empty: to write from nothing, give no prompt (in Python, {first})")
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise ValueError(f"prompt holds token id {wrong[0]}; the model's vocabulary ends at {size - 1}")
     if len(ids) >= context and not slide:
         full = f"a prompt of {len(ids)} tokens leaves no room in the model's context of {context}"
         raise ValueError(f"{full}: shorten it, or continue from its last half (--slide)")
-    return ids
+    if isinstance(prompt, str):
+        return ids, whole_characters(prompt)
+    return ids, tokenizer.decode(ids) if tokenizer else ""

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2_model.activations import activation_bytes
 from gpt2_model.checkpoints import load_save
+from gpt2_model.checkpoints.tokenizer_files import SpecialIds
 from gpt2_model.config import GPTConfig
 from gpt2_model.cpu.int8 import Int8Matrix, quantize
 from gpt2_model.cpu.training import causal_attention, head_loss, look_up
-from gpt2_model.tokenizer import SpecialIds, Tokenizer, model_tokenizer
+from gpt2_model.model_tokenizer import Tokenizer, model_tokenizer
 
 
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -278,7 +279,7 @@ class GPT(nn.Module):
     @staticmethod
     def inspect(name_or_path: str | Path) -> GPTConfig:
         """Return the config of what `from_pretrained` would load, after the same checks except of the values."""
-        return load_save.inspect(name_or_path)
+        return load_save.inspect(name_or_path)[0]
 
     @staticmethod
     def inspect_tokenizer(name_or_path: str | Path) -> Tokenizer | None:

@@ -1,5 +1,6 @@
 """Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import chain
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
+from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, byte_level_json, vocabulary_file
 
@@ -104,7 +106,7 @@ def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
     return {
         "vocab.json": vocab,
         "merges.txt": merges,
-        "tokenizer.json": byte_level_json(vocab, merges, [{"id": EOT, **end, "special": True}]),
+        "tokenizer.json": byte_level_json(vocab, merges) | {"added_tokens": [{"id": EOT, **end, "special": True}]},
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
@@ -156,6 +158,7 @@ def _download(repository: str, revision: str) -> Path:
 
     config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
     commit = config.parent.name  # for the other files too, even if the model changes meanwhile
+    _download_tokenizer(repository, commit)
     cached = [f for f in WEIGHTS_FILES if isinstance(try_to_load_from_cache(repository, f, revision=commit), str)]
     for file in cached or WEIGHTS_FILES:
         try:
@@ -169,3 +172,20 @@ def _download(repository: str, revision: str) -> Path:
         for shard in sorted(set(shard_names(Path(weights)).values())):
             hf_hub_download(repository, shard, revision=commit)
     return config.parent
+
+
+def _download_tokenizer(repository: str, commit: str) -> None:
+    """Download the tokenizer's files and generation_config.json, each of which may be absent."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    for file in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+        if try_to_load_from_cache(repository, file, revision=commit) is not None:
+            continue  # it is there, or the hub has said that it is absent
+        try:
+            hf_hub_download(repository, file, revision=commit)
+        except errors.LocalEntryNotFoundError:  # each further file would take 23 s to fail
+            unknown = "is not in the cache, and the hub cannot be reached: the model may lack its own tokenizer"
+            print(f"warning: {file} of {repository} {unknown}", file=sys.stderr)
+            return
+        except errors.EntryNotFoundError:
+            pass

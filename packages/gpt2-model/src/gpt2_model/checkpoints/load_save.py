@@ -17,9 +17,10 @@ from torch import Tensor
 from gpt2_model.checkpoints import files
 from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
+from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES, SpecialIds
 from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
-from gpt2_model.tokenizer import SpecialIds, Tokenizer
+from gpt2_model.model_tokenizer import Tokenizer
 
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
@@ -34,6 +35,11 @@ class _Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     source: Path
     in_out: bool  # whether projections are stored as (in, out)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a Hugging Face model, whose other files belong to it."""
+        return self.source.parent if self.in_out else None
 
 
 def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[str, Tensor], Path | None]:
@@ -54,14 +60,14 @@ def load(name_or_path: str | Path, dtype: torch.dtype) -> tuple[GPTConfig, dict[
     names = sorted(tensors, key=lambda name: -tensors[name].numel())
     with ThreadPoolExecutor(2) as pool:
         weights = dict(zip(names, pool.map(own, names), strict=True))
-    return checkpoint.config, weights, checkpoint.source.parent if checkpoint.in_out else None
+    return checkpoint.config, weights, checkpoint.folder
 
 
-def inspect(name_or_path: str | Path) -> GPTConfig:
-    """Return the config of a checkpoint, checked as by `load`, without loading its weights."""
+def inspect(name_or_path: str | Path) -> tuple[GPTConfig, Path | None]:
+    """Return the config and the folder of a checkpoint, checked as by `load`, without loading its weights."""
     checkpoint = _open(str(name_or_path))
     _fitting(checkpoint)
-    return checkpoint.config
+    return checkpoint.config, checkpoint.folder
 
 
 def find_folder(name_or_path: str | Path) -> Path | None:
@@ -168,16 +174,19 @@ def save(
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
     contents: dict[str, Any] = {}
-    special: dict[str, Any] = {}
+    special = dict(ids.config)
     if tokenizer is not None:
-        ids = tokenizer.ids
+        ids, ends = tokenizer.ids, list(tokenizer.stop_ids)
         if "tokenizer.json" not in tokenizer.files and tokenizer.is_gpt2:
             contents |= tokenizer_files(config)
         contents |= tokenizer.files
-        ends = tokenizer.stop_ids
-        special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None}
-    contents["generation_config.json"] = ids.generation or {n: v for n, v in (special | ids.config).items() if v}
-    contents["config.json"] = hf_config(config, special | ids.config)
+        special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        special |= ids.config
+    named = {name: value for name, value in special.items() if value is not None}
+    contents["generation_config.json"] = ids.generation or named
+    contents["config.json"] = hf_config(config, special)
+    for name in set(TOKENIZER_FILES) - contents.keys():  # of another model that was here
+        (folder / name).unlink(missing_ok=True)
     for name, content in contents.items():
         if isinstance(content, dict):
             content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
