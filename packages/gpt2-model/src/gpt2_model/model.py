@@ -284,8 +284,8 @@ class GPT(nn.Module):
     @staticmethod
     def inspect_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
         """Return the tokenizer of what `from_pretrained` would load."""
-        size = load_save.inspect(name_or_path).vocab_size
-        return model_tokenizer(size, load_save.find_folder(name_or_path))[0]
+        config, folder = load_save.inspect(name_or_path)
+        return model_tokenizer(config.vocab_size, folder)[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""

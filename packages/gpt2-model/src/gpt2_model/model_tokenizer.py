@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # GPT-2's own tokenizer does not need it
 
 
 class Tokenizer:
-    """How a model's text becomes ids, and ids text; GPT-2's own without files. They are parsed once text is needed.
+    """How a model's text becomes ids, and ids text; GPT-2's own without files, which are parsed once needed.
 
     If they cannot be followed exactly, all that needs them raises a ValueError, which is also the `problem`.
 

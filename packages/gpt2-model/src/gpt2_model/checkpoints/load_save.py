@@ -70,12 +70,6 @@ def inspect(name_or_path: str | Path) -> tuple[GPTConfig, Path | None]:
     return checkpoint.config, checkpoint.folder
 
 
-def find_folder(name_or_path: str | Path) -> Path | None:
-    """Return the Hugging Face folder of a checkpoint, if it is one."""
-    checkpoint = _open(str(name_or_path))
-    return checkpoint.source.parent if checkpoint.in_out else None
-
-
 def read_progress(model: str) -> dict[str, int]:
     """Return the step and the tokens so far from a training checkpoint's trainer.json; {} if it has none."""
     path = Path(model) / "trainer.json"
