@@ -14,7 +14,7 @@ from train_faults import SETTINGS, SHAPE, checkpoint, good_steps, outcome, rows,
 from gpt2_data import convert, open_dataset
 from gpt2_train import TrainConfig
 from gpt2_train.config import CannotResume
-from gpt2_train.setup import starting_point
+from gpt2_train.start import starting_point
 
 
 def tokens_of_steps(path, ranks) -> dict[int, str]:

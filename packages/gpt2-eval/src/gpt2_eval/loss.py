@@ -135,12 +135,12 @@ def tokenizer_of(dataset: "Dataset") -> Tokenizer:
     return GPT2 if file is None else load_tokenizer(file.parent, dataset.eot) or GPT2
 
 
-def bytes_per_token(dataset: "Dataset", model: LanguageModel) -> NDArray[np.int64]:
-    """Return the number of UTF-8 bytes of each id of a dataset; its `<|endoftext|>` is no text and has 0.
+def bytes_per_token(dataset: "Dataset | None" = None, model: LanguageModel | None = None) -> NDArray[np.int64]:
+    """Return the UTF-8 bytes of each id of a dataset, or of GPT-2's; `<|endoftext|>` is no text and has 0.
 
     All are 0 if the model has no tokenizer and the dataset none of its own: its ids may be characters'.
     """
-    if getattr(dataset, "tokenizer", None) is not None:
+    if dataset is not None and getattr(dataset, "tokenizer", None) is not None:
         return _bytes_per_token(tokenizer_of(dataset), dataset.vocab_size, dataset.eot)
     known = getattr(model, "tokenizer", GPT2) is not None
     return _bytes_per_token(GPT2, EOT + 1, EOT) if known else np.zeros(EOT + 1, np.int64)

@@ -35,7 +35,7 @@ class Encoder:
         return self.same_ids(GPT2)
 
 
-GPT2 = Tokenizer({})  # its files are read when the first text comes
+GPT2 = Tokenizer()  # its files are read when the first text comes
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -207,18 +207,30 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder, created if needed, during the block; a ValueError names another process that holds it."""
-    import fcntl
     import socket
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+        _lock(file, folder, shared=False)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raise the ValueError of `locked` if another process holds the folder. Writes nothing."""
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open() as file:
+            _lock(file, folder, shared=True)
+
+
+def _lock(file: TextIO, folder: Path, shared: bool) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None

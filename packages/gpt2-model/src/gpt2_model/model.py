@@ -281,6 +281,12 @@ class GPT(nn.Module):
         """Return the config of what `from_pretrained` would load, after the same checks except of the values."""
         return load_save.inspect(name_or_path)[0]
 
+    @staticmethod
+    def inspect_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
+        """Return the tokenizer of what `from_pretrained` would load."""
+        config, folder = load_save.inspect(name_or_path)
+        return model_tokenizer(config.vocab_size, folder)[0]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""
         if isinstance(self.wte, Int8Matrix):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # GPT-2's own tokenizer does not need it
 
 
 class Tokenizer:
-    """How a model's text becomes ids, and ids text. A folder's files are parsed once text is needed.
+    """How a model's text becomes ids, and ids text; GPT-2's own without files, which are parsed once needed.
 
     If they cannot be followed exactly, all that needs them raises a ValueError, which is also the `problem`.
 
@@ -32,9 +32,10 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], ids: SpecialIds | None = None, source: str = "", eot: int | None = None
-    ) -> None:
-        self.files, self.ids = files, ids or SpecialIds()
+        self, files: Mapping[str, bytes] | None = None, ids: SpecialIds | None = None, source: str = "",
+        eot: int | None = None,
+    ) -> None:  # fmt: skip
+        self.files, self.ids = files or {}, ids or SpecialIds()
         self._source, self._eot = source, eot
 
     def __deepcopy__(self, memo: Any) -> "Tokenizer":

@@ -27,7 +27,7 @@ import torch
 
 from gpt2_model import GPT
 from gpt2_model.command import locked, sha256
-from gpt2_train.config import CannotResume, existing
+from gpt2_train.config import CannotResume, check_out, existing
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
@@ -219,6 +219,7 @@ def _remove(folder: Path) -> None:
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
     """Lock a run's folder, created if needed and removed again if the run fails before it writes anything."""
+    check_out(str(run))
     is_new = not run.exists()
     with locked(run):
         try:
@@ -270,6 +271,7 @@ class Saver:
         pin = self.world.device.type == "cuda"
         with torch.device("meta"):
             self._model = GPT(model.config)
+        self._model.tokenizer, self._model.special_ids = model.tokenizer, model.special_ids
         weights = {name: torch.empty(tensor.shape, pin_memory=pin) for name, tensor in model.state_dict().items()}
         self._model.load_state_dict(weights, assign=True)
         shapes = state_shapes(model, optimizers)

@@ -48,6 +48,8 @@ def _option(item: "Field[Any]") -> Any:
         kind = PATH
     elif item.name == "min_lr":
         shown = "6e-05, or a tenth of --lr if --lr is below that"
+    if item.name == "warmup":
+        default, shown = None, "--steps times 715 / 19073, at least 1"
     if default != "" and default is not False:
         text += f"  [default: {shown}]"
     return optgroup.option(*flags, item.name, type=kind, default=default, help=text, hidden=item.name in RARE)
@@ -137,6 +139,8 @@ def _resolve(
         for name, value in keys.items():
             if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
                 settings[name] = value
+        if settings["warmup"] is None:
+            del settings["warmup"]
         if missing := [name for name in ("data", "out") if not settings[name]]:
             raise click.UsageError(f"--{missing[0]} is missing")
         if wrong := [assignment for assignment in assignments if "=" not in assignment]:
@@ -170,7 +174,7 @@ def _check_environment(command: click.Command) -> None:
 
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
-    """Print the plan for WORLD_SIZE processes, as torchrun sets it; the exit status is 1 if a check failed."""
+    """Print the plan for WORLD_SIZE processes, as torchrun sets it; return the exit status of such a run."""
     if os.environ.get("RANK", "0") != "0":
         return 0  # rank 0 prints it
     from gpt2_train.plan import make_plan, to_lines
@@ -181,4 +185,4 @@ def _print_plan(config: TrainConfig, as_json: bool) -> int:
         click.echo(f"warning: {warning}", err=True)
     for problem in plan["problems"]:
         click.echo(f"Error: {problem}", err=True)
-    return 1 if plan["problems"] else 0
+    return int(plan["exit_status"])

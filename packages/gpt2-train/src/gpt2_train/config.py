@@ -73,7 +73,7 @@ class TrainConfig:
     optimizer: str = _option("adamw", OPTIM, "muon uses Muon for the blocks' matrices and AdamW for the rest.")
     lr: float = _option(6e-4, OPTIM, "Peak learning rate.")
     min_lr: float = _option(math.nan, OPTIM, "Learning rate at the end.")
-    warmup: int = _option(715, OPTIM, "Steps of linear warmup.")
+    warmup: int = _option(-1, OPTIM, "Steps of linear warmup.")
     schedule: str = _option("cosine", OPTIM, "Decay from --lr to --min-lr; wsd means warmup, stable, decay.")
     decay_steps: int = _option(0, OPTIM, "Number of last steps in which wsd decays; 0 means a fifth of all.")
     weight_decay: float = _option(0.1, OPTIM, "Weight decay of matrices; biases and norms have none.")
@@ -100,7 +100,7 @@ class TrainConfig:
     resume: str = _option("auto", CHECKPOINTS, "A checkpoint, never, or auto: the newest good one in --out.")
     on_save_error: str = _option("abort", CHECKPOINTS, "What to do if a checkpoint cannot be written.")
     max_skips: int = _option(10, FAULTS, "End the run after this many skipped updates in a row.")
-    spike_sigma: float = _option(0.0, FAULTS, "Skip updates this many deviations above the last 128; 0: never.")
+    spike_sigma: float = _option(0.0, FAULTS, "Skip updates this many deviations above the last 20-128; 0: never.")
     hang_seconds: float = _option(300.0, FAULTS, "End the run if a step takes this many seconds; 0: never.")
     tensorboard: bool = _option(False, LOGGING, "Also write TensorBoard's files into --out.")
     wandb: str = _option("", LOGGING, "Weights & Biases project to report to.")
@@ -113,8 +113,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if math.isnan(self.min_lr):  # runs of version 0.1 that did not set it have 6e-5: keep them resumable
             object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
+        if self.warmup == -1:
+            object.__setattr__(self, "warmup", default_warmup(self.steps))
         for item in fields(self):
             value, least = getattr(self, item.name), int(item.name in AT_LEAST_1)
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                # Such a name's bytes are no UTF-8, and neither TOML nor JSON could hold it.
+                raise ValueError(f"{item.name} {value!r} is not UTF-8: rename it")
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise ValueError(f"{item.name} must be a finite number of at least {least}, not {value}")
         for name, allowed in CHOICES.items():
@@ -152,9 +157,14 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
         if not source:
             continue
         try:
-            own = tomllib.loads(source.read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
-            raise ValueError(f"{source} is not valid TOML: {error}") from None
+            own = tomllib.loads(source.read_text(encoding="utf-8-sig"))  # Windows' editors write a BOM
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise ValueError(f"{source}, line {line}, is not UTF-8 text: save the file as UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            last = len(source.read_bytes().splitlines())
+            problem = str(error).replace("end of document", f"the end, line {last}")
+            raise ValueError(f"{source} is not valid TOML: {problem}") from None
         if isinstance(own.get("model"), dict):
             own["model"] = merged.get("model", {}) | own["model"]
         merged |= own
@@ -200,15 +210,25 @@ def changed_fields(before: Mapping[str, Any], config: TrainConfig) -> tuple[list
     return maths, harmless
 
 
+def default_warmup(steps: int) -> int:
+    """Return the steps of warmup of a run that does not set it: 715 of 19,073, as in GPT-3 and build-nanogpt."""
+    return max(1, round(steps * 715 / 19073))
+
+
 def sequences(config: TrainConfig, world_size: int) -> int:
     """Return the number of sequences per process in a batch. Raises ValueError if the batch does not divide."""
-    unit = config.seq_len * world_size
-    rows, rest = divmod(config.batch_tokens, unit)
+    rows, rest = divmod(config.batch_tokens, config.seq_len * world_size)
     if rest:
         parts = f"sequences of {config.seq_len:,} on {world_size} process{'es' * (world_size > 1)}"
-        advice = f"use --batch-tokens {max(1, round(config.batch_tokens / unit)) * unit}"
+        advice = f"use --batch-tokens {whole_batch(config, world_size)}"
         raise ValueError(f"a batch of {config.batch_tokens:,} tokens does not divide into {parts}: {advice}")
     return rows
+
+
+def whole_batch(config: TrainConfig, world_size: int) -> int:
+    """Return the batch nearest to `batch_tokens` that divides into sequences and micro-batches."""
+    unit = config.seq_len * world_size * (1 if config.micro_batch == "auto" else int(config.micro_batch))
+    return max(1, round(config.batch_tokens / unit)) * unit
 
 
 def divisors(number: int, most: int) -> list[int]:
@@ -232,10 +252,13 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
 
 def check_out(out: str) -> None:
     """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
-    parent = existing(Path(out))
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        problem = "cannot be written to" if parent.is_dir() else "is not a folder"
-        raise OSError(f"--out {out}: {parent} {problem}: choose another --out")
+    run, advice = Path(out), "choose another --out"
+    folders = {existing(run), run, run / "checkpoints"}
+    for path in (*folders, *(run / name for name in (".lock", "metrics.jsonl", "samples.jsonl"))):
+        if path in folders and not path.is_dir() and os.path.lexists(path):
+            raise OSError(f"--out {out}: {path} is not a folder: {advice}")
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK if path in folders else os.W_OK):
+            raise OSError(f"--out {out}: {path} cannot be written to: {advice}")
 
 
 def existing(path: Path) -> Path:

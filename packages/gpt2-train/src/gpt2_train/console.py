@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from math import ceil
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -129,3 +130,10 @@ def short(number: float) -> str:
         if number >= scale:
             return f"{number / scale:,.{2 if number < 10 * scale else 1 if number < 100 * scale else 0}f}{letter}"
     return f"{number:,.0f}"
+
+
+def duration(hours: float) -> str:
+    """Return hours as "3.2 days", "1.5 hours" or "12 minutes"."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{ceil(60 * hours)} minutes"

@@ -18,6 +18,7 @@ from gpt2_train.distributed import World
 from gpt2_train.faults import StopSignal
 from gpt2_train.optimizer import lr_at
 from gpt2_train.setup import Run, set_up
+from gpt2_train.start import prompt_ids
 from gpt2_train.trackers import profiling
 
 
@@ -196,14 +197,16 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     own = []
     if last > first:
+        prompt = prompt_ids(config, run.tokenizer)
         for piece in stream(
-            run.model, [config.sample_prompt], num_samples=last - first, first_row=first, max_new_tokens=32,
-            seed=config.seed,
+            run.model, [prompt], num_samples=last - first, first_row=first, max_new_tokens=32, seed=config.seed
         ):  # fmt: skip
             if run.stop.number:
                 break
-            if (text := piece.completion) is not None:
-                own.append({"step": run.step, "row": text.row, "prompt": text.prompt, "text": text.text})
+            if (row := piece.completion) is not None:
+                # `stream` gives no text where the model has only a part of GPT-2's vocabulary.
+                text = row.text or run.tokenizer.decode(row.tokens)
+                own.append({"step": run.step, "row": row.row, "prompt": config.sample_prompt, "text": text})
     gathered = world.gather((run.stop.number > 0, own))
     if any(stopped for stopped, _ in gathered):
         raise Interrupted

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ FILES_BYTES = 4_000_000  # what a checkpoint has besides its tensors: vocabulary
 # A cgroup's limit and usage, and in its memory.stat the cached files, which the kernel drops when it needs room.
 CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
+ASSUMED_GPU_BYTES = 80_000_000_000  # for a plan made where there is no GPU
 CUDA_CONTEXT = 600_000_000  # what the driver, cuBLAS and cuDNN take on the device
 
 
@@ -96,6 +97,42 @@ def available_memory(root: Path = Path("/")) -> int:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 free = min(free, max(0, limit - used + int(stat.get(names[2], 0))))
     return free
+
+
+def free_memory(device: torch.device, here: bool = True) -> tuple[int | None, int]:
+    """Return the free bytes of a GPU (None for other devices), and those of the host."""
+    free = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] if here else ASSUMED_GPU_BYTES
+    return free, available_memory()
+
+
+def check_memory(
+    config: TrainConfig, micro_batch: int, world_size: int, device_type: str, free: tuple[int | None, int]
+) -> None:
+    """Raise ValueError if a step surely does not fit, with the flags that would make it fit."""
+
+    def lacking(config: TrainConfig, micro_batch: int) -> str:
+        peak = peak_memory(config, micro_batch, world_size, device_type)
+        # A GPU's kernels may need less than is estimated: where it is close, the run itself finds out.
+        if free[0] is not None and peak.device_bytes > 1.2 * free[0]:
+            needed, room = in_gb(peak.device_bytes), in_gb(free[0])
+            return f"a process needs about {needed} of the GPU's memory, and {room} are free"
+        if peak.needed_on_host() > free[1]:
+            needed, room = in_gb(peak.needed_on_host()), in_gb(free[1])
+            return f"the run needs about {needed} of this machine's memory, and {room} are free"
+        return ""
+
+    if problem := lacking(config, micro_batch):
+        lean = replace(config, activation_checkpointing=True)
+        choices = {
+            f"--micro-batch {micro_batch // 2}": (config, micro_batch // 2), "--micro-batch 1": (config, 1),
+            "--activation-checkpointing": (lean, micro_batch),
+            "--activation-checkpointing --micro-batch 1": (lean, 1),
+            "--shard-optimizer": (replace(config, shard_optimizer=world_size > 1), micro_batch),
+        }  # fmt: skip
+        fits = [flags for flags, (other, size) in choices.items() if size and not lacking(other, size)]
+        raise ValueError(f"{problem}: use {' or '.join([*fits[:2], 'a smaller model'])}")
 
 
 def most_that_fit(config: TrainConfig, world_size: int, device_type: str, free: float) -> int:
@@ -179,7 +216,8 @@ def check_space(config: TrainConfig) -> None:
     if number * each > free + own:
         needed = f"{in_gb(number * each)} for {number} checkpoints of {in_gb(each)}"
         beside = f" besides the {in_gb(own)} it has" if own else ""
-        advice = "free some, or choose another --out" + " or a lower --keep" * (config.keep > 1)
+        keep = int((free + own) // each) - 1
+        advice = "free some, or choose another --out" + f" or --keep {keep}" * (1 <= keep < config.keep)
         raise OSError(f"{run} will need {needed}, and {in_gb(free)} are free{beside}: {advice}")
 
 

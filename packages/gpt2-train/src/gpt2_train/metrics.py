@@ -47,6 +47,7 @@ class RunLog:
         # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
+        self.lowest, self.diverged = math.inf, False  # the lowest loss; whether it was said that the run diverged
         self.trackers: list[Tracker] = []
 
     def open(self) -> int | None:
@@ -90,6 +91,22 @@ class RunLog:
         names = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds", "peak_memory")
         self._log(row["step"], {f"train/{name}": row[name] for name in names})
         self.console.step(row)
+        self._say_if_diverged(row)
+
+    def _say_if_diverged(self, row: dict[str, Any]) -> None:
+        """Warn once of a loss that has risen far above that of guessing, or of a gradient beyond all measure."""
+        loss, norm, guessing = row["loss"], row["grad_norm"], math.log(self.config.model_config.vocab_size)
+        if self.diverged or "skipped" in row or loss is None or norm is None:
+            return
+        self.lowest = min(self.lowest, loss)
+        risen = loss > max(guessing, self.lowest) + 2
+        self.diverged = risen or norm > 1e4
+        if not self.diverged:
+            return
+        fact = f"the loss is {loss:,.2f}, above that of guessing ({guessing:.2f})"
+        fact = fact if risen else f"the gradient's norm is {norm:,.0f}"
+        advice = "the run has probably diverged: lower --lr or lengthen --warmup, with another --out"
+        self.say(f"warning: step {row['step']}: {fact}: {advice}")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Record an evaluation, after its samples: without this row, they are dropped when the run is resumed."""

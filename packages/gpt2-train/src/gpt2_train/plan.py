@@ -2,29 +2,23 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from math import ceil
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import torch
 
-from gpt2_data import Dataset, open_dataset
-from gpt2_eval import load_hellaswag
-from gpt2_model import GPT, flops_per_token
-from gpt2_model.command import find_device, one_line
-from gpt2_train import checkpoint, memory
-from gpt2_train.config import TrainConfig, check_out, existing, micro_batches
-from gpt2_train.console import short
-from gpt2_train.distributed import choose_precision, gradient_bytes_sent
-from gpt2_train.memory import Memory, available_memory, in_gb, most_that_fit, peak_memory
+from gpt2_data import Dataset
+from gpt2_model import flops_per_token
+from gpt2_model.command import check_unlocked, find_device, one_line
+from gpt2_train import memory
+from gpt2_train.config import CannotResume, TrainConfig, check_out, existing
+from gpt2_train.console import duration, short
+from gpt2_train.distributed import gradient_bytes_sent
+from gpt2_train.memory import in_gb
 from gpt2_train.metrics import assumed_speed
-from gpt2_train.setup import check_shape, make_loader, starting_point, validation_tokens, warnings_of
-from gpt2_train.trackers import check_trackers
-
-ASSUMED_GPU_BYTES = 80_000_000_000  # for a plan made where there is no GPU
-LONG_HOURS = 72.0
+from gpt2_train.start import check_start, hours_at, validation_tokens, warnings_of
 
 
 def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
@@ -32,58 +26,37 @@ def make_plan(config: TrainConfig, world_size: int = 1) -> dict[str, Any]:
 
     `problems` and `warnings` are lists of lines; a figure unknown after a failed check is None. Sizes are bytes.
     """
-    problems: list[str] = []
+    problems: list[Exception] = []
 
     def check(work: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return work(*arguments)
         except (ValueError, OSError) as error:
-            problems.append(one_line(error))
+            problems.append(error)
             return None
 
     here = check(find_device, config.device)
     device = here or torch.device(config.device if config.device in ("cuda", "mps") else "cpu")
-    config = replace(config, precision=choose_precision(config.precision, here))
-    dataset = check(open_dataset, config.data)
-    start = check(starting_point, config, dataset) if dataset else None
-    source = start or config.init
-    shape = (check(GPT.inspect, source) if source else None) or config.model_config
-    if dataset:
-        check(check_shape, config, shape, dataset, start)
-        check(make_loader, config, 1, 0, world_size)
-    config = replace(config, model=asdict(shape))
-    free_host, free_device = available_memory(), None
-    if device.type == "cuda":
-        free_device = torch.cuda.mem_get_info(here)[0] if here else ASSUMED_GPU_BYTES
-    # 5 % of a GPU's memory is lost between the allocator's blocks.
-    free = free_host if free_device is None else 0.95 * free_device
-    split = check(lambda: micro_batches(config, world_size, most_that_fit(config, world_size, device.type, free)))
-    micro_batch, accumulation = split or (None, None)
-    peak = None
-    if micro_batch is not None:
-        peak = peak_memory(config, micro_batch, world_size, device.type)
-        check(_check_memory, peak, free_device, free_host)
     check(check_out, config.out)
-    check(memory.check_space, config)
-    check(check_trackers, config)
-    if config.hellaswag:
-        check(load_hellaswag, config.hellaswag)
-    work = _work(config, dataset, world_size, *assumed_speed(config, device, here is not None))
-    warnings = warnings_of(config, dataset) if dataset else []
-    if work["hours"] and work["hours"] > LONG_HOURS:
-        warnings.append(f"the run takes about {_duration(work['hours'])} here: lower --steps or --batch-tokens")
+    check(check_unlocked, Path(config.out))
+    start = check_start(config, world_size, device, here is not None, check)
+    config, state = start.config, start.state
+    work = _work(config, start.dataset, world_size, *assumed_speed(config, device, here is not None))
+    micro_batch, accumulation = start.split or (None, None)
     return work | {
         "device": device.type,
         "compiled": config.compiles(device.type),
         "micro_batch": micro_batch,
         "accumulation": accumulation,
-        "memory": peak and asdict(peak),
-        "free_device_bytes": free_device,
-        "free_host_bytes": free_host,
-        "resumes_from": str(start) if start else None,
-        "resumes_at_step": checkpoint.read_trainer_state(start)["step"] if start else None,
-        "warnings": warnings,
-        "problems": problems,
+        "memory": start.memory and asdict(start.memory),
+        "free_device_bytes": start.free[0],
+        "free_host_bytes": start.free[1],
+        "resumes_from": str(start.checkpoint) if start.checkpoint else None,
+        "resumes_at_step": state.get("step"),
+        "warnings": warnings_of(start, world_size, work["hours"]) if start.dataset else [],
+        "problems": [one_line(problem) for problem in problems],
+        # That of a run, which ends at the first of them.
+        "exit_status": (2 if isinstance(problems[0], CannotResume) else 1) if problems else 0,
     }
 
 
@@ -115,7 +88,7 @@ def _work(
         "flops": float(flops * tokens),
         "flops_per_second": speed,
         "speed_source": speed_source,
-        "hours": tokens * token_hours if token_hours else None,
+        "hours": hours_at(speed, config, world_size) if speed else None,
         "validations": validations,
         "validation_tokens": to_validate,
         "validation_hours": token_hours and to_validate and validations * to_validate * token_hours / 3,
@@ -124,16 +97,6 @@ def _work(
         "checkpoints_at_once": memory.checkpoints_at_once(config),
         "free_disk_bytes": shutil.disk_usage(existing(Path(config.out))).free,
     }
-
-
-def _check_memory(peak: Memory, free_device: int | None, free_host: int) -> None:
-    for needed, free, whose in (
-        (peak.device_bytes, free_device, "a process needs about {} of the GPU's memory"),
-        (peak.needed_on_host(), free_host, "the run needs about {} of this machine's memory"),
-    ):
-        if free is not None and needed > free:
-            advice = "use --activation-checkpointing, a smaller --micro-batch or --seq-len, or a smaller model"
-            raise ValueError(f"{whose.format(in_gb(needed))}, and {in_gb(free)} are free: {advice}")
 
 
 def to_lines(plan: dict[str, Any]) -> list[str]:
@@ -159,9 +122,9 @@ def to_lines(plan: dict[str, Any]) -> list[str]:
     facts["time"] = plan["speed_source"]
     if plan["hours"] is not None:
         speed = plan["processes"] * plan["flops_per_second"] / plan["flops_per_token"]
-        facts["time"] = f"{_duration(plan['hours'])} at {short(speed)} tokens/s: {plan['speed_source']}"
+        facts["time"] = f"{duration(plan['hours'])} at {short(speed)} tokens/s: {plan['speed_source']}"
     if plan["validations"] and plan["validation_tokens"]:
-        more = "" if plan["validation_hours"] is None else f", {_duration(plan['validation_hours'])} more"
+        more = "" if plan["validation_hours"] is None else f", {duration(plan['validation_hours'])} more"
         facts["validation"] = f"{plan['validations']} times {plan['validation_tokens']:,} tokens{more}"
     each, number, free = plan["checkpoint_bytes"], plan["checkpoints_at_once"], in_gb(plan["free_disk_bytes"])
     facts["checkpoints"] = f"{in_gb(each)} each, {number} at once: {in_gb(each * number)} of {free} free"
@@ -190,10 +153,3 @@ def _memory_facts(plan: dict[str, Any]) -> dict[str, str]:
     free = in_gb(plan["free_host_bytes"])
     facts["host memory"] = f"{in_gb(peak['host_bytes'])} of {free} free, on rank 0: {', '.join(parts)}"
     return facts
-
-
-def _duration(hours: float) -> str:
-    """Return hours as "3.2 days", "1.5 hours" or "12 minutes"."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{ceil(60 * hours)} minutes"
