@@ -55,7 +55,7 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch):
     whole = encode_documents(texts)
     monkeypatch.setattr(tokenizer, "_PIECE", 10)
     monkeypatch.setattr(tokenizer, "_BATCH", 25)
-    cuts, starts = tokenizer._cut(*tokenizer.text_buffers(pa.array(texts)))
+    cuts, starts = tokenizer.cut_texts(*tokenizer.text_buffers(pa.array(texts)))
     assert len(cuts) > 5 * len(texts)
     assert len(starts) == len(texts)
     for ours, expected in zip(encode_documents(texts), whole, strict=True):

@@ -1,4 +1,4 @@
-"""gpt2-data build | verify | info | show | convert.
+"""gpt2-data build | tokenizer | verify | info | show | convert.
 
 Nothing heavy is imported at the top, since help must answer at once. Results go to stdout, progress to stderr.
 """
@@ -81,6 +81,13 @@ def _part(context: click.Context, parameter: click.Parameter, text: str | None) 
     return int(match[1]), int(match[2])
 
 
+def _tokenizer(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    if text not in ("auto", "tiktoken", "gigatoken") and not Path(text).exists():
+        known = "auto, tiktoken, gigatoken or a folder with a tokenizer.json"
+        raise click.BadParameter(f"{text!r} is none: name {known}; gpt2-data tokenizer makes one")
+    return text
+
+
 def _choice(*names: str) -> Any:
     return {"type": click.Choice(names), "default": names[0], "show_default": True}
 
@@ -109,7 +116,8 @@ DATASET = click.argument("dataset", **FOLDER)
 @optgroup.option("--compat", type=click.Choice(["build-nanogpt"]), help="Cut and order as its fineweb.py does.")
 @optgroup("Work")
 @optgroup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]")
-@optgroup.option("--tokenizer", **_choice("auto", "tiktoken", "gigatoken"), help="Tokenizer library to use.")
+@optgroup.option("--tokenizer", default="auto", show_default=True, metavar="NAME|DIR", callback=_tokenizer,
+                 help="Library for GPT-2's vocabulary (auto, tiktoken, gigatoken), or a folder with another.")  # fmt: skip
 @optgroup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS).")
 @optgroup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out.")
 @optgroup("Downloads")
@@ -202,6 +210,49 @@ def _stoppable() -> Iterator[None]:
 
 
 @main.command()
+@click.argument("source", nargs=-1, type=click.Path(readable=False))
+@click.option("--vocab-size", **SIZE, required=True, help="Number of all ids; 0 for bytes alone.")
+@click.option("--out", **FOLDER, required=True, help="Tokenizer folder to create.")
+@click.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
+@click.option("--limit-docs", **COUNT, help="Read only the first N documents.")
+@click.option("--downloads", **FOLDER, help="Folder that keeps downloaded files.  [default: delete them]")
+@AS_JSON
+def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options: Any) -> None:
+    """Learn a vocabulary of your own from SOURCEs, for build --tokenizer.
+
+    SOURCEs are those of build. The vocabulary is a byte-level BPE with GPT-2's split of text into words: 256 bytes,
+    the most frequent merges, and <|endoftext|> as the last id. transformers opens the folder, too. The same source
+    gives the same files. Words are counted and the text is not kept: memory stays below 3.5 GB for any source, since
+    reading ends once there are enough different words.
+
+    \b
+    Example: a vocabulary of 32,000 tokens, and a dataset with it
+      gpt2-data tokenizer 'greek/*.txt' --vocab-size 32k --out data/greek-bpe
+      gpt2-data build 'greek/*.txt' --tokenizer data/greek-bpe --out data/greek
+    """
+    from gpt2_data import BuildConfig
+    from gpt2_data.building.train_tokenizer import train_tokenizer
+
+    if not source and vocab_size:
+        raise click.UsageError("Missing argument 'SOURCE...'.")
+    config = BuildConfig(sources=source or ("pydocs",), **options)
+    with _stoppable(), bar(seconds=8) as show:
+        result = train_tokenizer(config, vocab_size, show)
+    if result.vocab_size < vocab_size:
+        few = f"the text has only {plural(result.merges, 'merge')}: {result.vocab_size:,} ids, not {vocab_size:,}"
+        click.echo(f"warning: {few}", err=True)
+    if as_json:
+        print_json({**vars(result), "out": str(result.out)})
+        return
+    there = "already there: " if result.already_there else ""
+    part = ", which has enough different words" if result.enough else ""
+    click.echo(
+        f"{result.out}: {there}{result.vocab_size:,} tokens, <|endoftext|> is {result.eot:,}; "
+        f"from {format_bytes(result.text_bytes)} of text{part}; {result.seconds:.1f} s"
+    )
+
+
+@main.command()
 @DATASET
 @click.option(
     "--level", **_choice("fast", "full"), help="fast checks names, sizes and headers; full checks every byte."
@@ -265,12 +316,12 @@ def info(dataset: Path, as_json: bool) -> None:
 @AS_JSON
 def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     """Print document N, counted from 0, as the model will see it."""
-    from gpt2_data import Dataset, get_tokenizer
+    from gpt2_data import Dataset
 
     data = Dataset(dataset)
     start, stop = data.document_range(split, number)
     tokens = data.read(split, start, stop).tolist()
-    text = get_tokenizer().decode(tokens[1:])
+    text = data.decode(tokens[1:])
     if as_json:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
         print_json(facts)
@@ -304,5 +355,7 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     if as_json:
         print_json({**vars(result), "out": str(out)})
         return
+    if result.tokenizer_lost:
+        click.echo(f"warning: {to} carries no tokenizer: keep {dataset / 'tokenizer.json'} with it", err=True)
     files = f"{plural(result.files, 'file')} ({result.format})"
     click.echo(f"{out}: {plural(result.tokens, 'token')} in {files}, {format_bytes(result.bytes)}")

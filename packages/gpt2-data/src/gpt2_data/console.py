@@ -17,8 +17,11 @@ _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
 
 
 @contextmanager
-def bar() -> Iterator[Callable[..., None]]:
-    """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or else as lines."""
+def bar(seconds: float = SECONDS_BETWEEN_LINES) -> Iterator[Callable[..., None]]:
+    """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or else as lines.
+
+    A total of 0 stands for work whose end is unknown. Lines come every so many `seconds`.
+    """
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
@@ -32,11 +35,14 @@ def bar() -> Iterator[Callable[..., None]]:
         if what != phase:
             drawn.close()
             phase, unit = what, " tokens" if what == "writing" else "B"
-            drawn = tqdm(desc=what, total=total, initial=done, unit=unit, unit_scale=True, leave=False, **style)
+            some = style if total else style | {"bar_format": "{desc}, {elapsed}"}
+            drawn = tqdm(desc=what, total=total, initial=done, unit=unit, unit_scale=True, leave=False, **some)
         if tokens:
             drawn.set_postfix_str(f"{format_count(tokens)} tokens", refresh=False)
         drawn.update(done - drawn.n)
-        if not terminal and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+        if terminal and not total:
+            drawn.refresh()
+        if not terminal and time.monotonic() - last_line >= seconds:
             last_line = time.monotonic()
             click.echo(str(drawn), err=True)
 

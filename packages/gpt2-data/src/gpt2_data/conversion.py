@@ -18,7 +18,7 @@ from gpt2_data.dataset import Dataset, load
 from gpt2_data.formats import foreign, uint16
 from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
-from gpt2_data.tokenizer import VOCAB_SIZE, identity
+from gpt2_data.vocabulary import FILE_NAME as TOKENIZER
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
 SHARD_TOKENS = 100_000_000  # in a shard, if the source has no shards (nanoGPT, Megatron)
@@ -37,6 +37,7 @@ class ConvertResult:
     tokens: int
     files: int
     bytes: int
+    tokenizer_lost: bool = False  # the dataset has a vocabulary of its own, and the format carries none
 
 
 def convert(
@@ -81,7 +82,8 @@ def convert(
         work.rename(target)  # takes the place of an empty folder
         (target / ".lock").unlink()
     disk.sync_folder(target.parent)
-    return ConvertResult(out, to, total, len(files), size)
+    lost = dataset.tokenizer is not None and to not in ("llmc", "arrow")
+    return ConvertResult(out, to, total, len(files), size, lost)
 
 
 @contextlib.contextmanager
@@ -127,7 +129,7 @@ class _Job:
         """Yield a file's tokens; no chunk crosses a multiple of `size`. Raises ValueError if its hash is wrong."""
         digest = hashlib.sha256()
         buffer = np.empty(_CHUNK, uint16.TOKEN)
-        position, limit = 0, VOCAB_SIZE
+        position, limit = 0, self.dataset.vocab_size
         with file.path.open("rb") as source:
             digest.update(source.read(file.start))
             while position < file.tokens:
@@ -162,7 +164,7 @@ def _to_ours(job: _Job, form: str) -> None:
     documents = 0
     for split in ("val", "train"):
         for number, piece, chunks in job.pieces(split):
-            starts = foreign.eots(piece)
+            starts = foreign.eots(piece, job.dataset.eot)
             if ours and len(starts) != ours.split(split)[number].documents:
                 raise ValueError(
                     f"{piece.path}: damaged: it has {len(starts):,} documents, {FILE_NAME} says otherwise"
@@ -179,8 +181,11 @@ def _to_ours(job: _Job, form: str) -> None:
     inputs = {"inputs": job.inputs, "documents": sum(shard.documents for shard in written)}
     origin = {"format": job.inputs[0]["kind"], "dataset": job.manifest.hash}
     source = (ours.source if ours else inputs) | {"converted_from": origin}
+    if job.dataset.tokenizer is not None:
+        with disk.write_whole(job.work / TOKENIZER) as file:
+            file.write(job.dataset.tokenizer.read_bytes())
     with disk.write_whole(job.work / FILE_NAME) as file:
-        file.write(Manifest(identity(), source, options | {"format": form}, tuple(written)).to_bytes())
+        file.write(Manifest(job.manifest.tokenizer, source, options | {"format": form}, tuple(written)).to_bytes())
 
 
 def _to_npy(job: _Job) -> None:

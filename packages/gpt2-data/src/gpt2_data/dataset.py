@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2_data import tokenizer, vocabulary
 from gpt2_data.formats import foreign, manifest
 from gpt2_data.formats.foreign import ForeignManifest, ForeignShard
 from gpt2_data.formats.manifest import Manifest, Shard
 from gpt2_data.formats.uint16 import TokenFiles
-from gpt2_data.tokenizer import VOCAB_SIZE
 
 _ONE_READ = 1 << 29  # tokens: one system call reads at most 2 GiB
 
@@ -29,13 +29,34 @@ class Dataset:
             and val.bin, or Megatron's .bin and .idx; for Megatron also a path without these two endings.
 
     Raises:
-        ValueError, OSError: `path` is not a dataset, or its tokenizer is not GPT-2's.
+        ValueError, OSError: `path` is not a dataset, or its tokenizer is neither GPT-2's nor in the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = load(self.path)
         self._splits: dict[str, Split] = {}
+
+    @property
+    def eot(self) -> int:
+        """The id that stands before each document."""
+        return self.manifest.eot
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary: token ids are below it."""
+        return self.manifest.vocab_size
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The dataset's tokenizer.json; None if the vocabulary is GPT-2's."""
+        return self.path / vocabulary.FILE_NAME if self.manifest.own_tokenizer else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of these ids; bytes that are not UTF-8 become U+FFFD."""
+        if self.tokenizer is None:
+            return tokenizer.get_tokenizer().decode(ids)
+        return vocabulary.decode(self.tokenizer, ids)
 
     def split(self, name: str) -> "Split":
         """Open a split. Raises ValueError or OSError if one of its files is missing or damaged."""
@@ -92,10 +113,10 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 def load(path: Path) -> Manifest | ForeignManifest:
-    """Return the description of a dataset. Raises ValueError or OSError, also if its tokenizer is not GPT-2's."""
+    """Return the description of a dataset. Raises ValueError or OSError, also if tokenizer_problem names one."""
     if (path / manifest.FILE_NAME).exists() or (path / ".build").exists():
         description = manifest.load(path)
-        if (problem := manifest.tokenizer_problem(description)) is not None:
+        if (problem := manifest.tokenizer_problem(path, description)) is not None:
             raise ValueError(f"{path}/{problem}")
         return description
     if (other := foreign.sniff(path)) is not None:
@@ -108,7 +129,7 @@ class Split:
     """The files of one split as one stream."""
 
     def __init__(self, folder: Path, description: Manifest | ForeignManifest, split: str) -> None:
-        self._folder = folder
+        self._folder, self._vocab_size = folder, description.vocab_size
         self._shards: Sequence[Shard | ForeignShard] = description.split(split)
         self.files = [
             manifest.open_shard(folder, shard) if isinstance(shard, Shard) else shard.file
@@ -154,13 +175,13 @@ class Split:
         # dataset.json vouches for the largest id, but the file may have been damaged since. On a GPU, an id that
         # is too large would end a run without saying where it came from. All rows are checked at once: checking
         # them one by one takes a fifth of the time of reading them.
-        if int(out.max()) >= VOCAB_SIZE:
-            row_number, column = np.argwhere(out >= VOCAB_SIZE)[0].tolist()
+        if int(out.max()) >= self._vocab_size:
+            row_number, column = np.argwhere(out >= self._vocab_size)[0].tolist()
             at = int(starts[row_number]) + column
             file = bisect.bisect_right(self.starts, at) - 1
             raise ValueError(
                 f"{self.files[file].path}: token {at - self.starts[file]:,} is {out[row_number, column]}, "
-                f"the vocabulary has {VOCAB_SIZE}: damaged"
+                f"the vocabulary has {self._vocab_size}: damaged"
             )
 
     def _read(self, out: NDArray[np.uint16], start: int) -> None:

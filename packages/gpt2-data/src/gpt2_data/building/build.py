@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_data import disk, tokenizer
+from gpt2_data import disk, vocabulary
 from gpt2_data.building import workers, workfolder
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.cut_shards import cut_stream, lay_out, write_shard
@@ -68,11 +68,12 @@ class _Run:
     def tasks(self) -> list[UnitTask]:
         """The units in order; a file whose SHA-256 is not known is hashed with its first unit."""
         unhashed = {item.path for item in self.plan.inputs if item.sha256 is None}
-        tasks = []
+        tasks, own = [], self.config.vocabulary
+        eot = None if own is None else own.eot
         for unit in self.plan.units:
             hashed = tuple(path for path in unit.files if path in unhashed)
             unhashed.difference_update(hashed)
-            tasks.append(UnitTask(self.plan.name, unit, self.config.out / WORK, self.backend, hashed))
+            tasks.append(UnitTask(self.plan.name, unit, self.config.out / WORK, self.backend, hashed, eot))
         return tasks
 
     def find_finished(self) -> BuildResult | None:
@@ -111,9 +112,8 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRes
     Raises:
         ValueError, OSError: one line that says what to do.
     """
-    workfolder.check(config.out)
-    backend = tokenizer.choose_backend(config.tokenizer)
-    run = _Run(config, backend, progress, time.monotonic(), request_name(config))
+    workfolder.check(config)
+    run = _Run(config, config.backend, progress, time.monotonic(), request_name(config))
     if (result := run.find_finished()) is not None:
         return result
     if not run.plan.units:  # planned before the folder exists: a wrong source leaves nothing behind
@@ -135,9 +135,12 @@ def _build_whole(run: _Run) -> BuildResult:
         source = workfolder.source_record(run.plan, receipts)
         shards = _write_shards(run, receipts)
         result = run.result(source, shards)
-        dataset = Manifest(tokenizer.identity(), source, workfolder.options(config), shards)
+        dataset = Manifest(run.plan.tokenizer, source, workfolder.options(config), shards)
         facts = {name: getattr(result, name) for name in ("tokenizer", "seconds", "text_mb_per_second")}
         workfolder.append_history(config, facts | {"request": run.request, "dataset": dataset.hash})
+        if config.vocabulary is not None:
+            with disk.write_whole(config.out / vocabulary.FILE_NAME, work) as file:
+                file.write(config.vocabulary.data)
         with disk.write_whole(config.out / FILE_NAME, work) as file:
             file.write(dataset.to_bytes())
         shutil.rmtree(work)

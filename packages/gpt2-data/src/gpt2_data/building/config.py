@@ -1,16 +1,19 @@
 """The options of a build, checked."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt2_data import tokenizer, vocabulary
 from gpt2_data.disk import cores
 from gpt2_data.formats.uint16 import MAX_SHARD_TOKENS
 from gpt2_data.sources.catalog import KNOWN
 
 _WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
+LIBRARIES = ("auto", "tiktoken", "gigatoken")
+NO_TOKENIZER = f"{', '.join(LIBRARIES)}, or a folder with a tokenizer.json that exists"
 _CHOICES = {
     "format": ("uint16", "arrow"),
-    "tokenizer": ("auto", "tiktoken", "gigatoken"),
     "order": ("shuffled", "source"),
     "engine": ("local", "ray"),
     "compat": (None, "build-nanogpt"),
@@ -19,7 +22,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """The options of `gpt2-data build`. Workers, tokenizer, engine and part do not change a byte of the result.
+    """The options of `gpt2-data build`. Workers, engine and part do not change a byte of the result.
 
     Raises ValueError for values that cannot work.
 
@@ -29,7 +32,8 @@ class BuildConfig:
             100M, or a tenth of all tokens if that is less, and none if that takes more than half of them.
         format: "uint16" (llm.c's shards) or "arrow".
         workers: processes. None: one per core that this process may use, fewer for little text.
-        tokenizer: the library: "auto", "tiktoken" or "gigatoken".
+        tokenizer: the library for GPT-2's vocabulary: "auto", "tiktoken" or "gigatoken"; or a tokenizer folder, or
+            a tokenizer.json, with another vocabulary, which does change the result.
         order: "shuffled" (by `seed`) or "source". None: "shuffled", or with `compat` "source".
         engine: "local" for processes here, "ray" for a Ray cluster.
         part: (I, N): do only share I of N of the work units; the part that ends last cuts the shards.
@@ -61,6 +65,7 @@ class BuildConfig:
         # Scripts pass lists and strings; the stored types are always the same.
         object.__setattr__(self, "sources", tuple(map(str, self.sources)))
         object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "tokenizer", str(self.tokenizer))
         object.__setattr__(self, "downloads", self.downloads and Path(self.downloads))
         object.__setattr__(self, "order", self.order or ("shuffled" if self.compat is None else "source"))
         if not self.sources:
@@ -75,6 +80,8 @@ class BuildConfig:
             if getattr(self, name) not in choices:
                 names = " or ".join(filter(None, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be {names}")
+        if self.tokenizer not in LIBRARIES and not Path(self.tokenizer).exists():
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, must be {NO_TOKENIZER}")
         if self.part is not None:
             if not 1 <= self.part[0] <= self.part[1]:
                 raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
@@ -82,6 +89,18 @@ class BuildConfig:
                 raise ValueError(f"part and engine {self.engine}: both spread the work over machines, choose one")
         if self.compat is not None and (self.val_tokens is not None or self.order != "source"):
             raise ValueError(f"compat {self.compat} decides val_tokens and order: leave them out")
+
+    @functools.cached_property
+    def vocabulary(self) -> vocabulary.Vocabulary | None:
+        """The vocabulary; None for GPT-2's. Raises ValueError if a build cannot follow it."""
+        return None if self.tokenizer in LIBRARIES else vocabulary.load(Path(self.tokenizer))
+
+    @property
+    def backend(self) -> str:
+        """The library that tokenizes. Raises ValueError as tokenizer.choose_backend does."""
+        if self.vocabulary is not None:
+            return "tokenizers"
+        return tokenizer.choose_backend(self.tokenizer if self.tokenizer in LIBRARIES else "auto")
 
     def num_workers(self, text_bytes: int) -> int:
         """Return the number of processes for tokenizing this much text."""

@@ -1,12 +1,12 @@
 """Estimate the size and the time of a build before it begins."""
 
 import functools
+import math
 import shutil
 from typing import Any
 
 import click
 
-from gpt2_data import tokenizer
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.cut_shards import DEFAULT_VAL_TOKENS
 from gpt2_data.building.plan import Plan, make_plan
@@ -16,10 +16,9 @@ from gpt2_data.sources import files
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
-_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0}  # of text per core, on a Cascade Lake at 2.5 GHz
-DOWNLOADS_AT_ONCE = (
-    2  # fetched files on the disk if they are deleted after use: one in use, one ready or being fetched
-)
+# Of text per core, on a Cascade Lake at 2.5 GHz.
+_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0, "tokenizers": 3.0}
+DOWNLOADS_AT_ONCE = 2  # fetched files on the disk if they are deleted after use: one in use, one coming
 MAX_SHARDS = 100_000
 
 
@@ -32,6 +31,8 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
             count = round(unit.text_bytes / _mean_document(unit.kind, unit.files[0]))
         documents += count
         per_token = _BYTES_PER_TOKEN_OF_CODE if unit.kind == "pydocs" else _BYTES_PER_TOKEN
+        if config.vocabulary is not None:  # a byte a token without merges; 3.3 more with GPT-2's 50,000
+            per_token = 1 + (per_token - 1) * math.log(config.vocabulary.size / 256, 50_257 / 256)
         size += count + unit.text_bytes / per_token  # one EOT per document
     tokens = round(size)
     val = config.shard_size if config.compat else config.val_tokens
@@ -71,7 +72,7 @@ def _mean_document(kind: str, path: str) -> float:
 
 def print_plan(config: BuildConfig, as_json: bool) -> None:
     """Print what would be built, from what, and what the build needs."""
-    backend = tokenizer.choose_backend(config.tokenizer)
+    backend = config.backend
     plan = make_plan(config)
     text_bytes = sum(unit.text_bytes for unit in plan.units)
     workers = config.num_workers(text_bytes)

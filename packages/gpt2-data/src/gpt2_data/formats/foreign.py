@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from gpt2_data.formats import uint16
 from gpt2_data.formats.manifest import SPLITS, check_split
 from gpt2_data.formats.uint16 import Numbers, TokenFile, TokenFiles, check_size
-from gpt2_data.tokenizer import EOT, VOCAB_SIZE
+from gpt2_data.tokenizer import EOT, VOCAB_SIZE, identity
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
 _IDX_MAGIC, _IDX_UINT16 = b"MMIDIDX\0\0", 8
@@ -74,6 +74,12 @@ class ForeignManifest:
 
     format: str
     shards: tuple[ForeignShard, ...]
+    vocab_size, eot, own_tokenizer = VOCAB_SIZE, EOT, False  # these formats carry no tokenizer: GPT-2's is meant
+
+    @property
+    def tokenizer(self) -> dict[str, object]:
+        """GPT-2's, as in dataset.json."""
+        return identity()
 
     def split(self, split: str) -> list[ForeignShard]:
         """Return the files of a split in order. Raises ValueError for an unknown split."""
@@ -255,12 +261,12 @@ def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
     file.write(np.arange(count + 1, dtype=_NUMBER).data)
 
 
-def eots(file: TokenFile) -> NDArray[np.int64]:
+def eots(file: TokenFile, eot: int = EOT) -> NDArray[np.int64]:
     """Read a file once and return where its EOTs are."""
     reader = TokenFiles([file])
     pieces = [np.empty(0, np.int64)]
     for start in range(0, file.tokens, _CHUNK):
         tokens = np.empty(min(_CHUNK, file.tokens - start), np.uint16)
         reader.read_into(tokens, 0, start)
-        pieces.append(np.flatnonzero(tokens == EOT) + start)
+        pieces.append(np.flatnonzero(tokens == eot) + start)
     return np.concatenate(pieces)

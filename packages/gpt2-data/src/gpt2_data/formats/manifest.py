@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import tokenizer
-from gpt2_data.disk import write_whole
+from gpt2_data import tokenizer, vocabulary
+from gpt2_data.disk import sha256, write_whole
 from gpt2_data.formats import arrow, uint16
 from gpt2_data.formats.uint16 import Numbers, TokenFile
 
@@ -88,6 +88,16 @@ class Manifest:
         """The size of the vocabulary: token ids are below it."""
         return int(self.tokenizer["vocab_size"])
 
+    @property
+    def eot(self) -> int:
+        """The id that stands before each document."""
+        return int(self.tokenizer["eot"])
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """True if the vocabulary is not GPT-2's, but that of the folder's tokenizer.json."""
+        return self.tokenizer.get("name") == vocabulary.FILE_NAME
+
     @functools.cached_property
     def hash(self) -> str:
         """The SHA-256 of dataset.json in hex, which names the dataset."""
@@ -107,7 +117,7 @@ def load(folder: Path) -> Manifest:
     """Read and check a dataset folder's dataset.json. Raises ValueError or OSError naming it.
 
     Nothing in it is trusted: file names must be plain, numbers in range, totals the sums of their parts. A
-    vocabulary other than GPT-2's is refused not here, but by tokenizer_problem.
+    vocabulary that is neither GPT-2's nor the folder's is refused not here, but by tokenizer_problem.
     """
     path = folder / FILE_NAME
     try:
@@ -187,8 +197,17 @@ def _check_shard(shard: Shard, vocab_size: int) -> None:
         raise ValueError(f"{shard.file!r}: sizes that do not fit its counts")
 
 
-def tokenizer_problem(manifest: Manifest) -> str | None:
-    """Return what is wrong if the tokens are not GPT-2's: a model would train on other ids without an error."""
+def tokenizer_problem(folder: Path, manifest: Manifest) -> str | None:
+    """Return what is wrong if the ids are neither GPT-2's nor those of the tokenizer.json that was built with.
+
+    A model would train on other ids without an error.
+    """
+    if manifest.own_tokenizer:
+        file = folder / vocabulary.FILE_NAME
+        if not file.is_file():
+            return f"{file.name}: missing: copy the file that the dataset was built with"
+        same = sha256(file) == manifest.tokenizer.get("sha256")
+        return None if same else f"{file.name}: damaged: its SHA-256 is not the one in {FILE_NAME}"
     theirs, ours = manifest.tokenizer, tokenizer.identity()
     for key in "vocabulary_sha256", "vocab_size", "eot":
         if theirs.get(key) != ours[key]:

@@ -11,6 +11,7 @@ from gpt2_data import disk
 from gpt2_data.formats import arrow, foreign, manifest, uint16
 from gpt2_data.formats.manifest import FILE_NAME, Manifest, Shard
 from gpt2_data.formats.uint16 import Numbers, TokenFile
+from gpt2_data.vocabulary import FILE_NAME as TOKENIZER
 
 _BLOCK = 1 << 18  # bytes hashed and checked at once: what a core's cache holds
 _DAMAGED = f"damaged: its SHA-256 is not the one in {FILE_NAME}"
@@ -36,9 +37,10 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
 
     Args:
         path: the dataset's folder.
-        level: "fast" checks that the tokenizer is GPT-2's and that every file is there, with the right size and
-            header, and no other shard beside them. "full" also checks the SHA-256 of every file, that ids are in
-            the vocabulary, and that an EOT stands at each document's start and nowhere else.
+        level: "fast" checks that the tokenizer is GPT-2's, or the tokenizer.json in the folder; and that every
+            file is there, with the right size and header, and no other shard beside them. "full" also checks the
+            SHA-256 of every file, that ids are in the vocabulary, and that an EOT stands at each document's start
+            and nowhere else.
         workers: threads, each of which checks a shard at a time; by default one per core.
 
     Raises:
@@ -53,7 +55,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
             f"gpt2-data convert {folder} OUT --to llmc makes a dataset that can be verified"
         )
     dataset = manifest.load(folder)
-    problems = [problem] if (problem := manifest.tokenizer_problem(dataset)) else []
+    problems = [problem] if (problem := manifest.tokenizer_problem(folder, dataset)) else []
     with ThreadPoolExecutor(workers or disk.cores()) as pool:  # hashlib and numpy release the GIL
         for of_shard in pool.map(lambda shard: _shard_problems(folder, shard, dataset, level), dataset.shards):
             problems += of_shard
@@ -61,6 +63,9 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
     extra = sorted({entry.name for entry in folder.iterdir() if manifest.is_shard_name(entry.name)} - listed)
     problems += [f"{name}: not part of this dataset; delete it" for name in extra]
     size = sum(shard.bytes + (shard.docs.bytes if shard.docs else 0) for shard in dataset.shards)
+    if dataset.own_tokenizer:
+        listed.add(TOKENIZER)
+        size += (folder / TOKENIZER).stat().st_size if (folder / TOKENIZER).exists() else 0
     return Report(level, len(listed), size, tuple(problems))
 
 
@@ -96,7 +101,7 @@ def _content_problems(shard: Shard, dataset: Manifest, file: TokenFile, document
     elif documents is not None and hashlib.sha256(documents.path.read_bytes()).hexdigest() != shard.docs.sha256:
         problems.append(f"{shard.docs.file}: {_DAMAGED}")
     starts = np.empty(0, np.int64) if documents is None else documents.read()
-    vocab_size, eot = dataset.vocab_size, dataset.tokenizer["eot"]
+    vocab_size, eot = dataset.vocab_size, dataset.eot
     position = eots = eots_at_starts = 0
     bad_id = ""
     digest = hashlib.sha256()

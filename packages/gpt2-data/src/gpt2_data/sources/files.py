@@ -7,6 +7,7 @@ Python strings: the tokenizers take UTF-8, and making a str of each document cos
 import codecs
 import contextlib
 import io
+import itertools
 import json
 import re
 import textwrap
@@ -85,6 +86,24 @@ def gather(parts: Iterable[Part]) -> Iterator[Batch]:
         characters += size
     if some:
         yield _batch(some)
+
+
+def join(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield the batches with each document whole, unless it has over `most` bytes."""
+    import pyarrow as pa
+
+    held: list[Batch] = []
+    for batch in itertools.chain(batches, [None]):
+        if batch is not None and batch.continues and sum(one.text_bytes for one in held) <= most:
+            held.append(batch)
+            continue
+        if len(held) > 1:
+            texts = held[0].texts.to_pylist()
+            texts[-1] += "".join(part.texts[0].as_py() for part in held[1:])
+            last = {len(texts) - 1} if any(part.replaced for part in held[1:]) else set()
+            held = [Batch(pa.array(texts, pa.large_string()), tuple(sorted(last.union(held[0].replaced))))]
+        yield from held
+        held = [] if batch is None else [batch]
 
 
 def _batch(parts: list[Part]) -> Batch:
