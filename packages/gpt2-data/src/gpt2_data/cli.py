@@ -117,7 +117,7 @@ DATASET = click.argument("dataset", **FOLDER)
 @optgroup("Work")
 @optgroup.option("--workers", **COUNT, help="Number of worker processes.  [default: one per core]")
 @optgroup.option("--tokenizer", default="auto", show_default=True, metavar="NAME|DIR", callback=_tokenizer,
-                 help="Library for GPT-2's vocabulary (auto, tiktoken, gigatoken), or a folder with another.")  # fmt: skip
+                 help="auto, tiktoken or gigatoken (GPT-2's vocabulary), or a tokenizer folder.")  # fmt: skip
 @optgroup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS).")
 @optgroup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out.")
 @optgroup("Downloads")
@@ -220,10 +220,10 @@ def _stoppable() -> Iterator[None]:
 def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options: Any) -> None:
     """Learn a vocabulary of your own from SOURCEs, for build --tokenizer.
 
-    SOURCEs are those of build. The vocabulary is a byte-level BPE with GPT-2's split of text into words: 256 bytes,
-    the most frequent merges, and <|endoftext|> as the last id. transformers opens the folder, too. The same source
-    gives the same files. Words are counted and the text is not kept: memory stays below 3.5 GB for any source, since
-    reading ends once there are enough different words.
+    SOURCEs are those of build. The vocabulary is a byte-level BPE with GPT-2's split of text into words: 256
+    bytes, the most frequent merges, and <|endoftext|> as the last id. transformers opens the folder, too. The same
+    source gives the same files. Words are counted and the text is not kept: memory stays below 3.5 GB for any
+    source, since reading ends once there are enough different words.
 
     \b
     Example: a vocabulary of 32,000 tokens, and a dataset with it

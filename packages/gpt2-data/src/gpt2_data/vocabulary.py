@@ -202,9 +202,7 @@ def _open(content: Any, eot: int) -> Any:
 @functools.lru_cache(2)
 def encoder(file: Path, eot: int) -> tokenizer.Encoder:
     """Return the encoder of a tokenizer.json that `load` has checked."""
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # a build has a process per core already
-    )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a build has a process per core already
     content = json.loads(file.read_bytes())
     library = _open(content, eot)
 

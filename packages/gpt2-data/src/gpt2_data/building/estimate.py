@@ -17,7 +17,7 @@ from gpt2_data.sources import files
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
 # Of text per core, on a Cascade Lake at 2.5 GHz.
-_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0, "tokenizers": 3.0}
+_MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0, "tokenizers": 1.5}
 DOWNLOADS_AT_ONCE = 2  # fetched files on the disk if they are deleted after use: one in use, one coming
 MAX_SHARDS = 100_000
 
