@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("gpt2-model", "gpt2-data", "gpt2-eval", "gpt2-train")
 COMMANDS = {
     "gpt2_model.cli": ([], ["generate"], ["info"], ["convert"]),
-    "gpt2_data.cli": ([], ["build"], ["tokenizer"], ["verify"], ["info"], ["show"], ["convert"]),
+    "gpt2_data.cli": ([], *([verb] for verb in ("build", "tokenizer", "verify", "info", "show", "convert"))),
     "gpt2_eval.cli": ([], ["loss"], ["hellaswag"], ["task"], ["compare"], ["lm-eval"]),
     "gpt2_train.cli": ([],),
 }
@@ -54,7 +54,8 @@ def test_help_is_quick_and_loads_nothing_heavy(module, verbs) -> None:
         f"from {module} import main\n"
         f"try: main({[*verbs, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'pyarrow', 'numpy', 'transformers', 'datasets', 'tiktoken', 'tokenizers'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'pyarrow', 'numpy', 'transformers', 'datasets', 'tiktoken', 'tokenizers'}\n"
+        "heavy &= sys.modules.keys()\n"
         "assert not heavy, heavy\n"
         "print(time.perf_counter() - started, file=sys.stderr)"
     )

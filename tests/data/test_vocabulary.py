@@ -253,7 +253,7 @@ def without_an_end(content):
     ("change", "message"),
     [
         (set_in("model.type", "WordPiece"), "its model is WordPiece, not BPE"),
-        (set_in("model", {"type": "Unigram", "vocab": [["a", 0.5]], "unk_id": 0}), "its model is Unigram, not BPE"),
+        (set_in("model", {"type": "Unigram", "vocab": [["a", 0.5]]}), "its model is Unigram, not BPE"),
         (set_in("normalizer", {"type": "NFC"}), "its normalizer NFC changes texts"),
         (set_in("pre_tokenizer", {"type": "Whitespace"}), "it is not byte-level"),
         (set_in("pre_tokenizer.add_prefix_space", True), "adds a space"),

@@ -348,10 +348,13 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
     gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
     """
+    from gpt2_data import Dataset
     from gpt2_data import convert as run
 
     with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
+    if to in ("npy", "nanogpt", "megatron") and (own := Dataset(dataset).tokenizer) is not None:
+        click.echo(f"warning: {to} carries no tokenizer: keep {own} with it", err=True)
     if as_json:
         print_json({**vars(result), "out": str(out)})
         return

@@ -17,10 +17,10 @@ _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
 
 
 @contextmanager
-def bar(seconds: float = SECONDS_BETWEEN_LINES) -> Iterator[Callable[..., None]]:
-    """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or else as lines.
+def bar(seconds: float | None = None) -> Iterator[Callable[..., None]]:
+    """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or as lines.
 
-    A total of 0 stands for work whose end is unknown. Lines come every so many `seconds`.
+    A total of 0 stands for work whose end is unknown. Lines come every `seconds` (SECONDS_BETWEEN_LINES).
     """
     from tqdm import tqdm
 
@@ -42,7 +42,9 @@ def bar(seconds: float = SECONDS_BETWEEN_LINES) -> Iterator[Callable[..., None]]
         drawn.update(done - drawn.n)
         if terminal and not total:
             drawn.refresh()
-        if not terminal and time.monotonic() - last_line >= seconds:
+        if not terminal and time.monotonic() - last_line >= (
+            SECONDS_BETWEEN_LINES if seconds is None else seconds
+        ):
             last_line = time.monotonic()
             click.echo(str(drawn), err=True)
 

@@ -11,7 +11,6 @@ from gpt2_data.sources.catalog import KNOWN
 
 _WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
 LIBRARIES = ("auto", "tiktoken", "gigatoken")
-NO_TOKENIZER = f"{', '.join(LIBRARIES)}, or a folder with a tokenizer.json that exists"
 _CHOICES = {
     "format": ("uint16", "arrow"),
     "order": ("shuffled", "source"),
@@ -81,7 +80,9 @@ class BuildConfig:
                 names = " or ".join(filter(None, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be {names}")
         if self.tokenizer not in LIBRARIES and not Path(self.tokenizer).exists():
-            raise ValueError(f"tokenizer is {self.tokenizer!r}, must be {NO_TOKENIZER}")
+            raise ValueError(
+                f"tokenizer is {self.tokenizer!r}, must be {' or '.join(LIBRARIES)} or a tokenizer folder"
+            )
         if self.part is not None:
             if not 1 <= self.part[0] <= self.part[1]:
                 raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
