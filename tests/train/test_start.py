@@ -136,7 +136,7 @@ def test_no_validation_and_a_run_that_is_done_are_said_by_both(dataset, runs) ->
 
 
 def test_advice_is_followed_and_holds(dataset) -> None:
-    """walk: the advice for --init was to add --model block_size=1024, which then failed."""
+    """A new user: the advice for --init was to add --model block_size=1024, which then failed."""
     GPT(TrainConfig(**TINY).model_config).save_pretrained(Path("START"))
     wrong = {"init": "START", "model": {}, "seq_len": 64, "batch_tokens": 80, "micro_batch": "1"}
     (planned, plan), _ = both(dataset, **wrong)
@@ -158,7 +158,7 @@ def test_memory_and_space_are_advised_as_far_as_they_help(monkeypatch) -> None:
 
 
 def test_a_laptop_with_the_defaults_of_eight_gpus_is_warned(dataset, monkeypatch) -> None:
-    """walk: 19,073 steps of 524,288 tokens on 6,000 tokens and a CPU began without a word."""
+    """A new user: 19,073 steps of 524,288 tokens on 6,000 tokens and a CPU began without a word."""
     monkeypatch.setattr("gpt2_train.start.assumed_speed", lambda *_, **__: (1e10, "assumed"))
     words = ["--data", str(dataset), "--out", "run", "--seq-len", "16", "--model", "n_layer=2", "--dry-run"]
     plan = CliRunner().invoke(main, [*words, "--sample-prompt", "a"]).stderr
@@ -169,7 +169,7 @@ def test_a_laptop_with_the_defaults_of_eight_gpus_is_warned(dataset, monkeypatch
 
 
 def test_a_warmup_follows_the_steps_where_it_is_not_given(dataset) -> None:
-    """walk: with --steps 60 and 715 steps of warmup the rate ended at 8e-5 of 1e-3."""
+    """A new user: with --steps 60 and 715 steps of warmup the rate ended at 8e-5 of 1e-3."""
     assert [default_warmup(steps) for steps in (1, 60, 1000, 19073, 38146)] == [1, 2, 37, 715, 1430]
     assert TrainConfig().warmup == 715
     assert "default: --steps times 715 / 19073, at least 1" in " ".join(
@@ -188,7 +188,7 @@ def test_a_warmup_follows_the_steps_where_it_is_not_given(dataset) -> None:
 
 
 def test_divergence_is_said_once(dataset, capfd) -> None:
-    """walk: with --lr 30 the loss rose to 26 million; "done", and no other word."""
+    """A new user: with --lr 30 the loss rose to 26 million; "done", and no other word."""
     settings = {**TINY, "data": str(dataset), "steps": 10, "warmup": 1, "checkpoint_every": 0}
     assert train(TrainConfig(**settings, out="calm")) == 0
     assert "diverged" not in capfd.readouterr().err
