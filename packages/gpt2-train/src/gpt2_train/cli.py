@@ -4,14 +4,16 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, cast
 
 import click
 from click.core import ParameterSource
 from click_option_group import GroupedOption, optgroup
 
-from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
+from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory, ranks
 from gpt2_train import RECIPES, TrainConfig, load_config
 from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out
 
@@ -99,6 +101,7 @@ def main(
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
+        ranks()
         run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
             raise click.UsageError("--json needs --dry-run: a run writes its figures to metrics.jsonl")
@@ -112,7 +115,7 @@ def main(
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full, message, rank = out_of_memory(error), one_line(error), os.environ.get("RANK", "0")
+        full, lost, message, rank = out_of_memory(error), False, one_line(error), os.environ.get("RANK", "0")
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
         if full:
@@ -120,9 +123,16 @@ def main(
             message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
             message += "; a run that has a checkpoint resumes with either"
         elif isinstance(error, RuntimeError):
-            message = f"another process of this run is gone ({message[:200]}); the same command resumes"
-        if rank == "0" or full:  # what all ranks meet, rank 0 says
-            click.echo(f"Error: {message}", err=True)
+            from gpt2_train.checkpoint import onward
+
+            lost = True
+            message = (
+                f"another process of this run is gone ({message[:200]}); the same command {onward(Path(run.out))}"
+            )
+        # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or full or lost:
+            with suppress(OSError, ValueError):  # the terminal may be gone
+                click.echo(f"Error: {f'rank {rank}: ' if rank != '0' else ''}{message}", err=True)
         sys.exit(2 if isinstance(error, CannotResume) else 1)
 
 

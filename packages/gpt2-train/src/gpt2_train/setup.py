@@ -17,6 +17,7 @@ from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
 from gpt2_train.config import CannotResume, TrainConfig, changed_fields, sequences, to_toml
+from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import check_space, choose_micro_batch
@@ -57,16 +58,18 @@ class Run:
     evaluated: int | None  # the newest step that has been evaluated
 
 
-def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
+def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf, console: Console) -> Run:
     """Build a new run, or one from its newest good checkpoint. Raises the errors of `loop.train`."""
     folder, dataset = Path(config.out), open_dataset(config.data)
     config = replace(config, precision=distributed.choose_precision(config.precision, world.device))
-    world.on_main(lambda: checkpoint.remove_abandoned(folder))
+    check_alike(config, dataset, world)
+    console.doing("looking for a checkpoint")
     start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
 
     torch.manual_seed(config.seed)
     source = start or config.init
+    console.doing("loading the model")
     model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
     check_shape(config, model.config, dataset, start)
     config = replace(config, model=asdict(model.config))
@@ -86,6 +89,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     if config.micro_batch == "auto" and state.get("processes") == world.size:
         micro_batch = int(state["micro_batch"])  # the same bits need the same order of sums
     else:
+        console.doing("looking for the largest micro-batch")
         # On a GPU the largest is found by trying, since it is not known how much memory kernels need besides.
         micro_batch = choose_micro_batch(config, world, partial(one_pass, stepped) if on_gpu else None)
         model.zero_grad(set_to_none=True)
@@ -96,19 +100,23 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
             torch.compiler.reset()
         stepped = distributed.data_parallel(stepped, config.grad_compression)
     loader = make_loader(config, micro_batch, world.rank, world.size)
+    console.doing("loading the data and the optimizer")
     if start is not None:
         load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start))
         loader.restore(state["loader"])
     hellaswag = load_hellaswag(config.hellaswag) if config.hellaswag else None
-    log, step = RunLog(config, state.get("step", -1), world), state.get("step", 0)
+    log, step = RunLog(config, state.get("step", -1), world, console), state.get("step", 0)
     run = Run(
         config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=stepped,
         optimizers=optimizers, loader=loader, micro_batch=micro_batch, log=log,
         accumulation=sequences(config, world.size) // micro_batch, evaluated=world.on_main(log.open),
-        saver=Saver(folder, config.keep, world), guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
-        watchdog=Watchdog(world.rank, config.hang_seconds), stop=stop, hellaswag=hellaswag,
+        saver=Saver(folder, config.keep, world, log.warn),
+        guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
+        watchdog=Watchdog(world.rank, config.hang_seconds, partial(checkpoint.onward, folder)), stop=stop,
+        hellaswag=hellaswag,
         step=step, updates=state.get("updates", 0), saved=step,
     )  # fmt: skip
+    world.on_main(lambda: checkpoint.remove_abandoned(folder, log.warn))
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start, state)
     _warm_up(run, one_pass)
@@ -132,6 +140,17 @@ def starting_point(config: TrainConfig, dataset: Dataset) -> Path | None:
     if trainer["step"] > config.steps:
         raise CannotResume(f"{start} is beyond --steps {config.steps}: choose another --out")
     return start
+
+
+def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
+    """Raise ValueError, on all ranks, if one was started with other settings or data, as on another machine."""
+    first, *others = world.gather({**asdict(config), "dataset": dataset.manifest.hash})
+    for rank, settings in enumerate(others, 1):
+        unlike = [name for name in first if settings[name] != first[name]]
+        if unlike := sorted(set(unlike) - {"data", "out", "resume", "device"}):
+            name = unlike[0]
+            change = f"{name}: {settings[name]}, rank 0 has {first[name]}"
+            raise ValueError(f"rank {rank} was started with other settings ({change}): all need the same command")
 
 
 def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: Path | None) -> None:
@@ -185,6 +204,7 @@ def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None
     compiles = run.config.compiles(run.world.device.type)
     if compiles:
         run.log.say("compiling")
+    run.log.progress("compiling" if compiles else "warming up")
     if compiles or run.world.size > 1:
         with run.watchdog.watching("warm-up", run.step):
             one_pass(run.parallel, run.micro_batch)
