@@ -339,6 +339,10 @@ def closed_stderr():
     os.dup2(writing, 2)
 
 
+def nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def slow_steps(seconds):
     """Each update takes so long, that a signal finds the run at work."""
     follow_steps(lambda _: time.sleep(seconds))

@@ -36,6 +36,7 @@ class StopSignal:
     def __init__(self) -> None:
         self._number = 0
         self._when = 0.0
+        self.what_ends = "the start"  # "the step" once there are steps
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -65,7 +66,8 @@ class StopSignal:
         if not self._number:
             self._number, self._when = number, time.monotonic()
             if number == signal.SIGINT and this_rank() == 0:
-                _write_stderr("finishing the step, then saving; Ctrl-C again ends at once without saving\n")
+                saving = ", then saving" if self.what_ends == "the step" else ""
+                _write_stderr(f"finishing {self.what_ends}{saving}; Ctrl-C again ends at once without saving\n")
 
 
 def this_rank() -> int:

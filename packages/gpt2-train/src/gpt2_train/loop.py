@@ -40,9 +40,10 @@ def train(config: TrainConfig) -> int:
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
         world = distributed.start(config.device, deterministic=config.deterministic, stop=lambda: stop.number > 0)
-        if world is None:  # a signal came while it waited for the other ranks
-            return 128 + stop.number
         console = Console(config.steps)
+        if world is None:
+            console.say(f"stopped by signal {stop.number} while it waited for the other ranks")
+            return 128 + stop.number
         stack.callback(console.close)
         if world.is_main:
             console.watch()
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console) -> int:
     run = set_up(config, world, stop, loss_of, console)
+    stop.what_ends = "the step"
     try:
         profiled = config.profile if world.is_main else 0
         with run.batches, profiling(run.folder, profiled, run.step + 1, config.steps, run.log.say) as step_done:
@@ -182,7 +184,7 @@ def _evaluate(run: Run) -> None:
     }
 
     def shows(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: run.log.progress(f"step {run.step}: {what}, batch", done + 1, total)
+        return lambda done, total: run.log.progress(f"step {run.step}: {what}", done + 1, total)
 
     row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
     run.log.working(f"step {run.step}: validation")

@@ -140,6 +140,7 @@ class RunLog:
     def working(self, what: str) -> None:
         """Show on a terminal which slow work is done between two steps."""
         if self.enabled:
+            self.console.doing(what)
             self.console.working(what)
 
     def progress(self, what: str, done: int = 0, total: int = 0) -> None:
