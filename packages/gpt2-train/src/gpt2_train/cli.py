@@ -132,7 +132,8 @@ def main(
         # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
         if os.environ.get("LOCAL_RANK", "0") == "0" or full or lost:
             with suppress(OSError, ValueError):  # the terminal may be gone
-                click.echo(f"Error: {f'rank {rank}: ' if rank != '0' else ''}{message}", err=True)
+                who = "" if rank == "0" or f"rank {rank}" in message.lower() else f"rank {rank}: "
+                click.echo(f"Error: {who}{message}", err=True)
         sys.exit(2 if isinstance(error, CannotResume) else 1)
 
 
@@ -181,8 +182,10 @@ def _check_environment(command: click.Command) -> None:
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
     """Print the plan for WORLD_SIZE processes, as torchrun sets it; the exit status is 1 if a check failed."""
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # rank 0 prints it
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # as on another machine, or where no torchrun set it
+            click.echo(f"rank {rank}: rank 0 prints the plan", err=True)
+        return 0
     from gpt2_train.plan import make_plan, to_lines
 
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))

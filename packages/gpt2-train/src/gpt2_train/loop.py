@@ -3,8 +3,8 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,6 @@ def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console
                     break
                 _update(run)
                 step_done()
-        run.log.progress(f"step {run.step}: saving")
         with run.watchdog.watching("checkpoint", run.step):
             run.saver.wait()
             # Without its last checkpoint a run is not done, whatever on_save_error says.
@@ -190,19 +189,18 @@ def _evaluate(run: Run) -> None:
     run.log.working(f"step {run.step}: validation")
     with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
         try:
-            try:
+            with _may_fail(run, "validation loss"):
                 if run.dataset.tokens("val") > 1:
                     row["val_loss"] = evaluate_loss(
                         run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
                         progress=shows("validation"), **options,
                     ).loss  # fmt: skip
-            except (OSError, ValueError) as error:  # which all ranks have: a shard is gone, a loss is NaN
-                run.log.warn(f"step {run.step}: no validation loss ({one_line(error)}); training continues")
-            if run.hellaswag is not None:
-                scores = evaluate_hellaswag(
-                    run.model, run.hellaswag, protocol="karpathy", progress=shows("HellaSwag"), **options
-                )
-                row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
+            with _may_fail(run, "HellaSwag"):
+                if run.hellaswag is not None:
+                    scores = evaluate_hellaswag(
+                        run.model, run.hellaswag, protocol="karpathy", progress=shows("HellaSwag"), **options
+                    )
+                    row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
             samples = _samples(run)
         except Interrupted:
             pass
@@ -212,6 +210,15 @@ def _evaluate(run: Run) -> None:
             run.log.evaluation({**row, "seconds": time.perf_counter() - started})
             run.evaluated = run.step
         _agree_to_stop(run)
+
+
+@contextmanager
+def _may_fail(run: Run, what: str) -> Iterator[None]:
+    """Warn, and train on, if a measurement fails, which it does on all ranks: a shard is gone, a loss is NaN."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        run.log.warn(f"step {run.step}: no {what} ({one_line(error)}); training continues")
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

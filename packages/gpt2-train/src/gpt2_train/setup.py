@@ -64,6 +64,8 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf,
     config = replace(config, precision=distributed.choose_precision(config.precision, world.device))
     check_alike(config, dataset, world)
     console.doing("looking for a checkpoint")
+    stuck = list[str]()
+    world.on_main(lambda: checkpoint.remove_abandoned(folder, stuck.append))
     start = world.on_main(lambda: starting_point(config, dataset))
     state = {} if start is None else checkpoint.read_trainer_state(start)
 
@@ -116,7 +118,8 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf,
         hellaswag=hellaswag,
         step=step, updates=state.get("updates", 0), saved=step,
     )  # fmt: skip
-    world.on_main(lambda: checkpoint.remove_abandoned(folder, log.warn))
+    for warning in stuck:
+        log.warn(warning)
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start, state)
     _warm_up(run, one_pass)
