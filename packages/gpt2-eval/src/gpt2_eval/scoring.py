@@ -133,7 +133,11 @@ def score_batches(
         if known and progress:
             print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
         try:
-            for number in _with_progress(numbers, f"scoring {unit}", progress):
+            for done, number in enumerate(
+                _with_progress(numbers, f"scoring {unit}") if progress is True else numbers
+            ):
+                if callable(progress):
+                    progress(done, len(numbers))
                 if interrupted := stop is not None and stop():
                     break
                 scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
@@ -153,16 +157,8 @@ def score_batches(
     return records
 
 
-def _with_progress(
-    batches: Sequence[int], what: str, progress: bool | Callable[[int, int], None]
-) -> Iterator[int]:
-    """Yield the batches, and show or tell how many are done."""
-    if not progress or callable(progress):
-        for done, batch in enumerate(batches):
-            if callable(progress):
-                progress(done, len(batches))
-            yield batch
-        return
+def _with_progress(batches: Sequence[int], what: str) -> Iterator[int]:
+    """Yield the batches, with a bar on a terminal, and a line every half minute elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm(batches, desc=what, unit="batch", leave=False)
         return

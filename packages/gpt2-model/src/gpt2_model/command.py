@@ -10,10 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TypeVar, cast
 
 import click
 
@@ -147,24 +146,35 @@ def join_ranks(
     not. Raises ValueError if the environment does not say where to meet, OSError if rank 0 is gone or nobody comes
     within `patience`.
     """
+    from datetime import timedelta
+
     import torch.distributed as dist
 
     rank, size = ranks()
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT, rank 0's host and port: {_LAUNCH}")
-    place = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
-    waiting = _Waiting(rank, place, patience.total_seconds(), stop)
+    place, c10d = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)", cast(Any, dist)
+
+    def wait(here: Callable[[], bool], whom: Callable[[], str]) -> bool:
+        return _wait(here, lambda: f"rank {rank} waits for {whom()} at {place}", patience.total_seconds(), stop)
+
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process answers there
-    if (by_agent or rank > 0) and not waiting.until(
-        lambda: _answers(host, int(port)), lambda: "torchrun" if by_agent else "rank 0"
-    ):
+    is_server = rank == 0 and not by_agent
+    if not is_server and not wait(lambda: _answers(host, int(port)), lambda: "torchrun" if by_agent else "rank 0"):
         return False
     try:
-        store = _open_store(host, int(port), by_agent, name)
+        seconds = timedelta(seconds=30)  # if something else answers at this port
+        store = c10d.TCPStore(host, int(port), size, is_server, seconds, wait_for_workers=False)
+        # torchrun (2.13) restarts workers with the store in which the dead ones left their addresses: the first
+        # worker connects to one of these, and is refused. On several nodes the agents count restarts differently,
+        # so there torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        if by_agent and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            name = f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = c10d.PrefixStore(name, store)
         keys = [f"rank {number}" for number in range(size)]
         store.set(keys[rank], "")
-        if not waiting.until(lambda: store.check(keys), lambda: _missing(store, keys)):
+        if not wait(lambda: store.check(keys), lambda: _missing(store, keys)):
             return False
     except RuntimeError as error:
         raise OSError(f"rank {rank} cannot meet the others at {place}: {one_line(error)[:200]}") from None
@@ -172,35 +182,22 @@ def join_ranks(
     return True
 
 
-@dataclass
-class _Waiting:
-    """The patience of a rank that waits for others."""
-
-    rank: int
-    place: str
-    patience: float
-    stop: Callable[[], bool]
-
-    def __post_init__(self) -> None:
-        self.began = time.monotonic()
-        self.next_word = self.began + FIRST_WORD
-
-    def until(self, here: Callable[[], bool], whom: Callable[[], str]) -> bool:
-        """Wait until `here` is true, and say now and then for whom; False if `stop` said so."""
-        while not here():
-            now = time.monotonic()
-            if self.stop() and now - self.began > GRACE:
-                return False
-            if now - self.began > self.patience:
-                raise OSError(
-                    f"rank {self.rank} waited {self.patience:.0f} s in vain for {whom()} at {self.place}"
-                )
-            if now > self.next_word and os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine
-                self.next_word = now + NEXT_WORD
-                with suppress(OSError, ValueError):
-                    print(f"rank {self.rank} waits for {whom()} at {self.place}", file=sys.stderr, flush=True)
-            time.sleep(0.05)
-        return True
+def _wait(here: Callable[[], bool], words: Callable[[], str], patience: float, stop: Callable[[], bool]) -> bool:
+    """Wait until `here` is true, and say so now and then; False if `stop` became true before."""
+    began = time.monotonic()
+    next_word = began + FIRST_WORD
+    while not here():
+        now = time.monotonic()
+        if stop() and now - began > GRACE:
+            return False
+        if now - began > patience:
+            raise OSError(f"{words()}: in vain for {patience:.0f} s")
+        if now > next_word and os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine
+            next_word = now + NEXT_WORD
+            with suppress(OSError, ValueError):  # nobody may be listening
+                print(words(), file=sys.stderr, flush=True)
+        time.sleep(0.05)
+    return True
 
 
 def _answers(host: str, port: int) -> bool:
@@ -211,26 +208,6 @@ def _answers(host: str, port: int) -> bool:
         return True
     except OSError:  # perhaps its name is not known yet, as in a cluster whose machines are starting
         return False
-
-
-def _open_store(host: str, port: int, by_agent: bool, name: str) -> Any:
-    """Return the store where the ranks of this run find each other.
-
-    torchrun (2.13) restarts workers with the store in which the dead ones left their addresses: the first worker
-    connects to one of these, and is refused. On several nodes the agents count restarts differently, so there
-    torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-    """
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    c10d: Any = dist
-    seconds = timedelta(seconds=30)  # if something else answers at this port
-    rank, size = ranks()
-    store = c10d.TCPStore(host, port, size, rank == 0 and not by_agent, seconds, wait_for_workers=False)
-    if by_agent and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        name = f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    return c10d.PrefixStore(name, store)
 
 
 def _missing(store: Any, keys: list[str]) -> str:

@@ -107,8 +107,8 @@ def _delete(folder: Path, warn: Warn) -> None:
 
     While another process reads a file, NFS keeps it in the folder as .nfsXXXX. This is no reason to stop a run.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     with _warning(f"{folder}, which is no checkpoint, cannot be deleted", warn):
+        shutil.rmtree(folder, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(folder)
 
