@@ -53,7 +53,17 @@ def evaluate_all(model, file, data):
                 stopped.append(evaluate(lambda: asked.append(1) or (rank == told and len(asked) == 2)))  # noqa: B023
             except Interrupted:
                 stopped.append(f"interrupted after {len(asked)}")
-    return {"scores": scores, "doubled": doubled, "stopped": stopped}
+
+    def broken() -> bool:
+        if rank == ranks - 1:
+            raise FileNotFoundError("a shard is gone")
+        return False
+
+    try:
+        failed = evaluate_loss(model, dataset, tokens=200, seq_len=8, batch_size=2, stop=broken)
+    except (OSError, ValueError) as error:
+        failed = str(error)
+    return {"scores": scores, "doubled": doubled, "stopped": stopped, "failed": failed}
 
 
 def start(ranks, environment, *arguments, stdout=None):
@@ -109,6 +119,11 @@ def test_all_ranks_stop_when_one_is_told_to(by_ranks):
             assert asked == [2, 2, 2] if rank == told else min(asked) > 2
     assert outcomes[0][6:] == outcomes[1][6:] == outcomes[2][6:]
     np.testing.assert_allclose(outcomes[0][6:], by_ranks[1][0]["stopped"][6:], rtol=1e-12)
+
+
+def test_a_rank_that_fails_leaves_none_waiting(by_ranks):
+    """The kind of pytorch/examples #458: the others would wait for its share for half an hour."""
+    assert [rank["failed"] for rank in by_ranks[3]] == ["rank 2: a shard is gone"] * 2 + ["a shard is gone"]
 
 
 @pytest.mark.parametrize("command", ["hellaswag", pytest.param("loss", marks=pytest.mark.long)])

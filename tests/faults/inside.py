@@ -245,6 +245,44 @@ def move_folder(step, to):
     at(step, lambda: os.rename(out(), to))
 
 
+def stuck_folder(text, code):
+    """Folders with a text in their path cannot be removed, nor renamed if it is of the name itself."""
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    def path_of(name, folder=None):
+        return os.path.join(os.readlink(f"/proc/self/fd/{folder}") if folder else "", os.fspath(name)) + "/"
+
+    def refuse(name, *, dir_fd=None):
+        if text in path_of(name, dir_fd):
+            raise error
+        return remove(name, dir_fd=dir_fd)
+
+    def refuse_rename(old, new, **options):
+        if "/step" in text and text in path_of(old):
+            raise error
+        return rename(old, new, **options)
+
+    remove, rename = os.rmdir, os.rename
+    os.rmdir, os.rename = refuse, refuse_rename
+
+
+def broken_samples():
+    """Generation fails: whatever asks for the next token of one row at a time."""
+    from gpt2_train import loop
+
+    loop.stream = lambda *_, **__: act("bug")
+
+
+def broken_validation(number):
+    """The process's `number`th batch of validation tokens cannot be read, as if the shard were gone."""
+    from gpt2_data import Dataset
+
+    def gone():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "val_000000.bin")
+
+    wrap(Dataset, "read", before=once(number, lambda _, split, *__: split == "val", gone))
+
+
 def no_descriptors(step):
     at(step, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)))
 
@@ -299,6 +337,10 @@ def closed_stderr():
     reading, writing = os.pipe()
     os.close(reading)
     os.dup2(writing, 2)
+
+
+def nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def slow_steps(seconds):

@@ -164,10 +164,65 @@ def test_a_folder_that_is_gone_ends_the_run(tmp_path, runs, ranks) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_metrics_file_that_cannot_grow(tmp_path, runs, ranks) -> None:
-    fault = ("in_log", {"text": "grad_norm", "do": "disk full", "number": 10})
-    said = runs.fail_and_resume(tmp_path / "run", fault, ranks=ranks, good=[3, 6, 9])
-    assert "No space left on device" in said.splitlines()[-1]
-    assert "metrics.jsonl" in said.splitlines()[-1]
+    """The kind of prime-rl #1763: what cannot be logged waits, and ends no run that trains and saves."""
+    fault = ("in_log", {"text": "grad_norm", "do": "disk full", "number": 10, "rank": 0})
+    said = runs.must_finish_as_whole(tmp_path / "run", fault, ranks=ranks)
+    assert said.count("metrics.jsonl cannot be written (No space left on device): the run continues") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("code", ["ENOTEMPTY", "EBUSY", "EACCES"])
+def test_a_folder_that_cannot_be_emptied_does_not_end_the_run(tmp_path, runs, code, ranks) -> None:
+    """prime-rl #1763, transformers #13035: NFS keeps a file that somebody reads, and rmdir fails."""
+    out = tmp_path / "run"
+    fault = ("stuck_folder", {"text": "step-00000009", "code": code, "rank": 0})
+    stop = ("in_update", {"step": 40, "do": "SIGTERM"})
+    assert runs.run(out, fault, stop, ranks=ranks) == 143, runs.said(out)
+    # The same command starts, and saves, while the folder stays.
+    assert runs.run(out, fault, ranks=ranks) == 0, runs.said(out)
+    (stuck,) = (out / "checkpoints").glob(".tmp*")
+    assert (
+        runs.said(out).count(f"warning: {stuck}, which is no checkpoint, cannot be deleted") == 2
+    )  # once a start
+    assert good_steps(out) == [54, 57, 60]
+    runs.must_finish_as_whole(out, ranks=ranks)  # which deletes it
+
+
+def test_a_folder_that_cannot_be_renamed_stays_whole_and_is_not_counted(tmp_path, runs) -> None:
+    """transformers #13035: EBUSY, as of a folder that something is mounted on."""
+    out = tmp_path / "run"
+    assert runs.run(out, ("stuck_folder", {"text": "/step-00000009", "code": "EBUSY"})) == 0, runs.said(out)
+    assert good_steps(out) == [9, 54, 57, 60]
+    assert runs.said(out).count("which is beyond --keep, cannot be deleted (Device or resource busy)") == 1
+    runs.must_finish_as_whole(out)
+
+
+def test_an_unwritten_folder_that_cannot_be_emptied_does_not_stop_the_next_save(tmp_path, runs) -> None:
+    """prime-rl #1763: what a failed save left stays, and the same step is saved beside it."""
+    out = tmp_path / "run"
+    runs.fail(
+        out,
+        ("in_save", {"number": 3, "do": "disk full"}),
+        ("stuck_folder", {"text": ".tmp-step", "code": "EIO"}),
+        leaves=True,
+    )
+    assert runs.run(out, ("stuck_folder", {"text": ".tmp-step-00000009/", "code": "EIO"})) == 0, runs.said(out)
+    assert good_steps(out) == [54, 57, 60]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_and_validations_that_fail_do_not_end_the_run(tmp_path, runs, ranks) -> None:
+    """The kind of prime-rl #1763: on the last rank alone generation raises, then a shard is gone."""
+    out = tmp_path / "run"
+    faults = [
+        ("broken_samples", {"rank": ranks - 1}),
+        ("broken_validation", {"number": 4 // ranks + 1, "rank": ranks - 1}),
+    ]
+    assert runs.run(out, *faults, ranks=ranks, eval_tokens=512) == 0, runs.said(out)
+    assert runs.said(out).count("samples are missing (RuntimeError: planted); training continues") == 1
+    assert "warning: step 12: no validation loss (" in runs.said(out)
+    assert [row["step"] for row in rows(out, "val_loss")] == [0, 24, 36, 48, 60]  # 4 batches each
+    assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(runs.whole(ranks))]
 
 
 def test_a_metrics_line_cut_short_is_repaired_though_nobody_reads_what_is_said(tmp_path, runs) -> None:

@@ -140,19 +140,21 @@ class Runs:
         """Start and wait; return rank 0's exit code."""
         return self.codes(self.begin(out, *faults, ranks=ranks, env=env, **changes), seconds)[0]
 
-    def fail(self, out: Path, *faults, says=(), good=None, code=1, ranks=1, **changes) -> str:
+    def fail(self, out: Path, *faults, says=(), good=None, code=1, ranks=1, leaves=False, **changes) -> str:
         """A run that a fault ends on all ranks, in words and without a traceback; return what rank 0 said.
 
         Args:
             says: what rank 0 must say.
             good: the steps whose checkpoints must be good.
+            leaves: the fault keeps what the run would delete.
         """
         children = self.begin(out, *faults, ranks=ranks, **changes)
         assert self.codes(children, 30) == [code] * ranks, self.said(out)
         said = children[0].output()
         assert [text for text in says if text not in said] == [], said
         assert not any("Traceback" in child.output() for child in children)
-        assert not list((out / "checkpoints").glob(".tmp*")) or "saving failed" in said  # that of a bug stays
+        # That of a bug stays.
+        assert not list((out / "checkpoints").glob(".tmp*")) or leaves or "saving failed" in said
         assert good is None or good_steps(out) == good
         return said
 

@@ -106,6 +106,21 @@ def test_a_validation_is_shown_on_a_terminal(tmp_path, monkeypatch) -> None:
     terminal.close()
 
 
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_long_work_is_shown_while_it_lasts(monkeypatch, capsys, on_terminal) -> None:
+    """Nothing was said in a step of 128 micro-batches, nor in a validation, for over a minute."""
+    monkeypatch.setattr(console, "QUIET_SECONDS", 1.0)
+    terminal = Terminal(monkeypatch) if on_terminal else None
+    with closing(console.Console(100).watch()) as shown:
+        shown.doing("step 1: micro-batch", 3, 128)
+        time.sleep(1.8)
+    said = terminal.read() if terminal else capsys.readouterr().err
+    assert "step 1: micro-batch 3 of 128, 1 s" in said
+    assert ("%|" in said) == on_terminal
+    if terminal:
+        terminal.close()
+
+
 def test_a_text_cannot_drive_the_terminal(tmp_path, capsys) -> None:
     log = open_log(tmp_path)
     log.sample({"step": 0, "row": 0, "prompt": "Hi", "text": "\x1b]0;owned\x07\nnext\u202e"})

@@ -106,6 +106,19 @@ def test_wandb_that_fails_stops_nothing_and_tells_no_secret(tmp_path, wandb, cap
     assert "0123456789" not in said + repr(run.settings) + repr(run.rows)
 
 
+def test_a_tracker_that_failed_is_tried_again_at_the_next_checkpoint(tmp_path, wandb, capsys) -> None:
+    """The kind of prime-rl #1763: a tracker that is away for a while, at any call, costs no run and few values."""
+    with closing(open_log(tmp_path, wandb="gpt2")) as log:
+        (run,) = wandb.runs.values()
+        for step in range(1, 10):
+            run.fails = OSError(f"no network at step {step}") if 2 <= step <= 5 else None
+            log.train(train_row(step))
+            if step % 3 == 0:
+                log.flush()
+    assert [step for step, _ in run.rows] == [1, 7, 8, 9]
+    assert capsys.readouterr().err.count("warning") == 1
+
+
 def test_wandb_that_does_not_start_ends_a_fresh_run_alone(tmp_path, wandb, capsys) -> None:
     def fail(**_):
         raise PermissionError("No API key configured.\nUse `wandb login`")

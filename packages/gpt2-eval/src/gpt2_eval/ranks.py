@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from gpt2_model.command import join_ranks
 
 T = TypeVar("T")
 
@@ -21,7 +24,7 @@ def process_group() -> Iterator[int]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
         return
-    dist.init_process_group("gloo")  # only records of a few bytes travel, and they are on the CPU
+    join_ranks("gloo", timedelta(minutes=30))  # only records of a few bytes travel, and they are on the CPU
     try:
         yield dist.get_rank()
     finally:
@@ -35,20 +38,28 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather_records(own: Mapping[int, T], total: int, interrupted: bool = False) -> list[T]:
+def gather_records(
+    own: Mapping[int, T], total: int, interrupted: bool = False, failure: Exception | None = None
+) -> list[T]:
     """Return the records 0 to total - 1 in order, on every rank, from the share that each rank has.
 
     Records are gathered, not averages: so an item that counts twice or is lost is noticed (RuntimeError). A rank
-    that was interrupted must call this too, or the others would wait for it in vain; then all raise Interrupted.
+    that was interrupted or failed must call this too, or the others would wait for it in vain; then all raise
+    Interrupted, or the first rank's failure.
     """
-    share = (interrupted, dict(own))
-    _, world_size = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
+    plain = isinstance(failure, ValueError | OSError)  # others need not be picklable
+    share = (interrupted, dict(own), None if failure is None else (f"rank {rank}: {failure}", plain))
     shares: list[Any] = [share] * world_size
     if world_size > 1:
         dist.all_gather_object(shares, share)
-    if any(stopped for stopped, _ in shares):
+    if failure is not None:
+        raise failure
+    if failures := [broken for _, _, broken in shares if broken]:
+        raise (ValueError if failures[0][1] else RuntimeError)(failures[0][0])
+    if any(stopped for stopped, _, _ in shares):
         raise Interrupted("the evaluation was stopped before it finished: there is no result")
-    records = sorted((pair for _, part in shares for pair in part.items()), key=itemgetter(0))
+    records = sorted((pair for _, part, _ in shares for pair in part.items()), key=itemgetter(0))
     if [index for index, _ in records] != list(range(total)):
         raise RuntimeError(f"{total} records expected, each once, but the ranks hold {len(records)} with gaps")
     return [record for _, record in records]

@@ -41,7 +41,7 @@ class PassOptions(TypedDict, total=False):
 
     autocast_dtype: torch.dtype | None
     resume: Path | None
-    progress: bool
+    progress: bool | Callable[[int, int], None]
     stop: Callable[[], bool] | None
 
 
@@ -75,7 +75,8 @@ def score_items(
         autocast_dtype: torch.bfloat16 to run under autocast; None runs in the weights' own precision.
         resume: the file that the caller will write. Scores are saved beside it after each batch, and those that a
             killed call has saved are not computed again; `remove_scores` deletes them.
-        progress: show progress on stderr: a bar on a terminal, elsewhere a line every ten seconds.
+        progress: show progress on stderr: a bar on a terminal, elsewhere a line every ten seconds. Or a function
+            that is called with the number of this rank's batches that are done, and of all of them.
         stop: called before each batch, on each rank; True on one of them ends the scoring on all.
 
     Raises:
@@ -115,7 +116,7 @@ def score_batches(
     unit: str,
     autocast_dtype: torch.dtype | None = None,
     resume: Path | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
     stop: Callable[[], bool] | None = None,
 ) -> list[Score]:
     """Score batches, each on one of the ranks; return the scores of all rows or windows, in order, on every rank.
@@ -131,19 +132,26 @@ def score_batches(
     # So it is after a resume: if anything of a batch is missing, all of it is computed.
     numbers = range(rank, len(batches), world_size)
     total, own, interrupted = sum(map(len, batches)), dict[int, Score](), False
+    failure: Exception | None = None
     with resuming(resume, model, autocast_dtype, scored) as (known, keep), evaluating(model, autocast_dtype):
         if known and progress:
             print(f"{len(known):,} of {total:,} {unit} were scored before", file=sys.stderr)
-        with _progress(numbers, f"scoring {unit}") if progress else nullcontext(numbers) as shown:
-            for number in shown:
-                if interrupted := stop is not None and stop():
-                    break
-                scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
-                if len(scores) < len(batches[number]):
-                    scores = score(number)
-                    keep(scores)
-                own.update(scores)
-    records = gather_records(own, total, interrupted)
+        bar = _progress(numbers, f"scoring {unit}") if progress is True else nullcontext(numbers)
+        try:
+            with bar as shown:
+                for done, number in enumerate(shown):
+                    if callable(progress):
+                        progress(done, len(numbers))
+                    if interrupted := stop is not None and stop():
+                        break
+                    scores: Mapping[int, Score] = {row: known[row] for row in batches[number] if row in known}
+                    if len(scores) < len(batches[number]):
+                        scores = score(number)
+                        keep(scores)
+                    own.update(scores)
+        except Exception as error:  # the other ranks wait for this one's share, and must learn of it
+            failure = error
+    records = gather_records(own, total, interrupted, failure)
     bad = [number for number, (nats, *_) in enumerate(records) if not math.isfinite(nats)]
     if bad:  # NaN would lose every comparison, and yet give an accuracy
         raise ValueError(

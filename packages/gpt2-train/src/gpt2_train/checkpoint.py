@@ -9,6 +9,7 @@ A checkpoint appears whole or not at all, its hashes are checked before any tens
 There is no generator state: data and samples depend on (seed, step) alone, and there is no dropout.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 FORMAT_VERSION = 2  # version 1, of gpt2-train 0.1.0, had a loader state that we no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+Warn = Callable[[str], None]  # says a text as a warning, once
 
 
 def write_checkpoint(
-    run: Path, step: int, model: GPT, optimizer: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]
+    run: Path,
+    step: int,
+    model: GPT,
+    optimizer: Mapping[str, torch.Tensor],
+    trainer: Mapping[str, Any],
+    warn: Warn = lambda _: None,
 ) -> Path:
     """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
@@ -47,8 +54,8 @@ def write_checkpoint(
     if not run.is_dir():  # it was made when the run started: a new one would hold only half of the run
         raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     folder.parent.mkdir(exist_ok=True)
-    remove_abandoned(run)
-    temporary = folder.parent / f".tmp-{folder.name}"
+    remove_abandoned(run, warn)
+    temporary = _unused(folder.parent / f".tmp-{folder.name}")
     try:
         temporary.mkdir()
         model.save_pretrained(temporary)
@@ -66,7 +73,7 @@ def write_checkpoint(
         if problems := verify_checkpoint(temporary):
             raise OSError(f"what the disk returns is not what was written: {problems[0]}")
         if folder.exists():  # a damaged one of this step, else the run would have resumed from it
-            _remove(folder)
+            _remove(folder, warn)
         temporary.rename(folder)
         _fsync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
@@ -89,10 +96,36 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def remove_abandoned(run: Path) -> None:
+def remove_abandoned(run: Path, warn: Warn) -> None:
     """Delete what a kill during writing or deletion left. Only one process writes here, under a lock."""
     for abandoned in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(abandoned)
+        _delete(abandoned, warn)
+
+
+def _delete(folder: Path, warn: Warn) -> None:
+    """Delete what can be deleted of a folder that is no checkpoint (any more), and warn of the rest.
+
+    While another process reads a file, NFS keeps it in the folder as .nfsXXXX. This is no reason to stop a run.
+    """
+    with _warning(f"{folder}, which is no checkpoint, cannot be deleted", warn):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _warning(what: str, warn: Warn) -> Iterator[None]:
+    """Turn an OSError into a warning: making room is no part of saving."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{what} ({error.strerror or error}); the run continues, and each save tries again")
+
+
+def _unused(path: Path) -> Path:
+    """Return the path, or one with a number behind it where a folder of that name could not be deleted."""
+    names = (path.with_name(path.name + (f"-{number}" if number else "")) for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
@@ -109,20 +142,29 @@ def verify_checkpoint(folder: Path) -> list[str]:
     problems = [f"{folder / 'manifest.json'} does not list {name}" for name in needed if name not in expected]
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not _FILE_NAME.fullmatch(name):
-            problems.append(f"{folder / 'manifest.json'} lists {name!r}, which is no plain file name")
-        elif not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
-        elif (actual := sha256(path)) != digest:
-            problems.append(f"{path} is damaged: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
+        try:
+            if not _FILE_NAME.fullmatch(name):
+                problems.append(f"{folder / 'manifest.json'} lists {name!r}, which is no plain file name")
+            elif not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}")
+            elif (actual := sha256(path)) != digest:
+                problems.append(f"{path} is damaged: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
     return problems
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, whatever their state, lowest step first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if _STEP_FOLDER.fullmatch(path.name))
+
+
+def onward(run: Path) -> str:
+    """Return where the run goes on from: the newest checkpoint, of which this does not read the gigabytes."""
+    newest = next((path for path in reversed(checkpoints(run)) if (path / "manifest.json").exists()), None)
+    return f"resumes from {newest} (step {int(newest.name[5:])})" if newest else "begins anew"
 
 
 def find_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -169,7 +211,8 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
             advice = f"repair one, choose another --out, or delete {run / 'checkpoints'} to begin again at step 0"
             raise CannotResume(f"every checkpoint in {run} is damaged ({problems[0]}): {advice}")
         for problem in problems:
-            print(f"warning: {problem}; resuming from {newest}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # nobody may be listening
+                print(f"warning: {problem}; resuming from {newest}", file=sys.stderr)
         return newest
     _refuse_newer(asked)
     if not (asked / "manifest.json").exists():
@@ -196,24 +239,31 @@ def optimizer_tensor(folder: Path, name: str) -> torch.Tensor:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
-def prune(run: Path, keep: int, verified: set[str]) -> None:
-    """Delete all but the `keep` newest good checkpoints; those named in `verified` are not hashed again."""
+def prune(run: Path, keep: int, verified: set[str], warn: Warn) -> None:
+    """Delete all but the `keep` newest good checkpoints; those named in `verified` are not hashed again.
+
+    One that cannot be deleted is warned of. It takes no other's place: only newer ones count.
+    """
     folders, good = checkpoints(run), 0
     if len(folders) <= keep:
         return
     for folder in reversed(folders):
         if good == keep:
-            _remove(folder)
+            with _warning(f"{folder}, which is beyond --keep, cannot be deleted", warn):
+                _remove(folder, warn)
         elif folder.name in verified or not verify_checkpoint(folder):
             verified.add(folder.name)
             good += 1
 
 
-def _remove(folder: Path) -> None:
-    """Rename, then delete: a kill in between leaves nothing that looks like a checkpoint."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}")
+def _remove(folder: Path, warn: Warn) -> None:
+    """Rename, then delete: what a kill in between leaves, or a disk keeps, does not look like a checkpoint.
+
+    Raises OSError if it cannot be renamed; it is whole then.
+    """
+    doomed = _unused(folder.with_name(f".tmp-old-{folder.name}"))
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed, warn)
 
 
 @contextmanager
@@ -237,8 +287,8 @@ class Saver:
     The copy takes 12 bytes a parameter from the first save on; with a GPU, its memory is page-locked.
     """
 
-    def __init__(self, run: Path, keep: int, world: World) -> None:
-        self.run, self.keep, self.world = run, keep, world
+    def __init__(self, run: Path, keep: int, world: World, warn: Warn) -> None:
+        self.run, self.keep, self.world, self.warn = run, keep, world, warn
         self.error: Exception | None = None  # the thread's error, which the loop raises or reports
         self._thread: threading.Thread | None = None
         self._model: GPT | None = None
@@ -282,8 +332,9 @@ class Saver:
             for name, tensor in (*model.named_parameters(), *self._optimizer.items()):
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
-            self._verified.add(write_checkpoint(self.run, step, model, self._optimizer, trainer).name)
-            prune(self.run, self.keep, self._verified)
+            written = write_checkpoint(self.run, step, model, self._optimizer, trainer, self.warn)
+            self._verified.add(written.name)
+            prune(self.run, self.keep, self._verified, self.warn)
         except (ValueError, OSError) as error:
             self.error = error
         except Exception as error:  # whatever it is, the loop must learn of it

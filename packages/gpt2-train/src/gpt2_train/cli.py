@@ -4,14 +4,16 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, cast
 
 import click
 from click.core import ParameterSource
 from click_option_group import GroupedOption, optgroup
 
-from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory
+from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory, ranks
 from gpt2_train import RECIPES, TrainConfig, load_config
 from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out
 
@@ -101,6 +103,7 @@ def main(
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
+        ranks()
         run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
             raise click.UsageError("--json needs --dry-run: a run writes its figures to metrics.jsonl")
@@ -114,7 +117,7 @@ def main(
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full, message, rank = out_of_memory(error), one_line(error), os.environ.get("RANK", "0")
+        full, lost, message, rank = out_of_memory(error), False, one_line(error), os.environ.get("RANK", "0")
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
         if full:
@@ -122,9 +125,17 @@ def main(
             message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
             message += "; a run that has a checkpoint resumes with either"
         elif isinstance(error, RuntimeError):
-            message = f"another process of this run is gone ({message[:200]}); the same command resumes"
-        if rank == "0" or full:  # what all ranks meet, rank 0 says
-            click.echo(f"Error: {message}", err=True)
+            from gpt2_train.checkpoint import onward
+
+            lost = True
+            message = (
+                f"another process of this run is gone ({message[:200]}); the same command {onward(Path(run.out))}"
+            )
+        # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or full or lost:
+            with suppress(OSError, ValueError):  # the terminal may be gone
+                who = "" if rank == "0" or f"rank {rank}" in message.lower() else f"rank {rank}: "
+                click.echo(f"Error: {who}{message}", err=True)
         sys.exit(2 if isinstance(error, CannotResume) else 1)
 
 
@@ -175,8 +186,10 @@ def _check_environment(command: click.Command) -> None:
 
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
     """Print the plan for WORLD_SIZE processes, as torchrun sets it; return the exit status of such a run."""
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # rank 0 prints it
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # as on another machine, or where no torchrun set it
+            click.echo(f"rank {rank}: rank 0 prints the plan", err=True)
+        return 0
     from gpt2_train.plan import make_plan, to_lines
 
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))

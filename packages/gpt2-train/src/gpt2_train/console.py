@@ -7,6 +7,7 @@ Intervals use the monotonic clock: the wall clock, which tqdm's own pace follows
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from tqdm import tqdm
 FIRST_STEPS = 3  # the first steps of a process have a line each, so that one sees at once that it trains
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
 BAR_SECONDS = 0.1
+QUIET_SECONDS = 9.0  # without a line, before a line says what is being done
 
 
 class Console:
@@ -30,8 +32,38 @@ class Console:
         self.first: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self.bar: tqdm[Any] | None = None
         self.on_terminal = False
+        self.last_word = time.monotonic()
+        self.task: tuple[str, int, int] = ("", 0, 0)  # what is being done, and how much of it
+        self.task_began = self.last_word
+        self._closed, self._thread = threading.Event(), threading.Thread()
         with suppress(OSError, ValueError):  # a closed stream
             self.on_terminal = self.stream is not None and self.stream.isatty()
+
+    def doing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Note what is being done, which takes no time; `watch` shows it where it takes long."""
+        if what != self.task[0]:
+            self.task_began = time.monotonic()
+        self.task = (what, done, total)
+
+    def watch(self) -> "Console":
+        """Begin a thread that says what is being done after some silence, or keeps the bar up to date."""
+        self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._closed.wait(0.5):
+            (what, done, total), now = self.task, time.monotonic()
+            if not what or now - self.task_began < 1:
+                continue
+            share = f" {done:,} of {total:,}" if total else ""
+            text = f"{what}{share}, {now - self.task_began:.0f} s"
+            if self.on_terminal and self.bar is None:
+                self._quietly(self._open_bar)
+            if self.bar is not None:
+                self.working(text)
+            elif now - self.last_word >= QUIET_SECONDS:
+                self.say(text)
 
     def _open_bar(self) -> None:
         form = "{percentage:3.0f}%|{bar}| {n}/{total}{postfix}"
@@ -40,6 +72,7 @@ class Console:
     def step(self, row: dict[str, Any]) -> None:
         """Show a training row: as a line if one is due, and in the bar."""
         now, step = time.monotonic(), row["step"]
+        self.task = ("", 0, 0)
         time_left = self._time_left(step, now)
         self.shown += 1
         due = now - self.last_line >= LINE_SECONDS[self.on_terminal]
@@ -71,10 +104,14 @@ class Console:
 
     def say(self, text: str) -> None:
         """Write one line, above the bar."""
+        self.last_word = time.monotonic()
         self._quietly(lambda: tqdm.write(text, file=self.stream))
 
     def close(self) -> None:
-        """Remove the bar; `say` still works."""
+        """Remove the bar and end the thread; `say` still works."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(1.0)
         if self.bar is not None:
             self._quietly(self.bar.close)
             self.bar.disable = True

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_model.command import find_device, keep_buffers
+from gpt2_model.command import find_device, join_ranks, keep_buffers, ranks
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
@@ -80,13 +80,16 @@ class World:
                 dist.send(own[name].contiguous(), dst=0)
 
 
-def start(device: str = "auto", *, deterministic: bool = False) -> World:
+def start(
+    device: str = "auto", *, deterministic: bool = False, stop: Callable[[], bool] = lambda: False
+) -> World | None:
     """Join the run that torchrun started, or be its only process. Raises ValueError if there is no such device.
 
-    It uses NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error. With
-    `deterministic` CUDA uses only kernels whose sums have one order: a resumed run ends with the same bits.
+    It uses NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error, and
+    returns None if `stop` becomes true meanwhile. With `deterministic` CUDA uses only kernels whose sums have one
+    order: a resumed run ends with the same bits.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, size = ranks()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
@@ -95,25 +98,9 @@ def start(device: str = "auto", *, deterministic: bool = False) -> World:
         torch.cuda.set_device(where)
     elif where.type == "cpu":
         keep_buffers()
-    if size > 1:
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, store=_store_of_this_life(), rank=rank, world_size=size)
-    return World(rank, size, where)
-
-
-def _store_of_this_life() -> Any:
-    """Return a new store where the processes find each other, if torchrun started them on one node, else None.
-
-    torchrun (2.13) restarts workers with the store in which the dead ones left their addresses: the first worker
-    connects to one of these, and is refused. On several nodes the agents count restarts differently, so there
-    torchrun itself must be told to make new stores: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-    """
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+    if size > 1 and not join_ranks("nccl" if where.type == "cuda" else "gloo", PATIENCE, "gpt2-train", stop):
         return None
-    c10d: Any = dist
-    store = c10d.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
-    return c10d.PrefixStore(f"gpt2-train/{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return World(rank, size, where)
 
 
 def data_parallel(model: torch.nn.Module, compression: str) -> DistributedDataParallel:

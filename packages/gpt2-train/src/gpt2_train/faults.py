@@ -9,14 +9,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import fmean, median, pstdev
 from typing import Any
 
-# Slurm can send SIGUSR1 some minutes before the end of a job's time (sbatch --signal).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A terminal or ssh that closes sends SIGHUP. Slurm can send SIGUSR1 some minutes before the end of a job's time
+# (sbatch --signal).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STDERR = 2
 FIRST_SECONDS = 1800.0  # limit for work that was never timed: the first step compiles
 WINDOW = 128  # the last steps, which define what is usual, as in llm.c and OLMo
@@ -24,20 +25,33 @@ FEWEST = 20  # with fewer steps a deviation means nothing
 
 
 class StopSignal:
-    """Notes the first signal that asks the run to save and end; the loop looks at its `number` once a step.
+    """Notes the first signal that asks the run to save and end; the loop asks for its `number` once a step.
 
-    A second SIGINT ends the process at once, which is safe since files appear whole or not at all. Within a second
-    it counts as the same one: at a Ctrl-C the terminal sends it to all processes, and torchrun sends it again.
+    The death of torchrun counts as the SIGTERM that it could not send. A SIGHUP that was ignored at the start, as
+    under nohup, stays so. A second SIGINT ends the process at once, which is safe since files appear whole or not
+    at all. Within a second it counts as the same one: at a Ctrl-C the terminal sends it to all processes, and
+    torchrun sends it again.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self._number = 0
         self._when = 0.0
+        self.what_ends = "the start"  # "the step" once there are steps
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def number(self) -> int:
+        """The signal's number, or 0."""
+        if not self._number and self._launcher and os.getppid() != self._launcher:
+            self._number = signal.SIGTERM
+            _write_stderr(f"rank {this_rank()}: torchrun (process {self._launcher}) has died: stopping\n")
+        return self._number
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
         """Note signals while the block runs, so that they do not end the process."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
         finally:
@@ -45,14 +59,27 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self.number and number == signal.SIGINT and time.monotonic() - self._when > 1:
+        if self._number and number == signal.SIGINT and time.monotonic() - self._when > 1:
+            if this_rank() == 0:
+                _write_stderr("ended at once; the same command resumes from the last checkpoint\n")
             os._exit(128 + number)
-        if not self.number:
-            self.number, self._when = number, time.monotonic()
-            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                with suppress(OSError, ValueError):
-                    if select.select([], [STDERR], [], 0.0)[1]:  # a stuck reader must not block us
-                        os.write(STDERR, b"finishing the step, then saving; Ctrl-C again ends at once\n")
+        if not self._number:
+            self._number, self._when = number, time.monotonic()
+            if number == signal.SIGINT and this_rank() == 0:
+                saving = ", then saving" if self.what_ends == "the step" else ""
+                _write_stderr(f"finishing {self.what_ends}{saving}; Ctrl-C again ends at once without saving\n")
+
+
+def this_rank() -> int:
+    """Return the rank that a launcher gave this process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _write_stderr(text: str) -> None:
+    """Write without Python's stream, which a signal may have interrupted; a terminal may be gone, a pipe stuck."""
+    with suppress(OSError, ValueError):
+        if select.select([], [STDERR], [], 0.0)[1]:
+            os.write(STDERR, text.encode())
 
 
 class Watchdog:
@@ -64,8 +91,8 @@ class Watchdog:
     no lock, prints the stacks two seconds later and exits.
     """
 
-    def __init__(self, rank: int, seconds: float) -> None:
-        self.rank, self.seconds = rank, seconds
+    def __init__(self, rank: int, seconds: float, onward: Callable[[], str] = lambda: "resumes") -> None:
+        self.rank, self.seconds, self.onward = rank, seconds, onward  # onward: says what the same command does
         self._times: dict[str, deque[float]] = {}
         self._deadline = float("inf")
         self._what = ""
@@ -98,9 +125,11 @@ class Watchdog:
         while not self._closed.wait(0.2):
             if time.monotonic() > self._deadline:
                 text = f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n"
-                os.write(STDERR, text.encode())
+                _write_stderr(text)
                 faulthandler.dump_traceback(file=STDERR, all_threads=True)
-                sys.stdout.flush()
+                with suppress(Exception):  # whatever the disk says: this thread must come to its end
+                    _write_stderr(f"the same command {self.onward()}\n")
+                    sys.stdout.flush()
                 time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
                 os._exit(1)
 

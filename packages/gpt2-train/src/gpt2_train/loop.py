@@ -3,7 +3,8 @@
 import resource
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import torch
 
 from gpt2_eval import Interrupted, evaluate_hellaswag, evaluate_loss
 from gpt2_model import stream
+from gpt2_model.command import one_line
 from gpt2_train import checkpoint, distributed
 from gpt2_train.config import TrainConfig
+from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.faults import StopSignal
 from gpt2_train.optimizer import lr_at
 from gpt2_train.setup import Run, set_up
 from gpt2_train.start import prompt_ids
-from gpt2_train.trackers import profiling
+from gpt2_train.trackers import in_one_line, profiling
 
 
 def train(config: TrainConfig) -> int:
@@ -37,16 +40,24 @@ def train(config: TrainConfig) -> int:
         OSError: files that cannot be read or written.
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
-        world = distributed.start(config.device, deterministic=config.deterministic)
+        world = distributed.start(config.device, deterministic=config.deterministic, stop=lambda: stop.number > 0)
+        console = Console(config.steps)
+        if world is None:
+            console.say(f"stopped by signal {stop.number} while it waited for the other ranks")
+            return 128 + stop.number
+        stack.callback(console.close)
+        if world.is_main:
+            console.watch()
         # Rank 0 locks the folder; if it cannot, all ranks raise its error.
         world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
-        status = _train(config, world, stop)
+        status = _train(config, world, stop, console)
     distributed.stop(world)  # not after an error: it would wait for an exchange with ranks that hang
     return status
 
 
-def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
-    run = set_up(config, world, stop, loss_of)
+def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console) -> int:
+    run = set_up(config, world, stop, loss_of, console)
+    stop.what_ends = "the step"
     try:
         profiled = config.profile if world.is_main else 0
         with run.batches, profiling(run.folder, profiled, run.step + 1, config.steps, run.log.say) as step_done:
@@ -65,6 +76,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal) -> int:
             # Without its last checkpoint a run is not done, whatever on_save_error says.
             _check_saving(run, may_go_on=False)
     finally:
+        run.log.progress(f"step {run.step}: saving")
         run.saver.wait()
         run.watchdog.close()
         run.log.close()
@@ -128,6 +140,7 @@ def _backward(run: Run) -> tuple[torch.Tensor, float]:
     world = run.world
     loss_sum, data_seconds = torch.zeros((), device=world.device), 0.0
     for micro_step in range(run.accumulation):
+        run.log.progress(f"step {run.step + 1}: micro-batch", micro_step + 1, run.accumulation)
         asked = time.perf_counter()
         batch = next(run.batches)
         data_seconds += time.perf_counter() - asked
@@ -169,17 +182,26 @@ def _evaluate(run: Run) -> None:
         "compile": config.compiles(run.world.device.type),
         "stop": lambda: run.stop.number > 0,
     }
+
+    def shows(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: run.log.progress(f"step {run.step}: {what}", done + 1, total)
+
     row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
     run.log.working(f"step {run.step}: validation")
     with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
         try:
-            if run.dataset.tokens("val") > 1:
-                row["val_loss"] = evaluate_loss(
-                    run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len, **options
-                ).loss
-            if run.hellaswag is not None:
-                scores = evaluate_hellaswag(run.model, run.hellaswag, protocol="karpathy", **options)
-                row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
+            with _may_fail(run, "validation loss"):
+                if run.dataset.tokens("val") > 1:
+                    row["val_loss"] = evaluate_loss(
+                        run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
+                        progress=shows("validation"), **options,
+                    ).loss  # fmt: skip
+            with _may_fail(run, "HellaSwag"):
+                if run.hellaswag is not None:
+                    scores = evaluate_hellaswag(
+                        run.model, run.hellaswag, protocol="karpathy", progress=shows("HellaSwag"), **options
+                    )
+                    row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
             samples = _samples(run)
         except Interrupted:
             pass
@@ -191,26 +213,43 @@ def _evaluate(run: Run) -> None:
         _agree_to_stop(run)
 
 
+@contextmanager
+def _may_fail(run: Run, what: str) -> Iterator[None]:
+    """Warn, and train on, if a measurement fails, which it does on all ranks: a shard is gone, a loss is NaN."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        run.log.warn(f"step {run.step}: no {what} ({one_line(error)}); training continues")
+
+
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Continue the prompt. Each process writes some of the rows; their texts do not depend on which one does."""
+    """Continue the prompt. Each process writes some of the rows; their texts do not depend on which one does.
+
+    What fails on a process is a warning: a run trains as well without samples.
+    """
     config, world = run.config, run.world
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
-    own = []
-    if last > first:
-        prompt = prompt_ids(config, run.tokenizer)
+    own, failure = [], ""
+    run.log.progress(f"step {run.step}: samples")
+    try:
         for piece in stream(
-            run.model, [prompt], num_samples=last - first, first_row=first, max_new_tokens=32, seed=config.seed
-        ):  # fmt: skip
+            run.model, [prompt_ids(config, run.tokenizer)], num_samples=last - first, first_row=first,
+            max_new_tokens=32, seed=config.seed,
+        ) if last > first else ():  # fmt: skip
             if run.stop.number:
                 break
             if (row := piece.completion) is not None:
                 # `stream` gives no text where the model has only a part of GPT-2's vocabulary.
                 text = row.text or run.tokenizer.decode(row.tokens)
                 own.append({"step": run.step, "row": row.row, "prompt": config.sample_prompt, "text": text})
-    gathered = world.gather((run.stop.number > 0, own))
-    if any(stopped for stopped, _ in gathered):
+    except Exception as error:
+        failure = in_one_line(error)
+    gathered = world.gather((run.stop.number > 0, own, failure))
+    if any(stopped for stopped, _, _ in gathered):
         raise Interrupted
-    return sorted((row for _, rows in gathered for row in rows), key=lambda row: int(row["row"]))
+    for failed in {failure for _, _, failure in gathered if failure}:
+        run.log.warn(f"step {run.step}: samples are missing ({failed}); training continues", "samples")
+    return sorted((row for _, rows, _ in gathered for row in rows), key=lambda row: int(row["row"]))
 
 
 def _agree_to_stop(run: Run) -> None:
@@ -232,6 +271,7 @@ def _save(run: Run) -> None:
         "tokens": run.step * run.config.batch_tokens, "loader": run.loader.state(), "guard": asdict(run.guard),
         "dataset": run.dataset.manifest.hash, "config": asdict(run.config),
     }  # fmt: skip
+    run.log.progress(f"step {run.step}: saving")
     with run.watchdog.watching("checkpoint", run.step):
         run.saver.wait()
         _check_saving(run, may_go_on=run.config.on_save_error == "continue")

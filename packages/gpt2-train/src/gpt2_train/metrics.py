@@ -2,6 +2,7 @@
 
 A row is one line, written at once, so that a kill can break only the last one. Rows reach the disk before a
 checkpoint does (flush), and a run that resumes from it drops the later rows, which it will write again.
+No failure to report ends a run: it is said once, rows wait in memory for the disk, trackers for the next flush.
 """
 
 import json
@@ -9,8 +10,10 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,41 +46,48 @@ _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 class RunLog:
     """Everything that a run reports. Each rank has one; only rank 0, which must `open` it, writes anything."""
 
-    def __init__(self, config: TrainConfig, first_step: int, world: World) -> None:
+    def __init__(self, config: TrainConfig, first_step: int, world: World, console: Console | None = None) -> None:
         # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         self.config, self.first_step, self.world = config, first_step, world
         self.enabled = world.is_main
+        self.console = console or Console(config.steps)
         self.lowest, self.diverged = math.inf, False  # the lowest loss; whether it was said that the run diverged
         self.trackers: list[Tracker] = []
+        self.resting: list[Tracker] = []  # those that failed, until the next flush
+        self.warned = set[str]()
 
     def open(self) -> int | None:
         """Repair the files of a run that was killed, open them, and start the trackers.
 
         Returns the step of the newest evaluation in the files. Raises OSError for files that cannot be read or
-        written, as do the methods that write; ValueError for a tracker that is not installed or does not start.
+        written, ValueError for a tracker that is not installed or does not start. Whoever starts a run wants to
+        know; a run that resumes, perhaps at night, trains without a tracker that does not start.
         """
         config, folder = self.config, Path(self.config.out)
         check_trackers(config)
         evaluated, broken = _repair(folder, self.first_step)
-        self.metrics, self.samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
+        self.metrics, self.samples = (
+            _Lines(folder / f"{name}.jsonl", self.warn) for name in ("metrics", "samples")
+        )
         sync_folder(folder)
-        self.console = Console(config.steps)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
         # MFU: the operations of a step, by llm.c's count, over those that all devices could do in that time.
         peak = peak_tflops(config, self.world.device)
         self.peak = peak[1] * 1e12 * self.world.size if peak else None
         self.flops_per_token = flops_per_token(config.model_config, config.seq_len)
-        if config.tensorboard:
-            self.trackers.append(start_tensorboard(folder, self.first_step))
-        if config.wandb:
+        for wanted, name, begin, advice in (
+            (config.tensorboard, "TensorBoard", partial(start_tensorboard, folder), "leave --tensorboard out"),
+            (config.wandb, "W&B", partial(start_wandb, config, folder),
+             "leave --wandb out, or set WANDB_MODE=offline"),
+        ):  # fmt: skip
             try:
-                self.trackers.append(start_wandb(config, folder, self.first_step))
-            except RuntimeError as error:
-                # Whoever starts a run wants to know. A run that resumes, perhaps at night, trains without W&B.
+                self.trackers += [begin(self.first_step)] if wanted else []
+            except Exception as error:
+                failure = f"{name} does not start ({in_one_line(error)})"
                 if self.first_step < 0:
-                    raise ValueError(f"{error}; leave --wandb out, or set WANDB_MODE=offline") from None
-                self.say(f"warning: {error}; the run continues without it")
+                    raise ValueError(f"{failure}; {advice}") from None
+                self.warn(f"{failure}; the run continues without it")
         return max(evaluated, default=None)
 
     def train(self, row: dict[str, Any]) -> None:
@@ -138,40 +148,56 @@ class RunLog:
         if self.enabled:
             self.console.say(text)
 
+    def warn(self, text: str, about: str = "") -> None:
+        """Say a warning, once in a run about the same thing. Never fails; any thread may call it."""
+        if (about or text) not in self.warned:
+            self.warned.add(about or text)
+            self.say(f"warning: {text}")
+
     def working(self, what: str) -> None:
         """Show on a terminal which slow work is done between two steps."""
         if self.enabled:
+            self.console.doing(what)
             self.console.working(what)
 
-    def flush(self) -> None:
-        """Force all rows to the disk: a checkpoint must not be newer than they are."""
+    def progress(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Note what is being done: the console shows it where it takes long."""
         if self.enabled:
-            self.metrics.sync()
-            self.samples.sync()
+            self.console.doing(what, done, total)
+
+    def flush(self) -> None:
+        """Force all rows to the disk: a checkpoint must not be newer than they are. Try failed trackers again."""
+        if self.enabled:
+            self.metrics.write(sync=True)
+            self.samples.write(sync=True)
+            self.trackers += self.resting
+            self.resting = []
             self._track(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Close the files and the trackers; `say` still works."""
         if self.enabled:
             self.console.close()
+            self.trackers += self.resting
             self._track(lambda tracker: tracker.close())
             self.trackers = []
-            self.metrics.file.close()
-            self.samples.file.close()
+            self.metrics.close()
+            self.samples.close()
 
     def _log(self, step: int, values: dict[str, float | None]) -> None:
         known = {name: value for name, value in values.items() if value is not None}
         self._track(lambda tracker: tracker.log(step, known))
 
     def _track(self, tell: Callable[[Tracker], None]) -> None:
-        """Tell the trackers; one that fails is dropped, and the run continues."""
+        """Tell the trackers; one that fails, and may have cost a minute, rests until the next flush."""
         for tracker in list(self.trackers):
             try:
                 tell(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
+                self.resting.append(tracker)
                 failure = f"{tracker.name} failed ({in_one_line(error)}): the run continues without it"
-                self.say(f"warning: {failure}; metrics.jsonl has all rows")
+                self.warn(f"{failure}; metrics.jsonl has all rows", tracker.name)
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> tuple[str, float] | None:
@@ -218,34 +244,55 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Lines:
-    """A file that rows are appended to. It stays open, so a process that runs out of descriptors loses no rows."""
+    """A file that rows are appended to. It stays open, so a process that runs out of descriptors loses no rows.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, path.open("ab", buffering=0)
+    Rows that cannot be written wait in memory, the last 100,000 of them (25 MB), and come before the next one.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str, str], None]) -> None:
+        self.path, self.warn, self.file = path, warn, path.open("ab", buffering=0)
+        self.end = self.file.seek(0, os.SEEK_END)  # of the last whole row
+        self.waiting = deque[bytes](maxlen=100_000)
+        self.failed = False
         weakref.finalize(self, self.file.close)  # also if the run fails during set-up
 
     def append(self, row: dict[str, Any]) -> None:
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
-        end = self.file.seek(0, os.SEEK_END)
-        with self._clear_error():
-            try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self.waiting.append(line.encode(errors="backslashreplace"))
+        self.write()
+
+    def write(self, sync: bool = False) -> None:
+        """Write the rows that wait. Half a row is never left in front of a whole one."""
+        try:
+            if self.failed:
+                with suppress(OSError):  # a network disk that was away wants the file opened again
+                    again = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                    os.dup2(again, self.file.fileno())
+                    os.close(again)
+                self.end = min(self.end, self.file.seek(0, os.SEEK_END))
+                self.file.truncate(self.end)
+            while self.waiting:
+                line = self.waiting[0]
                 while line:  # a disk that fills up first takes a part, then fails
                     line = line[os.write(self.file.fileno(), line) :]
-            except OSError:
-                self.file.truncate(end)
-                raise
-
-    def sync(self) -> None:
-        with self._clear_error():
-            os.fsync(self.file.fileno())
-
-    @contextmanager
-    def _clear_error(self) -> Iterator[None]:
-        try:
-            yield
+                self.end += len(self.waiting.popleft())
+            if sync:
+                os.fsync(self.file.fileno())
+            self.failed = False
         except OSError as error:
-            advice = "fix that, then run the same command to resume"
-            raise OSError(error.errno, f"{self.path} cannot be written ({error.strerror}): {advice}") from None
+            self.failed = True
+            with suppress(OSError):
+                self.file.truncate(self.end)
+            trouble = f"{self.path} cannot be written ({error.strerror})"
+            self.warn(f"{trouble}: the run continues, and each step tries again with all its rows", str(self.path))
+
+    def close(self) -> None:
+        if self.waiting or self.failed:
+            self.write()
+        if self.waiting:
+            self.warn(f"{self.path} lacks {len(self.waiting):,} rows, which could not be written", "")
+        with suppress(OSError):
+            self.file.close()
 
 
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:

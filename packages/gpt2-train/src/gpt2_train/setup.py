@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2_data import Dataset, Prefetch, TokenLoader
+from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import HellaSwag
 from gpt2_model import GPT, Tokenizer
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
 from gpt2_train.config import TrainConfig, changed_fields, sequences, to_toml
+from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import choose_micro_batch
@@ -57,15 +58,19 @@ class Run:
     evaluated: int | None  # the newest step that has been evaluated
 
 
-def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf) -> Run:
+def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf, console: Console) -> Run:
     """Build a new run, or one from its newest good checkpoint. Raises the errors of `loop.train`."""
     folder = Path(config.out)
-    world.on_main(lambda: checkpoint.remove_abandoned(folder))
+    check_alike(config, open_dataset(config.data), world)
+    console.doing("checking the start")
+    stuck = list[str]()
+    world.on_main(lambda: checkpoint.remove_abandoned(folder, stuck.append))
     start = check_start(config, world.size, world.device, on_main=world.on_main)
     config, dataset, state = start.config, start.dataset, start.state
 
     torch.manual_seed(config.seed)
     source = start.checkpoint or config.init
+    console.doing("loading the model")
     model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
     if dataset.tokenizer and not start.checkpoint:
         model.tokenizer = start.tokenizer
@@ -84,6 +89,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     if config.micro_batch == "auto" and state.get("processes") == world.size:
         micro_batch = int(state["micro_batch"])  # the same bits need the same order of sums
     else:
+        console.doing("looking for the largest micro-batch")
         # On a GPU the largest is found by trying, since it is not known how much memory kernels need besides.
         micro_batch = choose_micro_batch(config, world, partial(one_pass, stepped) if on_gpu else None)
         model.zero_grad(set_to_none=True)
@@ -94,19 +100,23 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
             torch.compiler.reset()
         stepped = distributed.data_parallel(stepped, config.grad_compression)
     loader = make_loader(config, micro_batch, world.rank, world.size)
+    console.doing("loading the data and the optimizer")
     if start.checkpoint:
         load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start.checkpoint))
         loader.restore(state["loader"])
-    log, step = RunLog(config, state.get("step", -1), world), state.get("step", 0)
+    log, step = RunLog(config, state.get("step", -1), world, console), state.get("step", 0)
     run = Run(
         config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=stepped,
         optimizers=optimizers, loader=loader, micro_batch=micro_batch, log=log,
         accumulation=sequences(config, world.size) // micro_batch, evaluated=world.on_main(log.open),
-        saver=Saver(folder, config.keep, world), guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
-        watchdog=Watchdog(world.rank, config.hang_seconds), stop=stop, hellaswag=start.hellaswag,
-        tokenizer=start.tokenizer,
+        saver=Saver(folder, config.keep, world, log.warn),
+        guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
+        watchdog=Watchdog(world.rank, config.hang_seconds, partial(checkpoint.onward, folder)), stop=stop,
+        hellaswag=start.hellaswag, tokenizer=start.tokenizer,
         step=step, updates=state.get("updates", 0), saved=step,
     )  # fmt: skip
+    for warning in stuck:
+        log.warn(warning)
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start)
     _warm_up(run, one_pass)
@@ -114,6 +124,17 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf)
     # buffer is filled again only after at least as many batches as a step has.
     run.batches = loader.prefetch(max(run.accumulation, 2), _pinned if on_gpu else None)
     return run
+
+
+def check_alike(config: TrainConfig, dataset: Dataset, world: World) -> None:
+    """Raise ValueError, on all ranks, if one was started with other settings or data, as on another machine."""
+    first, *others = world.gather({**asdict(config), "dataset": dataset.manifest.hash})
+    for rank, settings in enumerate(others, 1):
+        unlike = [name for name in first if settings[name] != first[name]]
+        if unlike := sorted(set(unlike) - {"data", "out", "resume", "device"}):
+            name = unlike[0]
+            change = f"{name}: {settings[name]}, rank 0 has {first[name]}"
+            raise ValueError(f"rank {rank} was started with other settings ({change}): all need the same command")
 
 
 def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None:
@@ -125,6 +146,7 @@ def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None
     compiles = run.config.compiles(run.world.device.type)
     if compiles:
         run.log.say("compiling")
+    run.log.progress("compiling" if compiles else "warming up")
     if compiles or run.world.size > 1:
         with run.watchdog.watching("warm-up", run.step):
             one_pass(run.parallel, run.micro_batch)

@@ -47,21 +47,18 @@ def start_tensorboard(folder: Path, first_step: int) -> Tracker:
 
 
 def start_wandb(config: TrainConfig, folder: Path, first_step: int) -> Tracker:
-    """Report to project `config.wandb`; a resumed run continues there. Raises RuntimeError if that fails."""
+    """Report to project `config.wandb`; a resumed run continues there. Raises what W&B raises."""
     wandb: Any = import_module("wandb")
     id_file = folder / "wandb-run-id"
     if first_step < 0 or not id_file.exists():
         with write_whole(id_file) as file:
             file.write(secrets.token_hex(4).encode())
-    try:
-        # Its console would wrap stdout and stderr in streams of its own, and copy their output.
-        settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
-        run = wandb.init(
-            project=config.wandb, id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
-            config=asdict(config), settings=settings,
-        )  # fmt: skip
-    except Exception as error:
-        raise RuntimeError(f"W&B does not start ({in_one_line(error)})") from None
+    # Its console would wrap stdout and stderr in streams of its own, and copy their output.
+    settings = wandb.Settings(console="off", finish_timeout=FINISH_SECONDS)
+    run = wandb.init(
+        project=config.wandb, id=id_file.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
+        config=asdict(config), settings=settings,
+    )  # fmt: skip
 
     def log(step: int, values: dict[str, float]) -> None:
         # W&B accepts no step twice. Steps that it has already are from before a kill, and equal bit for bit.
@@ -123,8 +120,8 @@ def profiling(
             tracer.export_chrome_trace(str(temporary))
             temporary.replace(path)
             say(f"profile: {path}, for chrome://tracing and ui.perfetto.dev")
-        except OSError as error:
-            say(f"warning: the profile cannot be written: {error}")
+        except Exception as error:  # torch raises RuntimeError where the disk is full
+            say(f"warning: the profile cannot be written: {in_one_line(error)}")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     warmup = min(1, skipped)
