@@ -1,4 +1,4 @@
-"""Checkpoints as people have them, each from a public report: wrapped names, containers, other scripts' files, pointers.
+"""Checkpoints as people have them, from public reports: wrapped names, containers, other scripts' files, pointers.
 
 Unless a test says otherwise, a model loads when its weights come back bit for bit.
 """
@@ -66,7 +66,7 @@ def refused(path: Path | str, message: str) -> None:
 
 
 def test_only_the_heads_name_of_a_tied_pair(folder, model) -> None:
-    """transformers #38870, accelerate #2875: safetensors' save_model stores a shared tensor under its first name."""
+    """transformers #38870, accelerate #2875: safetensors' save_model stores a shared tensor once."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     safetensors.torch.save_model(theirs, str(folder / "model.safetensors"))
     assert HEAD in tensors_of(folder)
@@ -208,11 +208,11 @@ HOSTILE = {
     "class": (lambda kind, evil: Reduced(kind, (), ({}, {"__class__": dict})), "is damaged, or holds more"),
     "setstate": (lambda kind, evil: Reduced(kind, (), SIZES | {"__setstate__": print, "n_head": 3}),
                  "builtins.print|it asks for 'print'"),
-    "other_name": (lambda kind, evil: Reduced(make_dataclass, ("A", [])), "it asks for 'dataclasses.make_dataclass'"),
+    "other_name": (lambda kind, evil: Reduced(make_dataclass, ("A", [])), "asks for 'dataclasses.make_dataclass'"),
     "float": (lambda kind, evil: kind(16, 100, 2, 2.0, 32), "n_head must be a positive whole number, not 2.0"),
     "tensor": (lambda kind, evil: kind(16, 100, torch.ones(2), 2, 32), "n_layer must be a positive whole number"),
     "deep": (lambda kind, evil: Reduced(kind, (), SIZES | {"n_head": deep(300)}), "n_head must be|recursion"),
-    "huge": (lambda kind, evil: kind(16, 100, 10**4000, 2, 32), "the config has 1000.* layers"),
+    "huge": (lambda kind, evil: kind(16, 100, 10**4000, 2, 32), "holds more than tensors; nothing was run"),
     "none": (lambda kind, evil: Reduced(kind, ()), r"of a known layout: see \['block_size'"),
     "fork": (lambda kind, evil: Reduced(kind, (), SIZES | {"rope": 1}), r"of a known layout: see \['rope'\]"),
     "keys": (lambda kind, evil: Reduced(kind, (), SIZES | {3: 1, "a": 2}), r"of a known layout: see \[3, 'a'\]"),
@@ -296,7 +296,7 @@ def test_fields_that_transformers_reads_for_any_family_are_refused(folder, field
 
 def test_a_warning_about_hostile_fields_is_one_short_line(folder, capsys) -> None:
     own = json.loads((folder / "config.json").read_text())
-    odd = {f"x\n\x1b[2J{number}" + "y" * 10_000: 1 for number in range(1000)}
+    odd = {f"x\n\x1b[2J{number}" + "y" * 1000: 1 for number in range(1000)}
     (folder / "config.json").write_text(json.dumps(own | odd))
     read_config(folder / "config.json")
     err = capsys.readouterr().err
@@ -344,9 +344,11 @@ def test_a_folder_or_file_that_hides_a_model_of_the_hub(tmp_path, monkeypatch) -
 DAMAGES = {
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or not a safetensors file"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 20_000), "damaged or not a safetensors file"),
-    "a_folder": (lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()], "holds no weights"),
+    "a_folder": (lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()],
+                 "holds no weights"),
     "config_empty": (lambda f: (f / "config.json").write_bytes(b""), "is not valid JSON"),
-    "config_a_folder": (lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()], "has no config.json"),
+    "config_a_folder": (lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()],
+                        "has no config.json"),
     "bin_empty": (lambda f: [(f / "model.safetensors").unlink(), (f / "pytorch_model.bin").touch()],
                   "is not a weights file"),
     "shard_a_folder": (
@@ -380,8 +382,8 @@ def test_names_that_are_not_utf8(tmp_path, kind) -> None:
     GPT(GPTConfig(16, 50257, 1, 2, 32)).save_pretrained(named)
     if kind.endswith("bin"):
         as_file(named, tensors_of_bytes(named))
-    for command in (["info", named], ["generate", "-m", named, "--max-new-tokens", "2", "Hi"], ["convert", named, out],
-                    ["info", out]):  # fmt: skip
+    generate = ["generate", "-m", named, "--max-new-tokens", "2", "Hi"]
+    for command in (["info", named], generate, ["convert", named, out], ["info", out]):
         result = CliRunner().invoke(main, [str(argument) for argument in command])
         assert result.exit_code == 0, result.output
     missing = CliRunner().invoke(main, ["info", str(tmp_path / os.fsdecode(b"no\xe9"))])

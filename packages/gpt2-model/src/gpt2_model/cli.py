@@ -34,8 +34,8 @@ def main(debug: bool) -> None:
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2 on the hub: owner/name[@revision]
       a Hugging Face model folder, such as a training checkpoint
       a run folder of gpt2-train: its newest checkpoint
-      a .safetensors or .bin file beside its config.json
-      nanoGPT's ckpt.pt or llm.c's .bin
+      a .safetensors, .bin, .pt or .ckpt file beside its config.json
+      nanoGPT's ckpt.pt, build-nanogpt's model_19072.pt or llm.c's .bin
     """
 
 
