@@ -88,7 +88,7 @@ def test_a_folder_that_hides_the_hubs_model_is_said_before_the_run(dataset, tmp_
     monkeypatch.chdir(tmp_path)
     result = dry_run(dataset, "run", init="gpt2", peak_tflops=1.0)
     assert result.exit_code == 1
-    assert "only 'README.md'; to use the hub's gpt2 all the same, write gpt2@main" in result.stderr
+    assert "only 'README.md'; if you mean the hub's gpt2, write gpt2@main" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,5 @@ def _checkpoint_of(model: str) -> str:
     checkpoint = newest_checkpoint(Path(model))
     if checkpoint is None or (Path(model) / "config.json").exists():
         return model
-    newest = click.format_filename(checkpoint)
-    click.echo(f"{click.format_filename(model)} is a run folder: using its newest checkpoint, {newest}", err=True)
+    click.echo(f"{model} is a run folder: using its newest checkpoint, {checkpoint}", err=True)
     return str(checkpoint)

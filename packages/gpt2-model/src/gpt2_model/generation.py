@@ -200,9 +200,7 @@ def _run(
     started = time.perf_counter()
     logits = decoder.prefill([row.context for row in rows[::num_samples]])
     if not logits.amax(-1).isfinite().all():  # amax passes NaN on, and lets the -inf of padding ids be
-        raise ValueError(
-            "the model computes NaN or infinity: its weights are damaged, or too large for this dtype"
-        )
+        raise ValueError("the model computes NaN or inf: its weights are damaged, or too large for this dtype")
     if num_samples > 1:
         copies = [place // num_samples for place in range(len(rows))]
         decoder.select(copies)

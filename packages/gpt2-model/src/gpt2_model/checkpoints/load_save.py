@@ -93,9 +93,9 @@ def _open(name: str) -> _Checkpoint:
         try:
             return _open_folder(path) if path.is_dir() else _open_file(path)
         except (FileNotFoundError, files.NotWeightsError) as error:
-            if is_path or name.endswith("/") or "@" in name:
+            if is_path or name.endswith("/") or "@" in name or (path.is_file() and path.suffix):
                 raise
-            raise FileNotFoundError(f"{error}; to use the hub's {name} all the same, write {name}@main") from None
+            raise FileNotFoundError(f"{error}; if you mean the hub's {name}, write {name}@main") from None
     if (size := PAPER_NAMES.get(name, name)) in PRESETS:
         raise FileNotFoundError(f"{name} is a size, not a model: use OpenAI's {OPENAI_NAMES[size]}")
     if path.exists() or is_path:

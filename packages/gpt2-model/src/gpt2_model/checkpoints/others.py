@@ -50,7 +50,7 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     if config.vocab_size == PADDED:
         config = replace(config, vocab_size=EOT + 1)
         for name in tensors:
-            if name.endswith(("wte.weight", "lm_head.weight")):
+            if name.endswith(("wte.weight", "lm_head.weight")) and tensors[name].ndim:
                 tensors[name] = tensors[name][: EOT + 1]
     return config, tensors
 
