@@ -1,8 +1,12 @@
+import codecs
 import json
 import os
+import pty
+import select
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -72,6 +76,42 @@ def test_prompts_from_a_file_a_pipe_and_nowhere(tmp_path, monkeypatch, content) 
         assert cli._prompts((), None, False) == []
 
 
+WINDOWS = "\ufeffGrüße,\r\n\r\nwie\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [WINDOWS[1:].encode(), *map(WINDOWS.encode, ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le"))],
+)
+def test_prompts_of_windows_editors(tmp_path, data) -> None:
+    """continue #11876: a byte order mark and CR before each line end are the editor's, and change the text."""
+    (tmp_path / "prompt.txt").write_bytes(data)
+    with (tmp_path / "prompt.txt").open("rb") as file:
+        assert cli._prompts((), file, False) == ["Grüße,\n\nwie"]
+
+
+def test_a_prompt_that_breaks_off_in_utf16(tmp_path) -> None:
+    """continue #11876: the message names the encoding that the mark asks for."""
+    (tmp_path / "prompt.txt").write_bytes(codecs.BOM_UTF16_LE + b"abc")
+    result = run("generate", "-m", "x", "-f", tmp_path / "prompt.txt", code=1)
+    assert "is not UTF-16-LE text: byte" in result.stderr.replace("UTF-16 ", "UTF-16-LE ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [(r"\n", "\n"), (r"\n\n", "\n\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), (r"\x41\u00e9", "Aé"),
+     ("é\n", "é\n"), (r"\q \x4 \u12 \ud83d", r"\q \x4 \u12 \ud83d"), ("\\", "\\"), (r"C:\dir", r"C:\dir")],
+)  # fmt: skip
+def test_escapes_in_stop(tiny_hf_folder, monkeypatch, typed, text) -> None:
+    """llama.cpp #1362: a shell passes a backslash and an n, which no text contains."""
+    given: list = []
+    monkeypatch.setattr(
+        "gpt2_model.generation.generate", lambda *_, **options: given.append(options["stop"]) or []
+    )
+    run("generate", "-m", tiny_hf_folder, "--json", "--stop", typed, "--stop", ".", "Hi")
+    assert given == [[text, "."]]
+
+
 def test_a_pipe_and_an_output_that_is_not_utf8(tiny_hf_folder) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [*COMMAND, "generate", "-m", str(tiny_hf_folder), "--max-new-tokens", "2", "--json"]
@@ -115,6 +155,53 @@ def test_interactive_keeps_what_was_written(tiny_hf_folder) -> None:
     assert more.startswith(again)
     assert fresh.startswith("Three")
     assert "/agian is not a command: use /again or /reset" in result.stderr
+
+
+# What the model is asked to continue, instead of what it writes.
+TALK = """
+import sys, types
+piece = types.SimpleNamespace
+stream = lambda gpt, texts, **_: iter([piece(text=f"<{texts!r}>")])
+sys.modules["gpt2_model.generation"] = types.SimpleNamespace(stream=stream, first_id=None)
+from gpt2_model import cli
+cli._converse(None, "", {"seed": 0})
+"""
+TURNS = {  # what is sent to the terminal, each after the prompt: what the model is given
+    "pasted": ([b"one\rtwo\r\rthree\r"], "['one\\ntwo\\n\\nthree']"),
+    "newlines": ([b"one\n  two\n"], "['one\\n  two']"),
+    "typed": ([b"one\\\r", b"two\r"], "['one\\ntwo']"),
+    "a_paste_without_its_end": ([b"one\rtw", b"o\r"], "['one\\ntwo']"),
+    "commands_in_a_paste": ([b"/reset\rx\\\ry\r"], r"['/reset\nx\\\ny']"),
+    "one_line": ([b"one\r"], "['one']"),
+}
+
+
+@pytest.mark.parametrize(("sent", "given"), TURNS.values(), ids=TURNS.keys())
+def test_pasted_and_continued_lines_are_one_turn(sent, given) -> None:
+    """Pasting three lines was three turns, each answered, without the line ends; none could be typed."""
+    terminal, other = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    command = [sys.executable, "-c", TALK]
+    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment) as process:
+        os.close(other)
+        screen = ""
+
+        def read_until(end: str) -> str:
+            nonlocal screen
+            start = len(screen)
+            while end not in screen[start:] and select.select([terminal], [], [], 20)[0]:
+                screen += os.read(terminal, 10_000).decode()
+            return screen[start:]
+
+        read_until("\n> ")
+        for keys in sent[:-1]:
+            os.write(terminal, keys)
+            read_until("> " if keys.endswith(b"\\\r") else "tw")
+            time.sleep(0.2)  # a person is slower than a paste
+        os.write(terminal, sent[-1])
+        assert f"<{given}>" in read_until(">\x1b")
+        process.kill()
+    os.close(terminal)
 
 
 def test_info_of_a_preset_and_a_folder(tiny_hf_folder) -> None:

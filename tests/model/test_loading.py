@@ -71,8 +71,6 @@ def test_what_transformers_writes_today(tmp_path) -> None:
 
 
 UNKNOWN = {
-    "rope": ({"rope_theta": 10000.0}, "unknown field 'rope_theta' = 10000.0 may change what the model computes"),
-    "alibi": ({"use_alibi": True}, "unknown field 'use_alibi'"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not supported"),
     "positions": ({"position_embedding_type": "rotary"}, "position_embedding_type = 'rotary' is not supported"),
     "pruned": ({"pruned_heads": {"0": [1]}}, "pruned_heads = "),

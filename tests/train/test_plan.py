@@ -81,6 +81,16 @@ def test_checkpoint_size_is_that_of_a_checkpoint(dataset, tmp_path) -> None:
     assert checkpoint_bytes(TrainConfig(**settings)) == pytest.approx(written, rel=0.05)
 
 
+def test_a_folder_that_hides_the_hubs_model_is_said_before_the_run(dataset, tmp_path, monkeypatch) -> None:
+    """build-nanogpt #103: `gpt2/` with a README was taken for --init gpt2, and --dry-run passed."""
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/README.md").touch()
+    monkeypatch.chdir(tmp_path)
+    result = dry_run(dataset, "run", init="gpt2", peak_tflops=1.0)
+    assert result.exit_code == 1
+    assert "only 'README.md'; if you mean the hub's gpt2, write gpt2@main" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

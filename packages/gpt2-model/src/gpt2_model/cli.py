@@ -1,5 +1,9 @@
 """gpt2-model generate | info | convert."""
 
+import codecs
+import os
+import re
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +34,8 @@ def main(debug: bool) -> None:
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any GPT-2 on the hub: owner/name[@revision]
       a Hugging Face model folder, such as a training checkpoint
       a run folder of gpt2-train: its newest checkpoint
-      a .safetensors or .bin file beside its config.json
-      nanoGPT's ckpt.pt or llm.c's .bin
+      a .safetensors, .bin, .pt or .ckpt file beside its config.json
+      nanoGPT's ckpt.pt, build-nanogpt's model_19072.pt or llm.c's .bin
     """
 
 
@@ -54,7 +58,8 @@ def main(debug: bool) -> None:
 @optgroup.option("--seed", default=0, help="Seed of the random numbers: the same seed gives the same text.")
 @optgroup("Length and end")
 @optgroup.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Maximum number of new tokens.")
-@optgroup.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be repeated.")
+@optgroup.option("--stop", multiple=True, metavar="TEXT",
+                 help=r"End before this text; can be repeated. Escapes: \n \t \r \\ \xNN \uNNNN.")  # fmt: skip
 @optgroup.option("--stop-id", multiple=True, type=int,
                  help="End at this token id, in addition to the model's own ends; can be repeated.")  # fmt: skip
 @optgroup.option("--slide", is_flag=True, help="When the model's context is full, continue from its last half.")
@@ -87,6 +92,7 @@ def generate(
     from gpt2_model.sampling import Sampling
 
     options["top_k"] = top_k or None
+    options["stop"] = [_unescaped(text) for text in options["stop"]]
     Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
     gpt = _load(model, device, dtype)
     _say_if_slow(gpt, options["compile"])
@@ -103,6 +109,12 @@ def generate(
         _print_rows(gpt, texts, options)
 
 
+def _unescaped(text: str) -> str:
+    """Return an option's text with the usual escapes read; any other backslash stays as it is."""
+    escape = r"\\(?:[ntr\\]|x[0-9a-fA-F]{2}|u(?![dD][89a-fA-F])[0-9a-fA-F]{4})"
+    return re.sub(escape, lambda match: codecs.decode(match[0], "unicode_escape"), text)
+
+
 def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
     """Say why the engine in C cannot be used, where it was to be."""
     from gpt2_model.cpu.engine import Unavailable, library, weight_type
@@ -115,17 +127,24 @@ def _say_if_slow(gpt: "GPT", compile: bool | None) -> None:
 
 
 def _prompts(prompts: tuple[str, ...], file: BinaryIO | None, interactive: bool) -> list[str]:
-    """Return the prompts: arguments, a file, or a pipe. A file's last newline is the editor's, not the text's."""
+    """Return the prompts: arguments, a file, or a pipe.
+
+    A file's last newline is the editor's, not the text's; so are a byte order mark, and CR before a newline.
+    """
     if file is not None and prompts:
         raise click.UsageError("give prompts as arguments or with --file, not both")
     if file is None and not prompts and not interactive and sys.stdin and not sys.stdin.isatty():
         file = sys.stdin.buffer
     if file is None:
         return list(prompts)
+    data = file.read()
+    # UTF-32's mark begins with UTF-16's.
+    marks = (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")
+    encoding = next((encoding for mark, encoding in marks if data.startswith(mark)), "utf-8-sig")
     try:
-        text = file.read().decode("utf-8").removesuffix("\n")
+        text = data.decode(encoding).replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
-        reason = f"is not UTF-8 text: byte {error.start} cannot be read"
+        reason = f"is not {error.encoding.upper()} text: byte {error.start} cannot be read"
         raise ValueError(f"the prompt in {file.name} {reason}") from None
     return [text] if text else []
 
@@ -170,14 +189,15 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 # line editing and history for input()
     click.secho("Your line is added to the text as it is, spaces too; it may be empty. Then the model continues.\n"
-                "/again replaces the last continuation. /reset starts a new text.\n"
-                "Ctrl-C stops this answer. Ctrl-D quits.", dim=True, err=True)  # fmt: skip
+                "End a line with \\ to add a line end and write on; lines that you paste are one turn.\n"
+                "/again replaces the last continuation. /reset starts a new text. Ctrl-C stops this answer. "
+                "Ctrl-D quits.", dim=True, err=True)  # fmt: skip
     before = text
     options["slide"] = True  # the text may outgrow the context
     click.echo(text, nl=False)
     while True:
         try:
-            line = input("\n> ")
+            line = _turn()
         except EOFError:
             click.echo()
             return
@@ -186,7 +206,7 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
         if line == "/reset":
             text = before = ""
             continue
-        if line.startswith("/") and line != "/again":
+        if line.startswith("/") and "\n" not in line and line != "/again":
             click.secho(f"{line.split()[0]} is not a command: use /again or /reset", dim=True, err=True)
             continue
         text = before if line == "/again" else text + line
@@ -198,6 +218,19 @@ def _converse(gpt: "GPT", text: str, options: dict[str, Any]) -> None:
                 sys.stdout.flush()
                 text += piece.text
         options["seed"] += 1
+
+
+def _turn() -> str:
+    """Return a person's turn: one line, or several that were pasted or continued by a backslash at the end."""
+    line = input("\n> ")
+    while True:
+        # A terminal sends what is pasted at once; a person takes longer for a line.
+        if sys.stdin.isatty() and os.name == "posix" and select.select([sys.stdin], [], [], 0.05)[0]:
+            line += "\n" + input()
+        elif line.endswith("\\"):
+            line = line[:-1] + "\n" + input("> ")
+        else:
+            return line
 
 
 @main.command()
@@ -243,7 +276,7 @@ def convert(model: str, out: str, overwrite: bool) -> None:
         raise ValueError(f"{out} already contains a model: choose another folder, or add --overwrite")
     gpt = _load(model, "cpu", "fp32")
     gpt.save_pretrained(out)
-    click.echo(f"{gpt.config.num_parameters:,} parameters in {out}")
+    click.echo(f"{gpt.config.num_parameters:,} parameters in {click.format_filename(out)}")
 
 
 def _load(model: str, device_name: str, dtype: str) -> "GPT":

@@ -140,7 +140,7 @@ def stream(
         compile: see `make_decoder`; the default is the fastest way that starts at once.
 
     Raises:
-        ValueError: a prompt is empty or fills the context, an id or option is invalid, or the model computes NaN.
+        ValueError: a prompt is empty or fills the context, an id or option is invalid, or logits are not finite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if num_samples < 1 or max_new_tokens < 1:
@@ -197,8 +197,8 @@ def _run(
 
     started = time.perf_counter()
     logits = decoder.prefill([row.context for row in rows[::num_samples]])
-    if logits.isnan().any():
-        raise ValueError("the model computes NaN: its weights are damaged, or too large for this dtype")
+    if not logits.amax(-1).isfinite().all():  # amax passes NaN on, and lets the -inf of padding ids be
+        raise ValueError("the model computes NaN or inf: its weights are damaged, or too large for this dtype")
     if num_samples > 1:
         copies = [place // num_samples for place in range(len(rows))]
         decoder.select(copies)

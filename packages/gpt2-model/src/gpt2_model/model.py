@@ -254,7 +254,7 @@ class GPT(nn.Module):
         Args:
             name_or_path: a folder with config.json and safetensors or .bin weights, whole or sharded; one weights
                 file with config.json next to it; a run folder of gpt2-train, from which the newest checkpoint is
-                loaded; nanoGPT's ckpt.pt or llm.c's .bin, without the rows that pad the vocabulary to 50,304; or a
+                loaded; a file of nanoGPT, build-nanogpt or llm.c, without the rows that pad the vocabulary; or a
                 hub name like "gpt2-medium" or "owner/model@revision", downloaded once into Hugging Face's cache.
             dtype: the type of the weights; torch.int8 quantises them, for generation and evaluation only.
 

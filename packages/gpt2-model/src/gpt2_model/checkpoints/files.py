@@ -8,7 +8,10 @@ import json
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +27,17 @@ _MAX_PICKLE = 1_000_000
 _TOO_LONG = f"its list of tensors is longer than {_MAX_PICKLE:,} bytes"
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
+# build-nanogpt pickles its config as this class of its script: it is read as plain data, under these names only.
+_CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
+# Where checkpoints of Lightning, DeepSpeed and many scripts have their weights.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+_POINTER = b"version https://git-lfs"
+
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+class NotWeightsError(ValueError):
+    """A file is not of a kind that has weights."""
 
 
 def tensor_shapes(config: GPTConfig, in_out: bool) -> dict[str, tuple[int, ...]]:
@@ -53,8 +66,29 @@ def checked_config(path: Path, **fields: Any) -> GPTConfig:
     """Return the GPTConfig with a file's fields; if they are invalid, the ValueError names the file."""
     try:
         return GPTConfig(**fields)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: a value too deep to be shown
         raise ValueError(f"{path}: {str(error)[:200]}") from None
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first bytes of a file; a ValueError names a git-lfs pointer in the file's place."""
+    with path.open("rb") as file:
+        start = file.read(max(count, len(_POINTER)))
+    if start.startswith(_POINTER):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file: run git lfs pull in its folder")
+    return start[:count]
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """Give a name of a file for libraries that open UTF-8 names only: any other file is opened as a descriptor."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,6 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path} is too large for a GPT-2's {path.name}: the limit is {MAX_JSON:,} bytes")
+    first_bytes(path, 0)
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -79,13 +114,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, memory-mapped; the library checks its header against its size."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(first_bytes(path, 8), "little")
     if length > MAX_JSON:
         raise ValueError(f"{path} is damaged or not a safetensors file: its header has {length:,} bytes")
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        with utf8_name(path) as name, safe_open(name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ValueError(f"{path} is damaged or not a safetensors file: {short(reason)}") from None
@@ -93,14 +127,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_torch(path: Path) -> dict[Any, Any]:
     """Return the dict of tensors and plain values that torch.save wrote, mapped where the format allows it."""
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY))
+    start = first_bytes(path, len(_LEGACY))
     zipped = start.startswith(_ZIP)
     if not zipped and start != _LEGACY:
-        raise ValueError(f"{path} is not a weights file of safetensors, torch.save or llm.c; nothing was run")
+        raise NotWeightsError(f"{path} is not a weights file of safetensors, torch.save or llm.c; nothing was run")
     try:
         (_check_zip if zipped else _check_legacy)(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        plain_data = torch.serialization.safe_globals([(SimpleNamespace, name) for name in _CONFIG_CLASSES])
+        with plain_data, utf8_name(path) as name:
+            content = torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError:
         raise
     except Exception as error:  # torch reports bad files with a dozen kinds of errors
@@ -136,14 +171,23 @@ def _check_legacy(path: Path) -> None:
 
 
 def state_dict(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Return `content` if it has dense CPU tensors by name that fit in the file; else raise a ValueError."""
+    """Return the dense CPU tensors by name in what torch.save wrote, also if they are inside a script's own dict.
+
+    Anything else among them, or more bytes than the file can have, raises a ValueError.
+    """
+    for _ in _CONTAINERS:  # a hostile dict can contain itself
+        inner = [name for name in _CONTAINERS if isinstance(content.get(name), dict)]
+        if len(inner) > 1:
+            raise ValueError(f"{path} holds weights under {' and '.join(inner)}: save only one of them")
+        content = content[inner[0]] if inner else content
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path} holds {short(name)}: {type(tensor).__name__}, not only tensors by name")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{path}: {short(name)} is {tensor.layout} on {tensor.device.type}, not dense")
     # With strides of 0 or shared storages a small file can hold huge tensors. Only a tied head is stored twice.
-    claimed = sum(tensor.nbytes for name, tensor in content.items() if not name.endswith("lm_head.weight"))
+    tied = ("lm_head.weight",) if any(name.endswith("wte.weight") for name in content) else ()
+    claimed = sum(tensor.nbytes for name, tensor in content.items() if not name.endswith(tied))
     if claimed > path.stat().st_size:
         raise ValueError(f"{path} claims {claimed:,} bytes of tensors, more than it has")
     return content

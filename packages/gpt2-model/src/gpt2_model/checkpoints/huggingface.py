@@ -1,8 +1,10 @@
 """Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "quantization_config": (None,),
     "auto_map": ({}, None),  # code from elsewhere: we cannot know what it computes
+    # transformers' mask and cache read these for any family, GPT-2 too: without is_causal, tokens see later ones.
+    "is_causal": (True,),
+    "per_layer_config": ({}, None),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "layer_types", "kv_sharing_modes"), (None,)),
+    **dict.fromkeys(("text_config", "decoder", "generator", "transformers_weights"), (None,)),
     # These are all a plain GPT-2; heads beside the language model's are left out.
     "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], ["GPT2DoubleHeadsModel"], [], None),
 }
@@ -58,7 +65,10 @@ temperature top_k top_p typical_p cross_attention_hidden_size tie_encoder_decode
 
 
 def read_config(path: Path) -> GPTConfig:
-    """Return the GPTConfig in a config.json; a field that is unknown or not supported raises a ValueError."""
+    """Return the GPTConfig in a config.json; a field that asks for what GPT cannot compute raises a ValueError.
+
+    transformers' GPT-2 reads no other field, such as those of other families: a warning names them.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a model folder: it has no config.json")
     raw = read_json(path)
@@ -66,18 +76,25 @@ def read_config(path: Path) -> GPTConfig:
         if raw[name] not in _NEUTRAL[name]:
             needed = " or ".join(map(repr, _NEUTRAL[name])).removesuffix(" or None")
             raise ValueError(f"{path}: {name} = {short(raw[name])} is not supported (needs {needed})")
-    for name in sorted(raw.keys() - set(chain(*_NAMES.values(), _NEUTRAL, _HARMLESS))):
-        given = f"unknown field {short(name)} = {short(raw[name])}"
-        raise ValueError(f"{path}: {given} may change what the model computes; remove it if it does not")
+    if ignored := sorted(raw.keys() - set(chain(*_NAMES.values(), _NEUTRAL, _HARMLESS))):
+        names = ", ".join(short(name)[1:-1] for name in ignored[:20]) + (", ..." if ignored[20:] else "")
+        _warn_once(f"{path}: ignored, as transformers does for GPT-2: {names}")
     values = {}
-    for field, names in _NAMES.items():
-        present = [name for name in names if name in raw]
+    for field, aliases in _NAMES.items():
+        present = [name for name in aliases if name in raw]
         if any(raw[name] != raw[present[0]] for name in present[1:]):
             given = " but ".join(f"{name} = {short(raw[name])}" for name in present)
             raise ValueError(f"{path} contradicts itself: {given}")
         if present:
             values[field] = raw[present[0]]
     return checked_config(path, **values)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Write a warning to stderr; of several processes (torchrun) only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def hf_config(config: GPTConfig, special_ids: Mapping[str, Any]) -> dict[str, Any]:

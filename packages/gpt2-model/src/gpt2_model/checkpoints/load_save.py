@@ -1,7 +1,7 @@
 """Load any checkpoint as (GPTConfig, tensors), and save these as a Hugging Face folder.
 
 Most checkpoints keep the four projections of a block as OpenAI did, (in, out), "Conv1D"; they are transposed for
-nn.Linear, (out, in). Names may carry a prefix ("transformer.") or be those of buffers (the causal mask).
+nn.Linear, (out, in). Names may contain those of wrappers ("module.") or be those of buffers (the causal mask).
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -25,7 +26,16 @@ from gpt2_model.model_tokenizer import Tokenizer
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
-_PREFIX = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+")
+# What wraps a module, or holds it, adds to its names: DDP and DeepSpeed, torch.compile, Opacus, FSDP, activation
+# checkpointing, Lightning and PEFT. Some wrap each block, so the names are anywhere.
+_WRAPPER = re.compile(
+    r"(?<![^.])(_?module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module"
+    r"|(base_)?model|transformer)\."
+)
+# The attribute that holds the model can have any name.
+_PREFIX = re.compile(r"^.*?(?<![^.])(?=(wte|wpe|ln_f|lm_head|h\.\d+|multiple_choice_head)\.)")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _Checkpoint(NamedTuple):
@@ -87,14 +97,18 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def _open(name: str) -> _Checkpoint:
     path = Path(name)
-    if path.is_dir():
-        return _open_folder(path)
-    if path.is_file():
-        return _open_file(path)
+    # "a/b" can be a hub name; what starts like a path or has more slashes cannot.
+    is_path = name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1
+    if path.is_dir() or path.is_file():
+        try:
+            return _open_folder(path) if path.is_dir() else _open_file(path)
+        except (FileNotFoundError, files.NotWeightsError) as error:
+            if is_path or name.endswith("/") or "@" in name or (path.is_file() and path.suffix):
+                raise
+            raise FileNotFoundError(f"{error}; if you mean the hub's {name}, write {name}@main") from None
     if (size := PAPER_NAMES.get(name, name)) in PRESETS:
         raise FileNotFoundError(f"{name} is a size, not a model: use OpenAI's {OPENAI_NAMES[size]}")
-    # "a/b" can be a hub name; what starts like a path or has more slashes cannot.
-    if path.exists() or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
+    if path.exists() or is_path:
         raise FileNotFoundError(f"{name} is neither a model folder, a weights file nor a hub name")
     return _open_folder(download(name))
 
@@ -105,13 +119,14 @@ def _open_folder(folder: Path) -> _Checkpoint:
             return _open_file(folder / name)
     if checkpoint := newest_checkpoint(folder):
         return _open_folder(checkpoint)
-    raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} in it")
+    names = [files.short(path.name) for path in sorted(folder.iterdir())[:4]]
+    only = f"only {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else "it is empty"
+    raise FileNotFoundError(f"{folder} holds no weights: no {', '.join(WEIGHTS_FILES)} in it, {only}")
 
 
 def _open_file(path: Path) -> _Checkpoint:
     """Open a weights file; its content tells its kind, since a .bin is torch's or llm.c's."""
-    with path.open("rb") as file:
-        start = file.read(len(LLMC_MAGIC))
+    start = files.first_bytes(path, len(LLMC_MAGIC))
     if path.suffix == ".safetensors":
         tensors = files.read_safetensors(path)
     elif path.suffix == ".json":
@@ -120,9 +135,12 @@ def _open_file(path: Path) -> _Checkpoint:
         return _Checkpoint(*read_llmc(path), path, in_out=False)
     else:
         content = files.read_torch(path)
-        if "model_args" in content:
+        if "model_args" in content or isinstance(content.get("config"), SimpleNamespace):
             return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
         tensors = files.state_dict(content, path)
+    for name in _TOKENIZER_FILES:
+        if (path.parent / name).is_file():
+            files.first_bytes(path.parent / name, 0)  # raises if it is a git-lfs pointer
     return _Checkpoint(read_config(path.parent / "config.json"), tensors, path, in_out=True)
 
 
@@ -131,7 +149,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
     config, stored, source, in_out = checkpoint
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        bare = _PREFIX.sub("", name)
+        bare = _PREFIX.sub("", _WRAPPER.sub("", name))
         if _NO_WEIGHT.search(bare):
             continue
         if bare in tensors:
@@ -142,6 +160,8 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         raise ValueError(f"{source} holds {len(tensors)} tensors, but the config has {depth} layers")
     expected = files.tensor_shapes(config, in_out)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None:  # safetensors' save_model stores only one of the two, the first by name
+        tensors.setdefault("wte.weight", head)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         lacks = f"{len(missing)} missing" + (f" ({missing[0]}, ...)" if missing else "")
@@ -151,13 +171,18 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
         shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
         if shape != needed:
             raise ValueError(f"{source}: {name} has shape {shape}, the config says {files.short(needed)}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{source}: {name} is {dtype}; it must be fp32, fp16 or bf16")
-    # A tied head may be stored as well. One that differs from the embedding means that it was not tied.
-    embedding = tensors["wte.weight"]
-    if head is not None and not (head.dtype == embedding.dtype and torch.equal(head, embedding)):
+        if dtype not in _FLOATS:
+            raise ValueError(f"{source}: {name} is {dtype}; it must be fp32, fp16 or bf16, or fp64")
+    # A tied head may be stored as well, in any type. One that differs in value means that it was not tied.
+    if head is not None and not _same_values(head, tensors["wte.weight"]):
         raise ValueError(f"{source}: lm_head.weight differs from wte.weight, but the config ties them")
     return tensors
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if a is b or a.dtype == b.dtype:
+        return a is b or torch.equal(a, b)
+    return a.shape == b.shape and a.dtype in _FLOATS and bool((a == b).all())  # compared in the wider type
 
 
 def save(

@@ -1,15 +1,16 @@
-"""The checkpoints of nanoGPT and of llm.c. Both keep projections as nn.Linear does, (out, in)."""
+"""The checkpoints of nanoGPT, build-nanogpt and llm.c. All keep projections as nn.Linear does, (out, in)."""
 
 import math
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2_model.checkpoints.files import checked_config, short, state_dict, tensor_shapes
+from gpt2_model.checkpoints.files import checked_config, short, state_dict, tensor_shapes, utf8_name
 from gpt2_model.config import GPTConfig
 from gpt2_model.tokenizer import EOT, PADDED
 
@@ -21,18 +22,23 @@ _NO_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight")
 
 
 def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Return the config and the tensors of a ckpt.pt of github.com/karpathy/nanoGPT, train.py.
+    """Return the config and the tensors of a ckpt.pt of nanoGPT's train.py, or of build-nanogpt's train_gpt2.py.
 
+    nanoGPT has its sizes in `model_args`; build-nanogpt in `config`, an object that was read as plain data.
     A vocabulary of 50,304 comes back as GPT-2's 50,257. The other 47 rows are padding: they are in nanoGPT's
     softmax, but stand for no token, and training drove their probability to almost zero.
     """
-    arguments = dict(content["model_args"])
+    arguments = content.get("model_args", content.get("config"))
+    if isinstance(arguments, SimpleNamespace):
+        arguments = vars(arguments)
     model = content.get("model")
+    if not isinstance(arguments, dict) or not isinstance(model, dict):
+        raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: it lacks model or model_args")
     names = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    odd = sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"})
-    if odd or not isinstance(model, dict):
-        raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd or 'model')}")
-    # Since mid-2023 model_args has `bias` and nanoGPT uses the exact GELU; before, it used the tanh approximation.
+    if odd := sorted(names - arguments.keys() or arguments.keys() - names - {"bias", "dropout"}, key=str):
+        raise ValueError(f"{path} is not a nanoGPT checkpoint of a known layout: see {short(odd)}")
+    # Since mid-2023 model_args has `bias` and nanoGPT uses the exact GELU; before, it used the tanh approximation,
+    # as build-nanogpt does, whose config has no `bias`.
     activation = "gelu" if "bias" in arguments else "gelu_new"
     config = checked_config(path, **{name: arguments[name] for name in names}, activation_function=activation)
     tensors = state_dict(model, path)
@@ -44,7 +50,7 @@ def read_nanogpt(content: dict[Any, Any], path: Path) -> tuple[GPTConfig, dict[s
     if config.vocab_size == PADDED:
         config = replace(config, vocab_size=EOT + 1)
         for name in tensors:
-            if name.endswith(("wte.weight", "lm_head.weight")):
+            if name.endswith(("wte.weight", "lm_head.weight")) and tensors[name].ndim:
                 tensors[name] = tensors[name][: EOT + 1]
     return config, tensors
 
@@ -71,7 +77,8 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     kinds = [f"{part}.{kind}" for part in _LLMC_PARTS for kind in ("weight", "bias")]
     layered = [f"h.{layer}.{kind}" for kind in kinds for layer in range(depth)]
     names = ["wte.weight", "wpe.weight", *layered, "ln_f.weight", "ln_f.bias"]
-    values = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
+    with utf8_name(path) as name:
+        values = torch.from_file(name, shared=False, size=size // dtype.itemsize, dtype=dtype)
     pieces = torch.split(values[_LLMC_HEADER // dtype.itemsize :], [math.prod(shapes[name]) for name in names])
     tensors = {name: piece.view(shapes[name]) for name, piece in zip(names, pieces, strict=True)}
     return config, tensors | {"wte.weight": tensors["wte.weight"][:vocab]}
