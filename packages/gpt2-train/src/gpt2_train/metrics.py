@@ -18,7 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from gpt2_model import flops_per_token
-from gpt2_model.command import sync_folder, write_whole
+from gpt2_model.command import sync, sync_folder, write_whole
 from gpt2_train.config import TrainConfig
 from gpt2_train.console import Console
 from gpt2_train.distributed import World
@@ -220,7 +220,7 @@ class _Lines:
 
     def sync(self) -> None:
         with self._clear_error():
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno())
 
     @contextmanager
     def _clear_error(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 
 from gpt2_data import Dataset, Prefetch, TokenLoader, open_dataset
 from gpt2_eval import HellaSwag, load_hellaswag
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import EOT, GPT, GPTConfig
 from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
@@ -142,8 +142,9 @@ def check_shape(config: TrainConfig, shape: GPTConfig, dataset: Dataset, start: 
     if config.seq_len > (longest := shape.block_size):
         context = f"the context of {config.init or start}, {longest}"
         raise ValueError(f"seq_len {config.seq_len} is longer than {context}: use --seq-len {longest}")
-    largest, last = max(shard.max_token for shard in dataset.manifest.shards), shape.vocab_size - 1
-    if largest > last:
+    last = shape.vocab_size - 1
+    # Other projects' files are read for it, so only if an id that GPT-2 has may be too large.
+    if last < EOT and (largest := max(shard.max_token for shard in dataset.manifest.shards)) > last:
         raise ValueError(f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}")
 
 

@@ -5,6 +5,7 @@ nn.Linear, (out, in). Names may carry a prefix ("transformer.") or be those of b
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def _open(name: str) -> _Checkpoint:
+    name = os.path.expanduser(name)
     path = Path(name)
     if path.is_dir():
         return _open_folder(path)
@@ -152,6 +154,7 @@ def _fitting(checkpoint: _Checkpoint) -> dict[str, Tensor]:
 
 def save(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write a model, whose state_dict() is `weights`, as a Hugging Face folder, each file whole or not at all."""
+    folder = Path(os.path.expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)
