@@ -47,6 +47,8 @@ class UserPath(click.Path):
     """A path in which ~ is the home folder: no shell expands the one in --out=~/data, or in a quoted glob."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):  # "$OUT" of a script that did not set it; Path("") would be this folder
+            self.fail("the path is empty", param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
@@ -298,7 +300,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     data = Dataset(dataset)
     start, stop = data.document_range(split, number)
     tokens = data.read(split, start, stop).tolist()
-    mark = slice(1, None) if tokens[0] == EOT else slice(-1 if tokens[-1] == EOT else None)
+    mark = slice(1, None) if tokens[:1] == [EOT] else slice(-1 if tokens[-1:] == [EOT] else None)
     text = get_tokenizer().decode(tokens[mark])
     if as_json:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
