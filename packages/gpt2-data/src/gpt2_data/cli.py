@@ -4,10 +4,12 @@ Nothing heavy is imported at the top, since help must answer at once. Results go
 """
 
 import errno
+import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -41,12 +43,33 @@ def size(text: str) -> int:
     return int(number)
 
 
+class UserPath(click.Path):
+    """A path in which ~ is the home folder: no shell expands the one in --out=~/data, or in a quoted glob."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):  # "$OUT" of a script that did not set it; Path("") would be this folder
+            self.fail("the path is empty", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 class _Group(click.Group):
-    """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest."""
+    """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest.
+
+    Ctrl-C and SIGTERM end a command with 128 + their number. No terminal's encoding ends its output.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError):  # None if there is no such stream
+                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _stop)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit(128 + _signal_of(interrupt)) from None
         except BrokenPipeError:
             raise  # `| head` has seen enough: click knows
         except (ValueError, OSError) as error:
@@ -58,6 +81,16 @@ class _Group(click.Group):
                 if error.errno == errno.ENOSPC:
                     text += ": make room and run the same command again"
             raise click.ClickException(_printable(text)) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    return signal.Signals(*interrupt.args or (signal.SIGINT,))
 
 
 def _printable(text: str) -> str:
@@ -70,6 +103,10 @@ def _printable(text: str) -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn text into verified GPT-2 token shards."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise click.ClickException("gpt2-data runs on Linux and macOS; on Windows use WSL") from None
 
 
 def _part(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -95,12 +132,12 @@ def _choice(*names: str) -> Any:
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SIZE: dict[str, Any] = {"type": size, "metavar": "SIZE"}
-FOLDER: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "DIR"}
+FOLDER: dict[str, Any] = {"type": UserPath(path_type=Path), "metavar": "DIR"}
 DATASET = click.argument("dataset", **FOLDER)
 
 
 @main.command()
-@click.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
+@click.argument("source", nargs=-1, type=UserPath(readable=False))  # completes files; not all are
 @optgroup("Source")
 @optgroup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
 @optgroup.option("--limit-docs", **COUNT, help="Take only the first N documents.")
@@ -121,7 +158,7 @@ DATASET = click.argument("dataset", **FOLDER)
 @optgroup.option("--engine", **_choice("local", "ray"), help="Run in local processes, or on Ray (RAY_ADDRESS).")
 @optgroup.option("--part", metavar="I/N", callback=_part, help="Do part I of N; all N jobs get the same --out.")
 @optgroup("Downloads")
-@optgroup.option("--downloads", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+@optgroup.option("--downloads", type=UserPath(path_type=Path, file_okay=False), metavar="DIR",
                  help="Folder for downloaded files.  [default: OUT/downloads]")  # fmt: skip
 @optgroup.option("--delete-downloads", is_flag=True, help="Delete each downloaded file once it is tokenized.")
 @optgroup("Output")
@@ -193,20 +230,13 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block, and the command, with 128 + their number; the workers are ended, too."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    """Say that a build which Ctrl-C or SIGTERM ends can be resumed."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        number = signal.Signals(*interrupt.args or (signal.SIGINT,))
-        click.echo(f"\nstopped by {number.name}: run the same command again to resume", err=True)
-        raise SystemExit(128 + number) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        name = _signal_of(interrupt).name
+        click.echo(f"\nstopped by {name}: run the same command again to resume", err=True)
+        raise
 
 
 @main.command()
@@ -321,7 +351,8 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     data = Dataset(dataset)
     start, stop = data.document_range(split, number)
     tokens = data.read(split, start, stop).tolist()
-    text = data.decode(tokens[1:])
+    mark = slice(1, None) if tokens[:1] == [data.eot] else slice(-1 if tokens[-1:] == [data.eot] else None)
+    text = data.decode(tokens[mark])
     if as_json:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
         print_json(facts)
@@ -333,7 +364,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 
 @main.command()
 @DATASET
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UserPath(path_type=Path))
 @click.option(
     "--to",
     required=True,
@@ -342,7 +373,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
 )
 @AS_JSON
 def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
-    """Write a dataset in another format; the tokens stay the same.
+    """Write a dataset in another format; its documents stay the same.
 
     DIR is a dataset of gpt2-data, build-nanogpt, llm.c, nanoGPT or Megatron: a folder, or the common
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from gpt2_data import disk
 from gpt2_data.building.cut_shards import document_ids
 from gpt2_data.dataset import Dataset, load
 from gpt2_data.formats import foreign, uint16
+from gpt2_data.formats.foreign import ForeignShard
 from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
 from gpt2_data.vocabulary import FILE_NAME as TOKENIZER
@@ -45,6 +48,9 @@ def convert(
 ) -> ConvertResult:
     """Write the dataset `source` to the folder `out` in another format.
 
+    The documents stay the same. In npy, llmc and arrow an EOT stands in front of each. If in `source` it follows
+    them, as in nanoGPT's and Megatron's own files, it moves; if Megatron's documents have none, each gets one.
+
     If `source` has our own format, every file is compared with its hash in dataset.json. Memory: a few chunks of
     1M tokens, and 20 bytes per document of a shard (of a whole split for Megatron, or if another project's
     documents are needed).
@@ -54,7 +60,7 @@ def convert(
         to: one of FORMATS. llmc and arrow make a dataset of our own, with a dataset.json; the others make files
             that the programs of those projects read.
     """
-    out = Path(out)
+    out = Path(os.path.expanduser(out))
     if to not in FORMATS:
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -68,7 +74,7 @@ def convert(
     work = target.with_name(target.name + ".converting")
     # In Megatron's .idx a document takes 20 bytes: 0.1 a token if it has 200 tokens.
     with _work_folder(work, int(2.1 * total) + 1_000_000):
-        job = _Job(dataset, work, lambda done: progress("writing", done, total))
+        job = _Job(dataset, work, to, lambda done: progress("writing", done, total))
         if to in ("llmc", "arrow"):
             _to_ours(job, "arrow" if to == "arrow" else "uint16")
         elif to == "npy":
@@ -83,7 +89,7 @@ def convert(
         (target / ".lock").unlink()
     disk.sync_folder(target.parent)
     lost = dataset.tokenizer is not None and to not in ("llmc", "arrow")
-    return ConvertResult(out, to, total, len(files), size, lost)
+    return ConvertResult(out, to, job.written, len(files), size, lost)
 
 
 @contextlib.contextmanager
@@ -105,25 +111,56 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
             raise
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What a new shard gets: part of a file, where its EOTs are, and its tokens, to be read once."""
+
+    number: int
+    path: Path
+    tokens: int
+    eots: Callable[[], NDArray[np.int64]]
+    chunks: Iterator[NDArray[np.uint16]]
+
+
 class _Job:
     """A running conversion: it reads the source from end to end and hashes it on the way."""
 
-    def __init__(self, dataset: Dataset, work: Path, progress: Callable[[int], None]) -> None:
+    def __init__(self, dataset: Dataset, work: Path, to: str, progress: Callable[[int], None]) -> None:
         self.dataset, self.manifest, self.work = dataset, dataset.manifest, work
         self.inputs: list[dict[str, Any]] = []  # the files that were read, as dataset.json lists a source
+        self.written = 0  # tokens
         self._progress = progress
         self._done = 0
+        # nanoGPT's layout has an EOT behind or in front of all documents, Megatron's anything.
+        self._moves = to not in ("megatron", self.kind) and self.kind in ("nanogpt", "megatron")
 
-    def pieces(self, split: str) -> Iterator[tuple[int, TokenFile, Iterator[NDArray[np.uint16]]]]:
-        """Yield each new shard's file number, place and tokens; read the tokens before asking for the next."""
-        has_shards = isinstance(self.manifest, Manifest) or self.manifest.format in ("npy", "llmc")
+    @property
+    def kind(self) -> str:
+        """The source's format."""
+        return (
+            str(self.manifest.options["format"]) if isinstance(self.manifest, Manifest) else self.manifest.format
+        )
+
+    def pieces(self, split: str) -> Iterator[_Piece]:
+        """Yield the pieces of a split in order; read the tokens of each before asking for the next."""
+        has_shards = self.kind not in ("nanogpt", "megatron")
+        shards = self.manifest.split(split)
         for number, file in enumerate(self.dataset.split(split).files):
-            size = file.tokens if has_shards and file.tokens <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS
-            chunks = self._read(file, size)
-            for start in range(0, file.tokens, size):
-                piece = TokenFile(file.path, min(size, file.tokens - start), file.start + 2 * start)
-                yield number, piece, itertools.islice(chunks, -(-piece.tokens // _CHUNK))
+            shard = shards[number]
+            moves = foreign.moves_to_front(shard) if self._moves and isinstance(shard, ForeignShard) else None
+            total = moves.tokens if moves else file.tokens
+            size = total if has_shards and total <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS
+            chunks = moves.apply(self._read(file, _CHUNK), size) if moves else self._read(file, size)
+            for start in range(0, total, size):
+                stop = min(start + size, total)
+                part_of_file = TokenFile(file.path, stop - start, file.start + 2 * start)
+                eots = partial(foreign.eots, part_of_file, self.dataset.eot)
+                if moves:
+                    eots = partial(_within, moves.eots, start, stop)
+                part = itertools.islice(chunks, -(-(stop - start) // _CHUNK))
+                yield _Piece(number, file.path, stop - start, eots, part)
             assert next(chunks, None) is None  # all was read, so the hash was compared
+            self.written += total
 
     def _read(self, file: TokenFile, size: int) -> Iterator[NDArray[np.uint16]]:
         """Yield a file's tokens; no chunk crosses a multiple of `size`. Raises ValueError if its hash is wrong."""
@@ -146,14 +183,18 @@ class _Job:
                 self._progress(self._done)
             digest.update(source.read(1024))  # what follows the tokens of an Arrow shard
             size, sha256 = source.tell(), digest.hexdigest()
-        kind = self.manifest.options["format"] if isinstance(self.manifest, Manifest) else self.manifest.format
-        self.inputs.append({"kind": kind, "name": file.path.name, "bytes": size, "sha256": sha256})
+        self.inputs.append({"kind": self.kind, "name": file.path.name, "bytes": size, "sha256": sha256})
         if isinstance(self.manifest, Manifest):
             shard = next(shard for shard in self.manifest.shards if shard.file == file.path.name)
             for part in [shard] + ([shard.docs] if shard.docs else []):
                 path = file.path.with_name(part.file)
                 if part.sha256 != (sha256 if part is shard else disk.sha256(path)):
                     raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
+
+
+def _within(numbers: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    """Return the sorted numbers from `start` to below `stop`, counted from `start`."""
+    return numbers[slice(*np.searchsorted(numbers, [start, stop]))] - start
 
 
 def _to_ours(job: _Job, form: str) -> None:
@@ -163,9 +204,9 @@ def _to_ours(job: _Job, form: str) -> None:
     written: list[Shard] = []
     documents = 0
     for split in ("val", "train"):
-        for number, piece, chunks in job.pieces(split):
-            starts = foreign.eots(piece, job.dataset.eot)
-            if ours and len(starts) != ours.split(split)[number].documents:
+        for piece in job.pieces(split):
+            starts = piece.eots()
+            if ours and len(starts) != ours.split(split)[piece.number].documents:
                 raise ValueError(
                     f"{piece.path}: damaged: it has {len(starts):,} documents, {FILE_NAME} says otherwise"
                 )
@@ -177,7 +218,7 @@ def _to_ours(job: _Job, form: str) -> None:
                 ids = document_ids(rows, total, options["seed"])
                 documents += len(starts)
             path = job.work / shard_name(split, len(written), form)
-            written.append(write_documents(path, job.work, split, piece.tokens, chunks, starts, ids))
+            written.append(write_documents(path, job.work, split, piece.tokens, piece.chunks, starts, ids))
     inputs = {"inputs": job.inputs, "documents": sum(shard.documents for shard in written)}
     origin = {"format": job.inputs[0]["kind"], "dataset": job.manifest.hash}
     source = (ours.source if ours else inputs) | {"converted_from": origin}
@@ -191,11 +232,11 @@ def _to_ours(job: _Job, form: str) -> None:
 def _to_npy(job: _Job) -> None:
     number = itertools.count()
     for split in ("val", "train"):
-        for _, piece, chunks in job.pieces(split):
+        for piece in job.pieces(split):
             with disk.write_whole(job.work / f"{split}_{next(number):06d}.npy") as file:
                 header = {"descr": "<u2", "fortran_order": False, "shape": (piece.tokens,)}
                 np.lib.format.write_array_header_1_0(file, header)
-                file.writelines(chunk.data for chunk in chunks)
+                file.writelines(chunk.data for chunk in piece.chunks)
 
 
 def _to_one_file(job: _Job, to: str) -> None:
@@ -205,8 +246,8 @@ def _to_one_file(job: _Job, to: str) -> None:
             continue
         path = job.work / (f"{split}.bin" if to == "nanogpt" else f"{split}_text_document.bin")
         with disk.write_whole(path) as file:
-            for _, _, chunks in job.pieces(split):
-                file.writelines(chunk.data for chunk in chunks)
+            for piece in job.pieces(split):
+                file.writelines(chunk.data for chunk in piece.chunks)
         if to == "megatron":
             starts = np.fromiter(itertools.chain(job.dataset.document_starts(split), [total]), np.int64)
             if starts[0]:

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Dataset:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.manifest = load(self.path)
         self._splits: dict[str, Split] = {}
 
@@ -82,7 +83,7 @@ class Dataset:
         return out
 
     def document(self, split: str, number: int) -> NDArray[np.uint16]:
-        """Return document `number` as it is stored in the split: EOT, then its tokens."""
+        """Return document `number` as it is stored in the split: EOT, then its tokens; others' may end with it."""
         return self.read(split, *self.document_range(split, number))
 
     def document_range(self, split: str, number: int) -> tuple[int, int]:

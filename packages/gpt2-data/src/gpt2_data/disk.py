@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, locks, free space, hashes, and the number of cores."""
 
 import contextlib
-import fcntl
+import errno
+import functools
 import hashlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -31,7 +33,7 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
             yield file
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -43,21 +45,54 @@ def write_whole(path: Path, temporary_folder: Path | None = None, durable: bool 
         sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, if its file system can: some network disks refuse every fsync."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:  # EBADF: of a folder that was opened for reading
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
 
 
-def lock(file: IO[str], message: str, *, shared: bool = False) -> None:
-    """Lock an open file without waiting, for as long as it is open. Raises Busy if it is locked already."""
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss, if its file system can."""
+    with contextlib.suppress(PermissionError):  # one that may be written to, but not listed
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock(file: IO[str], message: str | None, *, shared: bool = False) -> None:
+    """Lock an open file for as long as it is open. If it is locked already, wait, or raise Busy with `message`.
+
+    On a file system without locks, a warning names the folder, and the file stays unlocked.
+    """
+    import fcntl  # not on Windows
+
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if message else 0))
     except BlockingIOError:
         raise Busy(message) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        _warn_of_no_lock(Path(file.name).parent, error.strerror)
+
+
+@functools.cache  # said once
+def _warn_of_no_lock(folder: Path, reason: str | None) -> None:
+    advice = "see to it that no other process writes there"
+    print(f"warning: {folder} cannot be locked ({reason}): {advice}", file=sys.stderr)
+
+
+def cache_folder() -> Path:
+    """Return the package's folder in the user's cache, or raise OSError if there is no home."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if cache.startswith("~"):
+        raise OSError("there is no home folder to keep the download in: set XDG_CACHE_HOME")
+    return Path(cache, "gpt2-data")
 
 
 def check_space(folder: Path, needed: int, option: str) -> None:

@@ -67,7 +67,8 @@ MODEL = _group(
     "Model",
     optgroup.option("-m", "--model", type=PATH, metavar="MODEL",
                  help="Hub name, model folder, run's folder or checkpoint file of a GPT-2."),
-    optgroup.option("--hf", metavar="NAME", help="Instead of --model: any causal model that transformers loads."),
+    optgroup.option("--hf", type=PATH, metavar="NAME",
+                 help="Instead of --model: any causal model that transformers loads."),
 )  # fmt: skip
 HARDWARE = _group(
     "Speed and precision",
@@ -90,7 +91,9 @@ OUTPUT = _group(
 )  # fmt: skip
 
 
-@click.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True})
+@click.group(
+    cls=command.ProgramGroup, context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_EVAL", "show_default": True}
+)
 @click.version_option(package_name="gpt2-eval", prog_name="gpt2-eval")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -102,6 +105,7 @@ def main(debug: bool) -> None:
 
     On several GPUs: torchrun --nproc_per_node=8 -m gpt2_eval hellaswag ...
     """
+    command.require_posix("gpt2-eval")
 
 
 @main.command()
@@ -277,7 +281,7 @@ def lm_eval(tasks: str, num_fewshot: int | None, limit: int | None, **options: A
     from gpt2_eval.lm_eval_bridge import GPT2LM
     from gpt2_eval.ranks import rank_and_world_size
 
-    run, names = Run(**options), tasks.split(",")
+    run, names = Run(**options), [os.path.expanduser(name) for name in tasks.split(",")]
     with speaking("listing the harness' tasks"):
         manager = TaskManager()
         unknown = [name for name in names if not Path(name).exists() and not manager.match_tasks([name])]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2_data import fetch
-from gpt2_model.command import sha256
+from gpt2_model.command import cache_folder, sha256
 
 T = TypeVar("T")
 Fields = Mapping[str, type | None]  # of a record: see `check_fields`
@@ -39,8 +39,11 @@ def find_file(published: Published, path: str | Path | None = None) -> tuple[Pat
     An OSError says that there is no such file, or that the download failed and what to do instead.
     """
     if path is not None:
-        return Path(path), sha256(Path(path))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-eval"
+        path = Path(os.path.expanduser(path))
+        return path, sha256(path)
+    cache = cache_folder("gpt2-eval")
+    if cache is None:
+        raise OSError(f"there is no home folder to keep {published.source} in: set XDG_CACHE_HOME, or give --data")
     try:
         file = fetch(published.source, cache, sha256=published.sha256)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 from click_option_group import optgroup
 
+from gpt2_model import command
 from gpt2_model.command import PATH, SETTINGS, find_device, print_json, user_errors
 from gpt2_model.config import PAPER_NAMES, PRESETS, flops_per_token
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:  # torch takes two seconds to import: functions import what ne
 one_line_errors = user_errors("use fewer samples (-n), --dtype int8 or -d cpu")
 
 
-@click.group(context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_MODEL", "show_default": True})
+@click.group(
+    cls=command.ProgramGroup,
+    context_settings=SETTINGS | {"auto_envvar_prefix": "GPT2_MODEL", "show_default": True},
+)
 @click.version_option(package_name="gpt2-model", prog_name="gpt2-model")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -44,7 +48,9 @@ def main(debug: bool) -> None:
 @optgroup("Model and prompt")
 @optgroup.option("-m", "--model", type=PATH, metavar="MODEL", required=True,
                  help="Hub name, folder or file: see gpt2-model --help.")  # fmt: skip
-@optgroup.option("-f", "--file", type=click.File("rb"), help="File to read the prompt from; - is standard input.")
+@optgroup.option(
+    "-f", "--file", type=command.UserFile("rb"), help="File to read the prompt from; - is standard input."
+)
 @optgroup.option("-i", "--interactive", is_flag=True,
                  help="Write in turns with the model; the whole text so far is the next prompt.")  # fmt: skip
 @optgroup("Sampling")
@@ -93,7 +99,10 @@ def generate(
 
     options["top_k"] = top_k or None
     options["stop"] = [_unescaped(text) for text in options["stop"]]
-    Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})  # before a minute of loading
+    try:  # before a minute of loading
+        Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     gpt = _load(model, device, dtype)
     _say_if_slow(gpt, options["compile"])
     options["stop_ids"] = [*end_ids(gpt), *stop_id]
@@ -265,7 +274,7 @@ def info(model: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("out", type=command.UserPath(file_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUT, if there is one.")
 @one_line_errors
 def convert(model: str, out: str, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 torch and other slow modules are imported only where they are used: `--help` must be quick.
 """
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, TextIO, TypeVar, cast
 
@@ -24,8 +25,23 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+class UserPath(click.Path):
+    """A path in which ~ is the home folder: no shell expands the one in --out=~/run."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class UserFile(click.File):
+    """A file to read, or - for standard input; ~ is the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value) if isinstance(value, str) else value, param, ctx)
+
+
 # A path that may also be a hub name: a shell completes it, and the command checks it later.
-PATH = click.Path(readable=False)
+PATH = UserPath(readable=False)
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 FIRST_WORD, NEXT_WORD = 3.0, 10.0  # seconds before a rank says for whom it waits, and between two such lines
 GRACE = 2.0  # seconds in which ranks that were started together meet, though a signal came
@@ -99,6 +115,34 @@ def user_errors(memory_advice: str) -> Callable[[Callable[P, R]], Callable[P, R]
         return wrapped
 
     return decorate
+
+
+class Program(click.Command):
+    """A command whose output no terminal's encoding ends, and which Ctrl-C ends with 130 and no traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError):  # None if there is no such stream
+                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        return super().main(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+
+
+class ProgramGroup(Program, click.Group):
+    """A Program with sub-commands."""
+
+
+def require_posix(name: str) -> None:
+    """Raise a ClickException on Windows, which lacks the locks that a command needs."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise click.ClickException(f"{name} runs on Linux and macOS; on Windows use WSL") from None
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -278,15 +322,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    if os.name == "nt":  # Windows cannot open folders, and journals names itself
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def cache_folder(name: str) -> Path | None:
+    """Return a package's folder in the user's cache, which may not exist yet; None if the user has no home."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return None if cache.startswith("~") else Path(cache, name)
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, if its file system can: some network disks refuse every fsync."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:  # EBADF: of a folder that was opened for reading
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss, if its file system can."""
+    with suppress(PermissionError):  # Windows cannot open folders; others may forbid to list one
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -297,7 +355,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         if error.filename is None and error.errno is not None:
@@ -306,6 +364,13 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@cache  # said once
+def warn_of_no_lock(folder: Path, reason: str | None) -> None:
+    """Warn that a folder's file system has no locks."""
+    advice = "see to it that no other process writes there"
+    click.echo(f"warning: {folder} cannot be locked ({reason}): {advice}", err=True)
 
 
 @contextmanager
@@ -338,3 +403,7 @@ def _lock(file: TextIO, folder: Path, shared: bool) -> None:
         file.seek(0)
         owner = file.read().strip() or "another process"
         raise ValueError(f"{folder} is in use by {owner}: wait for it, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warn_of_no_lock(folder, error.strerror)

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 
 from gpt2_model import GPT
-from gpt2_model.command import locked, sha256
+from gpt2_model.command import locked, sha256, sync
 from gpt2_train.config import CannotResume, check_out, existing
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import Optimizers, own_state, state_shapes
@@ -345,7 +345,7 @@ def _fsync(path: Path) -> None:
     """Flush the file and drop it from the page cache, so that verifying it reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
         if hasattr(os, "posix_fadvise") and path.is_file():
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,17 +14,29 @@ import click
 from click.core import ParameterSource
 from click_option_group import GroupedOption, optgroup
 
-from gpt2_model.command import PATH, SETTINGS, Size, format_size, one_line, out_of_memory, ranks
+from gpt2_model.command import (
+    PATH,
+    SETTINGS,
+    Program,
+    Size,
+    format_size,
+    one_line,
+    out_of_memory,
+    ranks,
+    require_posix,
+)  # fmt: skip
 from gpt2_train import RECIPES, TrainConfig, load_config
-from gpt2_train.config import CHOICES, GROUPS, RARE, CannotResume, check_out
+from gpt2_train.config import CHOICES, GROUPS, PATHS, RARE, CannotResume, check_out
 
-# Completed as paths; whether they are good is checked later, in one place for flags and config files.
-PATHS = {"data", "out", "init", "hellaswag", "resume"}
+# A Service of Kubernetes called gpt2-train, or gpt2-train-x, puts these into every container.
+_SERVICE = re.compile(
+    r"GPT2_TRAIN(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_(ADDR|PORT|PROTO))?)?)"
+)
 # Small whole numbers. The others may be as large as 10M or 512Ki, and are written so.
 COUNTS = {"seed", "num_samples", "keep", "max_skips", "profile"}
 
 
-class Command(click.Command):
+class Command(Program):
     """A command that refuses a second --data. Other options may be given again: the last one counts."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -100,6 +113,7 @@ def main(
 
     Flags override environment variables (GPT2_TRAIN_LR), which override --config, which overrides --recipe.
     """
+    require_posix("gpt2-train")
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
@@ -180,7 +194,7 @@ def _fill_standard_streams() -> None:
 def _check_environment(command: click.Command) -> None:
     known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
     for name in sorted(os.environ):
-        if name.startswith("GPT2_TRAIN_") and name not in known:
+        if name.startswith("GPT2_TRAIN_") and name not in known and not _SERVICE.fullmatch(name):
             raise click.UsageError(f"unknown environment variable {name}: no flag has this name; unset it")
 
 

@@ -22,6 +22,8 @@ FREE_TO_CHANGE = {
     *("max_skips", "hang_seconds", "tensorboard", "wandb", "profile", "peak_tflops"),
 }
 
+# Completed as paths; whether they are good is checked later, in one place for flags and config files.
+PATHS = {"data", "out", "init", "hellaswag", "resume"}
 AT_LEAST_1 = {"steps", "batch_tokens", "seq_len", "keep", "eval_tokens", "max_skips"}
 CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
@@ -111,6 +113,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if math.isnan(self.min_lr):  # runs of version 0.1 that did not set it have 6e-5: keep them resumable
             object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
         if self.warmup == -1:
@@ -153,7 +157,8 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
     Raises OSError for a missing file, ValueError for invalid TOML, unknown keys and values of the wrong type.
     """
     merged: dict[str, Any] = {}
-    for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path and Path(path)):
+    path = path and Path(os.path.expanduser(path))
+    for source in (recipe and files(__package__).joinpath(f"recipes/{recipe}.toml"), path):
         if not source:
             continue
         try:

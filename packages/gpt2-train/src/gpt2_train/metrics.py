@@ -21,7 +21,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from gpt2_model import flops_per_token
-from gpt2_model.command import sync_folder, write_whole
+from gpt2_model.command import sync, sync_folder, write_whole
 from gpt2_train.config import TrainConfig
 from gpt2_train.console import Console
 from gpt2_train.distributed import World
@@ -168,8 +168,8 @@ class RunLog:
     def flush(self) -> None:
         """Force all rows to the disk: a checkpoint must not be newer than they are. Try failed trackers again."""
         if self.enabled:
-            self.metrics.write(sync=True)
-            self.samples.write(sync=True)
+            self.metrics.write(durably=True)
+            self.samples.write(durably=True)
             self.trackers += self.resting
             self.resting = []
             self._track(lambda tracker: tracker.flush())
@@ -261,7 +261,7 @@ class _Lines:
         self.waiting.append(line.encode(errors="backslashreplace"))
         self.write()
 
-    def write(self, sync: bool = False) -> None:
+    def write(self, durably: bool = False) -> None:
         """Write the rows that wait. Half a row is never left in front of a whole one."""
         try:
             if self.failed:
@@ -276,8 +276,8 @@ class _Lines:
                 while line:  # a disk that fills up first takes a part, then fails
                     line = line[os.write(self.file.fileno(), line) :]
                 self.end += len(self.waiting.popleft())
-            if sync:
-                os.fsync(self.file.fileno())
+            if durably:
+                sync(self.file.fileno())
             self.failed = False
         except OSError as error:
             self.failed = True

@@ -138,8 +138,9 @@ def check_shape(
         context = f"the context of {config.init or start}, {longest}"
         raise ValueError(f"seq_len {config.seq_len} is longer than {context}: {advice}")
     # GPT-2's vocabulary may be cut, as that of letters is; another's is what its tokenizer says.
-    seen = max(shard.max_token for shard in dataset.manifest.shards)
-    largest, last = dataset.vocab_size - 1 if dataset.tokenizer else seen, shape.vocab_size - 1
+    largest, last = dataset.vocab_size - 1, shape.vocab_size - 1
+    if largest > last and not dataset.tokenizer:  # other projects' files are read from end to end for it
+        largest = max(shard.max_token for shard in dataset.manifest.shards)
     if largest > last:
         advice = "" if start or config.init else f": use --model vocab_size={largest + 1}"
         problem = f"{config.data} holds token id {largest:,}, and the model's vocabulary ends at {last:,}"

@@ -1,6 +1,7 @@
 """The options of a build, checked."""
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +63,10 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         # Scripts pass lists and strings; the stored types are always the same.
-        object.__setattr__(self, "sources", tuple(map(str, self.sources)))
-        object.__setattr__(self, "out", Path(self.out))
-        object.__setattr__(self, "tokenizer", str(self.tokenizer))
-        object.__setattr__(self, "downloads", self.downloads and Path(self.downloads))
+        object.__setattr__(self, "sources", tuple(os.path.expanduser(str(source)) for source in self.sources))
+        object.__setattr__(self, "out", Path(os.path.expanduser(self.out)))
+        object.__setattr__(self, "tokenizer", os.path.expanduser(str(self.tokenizer)))
+        object.__setattr__(self, "downloads", self.downloads and Path(os.path.expanduser(self.downloads)))
         object.__setattr__(self, "order", self.order or ("shuffled" if self.compat is None else "source"))
         if not self.sources:
             raise ValueError(f"no source given: choose from {KNOWN}")

@@ -17,7 +17,8 @@ import json
 import os
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,20 +46,22 @@ class ForeignShard:
     split: str
     file: TokenFile
     index: Path | None = None
-    max_token = VOCAB_SIZE - 1  # the largest id that reading accepts: the file was not scanned
+    behind: bool = False  # an EOT follows each document, as in nanoGPT's own files; it does not begin one
+
+    @functools.cached_property
+    def max_token(self) -> int:
+        """The largest id in the file, which is read from end to end."""
+        return max(int(tokens.max()) for _, tokens in _scan(self.file))
 
     @functools.cached_property
     def document_starts(self) -> NDArray[np.int64]:
-        """Where documents begin in the file, in tokens: from Megatron's .idx, else at each EOT.
-
-        In nanoGPT's files an EOT follows each document: they begin at 0 and after each EOT but the last.
-        """
+        """Where documents begin in the file, in tokens: from Megatron's .idx, else at each EOT, or after each."""
         if self.index is not None:
             _, positions, documents = _read_idx(self.index)
             first = documents[:-1]
             return positions[first[first < len(positions)]] // 2  # those after the last sequence are empty
-        starts, is_nanogpt = eots(self.file), self.file.start == 0
-        if is_nanogpt and not (len(starts) and starts[0] == 0):
+        starts = eots(self.file)
+        if self.behind:
             starts = np.append(0, starts + 1)
         return starts[starts < self.file.tokens]
 
@@ -166,7 +169,23 @@ def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignMan
                     "or there is more than one dataset: keep one in a folder"
                 )
         shards += [ForeignShard(split, open_file(folder / match.string)) for match in here]
+    if kind == "nanogpt" and _mark_is_behind([shard.file for shard in shards]):
+        shards = [replace(shard, behind=True) for shard in shards]
     return ForeignManifest(kind, tuple(shards))
+
+
+def _mark_is_behind(files: list[TokenFile]) -> bool:
+    """Return whether EOTs follow the documents of nanoGPT's files: so they do in its own, not in converted ones.
+
+    Only a file with the mark in front begins with an EOT and ends with another token: its last document. One whose
+    first or last document is empty may begin and end with an EOT; then the other file decides.
+    """
+    ends = [[_token(file, at) == EOT for at in (0, file.tokens - 1)] for file in files]
+    return [True, False] not in ends and any(not begins for begins, _ in ends)
+
+
+def _token(file: TokenFile, at: int) -> int:
+    return int(Numbers(file.path, file.tokens, file.start, uint16.TOKEN).read(at, at + 1)[0])
 
 
 def _check_raw(path: Path) -> TokenFile:
@@ -263,10 +282,57 @@ def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
 
 def eots(file: TokenFile, eot: int = EOT) -> NDArray[np.int64]:
     """Read a file once and return where its EOTs are."""
+    pieces = [np.flatnonzero(tokens == eot) + start for start, tokens in _scan(file)]
+    return np.concatenate([np.empty(0, np.int64), *pieces])
+
+
+def _scan(file: TokenFile) -> Iterator[tuple[int, NDArray[np.uint16]]]:
     reader = TokenFiles([file])
-    pieces = [np.empty(0, np.int64)]
     for start in range(0, file.tokens, _CHUNK):
         tokens = np.empty(min(_CHUNK, file.tokens - start), np.uint16)
         reader.read_into(tokens, 0, start)
-        pieces.append(np.flatnonzero(tokens == eot) + start)
-    return np.concatenate(pieces)
+        yield start, tokens
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What moves a file's EOTs in front of its documents: where one is inserted, and those that are left out."""
+
+    insert: NDArray[np.int64]
+    drop: NDArray[np.int64]
+    eots: NDArray[np.int64]  # where they are afterwards
+    tokens: int  # in the file afterwards
+
+    def apply(self, chunks: Iterable[NDArray[np.uint16]], size: int) -> Iterator[NDArray[np.uint16]]:
+        """Yield the tokens of `chunks` after the moves, in chunks of which none crosses a multiple of `size`."""
+        read = written = 0
+        held = np.empty(0, np.uint16)
+        for chunk in itertools.chain(chunks, [held]):  # the last, empty, for documents that are empty at the end
+            span = [read, read + max(len(chunk), 1)]
+            drop = self.drop[slice(*np.searchsorted(self.drop, span))] - read
+            insert = self.insert[slice(*np.searchsorted(self.insert, span))] - read
+            moved = np.insert(np.delete(chunk, drop), insert - np.searchsorted(drop, insert), EOT)
+            held, read = np.concatenate([held, moved]), read + len(chunk)
+            while 0 < (wanted := min(_CHUNK, size - written % size, self.tokens - written)) <= len(held):
+                yield held[:wanted]
+                held, written = held[wanted:], written + wanted
+
+
+def moves_to_front(shard: ForeignShard) -> Moves | None:
+    """Return how each document of a file comes to begin with an EOT; None if each does, or none is marked.
+
+    A document that begins with an EOT stays as it is. The others get one in front, and lose one at their end.
+    """
+    marks, starts, total = eots(shard.file), shard.document_starts, shard.file.tokens
+    if shard.index is None and not (shard.behind and len(marks)):
+        return None  # a text without an end, such as one whose tokens are characters, gets no token that it lacks
+    stops = np.append(starts[1:], total)
+    bare = ~np.isin(starts, marks) | (starts == stops)
+    insert, last = starts[bare], stops[bare] - 1
+    drop = last[np.isin(last, marks) & (last >= insert)]
+    if not len(insert):
+        return None
+    kept = np.setdiff1d(marks, drop)
+    added = insert + np.arange(len(insert)) - np.searchsorted(drop, insert)
+    kept += np.searchsorted(insert, kept, side="right") - np.searchsorted(drop, kept)
+    return Moves(insert, drop, np.sort(np.append(added, kept)), total + len(insert) - len(drop))

@@ -10,7 +10,7 @@ that starts in the shard the offset of its first token, u64. Arrow shards have t
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -206,8 +206,9 @@ class TokenFiles:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        while self._open:  # `os` may be gone already when Python ends
+            close(self._open.popitem()[1])
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": {}}  # descriptors stay with their process

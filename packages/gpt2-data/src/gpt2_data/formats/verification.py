@@ -1,6 +1,7 @@
 """Check that a dataset's files are what its dataset.json says."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def verify(path: str | Path, level: str = "fast", workers: int | None = None) ->
     """
     if level not in ("fast", "full"):
         raise ValueError(f"level is {level!r}, must be fast or full")
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if not (folder / FILE_NAME).exists() and (other := foreign.sniff(folder)) is not None:
         raise ValueError(
             f"{folder} is {foreign.NAMES[other.format]}'s, with nothing to verify it against: "

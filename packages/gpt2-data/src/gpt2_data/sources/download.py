@@ -8,10 +8,8 @@ The HTTP client is huggingface_hub's: proxies, certificates, redirects and HF_HU
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import random
 import re
 import threading
@@ -72,7 +70,7 @@ def download_file(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("a") as lock:  # it stays, since deleting it would be a race
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        disk.lock(lock, None)
         if is_done(path, file):  # by another process meanwhile
             return path
         digest = file.sha256
@@ -104,7 +102,7 @@ def _download(file: WebFile, part: Path, progress: Progress, unreachable: float 
         try:
             insist(file.url, lambda: _receive(file, part, progress), lambda: part.stat().st_size, unreachable)
             with part.open("rb") as complete:
-                os.fsync(complete.fileno())
+                disk.sync(complete.fileno())
                 digest = hashlib.file_digest(complete, "sha256").hexdigest()
             if file.sha256 in (None, digest):
                 return digest

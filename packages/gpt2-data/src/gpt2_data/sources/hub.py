@@ -6,7 +6,6 @@ How configs and splits are chosen: https://huggingface.co/docs/hub/datasets-data
 
 import contextlib
 import functools
-import os
 import re
 import statistics
 import threading
@@ -250,7 +249,7 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 def tinyshakespeare() -> Path:
     """Return TinyShakespeare in the user's cache, downloaded once and checked each time. Raises OSError."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-data" / "tinyshakespeare.txt"
+    path = disk.cache_folder() / "tinyshakespeare.txt"
     try:
         return fetch(TINYSHAKESPEARE, path.parent, name=path.name, sha256=TINYSHAKESPEARE_SHA256)
     except OSError as error:

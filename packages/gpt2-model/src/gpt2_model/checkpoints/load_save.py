@@ -5,6 +5,7 @@ nn.Linear, (out, in). Names may contain those of wrappers ("module.") or be thos
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def _open(name: str) -> _Checkpoint:
+    name = os.path.expanduser(name)
     path = Path(name)
     # "a/b" can be a hub name; what starts like a path or has more slashes cannot.
     is_path = name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1
@@ -189,6 +191,7 @@ def save(
     config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None, ids: SpecialIds
 ) -> None:
     """Write a model, whose state_dict() is `weights`, as a Hugging Face folder, each file whole or not at all."""
+    folder = Path(os.path.expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         _write_safetensors(weights, file)

@@ -22,6 +22,7 @@ from struct import pack
 import torch
 from torch import Tensor, nn
 
+from gpt2_model.command import cache_folder
 from gpt2_model.config import ACTIVATIONS
 from gpt2_model.cpu.int8 import Int8Matrix
 from gpt2_model.model import GPT, Block
@@ -76,11 +77,13 @@ def _processor() -> str:
 
 def _cache_folder() -> AbstractContextManager[Path | str]:
     """Return the user's cache folder if nobody else may write there, else one that is deleted after loading."""
-    with suppress(OSError, RuntimeError):  # a RuntimeError if there is no home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-model"
+    folder = cache_folder("gpt2-model")
+    with suppress(OSError):
+        if folder is None:
+            raise FileNotFoundError
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        mine = os.name == "nt" or status.st_uid == os.getuid()  # Windows has no user ids
+        mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()  # Windows has no user ids
         if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return nullcontext(folder)
     return tempfile.TemporaryDirectory(prefix="gpt2-model-")
