@@ -4,9 +4,12 @@ Nothing heavy is imported at the top, since help must answer at once. Results go
 """
 
 import errno
+import io
+import os
 import re
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -70,6 +73,9 @@ def _printable(text: str) -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn text into verified GPT-2 token shards."""
+    for stream in sys.stdout, sys.stderr:  # a folder's name, or a document, may hold what the terminal cannot
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _part(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -79,6 +85,24 @@ def _part(context: click.Context, parameter: click.Parameter, text: str | None) 
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise click.BadParameter(f"{text!r} is not a part: write 1/4 to 4/4 for four parts")
     return int(match[1]), int(match[2])
+
+
+def _separator(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    try:
+        return text and text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{text!r}: {error.reason}") from None
+
+
+def _encoding(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from gpt2_data.sources.opening import check_encoding
+
+    try:
+        if name is not None:
+            check_encoding(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
 
 
 def _choice(*names: str) -> Any:
@@ -96,6 +120,10 @@ DATASET = click.argument("dataset", **FOLDER)
 @click.argument("source", nargs=-1, type=click.Path(readable=False))  # completes files; not all are
 @optgroup("Source")
 @optgroup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
+@optgroup.option("--split-on", metavar="TEXT", callback=_separator,
+                 help=r"Split text files into documents at this text, such as '\n\n' (a blank line).")  # fmt: skip
+@optgroup.option("--encoding", metavar="NAME", callback=_encoding,
+                 help="Encoding of text files without a byte order mark.  [default: utf-8]")  # fmt: skip
 @optgroup.option("--limit-docs", **COUNT, help="Take only the first N documents.")
 @optgroup.option("--order", type=click.Choice(["shuffled", "source"]),
                  help="Order of the documents; the first ones are validation.  [default: shuffled]")  # fmt: skip
@@ -129,25 +157,33 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
       hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; also hf:REPO@REVISION
       tinyshakespeare             one megabyte of text, for trials
       pydocs                      the text that comes with Python: no download
-      FILES                       files or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
+      a folder                    all files in it and in its subfolders that are of these kinds
+      FILES                       files or quoted globs: .parquet .jsonl .ndjson .json .csv .tsv .txt .md .rst
+                                  .py and other code; all but .parquet also with .gz .zst .bz2 .xz
 
     An interrupted build resumes when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
 
     \b
-    Example: all text files in a folder and its subfolders, in shards of 10 million tokens
-      gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
+    Example: the files of a folder and its subfolders, in shards of 10 million tokens
+      gpt2-data build mytexts --out data/mytexts --shard-size 10M
     """
     from gpt2_data import BuildConfig
     from gpt2_data import build as run
     from gpt2_data.building.estimate import print_plan
+    from gpt2_data.sources.catalog import expand, passed_over
 
     source = source or ("fineweb-edu",)
     if out is None:
-        if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
+        name = os.path.basename(source[0].rstrip("/")) if os.path.isdir(source[0]) else source[0]
+        if len(source) > 1 or not re.fullmatch(r"[\w-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", name):
             raise click.UsageError("Missing option '--out'.")
-        out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
+        out = Path("data") / re.sub(r"[:/@]+", "-", name.removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
+    for name in source:
+        if (others := passed_over(name)) is not None:
+            taken = f"{name}: {plural(len(expand(name)), 'file')} taken"
+            click.echo(_printable(f"{taken}, {len(others):,} passed over{_some(others)}"), err=True)
     if dry_run:
         print_plan(config, as_json)
         return
@@ -179,8 +215,24 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
                 f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
             )
         if result.documents_replaced:
-            note = "not UTF-8: the invalid bytes became U+FFFD"
-            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
+            what = f"{plural(result.documents_replaced, 'document')} not UTF-8: the invalid bytes became U+FFFD"
+            how = "; --encoding NAME, with another --out, reads text files in another encoding"
+            click.echo(_printable(f"warning: {what}{_some(result.replaced_in)}{how}"), err=True)
+        if result.end_marks:
+            mark = "<|endoftext|>"
+            what = f"{mark} stands {plural(result.end_marks, 'time')} in the text files, and was taken for text"
+            how = f"--split-on '{mark}', with another --out, splits them into documents"
+            click.echo(f"warning: {what}: {how}", err=True)
+        elif not result.val_tokens and config.val_tokens is None and config.compat is None:
+            what = f"nothing is left for validation, which takes whole documents ({result.documents:,} in all)"
+            how = r"--split-on '\n\n', with another --out, splits text files at blank lines"
+            click.echo(f"warning: {what}: {how}", err=True)
+
+
+def _some(paths: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are, to stand at the end of a message."""
+    more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
+    return f": {', '.join(paths[:3])}{more}" if paths else ""
 
 
 @contextmanager
