@@ -57,7 +57,7 @@ def write(name, data=b"text"):
 
 
 def test_a_folder_is_taken_whole_in_the_order_of_its_names(run):
-    """walk 11: a folder of texts is named, some files in it are of no known kind, and links make a loop."""
+    """A new user: a folder of texts is named, some files in it are of no known kind, and links make a loop."""
     for name in "b.txt", "sub/b.txt", "A.MD", "é.py", ".hidden.txt", ".git/x.txt", "x.docx":
         write(f"mine/{name}", name)
     for name in "dataset.json", "build.jsonl", "z.txt":  # a dataset in its own source, and its neighbour
@@ -83,7 +83,7 @@ def test_a_folder_is_taken_whole_in_the_order_of_its_names(run):
 
 
 def test_every_kind_is_read_and_compressed_too(run):
-    """walk 12: notes, code, tables and arrays are read, with upper-case endings and in each compression."""
+    """A new user: notes, code, tables and arrays are read, with upper-case endings and in each compression."""
     rows = [{"id": 1, "text": 'a, "b"\n\nc'}, {"id": 2, "text": "naïve \ud83d\ude00"}]
     texts = [row["text"].encode("utf-16", "surrogatepass").decode("utf-16") for row in rows]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_named_and_leaves_nothing(run, name, data, messag
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin-1", "shift_jis"])
 def test_a_byte_order_mark_or_an_option_tells_the_encoding(run, encoding, monkeypatch):
-    """walk 6: UTF-16 text became U+FFFD and NULs; Latin-1 lost each accent."""
+    """A new user: UTF-16 text became U+FFFD and NULs; Latin-1 lost each accent."""
     monkeypatch.setattr(opening, "_BUFFER", 5)  # characters stand across the borders of what is read at once
     monkeypatch.setattr(opening, "_SAMPLE", 99)
     text = "日本\n" * 99 if encoding == "shift_jis" else "Un été, ça va.\n" * 99
@@ -180,7 +180,7 @@ def test_a_byte_order_mark_or_an_option_tells_the_encoding(run, encoding, monkey
 
 
 def test_text_that_is_repaired_is_named_and_what_is_mostly_unreadable_refused(run):
-    """walk 6: of 17 files, which were not UTF-8 was told nowhere."""
+    """A new user: of 17 files, which were not UTF-8 was told nowhere."""
     for i in range(6):
         write(
             f"f/{i}.txt", ("Un été à la plage et plus, sans accents. " * 9).encode("latin-1" if i % 3 else "utf-8")
@@ -260,7 +260,7 @@ def test_the_mark_in_a_text_file_is_told_and_split_at(run):
 
 
 def test_one_text_file_alone_is_led_to_a_split(run):
-    """walk 5: the messages ran in a circle, and the dry run spoke of two shards."""
+    """A new user: the messages ran in a circle, and the dry run spoke of two shards."""
     write("novel.txt", "\n\n".join(f"Paragraph {i} of the novel." for i in range(300)))
     assert "shards     about 1 of" in run("build", "novel.txt", "--out", "x", "--dry-run").stdout
     done = run("build", "novel.txt", "--out", "one")
@@ -280,7 +280,7 @@ def test_one_text_file_alone_is_led_to_a_split(run):
 
 
 def test_the_number_of_shards_is_bounded_before_work(run):
-    """walk 8: --shard-size 100, with the M forgotten, made half a million files."""
+    """A new user: --shard-size 100, with the M forgotten, made half a million files."""
     write("a.txt", "some text " * 10**6)
     for dry in [], ["--dry-run"]:
         error = refused(run, "a.txt", "--shard-size", 100, *dry)

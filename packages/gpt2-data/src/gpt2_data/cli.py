@@ -171,6 +171,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     from gpt2_data import BuildConfig
     from gpt2_data import build as run
     from gpt2_data.building.estimate import print_plan
+    from gpt2_data.sources import hub
     from gpt2_data.sources.catalog import expand, passed_over
 
     source = source or ("fineweb-edu",)
@@ -181,7 +182,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
         out = Path("data") / re.sub(r"[:/@]+", "-", name.removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
     for name in source:
-        if (others := passed_over(name)) is not None:
+        if hub.parse(name) is None and (others := passed_over(name)) is not None:
             taken = f"{name}: {plural(len(expand(name)), 'file')} taken"
             click.echo(_printable(f"{taken}, {len(others):,} passed over{_some(others)}"), err=True)
     if dry_run:
