@@ -24,7 +24,7 @@ PUBLIC_NAMES = {
     "gpt2_model": "Completion EOT GPT GPTConfig KVCache PRESETS Piece Tokenizer flops_per_token generate "
     "get_tokenizer load_tokenizer stream",
     "gpt2_eval": "HellaSwag HellaSwagResult Interrupted LossResult Row RowScore evaluate_hellaswag "
-    "evaluate_loss load_hellaswag score_items",
+    "evaluate_loss join_ranks load_hellaswag read_ranks score_items",
     "gpt2_train": "RECIPES TrainConfig World find_checkpoint load_config lr_at make_optimizer train "
     "verify_checkpoint",
 }

@@ -169,10 +169,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
     for source, message in {
         "wikipedia": "unknown source 'wikipedia': choose from fineweb-edu, fineweb, hf:REPO",
         "hf:": "hf:",
-        str(tmp_path): "is a folder: name the files in it",
+        str(tmp_path / "empty"): "is a folder with no file in it that is taken: .parquet .jsonl .ndjson .json ",
         str(tmp_path / "*.jsonl"): "no file matches",
         str(tmp_path / "b.txt"): "no file matches",
     }.items():

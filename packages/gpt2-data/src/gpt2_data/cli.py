@@ -3,102 +3,25 @@
 Nothing heavy is imported at the top, since help must answer at once. Results go to stdout, progress to stderr.
 """
 
-import errno
 import os
 import re
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 from click_option_group import optgroup
 
+from gpt2_data.command import SETTINGS, Group, UserPath, printable, size, stoppable
 from gpt2_data.console import bar, format_bytes, plural, print_json
 
 if TYPE_CHECKING:
     from gpt2_data import BuildConfig, BuildResult
 
-SETTINGS: dict[str, Any] = {
-    "help_option_names": ["-h", "--help"],
-    "auto_envvar_prefix": "GPT2_DATA",
-    "max_content_width": 100,
-}
 SOURCES_SHOWN = 20  # by `info`; a dataset may have thousands
 
 
-def size(text: str) -> int:
-    """Read a count such as 100M, 1.5B or 64k."""
-    digits = text.strip().lower()
-    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:], 1)
-    try:
-        number = float(digits[:-1] if factor > 1 else digits) * factor
-        if number < 0 or number != int(number):
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text!r} is not a count: write 100M, 1.5B, 64k or a whole number") from None
-    return int(number)
-
-
-class UserPath(click.Path):
-    """A path in which ~ is the home folder: no shell expands the one in --out=~/data, or in a quoted glob."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not os.fspath(value):  # "$OUT" of a script that did not set it; Path("") would be this folder
-            self.fail("the path is empty", param, ctx)
-        return super().convert(os.path.expanduser(value), param, ctx)
-
-
-class _Group(click.Group):
-    """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest.
-
-    Ctrl-C and SIGTERM end a command with 128 + their number. No terminal's encoding ends its output.
-    """
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(AttributeError):  # None if there is no such stream
-                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-        return super().main(*args, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        before = signal.signal(signal.SIGTERM, _stop)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise SystemExit(128 + _signal_of(interrupt)) from None
-        except BrokenPipeError:
-            raise  # `| head` has seen enough: click knows
-        except (ValueError, OSError) as error:
-            if ctx.params.get("debug"):
-                raise
-            text = " ".join(str(error).split())
-            if isinstance(error, OSError) and error.strerror:
-                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-                if error.errno == errno.ENOSPC:
-                    text += ": make room and run the same command again"
-            raise click.ClickException(_printable(text)) from error
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
-    return signal.Signals(*interrupt.args or (signal.SIGINT,))
-
-
-def _printable(text: str) -> str:
-    """Escape what a file's name or content might do to a terminal, or to the one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-@click.group(cls=_Group, context_settings=SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="gpt2-data", prog_name="gpt2-data")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -125,6 +48,24 @@ def _tokenizer(context: click.Context, parameter: click.Parameter, text: str) ->
     return text
 
 
+def _separator(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    try:
+        return text and text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{text!r}: {error.reason}") from None
+
+
+def _encoding(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from gpt2_data.sources.opening import check_encoding
+
+    try:
+        if name is not None:
+            check_encoding(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
+
+
 def _choice(*names: str) -> Any:
     return {"type": click.Choice(names), "default": names[0], "show_default": True}
 
@@ -140,6 +81,10 @@ DATASET = click.argument("dataset", **FOLDER)
 @click.argument("source", nargs=-1, type=UserPath(readable=False))  # completes files; not all are
 @optgroup("Source")
 @optgroup.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
+@optgroup.option("--split-on", metavar="TEXT", callback=_separator,
+                 help=r"Split text files into documents at this text, such as '\n\n' (a blank line).")  # fmt: skip
+@optgroup.option("--encoding", metavar="NAME", callback=_encoding,
+                 help="Encoding of text files without a byte order mark.  [default: utf-8]")  # fmt: skip
 @optgroup.option("--limit-docs", **COUNT, help="Take only the first N documents.")
 @optgroup.option("--order", type=click.Choice(["shuffled", "source"]),
                  help="Order of the documents; the first ones are validation.  [default: shuffled]")  # fmt: skip
@@ -174,29 +119,38 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
       hf:REPO[:CONFIG[:SPLIT]]    any dataset on the Hugging Face hub; also hf:REPO@REVISION
       tinyshakespeare             one megabyte of text, for trials
       pydocs                      the text that comes with Python: no download
-      FILES                       files or quoted globs: .parquet .jsonl[.gz|.zst] .txt[.gz]
+      a folder                    all files in it and in its subfolders that are of these kinds
+      FILES                       files or quoted globs: .parquet .jsonl .ndjson .json .csv .tsv .txt .md .rst
+                                  .py and other code; all but .parquet also with .gz .zst .bz2 .xz
 
     An interrupted build resumes when the same command is run again. The result is the same, byte for byte, for any
     number of workers, parts, machines and interruptions.
 
     \b
-    Example: all text files in a folder and its subfolders, in shards of 10 million tokens
-      gpt2-data build 'mytexts/**/*.txt' --out data/mytexts --shard-size 10M
+    Example: the files of a folder and its subfolders, in shards of 10 million tokens
+      gpt2-data build mytexts --out data/mytexts --shard-size 10M
     """
     from gpt2_data import BuildConfig
     from gpt2_data import build as run
     from gpt2_data.building.estimate import print_plan
+    from gpt2_data.sources import hub
+    from gpt2_data.sources.catalog import expand, passed_over
 
     source = source or ("fineweb-edu",)
     if out is None:
-        if len(source) > 1 or not re.fullmatch(r"[a-z-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", source[0]):
+        name = os.path.basename(source[0].rstrip("/")) if os.path.isdir(source[0]) else source[0]
+        if len(source) > 1 or not re.fullmatch(r"[\w-]+(:[A-Za-z0-9._-]+)?|hf:[^:]+(:[^:]+)*", name):
             raise click.UsageError("Missing option '--out'.")
-        out = Path("data") / re.sub(r"[:/@]+", "-", source[0].removeprefix("hf:"))
+        out = Path("data") / re.sub(r"[:/@]+", "-", name.removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
+    for name in source:
+        if hub.parse(name) is None and (others := passed_over(name)) is not None:
+            taken = f"{name}: {plural(len(expand(name)), 'file')} taken"
+            click.echo(printable(f"{taken}, {len(others):,} passed over{_some(others)}"), err=True)
     if dry_run:
         print_plan(config, as_json)
         return
-    with _stoppable(), bar() as show:
+    with stoppable(), bar() as show:
         result = run(config, show)
     _print_result(result, config, as_json)
 
@@ -224,19 +178,24 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
                 f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
             )
         if result.documents_replaced:
-            note = "not UTF-8: the invalid bytes became U+FFFD"
-            click.echo(f"{plural(result.documents_replaced, 'document')} {note}", err=True)
+            what = f"{plural(result.documents_replaced, 'document')} not UTF-8: the invalid bytes became U+FFFD"
+            how = "; --encoding NAME, with another --out, reads text files in another encoding"
+            click.echo(printable(f"warning: {what}{_some(result.replaced_in)}{how}"), err=True)
+        if result.end_marks:
+            mark = "<|endoftext|>"
+            what = f"{mark} stands {plural(result.end_marks, 'time')} in the text files, and was taken for text"
+            how = f"--split-on '{mark}', with another --out, splits them into documents"
+            click.echo(f"warning: {what}: {how}", err=True)
+        elif not result.val_tokens and config.val_tokens is None and config.compat is None:
+            what = f"nothing is left for validation, which takes whole documents ({result.documents:,} in all)"
+            how = r"--split-on '\n\n', with another --out, splits text files at blank lines"
+            click.echo(f"warning: {what}: {how}", err=True)
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Say that a build which Ctrl-C or SIGTERM ends can be resumed."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        name = _signal_of(interrupt).name
-        click.echo(f"\nstopped by {name}: run the same command again to resume", err=True)
-        raise
+def _some(paths: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are, to stand at the end of a message."""
+    more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
+    return f": {', '.join(paths[:3])}{more}" if paths else ""
 
 
 @main.command()
@@ -266,7 +225,7 @@ def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options
     if not source and vocab_size:
         raise click.UsageError("Missing argument 'SOURCE...'.")
     config = BuildConfig(sources=source or ("pydocs",), **options)
-    with _stoppable(), bar(seconds=8) as show:
+    with stoppable(), bar(seconds=8) as show:
         result = train_tokenizer(config, vocab_size, show)
     if result.vocab_size < vocab_size:
         few = f"the text has only {plural(result.merges, 'merge')}: {result.vocab_size:,} ids, not {vocab_size:,}"
@@ -330,7 +289,7 @@ def info(dataset: Path, as_json: bool) -> None:
         click.echo(f"converted  from {source['converted_from']['format']}")
     inputs = source["inputs"]
     for item in inputs[:SOURCES_SHOWN]:
-        click.echo(f"source     {_printable(item['name'])}  {format_bytes(item['bytes'])}  {item['sha256'][:16]}")
+        click.echo(f"source     {printable(item['name'])}  {format_bytes(item['bytes'])}  {item['sha256'][:16]}")
     if len(inputs) > SOURCES_SHOWN:
         click.echo(f"           and {len(inputs) - SOURCES_SHOWN:,} more: --json lists them all")
     click.echo(f"\n{'split':<6} {'shards':>7} {'documents':>13} {'tokens':>16}")

@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from gpt2_eval.loss import evaluate_loss
     from gpt2_eval.packing import Row, RowScore
     from gpt2_eval.ranks import Interrupted
+    from gpt2_eval.rendezvous import join_ranks, read_ranks
     from gpt2_eval.report import HellaSwagResult, LossResult
     from gpt2_eval.scoring import score_items
 
     __version__: str
 
 __all__ = ["HellaSwag", "HellaSwagResult", "Interrupted", "LossResult", "Row", "RowScore", "evaluate_hellaswag",
-           "evaluate_loss", "load_hellaswag", "score_items"]  # fmt: skip
+           "evaluate_loss", "join_ranks", "load_hellaswag", "read_ranks", "score_items"]  # fmt: skip
 _MODULE_OF = {
     **dict.fromkeys(("HellaSwag", "evaluate_hellaswag", "load_hellaswag"), "hellaswag"),
     **dict.fromkeys(("HellaSwagResult", "LossResult"), "report"),
     **dict.fromkeys(("Row", "RowScore"), "packing"),
+    **dict.fromkeys(("join_ranks", "read_ranks"), "rendezvous"),
     "Interrupted": "ranks",
     "evaluate_loss": "loss",
     "score_items": "scoring",

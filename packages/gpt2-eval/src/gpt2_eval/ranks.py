@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from gpt2_model.command import join_ranks
+from gpt2_eval.rendezvous import join_ranks
 
 T = TypeVar("T")
 

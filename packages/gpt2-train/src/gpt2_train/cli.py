@@ -22,7 +22,6 @@ from gpt2_model.command import (
     format_size,
     one_line,
     out_of_memory,
-    ranks,
     require_posix,
 )  # fmt: skip
 from gpt2_train import RECIPES, TrainConfig, load_config
@@ -117,7 +116,9 @@ def main(
     _fill_standard_streams()
     _check_environment(ctx.command)
     try:
-        ranks()
+        from gpt2_eval import read_ranks
+
+        read_ranks()
         run = _resolve(ctx, recipe, config, model, settings)
         if as_json and not dry_run:
             raise click.UsageError("--json needs --dry-run: a run writes its figures to metrics.jsonl")

@@ -113,14 +113,14 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in PATHS:
-            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if math.isnan(self.min_lr):  # runs of version 0.1 that did not set it have 6e-5: keep them resumable
             object.__setattr__(self, "min_lr", 6e-5 if self.lr >= 6e-5 else self.lr / 10)
         if self.warmup == -1:
             object.__setattr__(self, "warmup", default_warmup(self.steps))
         for item in fields(self):
             value, least = getattr(self, item.name), int(item.name in AT_LEAST_1)
+            if item.name in PATHS:
+                object.__setattr__(self, item.name, os.path.expanduser(value))
             if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
                 # Such a name's bytes are no UTF-8, and neither TOML nor JSON could hold it.
                 raise ValueError(f"{item.name} {value!r} is not UTF-8: rename it")
@@ -135,6 +135,9 @@ class TrainConfig:
             raise ValueError(f"beta1 and beta2 must be from 0 to below 1, not {self.beta1} and {self.beta2}")
         if self.micro_batch != "auto" and not (self.micro_batch.isdecimal() and int(self.micro_batch) > 0):
             raise ValueError(f"micro_batch must be auto or a positive whole number, not {self.micro_batch!r}")
+        self._check_context()
+
+    def _check_context(self) -> None:
         context = self.model_config.block_size
         # With --init the weights bring their own context, which set_up and --dry-run check.
         if not self.init and self.seq_len > context:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_model.command import find_device, join_ranks, keep_buffers, ranks
+from gpt2_eval import join_ranks, read_ranks
+from gpt2_model.command import find_device, keep_buffers
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
@@ -89,7 +90,7 @@ def start(
     returns None if `stop` becomes true meanwhile. With `deterministic` CUDA uses only kernels whose sums have one
     order: a resumed run ends with the same bits.
     """
-    rank, size = ranks()
+    rank, size = read_ranks()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)

@@ -5,6 +5,7 @@ into shards. dataset.json comes last: a folder without it is no dataset.
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import time
@@ -33,6 +34,9 @@ class BuildResult:
     Attributes:
         finished: False for such a part.
         text_mb_per_second: 10^6 bytes of text tokenized by this process, over its seconds.
+        replaced_in: the files in which bytes that could not be read became U+FFFD.
+        end_marks: how often <|endoftext|> stands in text files that were not split. Like `replaced_in`, it is not
+            known of a dataset that was there before.
     """
 
     out: Path
@@ -47,6 +51,8 @@ class BuildResult:
     finished: bool
     seconds: float
     text_mb_per_second: float
+    replaced_in: tuple[str, ...] = ()
+    end_marks: int = 0
 
 
 @dataclass
@@ -91,7 +97,9 @@ class _Run:
             tokens=tokens + sum(shard.tokens for shard in shards),
             shards=len(shards),
             val_tokens=sum(shard.tokens for shard in shards if shard.split == "val"),
-            **{name: counts[name] for name in ("documents", "documents_empty", "documents_replaced")},
+            documents=counts["documents"],
+            documents_empty=counts["documents_empty"],
+            documents_replaced=counts["documents_replaced"],
             tokenizer=self.backend,
             already_built=already_built,
             finished=bool(shards),
@@ -134,7 +142,11 @@ def _build_whole(run: _Run) -> BuildResult:
             raise ValueError("the source contains no text")
         source = workfolder.source_record(run.plan, receipts)
         shards = _write_shards(run, receipts)
-        result = run.result(source, shards)
+        result = dataclasses.replace(
+            run.result(source, shards),
+            replaced_in=tuple(dict.fromkeys(path for receipt in receipts for path in receipt.replaced_in)),
+            end_marks=sum(receipt.end_marks for receipt in receipts),
+        )
         dataset = Manifest(run.plan.tokenizer, source, workfolder.options(config), shards)
         facts = {name: getattr(result, name) for name in ("tokenizer", "seconds", "text_mb_per_second")}
         workfolder.append_history(config, facts | {"request": run.request, "dataset": dataset.hash})
@@ -194,14 +206,18 @@ def _tokenize(run: _Run, tasks: list[UnitTask]) -> list[Receipt]:
             downloader.release(Path(path))
         run.progress("tokenizing", done, total, tokens)
 
+    names = {task.file("json").stem for task in tasks}
     job = workers.Job(tokenize_unit, document_at_work, note, ready)
     ahead = DOWNLOADS_AT_ONCE if config.delete_downloads else None
     with Downloader(fetched, ahead, config.delete_downloads) as downloader:
         try:
             on_ray = config.engine == "ray"
             results = workers.run(job, tasks, config.workers if on_ray else config.num_workers(total), on_ray)
+        except ValueError:
+            workfolder.discard(config.out / WORK, names)
+            raise
         finally:
-            workfolder.remove_temporaries(config.out / WORK, [task.file("json").stem for task in tasks])
+            workfolder.remove_temporaries(config.out / WORK, names)
     return [receipt for receipt, _ in results]
 
 

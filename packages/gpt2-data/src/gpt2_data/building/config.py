@@ -9,6 +9,7 @@ from gpt2_data import tokenizer, vocabulary
 from gpt2_data.disk import cores
 from gpt2_data.formats.uint16 import MAX_SHARD_TOKENS
 from gpt2_data.sources.catalog import KNOWN
+from gpt2_data.sources.opening import check_encoding
 
 _WORTH_A_WORKER = 16_000_000  # bytes of text that take longer than starting a process
 LIBRARIES = ("auto", "tiktoken", "gigatoken")
@@ -42,6 +43,9 @@ class BuildConfig:
         downloads: where fetched files are kept, for the next build too. None: `out / "downloads"`.
         delete_downloads: delete each fetched file as soon as it is tokenized.
         compat: "build-nanogpt": validation is exactly the first shard, as in its fineweb.py.
+        encoding: of text files (not Parquet) without a byte order mark, by its name in Python. None: UTF-8.
+        split_on: what stands between the documents of a text file, such as a blank line, "\\n\\n"; it is left out,
+            and so are blank documents. None: each text file is one document.
     """
 
     sources: tuple[str, ...]
@@ -60,6 +64,8 @@ class BuildConfig:
     downloads: Path | None = None
     delete_downloads: bool = False
     compat: str | None = None
+    encoding: str | None = None
+    split_on: str | None = None
 
     def __post_init__(self) -> None:
         # Scripts pass lists and strings; the stored types are always the same.
@@ -80,10 +86,7 @@ class BuildConfig:
             if getattr(self, name) not in choices:
                 names = " or ".join(filter(None, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be {names}")
-        if self.tokenizer not in LIBRARIES and not Path(self.tokenizer).exists():
-            raise ValueError(
-                f"tokenizer is {self.tokenizer!r}, must be {' or '.join(LIBRARIES)} or a tokenizer folder"
-            )
+        self._check_texts()
         if self.part is not None:
             if not 1 <= self.part[0] <= self.part[1]:
                 raise ValueError(f"part {self.part[0]}/{self.part[1]}: parts are counted from 1")
@@ -91,6 +94,15 @@ class BuildConfig:
                 raise ValueError(f"part and engine {self.engine}: both spread the work over machines, choose one")
         if self.compat is not None and (self.val_tokens is not None or self.order != "source"):
             raise ValueError(f"compat {self.compat} decides val_tokens and order: leave them out")
+
+    def _check_texts(self) -> None:
+        """Check how texts are read and tokenized."""
+        if self.tokenizer not in LIBRARIES and not Path(self.tokenizer).exists():
+            known = " or ".join(LIBRARIES)
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, must be {known} or a tokenizer folder")
+        check_encoding(self.encoding or "utf-8")
+        if self.split_on == "":
+            raise ValueError("split_on is empty: name what stands between the documents of a text file")
 
     @functools.cached_property
     def vocabulary(self) -> vocabulary.Vocabulary | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gpt2_data import order
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.tokenize_units import Receipt, UnitTask
+from gpt2_data.console import plural
 from gpt2_data.formats import arrow
 from gpt2_data.formats.manifest import Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import OFFSET, TokenFile, TokenFiles
@@ -75,9 +76,10 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
             val = 0
     if val >= total:
         proposal = total // 20 if int(np.searchsorted(positions, total // 20)) < n else 0
+        split = "" if config.split_on else r"; --split-on '\n\n' makes documents of a text file's paragraphs"
         raise ValueError(
-            f"nothing is left for training: the source has {total:,} tokens in {n:,} documents and "
-            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents"
+            f"nothing is left for training: the source has {total:,} tokens in {plural(n, 'document')} and "
+            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents{split}"
         )
     units = [TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)]
     return Layout(work, tuple(units), positions, starts, n, total, val, seed)

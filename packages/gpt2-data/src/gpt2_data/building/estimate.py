@@ -12,14 +12,14 @@ from gpt2_data.building.cut_shards import DEFAULT_VAL_TOKENS
 from gpt2_data.building.plan import Plan, make_plan
 from gpt2_data.console import format_bytes, format_count, format_seconds, plural, print_json
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
-from gpt2_data.sources import files
+from gpt2_data.sources import opening
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
 # Of text per core, on a Cascade Lake at 2.5 GHz.
 _MB_PER_SECOND = {"tiktoken": 8.0, "gigatoken": 55.0, "tokenizers": 1.5}
 DOWNLOADS_AT_ONCE = 2  # fetched files on the disk if they are deleted after use: one in use, one coming
-MAX_SHARDS = 100_000
+MAX_SHARDS = 10_000
 
 
 def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
@@ -28,7 +28,7 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
     for unit in plan.units:
         count = unit.documents
         if count is None:
-            count = round(unit.text_bytes / _mean_document(unit.kind, unit.files[0]))
+            count = round(unit.text_bytes / _mean_document(unit.kind, unit.files[0], unit.split_on))
         documents += count
         per_token = _BYTES_PER_TOKEN_OF_CODE if unit.kind == "pydocs" else _BYTES_PER_TOKEN
         if config.vocabulary is not None:  # a byte a token without merges; 3.3 more with GPT-2's 50,000
@@ -36,14 +36,20 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
         size += count + unit.text_bytes / per_token  # one EOT per document
     tokens = round(size)
     val = config.shard_size if config.compat else config.val_tokens
+    if val and config.compat is None and len(plan.units) == 1 and plan.units[0].documents == 1:
+        raise ValueError(
+            "the source is a single document, and validation takes whole ones: leave --val-tokens out, or add "
+            r"--split-on '\n\n', which makes documents of a text file's paragraphs"
+        )
     if val is None:  # a single document is not split
         val = min(tokens // 10, DEFAULT_VAL_TOKENS) if documents > 1 else 0
     val = min(tokens, val)
     shards = -(-val // config.shard_size) + -(-(tokens - val) // config.shard_size)
     if shards > MAX_SHARDS:
+        meant = f" (was {config.shard_size}M meant?)" if config.shard_size < 1000 else ""
         raise ValueError(
             f"shard_size {config.shard_size:,} would make about {shards:,} shards: "
-            f"use a larger one, such as 100M; the limit is {MAX_SHARDS:,} shards"
+            f"use a larger one, such as 100M{meant}; the limit is {MAX_SHARDS:,} shards"
         )
     downloads = sorted((item.bytes for item in plan.inputs if item.remote is not None), reverse=True)
     at_once = sum(downloads[:DOWNLOADS_AT_ONCE] if config.delete_downloads else downloads)
@@ -61,13 +67,14 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
 
 
 @functools.lru_cache
-def _mean_document(kind: str, path: str) -> float:
-    """Return a document's mean size in bytes: for JSON lines from the first megabyte, else a web page's."""
-    if kind != "jsonl":
+def _mean_document(kind: str, path: str, split_on: str | None) -> float:
+    """Return a document's mean size in bytes: by the first megabyte of lines or split text, else a web page's."""
+    if kind not in ("jsonl", "csv", "txt"):
         return 154 if kind == "tinyshakespeare" else 4_700
-    with files.open_bytes(path) as file:
+    with opening.open_bytes(path) as file:
         sample = file.read(1_000_000)
-    return max(len(sample) / max(sample.count(b"\n"), 1), 1)
+    count = sample.count(b"\n") if split_on is None else len(sample.strip().split(split_on.encode()))
+    return max(len(sample) / max(count, 1), 1)
 
 
 def print_plan(config: BuildConfig, as_json: bool) -> None:

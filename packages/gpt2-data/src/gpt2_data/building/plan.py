@@ -10,6 +10,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from gpt2_data import vocabulary
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.disk import sha256
-from gpt2_data.sources import catalog, files, hub, pydocs
+from gpt2_data.sources import catalog, files, hub, opening, pydocs
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.download import WebFile
 from gpt2_data.sources.hub import HubSource, Listing
@@ -78,8 +80,10 @@ class Plan:
         return self._hash([[item.kind, digest] for item, digest in zip(self.inputs, hashes, strict=True)])
 
     def _hash(self, inputs: list[list[Any]]) -> str:
+        options = {(name, getattr(unit, name)) for unit in self.units for name in ("encoding", "split_on")}
         return _json_sha256(
-            {
+            {name: value for name, value in options if value is not None}
+            | {
                 "inputs": inputs,
                 "plan_version": PLAN_VERSION,
                 "tokenizer": self.tokenizer,
@@ -100,18 +104,31 @@ def make_plan(config: BuildConfig) -> Plan:
     """
     inputs: list[Input] = []
     pins: dict[str, dict[str, Any]] = {}
+    folders: dict[str, str] = {}  # of a file that a folder brought in
     for source in config.sources:
         if (on_hub := hub.parse(source)) is not None:
             inputs += _hub_inputs(config, source, on_hub, pins)
         else:
-            inputs += itertools.starmap(_local_input, catalog.expand(source))
+            some = list(itertools.starmap(_local_input, catalog.expand(source)))
+            inputs += some
+            if os.path.isdir(source):
+                folders |= {item.path: source for item in some}
+    names = Counter(item.name for item in inputs)
+    inputs = [
+        dataclasses.replace(item, name=_json_name(os.path.relpath(item.path, folders[item.path])))
+        if names[item.name] > 1 and item.path in folders
+        else item
+        for item in inputs
+    ]
+    if config.split_on is not None and not any(item.kind == "txt" for item in inputs):
+        raise ValueError("split_on is for text files, such as .txt and .md, and the source has none: leave it out")
     seen: set[str] = set()
     for item in inputs:
         real = item.path if item.kind == "stream" else os.path.realpath(item.path)
         if real in seen:
             raise ValueError(f"{item.name} is named twice, and its documents would be used twice: name it once")
         seen.add(real)
-    units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config.column))]
+    units = [dataclasses.replace(unit, index=i) for i, unit in enumerate(_cut(inputs, config))]
     if config.limit_docs is not None:
         units = list(_limited(units, config.limit_docs))
         used = {path for unit in units for path in unit.files}
@@ -136,13 +153,25 @@ def _local_input(kind: str, path: str) -> Input:
     if kind == "tinyshakespeare" and path == kind:
         path = str(hub.tinyshakespeare())
     status = os.stat(path)
-    return Input(kind, path, os.path.basename(path), status.st_size, status.st_mtime_ns)
+    return Input(kind, path, _json_name(os.path.basename(path)), status.st_size, status.st_mtime_ns)
+
+
+def _json_name(name: str) -> str:
+    r"""Return a file's name as JSON can hold it: a byte that is not UTF-8 is \xNN, and then a backslash is \\.
+
+    A name in which \xNN stands is written in the same way, so that no two names become one.
+    """
+    escaped = os.fsencode(name.replace("\\", r"\\")).decode("utf-8", "backslashreplace")
+    return escaped if re.search(r"\\x[0-9a-f]{2}", escaped) else name
 
 
 def check_unchanged(plan: Plan) -> None:
     """Raise ValueError if a file was touched since the plan was made."""
     for item in plan.inputs:
-        if item.remote is None and item.kind != "stream" and _local_input(item.kind, item.path) != item:
+        if item.remote is not None or item.kind == "stream":
+            continue
+        now = _local_input(item.kind, item.path)
+        if (now.bytes, now.mtime_ns, now.sha256) != (item.bytes, item.mtime_ns, item.sha256):
             raise ValueError(f"{item.path} was changed during the build: run the same command again")
 
 
@@ -178,18 +207,21 @@ def downloads(config: BuildConfig) -> Path:
     return folder
 
 
-def _cut(inputs: Sequence[Input], column: str) -> Iterator[Unit]:
+def _cut(inputs: Sequence[Input], config: BuildConfig) -> Iterator[Unit]:
     """Yield the units, not numbered yet."""
     for kind, items in itertools.groupby(inputs, lambda item: item.kind):
         if kind != "txt":
             for item in items:
-                yield from _cut_file(item, Unit(0, kind, (item.path,), column=column))
+                whole = Unit(0, kind, (item.path,), column=config.column, encoding=config.encoding)
+                yield from _cut_file(item, whole)
             continue
         texts = list(items)  # many small files make a unit
         sizes = [_text_bytes(item) for item in texts]
         for start, stop in _ranges(sizes, UNIT_BYTES, UNIT_FILES):
             paths = tuple(item.path for item in texts[start:stop])
-            yield Unit(0, "txt", paths, documents=len(paths), text_bytes=sum(sizes[start:stop]))
+            count = len(paths) if config.split_on is None else None
+            whole = Unit(0, "txt", paths, encoding=config.encoding, split_on=config.split_on)
+            yield dataclasses.replace(whole, documents=count, text_bytes=sum(sizes[start:stop]))
 
 
 def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
@@ -199,7 +231,9 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
     elif item.kind == "pydocs":
         documents, unit_bytes = [(1, len(text)) for _, text in pydocs.documents()], PYDOCS_UNIT_BYTES
     else:
-        if item.kind == "jsonl":
+        if item.kind in ("json", "csv"):
+            yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
+        elif item.kind == "jsonl":
             yield from _cut_lines(item, whole)
         elif item.kind == "stream":
             count = hub.num_shards(Listing.from_json(json.loads(item.path)))
@@ -213,8 +247,9 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
 
 
 def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
-    """Yield byte ranges that begin at line starts, or all of a compressed file, which is read from its start."""
-    if files.is_compressed(item.path) or item.bytes <= UNIT_BYTES:
+    """Yield byte ranges that begin at line starts, or all of a file that can only be read from its start."""
+    small = item.bytes <= UNIT_BYTES
+    if small or opening.is_compressed(item.path) or not opening.is_utf8(item.path, whole.encoding):
         yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
         return
     start = 0
@@ -237,7 +272,7 @@ def _ranges(sizes: Sequence[int], unit_bytes: int, most: int | None = None) -> I
 
 
 def _text_bytes(item: Input) -> int:
-    return item.bytes * (_COMPRESSION if files.is_compressed(item.path) else 1)
+    return item.bytes * (_COMPRESSION if opening.is_compressed(item.path) else 1)
 
 
 def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
@@ -248,7 +283,8 @@ def _limited(units: list[Unit], limit: int) -> Iterator[Unit]:
             count = sum(batch.documents for batch in catalog.read(dataclasses.replace(unit, limit=limit + 1)))
         if count > limit:
             text = unit.text_bytes * limit // count
-            short = {"files": unit.files[:limit]} if unit.kind == "txt" else {"limit": limit}
+            one_each = unit.kind == "txt" and unit.split_on is None
+            short = {"files": unit.files[:limit]} if one_each else {"limit": limit}
             unit = dataclasses.replace(unit, documents=limit, text_bytes=text, **short)
         yield unit
         limit -= count

@@ -33,6 +33,8 @@ class Receipt:
             a processor without instructions for it.
         documents_replaced: documents that had bytes which are not UTF-8.
         sha256: path -> the hash in hex of each of the task's `hashed` files.
+        replaced_in: the files of these documents.
+        end_marks: how often <|endoftext|> stands in text files that are not split.
     """
 
     plan: str
@@ -43,6 +45,8 @@ class Receipt:
     documents_replaced: int
     text_bytes: int
     sha256: dict[str, str]
+    replaced_in: tuple[str, ...] = ()
+    end_marks: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         return receipt, False
     hashes, encoder = {path: sha256(Path(path)) for path in task.hashed}, task.encoder
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
-    counts = Counter(tokens=0, documents=0, documents_empty=0, documents_replaced=0, text_bytes=0)
+    replaced_in: dict[str, None] = {}
+    count_marks = task.unit.kind == "txt" and task.unit.split_on is None
+    counts = Counter(end_marks=0, tokens=0, documents=0, documents_empty=0, documents_replaced=0, text_bytes=0)
     with (
         write_whole(task.file("u16"), durable=False) as tokens_file,
         write_whole(task.file("u64"), durable=False) as lengths_file,
@@ -102,6 +108,11 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 lengths_file.write(pending.astype(OFFSET, copy=False).data)
                 pending = lengths
             tokens_file.write(tokens.astype(TOKEN, copy=False).data)
+            if batch.replaced and task.unit.kind != "stream":
+                replaced_in |= dict.fromkeys(batch.replaced_in or task.unit.files[:1])
+            if count_marks:
+                text = tokenizer.text_buffers(batch.texts)[0]
+                counts["end_marks"] += bytes(text.data).count(b"<|endoftext|>")
             counts.update(
                 tokens=len(tokens),
                 documents=batch.documents,
@@ -110,7 +121,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 text_bytes=batch.text_bytes,
             )
         lengths_file.write(pending.astype(OFFSET, copy=False).data)
-    receipt = Receipt(plan=task.plan, crc32=_crc32(task), sha256=hashes, **counts)
+    receipt = Receipt(plan=task.plan, crc32=_crc32(task), sha256=hashes, replaced_in=tuple(replaced_in), **counts)
     with write_whole(task.file("json"), durable=False) as file:
         file.write(json.dumps(dataclasses.asdict(receipt)).encode())
     task.file("at").unlink(missing_ok=True)

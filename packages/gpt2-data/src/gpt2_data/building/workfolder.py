@@ -5,9 +5,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gpt2_data.formats.verification import verify
 from gpt2_data.sources import hub
 
 HISTORY = "build.jsonl"
+_WORTH_KEEPING = 100_000_000  # bytes of tokens, which took a core half a minute with tiktoken
 
 
 def check(config: BuildConfig) -> None:
@@ -44,26 +46,36 @@ def check(config: BuildConfig) -> None:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Lock the folder for one build; if the block fails before anything is done, remove it. Raises disk.Busy."""
-    work, is_new = out / WORK, not out.exists()
-    with _lock_file(work, "lock"):
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with _lock_file(out / WORK, "lock"):
         try:
             yield
         except BaseException:
-            begun = [path.name for path in work.glob("*") if path.name not in ("lock", vocabulary.FILE_NAME)]
-            if all(name.startswith("plan-") for name in begun):
-                shutil.rmtree(work, ignore_errors=True)
-            if is_new:
-                with contextlib.suppress(OSError):
-                    out.rmdir()  # refused if there is anything in it
+            _clean(out / WORK, new_folders)
             raise
+
+
+def _clean(work: Path, new_folders: Sequence[Path]) -> None:
+    """Remove the work folder if nothing in it is done, and then `new_folders` if they are empty."""
+    if all(path.name.startswith(("lock", "plan-", "hub-", vocabulary.FILE_NAME)) for path in work.glob("*")):
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()  # refused if there is anything in it
 
 
 @contextlib.contextmanager
 def shared(out: Path, number: int, count: int) -> Iterator[None]:
     """Lock the folder as part `number` of `count`, beside the other parts. Raises disk.Busy."""
     work = out / WORK
-    with _lock_file(work, "lock", shared=True), _lock_file(work, f"lock-{number}-of-{count}"):
-        yield
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with _lock_file(work, "lock", shared=True), _lock_file(work, f"lock-{number}-of-{count}"):
+            yield
+    except ValueError:
+        with contextlib.suppress(disk.Busy), _lock_file(work, "lock"):  # no other part is at work
+            _clean(work, new_folders)
+        raise
 
 
 @contextlib.contextmanager
@@ -118,7 +130,15 @@ def prepare(config: BuildConfig, plan: Plan, alone: bool) -> None:
     disk.check_space(work, needed, "--out")
 
 
-def remove_temporaries(work: Path, names: list[str]) -> None:
+def discard(work: Path, names: Collection[str]) -> None:
+    """Remove the files of these units, unless they took long: their source was refused, and must change."""
+    paths = [path for path in work.glob("unit-*") if path.name.partition(".")[0] in names]
+    if sum(path.stat().st_size for path in paths) < _WORTH_KEEPING:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def remove_temporaries(work: Path, names: Collection[str]) -> None:
     """Remove the half-written files of these units, which no process writes any more."""
     for path in work.glob("*.tmp-*"):
         if path.name.partition(".")[0] in names:
@@ -137,7 +157,8 @@ def options(config: BuildConfig) -> dict[str, object]:
     """Return the options that the bytes depend on, besides the source."""
     seed = config.seed if config.order == "shuffled" else None
     names = ("format", "order", "shard_size", "val_tokens", "limit_docs", "column", "compat")
-    return {name: getattr(config, name) for name in names} | {"seed": seed}
+    later = {name: value for name in ("encoding", "split_on") if (value := getattr(config, name)) is not None}
+    return {name: getattr(config, name) for name in names} | {"seed": seed} | later
 
 
 def totals(receipts: Sequence[Receipt]) -> dict[str, int]:
@@ -166,12 +187,17 @@ def find_finished(config: BuildConfig, request: str, make_plan: Callable[[], Pla
     if not (out / FILE_NAME).exists():
         return None
     dataset = manifest.load(out)
-    for key, value in options(config).items():
-        here = dataset.options.get(key)
+    wanted = options(config)
+    for key in wanted | dataset.options:
+        here, value = (
+            "none" if item is None else str(item).encode("unicode_escape").decode()
+            for item in (dataset.options.get(key), wanted.get(key))
+        )
         if here != value:
-            flag = f"add --{key.replace('_', '-')} {here} to keep it, or choose" if here is not None else "choose"
+            keep = f"add --{key.replace('_', '-')} {shlex.quote(here)} to keep it, or choose"
             raise ValueError(
-                f"{out} holds another dataset (its {key} is {here}, {value} is wanted): {flag} another --out"
+                f"{out} holds another dataset (its {key} is {here}, {value} is wanted): "
+                f"{keep if here != 'none' else 'choose'} another --out"
             )
     if dataset.tokenizer != vocabulary.identity(config.vocabulary):
         raise ValueError(f"{out} holds another dataset (its tokenizer is another): choose another --out")

@@ -1,25 +1,33 @@
 """Where documents come from: `expand` turns a SOURCE into files, `read` turns a work unit into documents.
 
 A source is read one unit at a time (plan.py cuts them), as a stream of batches in the source's own order. A new
-kind of file needs an entry in ENDINGS, a branch in _parts, a reader in files.py, and a cut in plan.py.
+kind of file needs an entry in KINDS, a branch in _parts, a reader in files.py, and a cut in plan.py.
 """
 
 import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from gpt2_data.sources import files, pydocs
+from gpt2_data.sources import files, opening, pydocs
 from gpt2_data.sources.files import Batch, Part
 
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz")
+_TABLES = {"parquet": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "tsv": "csv"}
+_TEXT = "txt text md markdown rst tex org"
+_CODE = "py pyi c h cc cpp hpp cu java js jsx ts tsx go rs rb php sh sql r jl lua pl scala swift kt cs hs"
+KINDS = _TABLES | dict.fromkeys(f"{_TEXT} {_CODE}".split(), "txt")  # by the ending of a file's name
+TAKEN = (
+    f".{' .'.join([*_TABLES, *_TEXT.split()])}, source code such as .py .c .js, "
+    f"and all but .parquet also with {' '.join(opening.COMPRESSED)}"
+)
 KNOWN = (
     "fineweb-edu, fineweb, hf:REPO[@REVISION][:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
-    f"and files or globs ending in {' '.join(ENDINGS)}"
+    f"and folders, files or globs of {TAKEN}"
 )
+_LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,16 @@ class Unit:
     """A piece of work: a range of one source's documents. What is in it depends on the source alone.
 
     Attributes:
-        kind: parquet, jsonl, txt, pydocs, tinyshakespeare or stream.
+        kind: parquet, jsonl, json, csv, txt, pydocs, tinyshakespeare or stream.
         files: one path, several for txt; for stream, the Listing of the hub's files as JSON.
         start: first row group (parquet), byte (jsonl), shard (stream) or document (pydocs).
         stop: one past the last; 0 means the end.
         limit: read no more than this many documents.
         documents: how many there are, including empty ones; None if only reading would tell.
         text_bytes: the approximate size of the text, for progress and estimates.
+        column: of Parquet and CSV, or the key of the text in JSON.
+        encoding: of text files without a byte order mark; None: UTF-8.
+        split_on: what stands between the documents of a txt file; None: it is one document.
     """
 
     index: int
@@ -45,6 +56,8 @@ class Unit:
     documents: int | None = None
     text_bytes: int = 0
     column: str = "text"
+    encoding: str | None = None
+    split_on: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,21 +71,102 @@ class Unit:
 
 
 def expand(source: str) -> list[tuple[str, str]]:
-    """Return (kind, path) of each file of a SOURCE, globs sorted. Raises ValueError naming what is wrong."""
+    """Return (kind, path) of each file of a SOURCE, sorted if it is a glob or a folder.
+
+    Raises ValueError naming what is wrong.
+    """
+    return _expand(source)[0]
+
+
+def passed_over(source: str) -> list[str] | None:
+    """Return the files of a folder that `expand` leaves out, but for hidden ones; None if SOURCE is no folder."""
+    return _expand(source)[1] if os.path.isdir(source) else None
+
+
+def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
     if source in ("pydocs", "tinyshakespeare"):
-        return [(source, source)]
+        return [(source, source)], []
     if os.path.isdir(source):
-        raise ValueError(f"{source} is a folder: name the files in it, as in '{source.rstrip('/')}/*.parquet'")
-    kind = next((ending.split(".")[1] for ending in ENDINGS if source.endswith(ending)), None)
-    if kind is None:
-        raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
+        found, others = _walk(source)
+        if not found:
+            raise ValueError(f"{source} is a folder with no file in it that is taken: {TAKEN}")
+        return found, others
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
-        raise ValueError(f"no file matches {source!r}")
-    for path in paths:  # reading a pipe would wait; a device such as /dev/zero never ends
+        if _ending(source) in KINDS:
+            raise ValueError(f"no file matches {source!r}")
+        raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
+    found = []
+    seen = {os.path.realpath(path) for path in paths if not os.path.isdir(path)}
+    for path in paths:
+        if os.path.isdir(path) and _ending(path) not in KINDS:
+            found += _walk(path, seen)[0]  # a folder that a glob matches, perhaps beside the files in it
+            continue
+        # Reading a pipe would wait; a device such as /dev/zero never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")
-    return [(kind, path) for path in paths]
+        if (kind := _kind(path)) is None:
+            what = "is one JSON object, not an array of them or one a line" if _ending(path) == "json" else ""
+            raise ValueError(f"{path} {what or 'is of a kind that is not taken'}: taken are {TAKEN}")
+        found.append((kind, path))
+    if not found:
+        raise ValueError(f"no file that is taken matches {source!r}: taken are {TAKEN}")
+    return found, []
+
+
+def _walk(folder: str, seen: set[str] | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return (kind, path) of a folder's files, and the paths of those that are of no known kind, both sorted.
+
+    Links are followed, and no file is taken twice: `seen` are the true paths of those that were. Hidden files and
+    folders, and datasets, are passed over.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    paths, others = [], []
+    seen = set() if seen is None else seen
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        is_dataset = {"dataset.json", "build.jsonl"} <= set(names)
+        if is_dataset:
+            others.append(os.path.join(root, ""))
+        if is_dataset or os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted((name for name in folders if name[0] != "."), key=os.fsencode)
+        paths += [os.path.join(root, name) for name in names if name[0] != "."]
+    found = []
+    for path in sorted(paths, key=os.fsencode):
+        kind = _kind(path) if os.path.isfile(path) else None
+        if kind is None:
+            others.append(path)
+        elif (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            found.append((kind, path))
+    return found, others
+
+
+def _ending(path: str) -> str:
+    """Return what a file's name says of its kind: "txt" of a.TXT.gz."""
+    stem, ending = os.path.splitext(os.path.basename(path).lower())
+    inner = os.path.splitext(stem)[1] if ending in opening.COMPRESSED else ending
+    return "" if inner == ".parquet" != ending else inner[1:]
+
+
+def _kind(path: str) -> str | None:
+    """Return a file's kind; None if it is of no known kind. Raises ValueError if it is a pointer of git-lfs."""
+    kind = KINDS.get(_ending(path))
+    if kind is not None and os.path.getsize(path) < 1024:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise ValueError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
+    if kind == "json":
+        with opening.open_bytes(path) as file:
+            start = file.read(4096).lstrip(b"\xef\xbb\xbf\xfe\xff\0 \t\r\n")
+        if not start.startswith(b"["):  # C4's .json has JSON lines; `{` alone begins one object of many lines
+            kind = None if re.match(rb"\{\0*[ \t\0]*[\r\n]", start) else "jsonl"
+    return kind
 
 
 def read(unit: Unit) -> Iterator[Batch]:
@@ -83,27 +177,34 @@ def read(unit: Unit) -> Iterator[Batch]:
         batches = files.gather(_parts(unit))
     remaining = unit.limit
     for batch in batches:
-        if remaining is not None:
-            if batch.documents >= remaining:
-                yield batch.rows(0, remaining)
+        if remaining is not None and not batch.continues:
+            if remaining == 0:
                 return
+            more = batch.documents - remaining
+            batch = batch.rows(0, min(remaining, batch.documents))
             remaining -= batch.documents
+            if more > 0 or (remaining == 0 and unit.kind != "txt"):  # the rest of a long text may follow
+                yield batch
+                return
         yield batch
 
 
 def _parts(unit: Unit) -> Iterator[Part]:
     path = unit.files[0]
     if unit.kind == "jsonl":
-        yield from files.read_jsonl(path, unit.column, unit.start, unit.stop)
+        yield from files.read_jsonl(path, unit.column, unit.start, unit.stop, unit.encoding)
+    elif unit.kind == "json":
+        yield from files.read_json(path, unit.column, unit.encoding)
+    elif unit.kind == "csv":
+        yield from files.read_csv(path, unit.column, unit.encoding)
     elif unit.kind == "txt":
         for path in unit.files:
-            yield from files.read_text(path)
+            for part in files.read_text(path, unit.encoding, unit.split_on or ""):
+                yield part._replace(path=path) if part.replaced else part
     elif unit.kind == "pydocs":
         yield from (Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
     elif unit.kind == "tinyshakespeare":  # documents as llm.c has them: between blank lines, with the blank line
-        texts = Path(path).read_text(encoding="utf-8").split("\n\n")
-        for i, text in enumerate(texts, 1):
-            yield Part(text + "\n\n" * (i < len(texts)))
+        yield from files.read_text(path, separator="\n\n", keep=True)
     else:
         from gpt2_data.sources import hub  # takes half a second to import, and is only needed here
 
@@ -117,6 +218,6 @@ def document_name(unit: Unit, number: int) -> str:
     if unit.kind == "parquet":
         rows = sum(rows for rows, _ in files.row_groups(path, unit.column)[: unit.start])
         return f"{path}: row {rows + number:,}, counted from 0"
-    if unit.kind == "txt" and number < len(unit.files):
+    if unit.kind == "txt" and unit.split_on is None and number < len(unit.files):
         return unit.files[number]
     return f"{unit.name}: document {number:,} of it, counted from 0"

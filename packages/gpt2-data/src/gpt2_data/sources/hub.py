@@ -20,6 +20,7 @@ import tqdm
 from gpt2_data import disk
 from gpt2_data.sources import download, files
 from gpt2_data.sources.download import READ_TIMEOUT, WebFile
+from gpt2_data.sources.opening import first_line
 
 SHORT = {name: (f"HuggingFaceFW/{name}", "sample-10BT") for name in ("fineweb-edu", "fineweb")}
 
@@ -301,5 +302,5 @@ def _one_line_errors(listing: Listing) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = files.first_line(error) or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise ValueError(f"hub dataset {listing.repo}: {reason}") from error
