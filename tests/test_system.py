@@ -86,7 +86,7 @@ def test_home_in_every_path(home, tiny_hf_folder, monkeypatch) -> None:
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
 def test_a_terminal_that_cannot_show_a_character(home, tiny_hf_folder, monkeypatch, encoding) -> None:
     """openai/gpt-2 #52: text broke off at the first character that the terminal's encoding lacks."""
-    invoke("gpt2_data", "build", "~/text.txt", "--out", "~/built")
+    invoke("gpt2_data", "build", "~/text.txt", "--out", "~/built", "--val-tokens", 0)
     shown = run("", "gpt2_data", "show", "~/built", PYTHONIOENCODING=encoding)
     assert (shown.returncode, shown.stderr) == (0, b"")
     assert b"Gr" in shown.stdout
@@ -141,7 +141,7 @@ NOBODY = {"HOME": None, "XDG_CACHE_HOME": None, "USER": None, "LOGNAME": None}
 
 def test_a_user_without_a_name_or_a_home(home) -> None:
     """pytorch #140765: a container's unknown user id, no HOME: a traceback from Path.home."""
-    built = run(NO_HOME, "gpt2_data", "build", "../text.txt", "--out", "built", "--workers", 2, **NOBODY)
+    built = run(NO_HOME, "gpt2_data", "build", "../text.txt", "--out", "built", "--val-tokens", 0, **NOBODY)
     assert (built.returncode, built.stderr) == (0, b"")
     words = "no home folder"
     one_line(run(NO_HOME, "gpt2_data", "build", "tinyshakespeare", "--out", "x", **NOBODY), 1, words)
@@ -168,7 +168,7 @@ def test_file_systems_without_locks_or_fsync(home, monkeypatch, capsys, number) 
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(os, "fsync", no_sync)
-    built = invoke("gpt2_data", "build", "~/text.txt", "--out", "~/built")
+    built = invoke("gpt2_data", "build", "~/text.txt", "--out", "~/built", "--val-tokens", 0)
     assert built.exit_code == 0
     where = home / "built" / ".build"
     reason = f"{where} cannot be locked ({os.strerror(number)})"

@@ -102,12 +102,12 @@ def test_the_largest_id_is_the_one_that_is_there(write):
     assert [shard.max_token for shard in open_dataset(where).manifest.shards] == [62, 64]
     from gpt2_model import GPTConfig
     from gpt2_train import TrainConfig
-    from gpt2_train.setup import check_shape
+    from gpt2_train.start import check_shape
 
     config, dataset = TrainConfig(data=str(where), out="x", seq_len=2), open_dataset(where)
-    check_shape(config, GPTConfig(vocab_size=65), dataset, None)
+    check_shape(config, GPTConfig(vocab_size=65), dataset, None, 1)
     with pytest.raises(ValueError, match="holds token id 64, and the model's vocabulary ends at 63"):
-        check_shape(config, GPTConfig(vocab_size=64), dataset, None)
+        check_shape(config, GPTConfig(vocab_size=64), dataset, None, 1)
 
 
 def test_a_loader_that_is_left_open_is_silent_at_the_end(write):

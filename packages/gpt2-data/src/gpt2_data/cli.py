@@ -199,7 +199,7 @@ def _some(paths: Sequence[str]) -> str:
 
 
 @main.command()
-@click.argument("source", nargs=-1, type=click.Path(readable=False))
+@click.argument("source", nargs=-1, type=UserPath(readable=False))
 @click.option("--vocab-size", **SIZE, required=True, help="Number of all ids; 0 for bytes alone.")
 @click.option("--out", **FOLDER, required=True, help="Tokenizer folder to create.")
 @click.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
@@ -348,7 +348,5 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
     if as_json:
         print_json({**vars(result), "out": str(out)})
         return
-    if result.tokenizer_lost:
-        click.echo(f"warning: {to} carries no tokenizer: keep {dataset / 'tokenizer.json'} with it", err=True)
     files = f"{plural(result.files, 'file')} ({result.format})"
     click.echo(f"{out}: {plural(result.tokens, 'token')} in {files}, {format_bytes(result.bytes)}")

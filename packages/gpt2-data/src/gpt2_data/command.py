@@ -47,9 +47,9 @@ class Group(click.Group):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
+        for stream, errors in (sys.stdout, "replace"), (sys.stderr, "backslashreplace"):  # stderr names files
             with suppress(AttributeError):  # None if there is no such stream
-                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+                stream.reconfigure(errors=errors)  # type: ignore[union-attr]
         return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -40,7 +40,6 @@ class ConvertResult:
     tokens: int
     files: int
     bytes: int
-    tokenizer_lost: bool = False  # the dataset has a vocabulary of its own, and the format carries none
 
 
 def convert(
@@ -88,8 +87,7 @@ def convert(
         work.rename(target)  # takes the place of an empty folder
         (target / ".lock").unlink()
     disk.sync_folder(target.parent)
-    lost = dataset.tokenizer is not None and to not in ("llmc", "arrow")
-    return ConvertResult(out, to, job.written, len(files), size, lost)
+    return ConvertResult(out, to, job.written, len(files), size)
 
 
 @contextlib.contextmanager

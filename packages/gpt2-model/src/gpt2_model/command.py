@@ -115,9 +115,9 @@ class Program(click.Command):
     """A command whose output no terminal's encoding ends, and which Ctrl-C ends with 130 and no traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
+        for stream, errors in (sys.stdout, "replace"), (sys.stderr, "backslashreplace"):  # stderr names files
             with suppress(AttributeError):  # None if there is no such stream
-                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+                stream.reconfigure(errors=errors)  # type: ignore[union-attr]
         return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
