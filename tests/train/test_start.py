@@ -1,12 +1,15 @@
 """What stops or warns a start, and that `--dry-run` sees the same: each case is planned, then started."""
 
+import os
+import shutil
 import subprocess
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny_run import TINY, flags
+from tiny_run import TINY, flags, losses
 
 import gpt2_train.memory
 from gpt2_model import GPT
@@ -121,6 +124,24 @@ def test_what_stops_a_run_stops_its_dry_run(dataset, monkeypatch, fault) -> None
     assert line.startswith("Error: ")
     assert line in said
     assert "Traceback" not in plan + said
+
+
+def test_a_colleague_resumes_a_run(dataset, monkeypatch) -> None:
+    """The folder is the group's, and .lock and the logs are writable for their owner alone."""
+    with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are closed to others
+        monkeypatch.chdir(shared)
+        shutil.copytree(dataset, "data")
+        settings = {**TINY, "data": "data", "out": "run", "eval_every": 4}
+        assert train(TrainConfig(**{**settings, "steps": 4})) == 0
+        for path in (Path(), Path("run"), *Path("run").rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o444)
+        try:
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            assert train(TrainConfig(**{**settings, "steps": 8})) == 0
+        finally:
+            os.seteuid(os.getuid())
+        assert [step for step, _ in losses(Path("run"))] == list(range(1, 9))
 
 
 def test_no_validation_and_a_run_that_is_done_are_said_by_both(dataset, runs) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 # (sbatch --signal).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STDERR = 2
+TICK = 0.2  # seconds between two looks of the watchdog
 FIRST_SECONDS = 1800.0  # limit for work that was never timed: the first step compiles
 WINDOW = 128  # the last steps, which define what is usual, as in llm.c and OLMo
 FEWEST = 20  # with fewer steps a deviation means nothing
@@ -86,14 +87,17 @@ class Watchdog:
     """Ends this process, with exit code 1, when the work it watches takes much longer than usual.
 
     The limit is `seconds` (0: no limit) or, if longer, ten times the median of the last times. One process that
-    hangs leaves the others waiting in their next exchange, so each notices by itself and prints its own stacks. A
-    Python thread says where training is. If the interpreter's lock is held, faulthandler's own thread, which needs
-    no lock, prints the stacks two seconds later and exits.
+    hangs leaves the others waiting in their next exchange, so each notices by itself and prints its own stacks.
+    The time in which the process was stopped (Ctrl-Z, SIGSTOP) does not count.
+
+    A Python thread keeps the time. Where the interpreter's lock is held, it cannot run, and faulthandler's thread,
+    which needs no lock, prints the stacks and exits after ten times `seconds`. That one counts a stop as well.
     """
 
     def __init__(self, rank: int, seconds: float, onward: Callable[[], str] = lambda: "resumes") -> None:
         self.rank, self.seconds, self.onward = rank, seconds, onward  # onward: says what the same command does
         self._times: dict[str, deque[float]] = {}
+        self._stopped = 0.0  # seconds in which this process did not run
         self._deadline = float("inf")
         self._what = ""
         self._closed = threading.Event()
@@ -104,34 +108,42 @@ class Watchdog:
     @contextmanager
     def watching(self, what: str, step: int, first_seconds: float = FIRST_SECONDS) -> Iterator[None]:
         """Watch the work in the block; while `what` was never timed, the limit is at least `first_seconds`."""
-        if not self.seconds:
-            yield
-            return
         times = self._times.setdefault(what, deque(maxlen=64))
-        limit = max(self.seconds, 10 * median(times)) if times else max(self.seconds, first_seconds)
-        started = time.monotonic()
+        limit = max(self.seconds, 10 * median(times) if times else first_seconds)
+        started = self._now()
         self._what = f"no progress for {limit:.3g} s in step {step} ({what})"
         self._deadline = started + limit
-        if limit < 3e6:  # more does not fit into faulthandler's clock
-            faulthandler.dump_traceback_later(limit + 2, exit=True, file=STDERR)
         try:
             yield
         finally:
-            faulthandler.cancel_dump_traceback_later()
             self._deadline = float("inf")
-        times.append(time.monotonic() - started)
+        times.append(self._now() - started)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._stopped
 
     def _watch(self) -> None:
-        while not self._closed.wait(0.2):
-            if time.monotonic() > self._deadline:
-                text = f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n"
-                _write_stderr(text)
-                faulthandler.dump_traceback(file=STDERR, all_threads=True)
-                with suppress(Exception):  # whatever the disk says: this thread must come to its end
-                    _write_stderr(f"the same command {self.onward()}\n")
-                    sys.stdout.flush()
-                time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
-                os._exit(1)
+        last = armed = -float("inf")
+        while not self._closed.wait(TICK):
+            now = time.monotonic()
+            if 1 < now - last < float("inf"):
+                self._stopped += now - last - TICK
+            if now - armed > 1:
+                faulthandler.dump_traceback_later(min(max(10 * self.seconds, 5), 3e6), exit=True, file=STDERR)
+                armed = now
+            last = now
+            if self._now() > self._deadline:
+                self._end()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self) -> None:
+        _write_stderr(f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n")
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
+        with suppress(Exception):  # whatever the disk says: this thread must come to its end
+            _write_stderr(f"the same command {self.onward()}\n")
+            sys.stdout.flush()
+        time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
+        os._exit(1)
 
 
 @dataclass

@@ -314,7 +314,9 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
                 evaluated.add(row["step"])
             if row["step"] in evaluated or (path.name == "metrics.jsonl" and row["step"] <= first_step):
                 lines.append(line + b"\n")
-        if (remaining := b"".join(lines)) != content:
+        remaining = b"".join(lines)
+        ours = not path.exists() or os.access(path, os.W_OK, effective_ids=True)
+        if remaining != content or not ours:  # our copy takes the place of another user's file
             with write_whole(path) as file:
                 file.write(remaining)
     return evaluated, broken
