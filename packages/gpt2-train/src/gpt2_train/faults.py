@@ -37,7 +37,6 @@ class StopSignal:
     def __init__(self) -> None:
         self._number = 0
         self._when = 0.0
-        self.what_ends = "the start"  # "the step" once there are steps
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -45,7 +44,7 @@ class StopSignal:
         """The signal's number, or 0."""
         if not self._number and self._launcher and os.getppid() != self._launcher:
             self._number = signal.SIGTERM
-            _write_stderr(f"rank {this_rank()}: torchrun (process {self._launcher}) has died: stopping\n")
+            write_stderr(f"rank {this_rank()}: torchrun (process {self._launcher}) has died: stopping\n")
         return self._number
 
     @contextmanager
@@ -62,13 +61,12 @@ class StopSignal:
     def _note(self, number: int, _frame: Any) -> None:
         if self._number and number == signal.SIGINT and time.monotonic() - self._when > 1:
             if this_rank() == 0:
-                _write_stderr("ended at once; the same command resumes from the last checkpoint\n")
+                write_stderr("ended at once; the same command resumes from the last checkpoint\n")
             os._exit(128 + number)
         if not self._number:
             self._number, self._when = number, time.monotonic()
             if number == signal.SIGINT and this_rank() == 0:
-                saving = ", then saving" if self.what_ends == "the step" else ""
-                _write_stderr(f"finishing {self.what_ends}{saving}; Ctrl-C again ends at once without saving\n")
+                write_stderr("finishing the step, then saving; Ctrl-C again ends at once without saving\n")
 
 
 def this_rank() -> int:
@@ -76,7 +74,7 @@ def this_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _write_stderr(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write without Python's stream, which a signal may have interrupted; a terminal may be gone, a pipe stuck."""
     with suppress(OSError, ValueError):
         if select.select([], [STDERR], [], 0.0)[1]:
@@ -137,10 +135,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:
-        _write_stderr(f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n")
+        write_stderr(f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         with suppress(Exception):  # whatever the disk says: this thread must come to its end
-            _write_stderr(f"the same command {self.onward()}\n")
+            write_stderr(f"the same command {self.onward()}\n")
             sys.stdout.flush()
         time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
         os._exit(1)
