@@ -170,9 +170,7 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             line = error.object[: error.start].count(b"\n") + 1
             raise ValueError(f"{source}, line {line}, is not UTF-8 text: save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
-            last = len(source.read_bytes().splitlines())
-            problem = str(error).replace("end of document", f"the end, line {last}")
-            raise ValueError(f"{source} is not valid TOML: {problem}") from None
+            raise ValueError(f"{source} is not valid TOML: {error}") from None
         if isinstance(own.get("model"), dict):
             own["model"] = merged.get("model", {}) | own["model"]
         merged |= own
