@@ -181,9 +181,7 @@ def test_a_folder_that_cannot_be_emptied_does_not_end_the_run(tmp_path, runs, co
     # The same command starts, and saves, while the folder stays.
     assert runs.run(out, fault, ranks=ranks) == 0, runs.said(out)
     (stuck,) = (out / "checkpoints").glob(".tmp*")
-    assert (
-        runs.said(out).count(f"warning: {stuck}, which is no checkpoint, cannot be deleted") == 2
-    )  # once a start
+    assert runs.said(out).count(f"warning: {stuck} cannot be deleted") == 2  # once a start
     assert good_steps(out) == [54, 57, 60]
     runs.must_finish_as_whole(out, ranks=ranks)  # which deletes it
 
@@ -193,7 +191,7 @@ def test_a_folder_that_cannot_be_renamed_stays_whole_and_is_not_counted(tmp_path
     out = tmp_path / "run"
     assert runs.run(out, ("stuck_folder", {"text": "/step-00000009", "code": "EBUSY"})) == 0, runs.said(out)
     assert good_steps(out) == [9, 54, 57, 60]
-    assert runs.said(out).count("which is beyond --keep, cannot be deleted (Device or resource busy)") == 1
+    assert runs.said(out).count(f"{checkpoint(out, 9)} cannot be deleted (Device or resource busy)") == 1
     runs.must_finish_as_whole(out)
 
 
@@ -206,7 +204,7 @@ def test_an_unwritten_folder_that_cannot_be_emptied_does_not_stop_the_next_save(
         ("stuck_folder", {"text": ".tmp-step", "code": "EIO"}),
         leaves=True,
     )
-    assert runs.run(out, ("stuck_folder", {"text": ".tmp-step-00000009/", "code": "EIO"})) == 0, runs.said(out)
+    assert runs.run(out, ("stuck_folder", {"text": ".tmp-step-00000009", "code": "EIO"})) == 0, runs.said(out)
     assert good_steps(out) == [54, 57, 60]
 
 
@@ -219,7 +217,7 @@ def test_samples_and_validations_that_fail_do_not_end_the_run(tmp_path, runs, ra
         ("broken_validation", {"number": 4 // ranks + 1, "rank": ranks - 1}),
     ]
     assert runs.run(out, *faults, ranks=ranks, eval_tokens=512) == 0, runs.said(out)
-    assert runs.said(out).count("samples are missing (RuntimeError: planted); training continues") == 1
+    assert runs.said(out).count("no samples (RuntimeError: planted); training continues") == 1
     assert "warning: step 12: no validation loss (" in runs.said(out)
     assert [row["step"] for row in rows(out, "val_loss")] == [0, 24, 36, 48, 60]  # 4 batches each
     assert [row["loss"] for row in rows(out)] == [row["loss"] for row in rows(runs.whole(ranks))]

@@ -11,10 +11,10 @@ from train_faults import PLANTED, command_line, good_steps, planted, rows, wait_
 LIMITS = {"hang_seconds": 2}
 
 
-@pytest.mark.parametrize(("do", "ranks"), [("sleep", 2), ("hold the GIL", 1)])
-def test_a_rank_that_hangs(tmp_path, runs, do, ranks) -> None:
-    out = tmp_path / "run"
-    children = runs.begin(out, ("in_update", {"step": 20, "do": do, "rank": ranks - 1}), ranks=ranks, **LIMITS)
+@pytest.mark.parametrize(("do", "ranks", "seconds"), [("sleep", 2, 2), ("hold the GIL", 1, 0.8)])
+def test_a_rank_that_hangs(tmp_path, runs, do, ranks, seconds) -> None:
+    out, fault = tmp_path / "run", ("in_update", {"step": 20, "do": do, "rank": ranks - 1})
+    children = runs.begin(out, fault, ranks=ranks, hang_seconds=seconds)
     wait_for_step(out, 19)
     began = time.monotonic()
     codes = runs.codes(children, 20)
@@ -42,6 +42,18 @@ def test_a_rank_that_is_stopped(tmp_path, runs) -> None:
     assert children[1].wait(20) != 0
     assert good_steps(out)[-1] in (15, 18)
     runs.must_finish_as_whole(out, ranks=2)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, runs) -> None:
+    """Ctrl-Z, and fg after longer than --hang-seconds: the time in between is no hang."""
+    out = tmp_path / "run"
+    (child,) = runs.begin(out, ("slow_steps", {"seconds": 0.02}), hang_seconds=1)
+    wait_for_step(out, 10)
+    child.send(signal.SIGSTOP)
+    time.sleep(2.5)
+    assert len(rows(out)) < 60
+    child.send(signal.SIGCONT)
+    assert child.wait(20) == 0, child.output()
 
 
 def test_a_bug_on_a_rank_does_not_wait_for_one_that_hangs(tmp_path, runs) -> None:

@@ -228,6 +228,6 @@ def test_nothing_is_silent_for_more_than_ten_seconds(tmp_path, runs) -> None:
     (step,) = runs.begin(out, ("in_update", {"step": 2, "do": "sleep"}), batch_tokens=128, micro_batch=4)
     (validation,) = runs.begin(tmp_path / "other", ("in_evaluation", {"number": 1, "do": "sleep"}))
     wait_until(lambda: "step 2: micro-batch 2 of 2, " in step.output(), 13)
-    wait_until(lambda: "step 0: validation, " in validation.output(), 3)
+    wait_until(lambda: "step 0: validation loss, " in validation.output(), 3)
     for child in (step, validation):
         child.send(signal.SIGKILL)

@@ -15,8 +15,8 @@ def open_log(folder: Path, first_step: int = -1, world_size: int = 1, enabled: b
     folder.mkdir(exist_ok=True)
     settings = {"steps": 100, "batch_tokens": 1000, "precision": "bf16", "eval_every": 5, **settings}
     world = World(int(not enabled), world_size, torch.device("cpu"))
-    log = RunLog(TrainConfig(out=str(folder), **settings), first_step, world)
-    log.evaluated = log.open() if enabled else None
+    log = RunLog(settings["steps"], world)
+    log.evaluated = log.open(TrainConfig(out=str(folder), **settings), first_step) if enabled else None
     return log
 
 

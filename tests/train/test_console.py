@@ -93,25 +93,12 @@ def test_a_line_of_a_long_run_fits_80_columns(tmp_path, capsys) -> None:
     assert len(line) < 80, line
 
 
-def test_a_validation_is_shown_on_a_terminal(tmp_path, monkeypatch) -> None:
-    terminal = Terminal(monkeypatch)
-    log = open_log(tmp_path)
-    log.working("step 0: validation")
-    log.train(train_row(1))
-    log.working("step 5: validation")
-    said = terminal.read()
-    assert "step 0: validation ..." in said
-    assert "1/100, step 5: validation" in said
-    log.close()
-    terminal.close()
-
-
 @pytest.mark.parametrize("on_terminal", [False, True])
 def test_long_work_is_shown_while_it_lasts(monkeypatch, capsys, on_terminal) -> None:
     """Nothing was said in a step of 128 micro-batches, nor in a validation, for over a minute."""
     monkeypatch.setattr(console, "QUIET_SECONDS", 1.0)
     terminal = Terminal(monkeypatch) if on_terminal else None
-    with closing(console.Console(100).watch()) as shown:
+    with closing(console.Console(100)) as shown:
         shown.doing("step 1: micro-batch", 3, 128)
         time.sleep(1.8)
     said = terminal.read() if terminal else capsys.readouterr().err

@@ -12,7 +12,7 @@ from tiny_run import TINY, flags
 from train_faults import SETTINGS, SHAPE
 
 import gpt2_train.memory
-from gpt2_model import GPT, flops_per_token
+from gpt2_model import flops_per_token
 from gpt2_train import RECIPES, TrainConfig, load_config, train
 from gpt2_train.cli import main
 from gpt2_train.memory import check_space, checkpoint_bytes, checkpoints_at_once, most_that_fit, peak_memory
@@ -89,57 +89,6 @@ def test_a_folder_that_hides_the_hubs_model_is_said_before_the_run(dataset, tmp_
     result = dry_run(dataset, "run", init="gpt2", peak_tflops=1.0)
     assert result.exit_code == 1
     assert "only 'README.md'; if you mean the hub's gpt2, write gpt2@main" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data": "nowhere"}, "nowhere"),
-        ({"micro_batch": "3"}, "do not divide into micro-batches of 3"),
-        ({"seq_len": 8192, "batch_tokens": 8192, "micro_batch": "1", "model": {"block_size": 8192}},
-         "a sample of seq_len 8192 needs 8,193"),
-        ({"model": {**TINY["model"], "vocab_size": 100}}, "the model's vocabulary ends at 99"),
-        ({"hellaswag": "missing.jsonl"}, "missing.jsonl"),
-        ({"init": "./no-model"}, "./no-model is neither a model folder"),
-        ({"out": f"{__file__}/run"}, f"{__file__} is not a folder"),
-        ({"model": {"n_embd": 100_000, "n_layer": 100, "n_head": 1}}, "of this machine's memory, and"),
-    ],
-)  # fmt: skip
-def test_a_failed_check_is_a_line_and_exit_1(dataset, tmp_path, changes, message) -> None:
-    settings = {"data": dataset, "out": tmp_path / "run", "peak_tflops": 1.0, **changes}
-    result = dry_run(settings.pop("data"), settings.pop("out"), **settings)
-    assert result.exit_code == 1
-    assert any(line.startswith("Error: ") and message in line for line in result.stderr.splitlines()), (
-        result.stderr
-    )
-    assert "parameters" in result.stdout  # the rest of the plan is there all the same
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_tokens": 72}, "a batch of 72 tokens does not divide into sequences of 16 on 1 process: use"),
-        ({"model": {}, "init": "gpt2-nosuch"}, "gpt2-nosuch"),
-        ({"model": {**SHAPE, "n_layer": 3}, "init": "START"}, "has another shape than --model"),
-        ({"model": {}, "init": "START", "seq_len": 64}, "longer than the context of START, 32: use --seq-len 32"),
-        ({"out": "DONE", "lr": 0.5}, "was trained with other settings (lr: 0.01 -> 0.5)"),
-        ({"out": "DONE", "resume": "never"}, "already contains a run, and --resume is never"),
-    ],
-)
-def test_what_stops_a_start_stops_the_dry_run(dataset, tmp_path, monkeypatch, changes, message) -> None:
-    monkeypatch.chdir(tmp_path)
-    GPT(TrainConfig(**TINY).model_config).save_pretrained(Path("START"))
-    if changes.get("out"):
-        assert train(TrainConfig(**{**TINY, "steps": 1}, data=str(dataset), out="DONE")) == 0
-    before = sorted(tmp_path.rglob("*"))
-    settings = {"out": "run", "peak_tflops": 1.0, "steps": 1, **changes}
-    out = settings.pop("out")
-    planned = dry_run(dataset, out, **settings)
-    started = CliRunner().invoke(main, flags(dataset, out, **settings))
-    assert started.exit_code in (1, 2)
-    assert message in started.stderr
-    assert (planned.exit_code, message in planned.stderr) == (started.exit_code, True), planned.output
-    assert sorted(tmp_path.rglob("*")) == before  # nor does a start that failed leave a folder behind
 
 
 def test_a_run_that_is_there_is_said(runs) -> None:

@@ -275,11 +275,15 @@ def locked(folder: Path) -> Iterator[None]:
     import socket
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    path = folder / ".lock"
+    # Another user's file can be locked, but not written.
+    ours = not path.exists() or os.access(path, os.W_OK, effective_ids=True)
+    with path.open("a+" if ours else "r") as file:
         _lock(file, folder, shared=False)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        if ours:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 

@@ -9,7 +9,6 @@ A checkpoint appears whole or not at all, its hashes are checked before any tens
 There is no generator state: data and samples depend on (seed, step) alone, and there is no dropout.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import safetensors
@@ -35,17 +35,13 @@ from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 FORMAT_VERSION = 2  # version 1, of gpt2-train 0.1.0, had a loader state that we no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-Warn = Callable[[str], None]  # says a text as a warning, once
+Warn = Callable[[str], None]  # says a warning once
 
 
 def write_checkpoint(
-    run: Path,
-    step: int,
-    model: GPT,
-    optimizer: Mapping[str, torch.Tensor],
-    trainer: Mapping[str, Any],
+    run: Path, step: int, model: GPT, optimizer: Mapping[str, torch.Tensor], trainer: Mapping[str, Any],
     warn: Warn = lambda _: None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write checkpoints/step-<step> of a run from tensors on the CPU, verify it, and return its path.
 
     Raises OSError if the disk is full or does not return what was written; older checkpoints stay untouched.
@@ -55,7 +51,7 @@ def write_checkpoint(
         raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     folder.parent.mkdir(exist_ok=True)
     remove_abandoned(run, warn)
-    temporary = _unused(folder.parent / f".tmp-{folder.name}")
+    temporary = _temporary(folder)
     try:
         temporary.mkdir()
         model.save_pretrained(temporary)
@@ -73,12 +69,11 @@ def write_checkpoint(
         if problems := verify_checkpoint(temporary):
             raise OSError(f"what the disk returns is not what was written: {problems[0]}")
         if folder.exists():  # a damaged one of this step, else the run would have resumed from it
-            _remove(folder, warn)
+            _delete(folder, warn)
         temporary.rename(folder)
         _fsync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        # ignore_errors: the folder may be gone with all of the run
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be gone with all of the run
         needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(existing(folder)).free
         sizes = f"about {needed:.3g} GB needed, {free:.3g} GB free"
         text = f"cannot write {folder}: {error} ({sizes}); the checkpoints before it are untouched"
@@ -103,29 +98,23 @@ def remove_abandoned(run: Path, warn: Warn) -> None:
 
 
 def _delete(folder: Path, warn: Warn) -> None:
-    """Delete what can be deleted of a folder that is no checkpoint (any more), and warn of the rest.
+    """Rename a folder, then delete it: what a kill in between leaves, or a disk keeps, is no checkpoint any more.
 
-    While another process reads a file, NFS keeps it in the folder as .nfsXXXX. This is no reason to stop a run.
+    What cannot be deleted is warned of: while another process reads a file, NFS keeps it as .nfsXXXX.
     """
-    with _warning(f"{folder}, which is no checkpoint, cannot be deleted", warn):
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if not folder.name.startswith(".tmp-"):
+            folder = folder.rename(_temporary(folder))
+        shutil.rmtree(folder, ignore_errors=True)  # as much as can be
         if folder.exists():
             shutil.rmtree(folder)
-
-
-@contextmanager
-def _warning(what: str, warn: Warn) -> Iterator[None]:
-    """Turn an OSError into a warning: making room is no part of saving."""
-    try:
-        yield
     except OSError as error:
-        warn(f"{what} ({error.strerror or error}); the run continues, and each save tries again")
+        warn(f"{folder} cannot be deleted ({error.strerror}); the run continues, and each save tries again")
 
 
-def _unused(path: Path) -> Path:
-    """Return the path, or one with a number behind it where a folder of that name could not be deleted."""
-    names = (path.with_name(path.name + (f"-{number}" if number else "")) for number in itertools.count())
-    return next(name for name in names if not name.exists())
+def _temporary(folder: Path) -> Path:
+    """Return a new name that no checkpoint has: a folder of an older one may be there and stay."""
+    return folder.with_name(f".tmp-{folder.name}-{token_hex(4)}")
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
@@ -249,21 +238,10 @@ def prune(run: Path, keep: int, verified: set[str], warn: Warn) -> None:
         return
     for folder in reversed(folders):
         if good == keep:
-            with _warning(f"{folder}, which is beyond --keep, cannot be deleted", warn):
-                _remove(folder, warn)
+            _delete(folder, warn)
         elif folder.name in verified or not verify_checkpoint(folder):
             verified.add(folder.name)
             good += 1
-
-
-def _remove(folder: Path, warn: Warn) -> None:
-    """Rename, then delete: what a kill in between leaves, or a disk keeps, does not look like a checkpoint.
-
-    Raises OSError if it cannot be renamed; it is whole then.
-    """
-    doomed = _unused(folder.with_name(f".tmp-old-{folder.name}"))
-    folder.rename(doomed)
-    _delete(doomed, warn)
 
 
 @contextmanager

@@ -14,23 +14,11 @@ import click
 from click.core import ParameterSource
 from click_option_group import GroupedOption, optgroup
 
-from gpt2_model.command import (
-    PATH,
-    SETTINGS,
-    Program,
-    Size,
-    format_size,
-    one_line,
-    out_of_memory,
-    require_posix,
-)  # fmt: skip
+from gpt2_model.command import PATH, SETTINGS, Program, Size, format_size, one_line, out_of_memory, require_posix
 from gpt2_train import RECIPES, TrainConfig, load_config
 from gpt2_train.config import CHOICES, GROUPS, PATHS, RARE, CannotResume, check_out
 
-# A Service of Kubernetes called gpt2-train, or gpt2-train-x, puts these into every container.
-_SERVICE = re.compile(
-    r"GPT2_TRAIN(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_(ADDR|PORT|PROTO))?)?)"
-)
+_SERVICE = re.compile(r"_(SERVICE|PORT)(_|$)")  # a Kubernetes Service called gpt2-train sets such variables
 # Small whole numbers. The others may be as large as 10M or 512Ki, and are written so.
 COUNTS = {"seed", "num_samples", "keep", "max_skips", "profile"}
 
@@ -132,22 +120,19 @@ def main(
 
         ctx.exit(train(run))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        full, lost, message, rank = out_of_memory(error), False, one_line(error), os.environ.get("RANK", "0")
+        full, message, rank = out_of_memory(error), one_line(error), os.environ.get("RANK", "0")
         if debug or not (full or isinstance(error, ValueError | OSError) or _lost_contact(error)):
             raise
         if full:
-            advice = "use a smaller --micro-batch or --activation-checkpointing"
+            advice = "use a smaller --micro-batch or --activation-checkpointing; a run resumes with either"
             message = f"out of memory on rank {rank} ({message[:200]}): {advice}"
-            message += "; a run that has a checkpoint resumes with either"
         elif isinstance(error, RuntimeError):
             from gpt2_train.checkpoint import onward
 
-            lost = True
-            message = (
-                f"another process of this run is gone ({message[:200]}); the same command {onward(Path(run.out))}"
-            )
+            message = f"another process of this run is gone ({message[:200]})"
+            message += f"; the same command {onward(Path(run.out))}"
         # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or full or lost:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or full or isinstance(error, RuntimeError):
             with suppress(OSError, ValueError):  # the terminal may be gone
                 who = "" if rank == "0" or f"rank {rank}" in message.lower() else f"rank {rank}: "
                 click.echo(f"Error: {who}{message}", err=True)
@@ -195,7 +180,7 @@ def _fill_standard_streams() -> None:
 def _check_environment(command: click.Command) -> None:
     known = {f"GPT2_TRAIN_{option.name}".upper() for option in command.params}
     for name in sorted(os.environ):
-        if name.startswith("GPT2_TRAIN_") and name not in known and not _SERVICE.fullmatch(name):
+        if name.startswith("GPT2_TRAIN_") and name not in known and not _SERVICE.search(name):
             raise click.UsageError(f"unknown environment variable {name}: no flag has this name; unset it")
 
 

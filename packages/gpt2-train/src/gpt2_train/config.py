@@ -170,9 +170,7 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             line = error.object[: error.start].count(b"\n") + 1
             raise ValueError(f"{source}, line {line}, is not UTF-8 text: save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
-            last = len(source.read_bytes().splitlines())
-            problem = str(error).replace("end of document", f"the end, line {last}")
-            raise ValueError(f"{source} is not valid TOML: {problem}") from None
+            raise ValueError(f"{source} is not valid TOML: {error}") from None
         if isinstance(own.get("model"), dict):
             own["model"] = merged.get("model", {}) | own["model"]
         merged |= own
@@ -260,13 +258,11 @@ def micro_batches(config: TrainConfig, world_size: int, largest: int) -> tuple[i
 
 def check_out(out: str) -> None:
     """Raise OSError if the run's folder does not exist and cannot be made, or cannot be written to."""
-    run, advice = Path(out), "choose another --out"
-    folders = {existing(run), run, run / "checkpoints"}
-    for path in (*folders, *(run / name for name in (".lock", "metrics.jsonl", "samples.jsonl"))):
-        if path in folders and not path.is_dir() and os.path.lexists(path):
-            raise OSError(f"--out {out}: {path} is not a folder: {advice}")
-        if path.exists() and not os.access(path, os.W_OK | os.X_OK if path in folders else os.W_OK):
-            raise OSError(f"--out {out}: {path} cannot be written to: {advice}")
+    for path in (existing(Path(out)), Path(out), Path(out, "checkpoints")):
+        if os.path.lexists(path) and not path.is_dir():
+            raise OSError(f"--out {out}: {path} is not a folder: choose another --out")
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise OSError(f"--out {out}: {path} cannot be written to: choose another --out")
 
 
 def existing(path: Path) -> Path:

@@ -23,11 +23,11 @@ QUIET_SECONDS = 9.0  # without a line, before a line says what is being done
 
 
 class Console:
-    """The terminal of rank 0, for a run of `steps` steps."""
+    """The terminal of a run of `steps` steps; that of another rank than 0 is not enabled, and writes nothing."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, enabled: bool = True) -> None:
         self.steps = steps
-        self.stream: TextIO | None = sys.stderr  # None where a shell closed it
+        self.stream: TextIO | None = sys.stderr if enabled else None  # None, too, where a shell closed it
         self.shown, self.last_line, self.last_bar = 0, -float("inf"), -float("inf")
         self.first: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self.bar: tqdm[Any] | None = None
@@ -35,21 +35,17 @@ class Console:
         self.last_word = time.monotonic()
         self.task: tuple[str, int, int] = ("", 0, 0)  # what is being done, and how much of it
         self.task_began = self.last_word
-        self._closed, self._thread = threading.Event(), threading.Thread()
+        self._closed, self._thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
         with suppress(OSError, ValueError):  # a closed stream
             self.on_terminal = self.stream is not None and self.stream.isatty()
 
     def doing(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Note what is being done, which takes no time; `watch` shows it where it takes long."""
+        """Note what is being done, which takes no time. A thread shows it in the bar, or after a silence."""
         if what != self.task[0]:
             self.task_began = time.monotonic()
         self.task = (what, done, total)
-
-    def watch(self) -> "Console":
-        """Begin a thread that says what is being done after some silence, or keeps the bar up to date."""
-        self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
-        self._thread.start()
-        return self
+        if self._thread.ident is None and self.stream is not None:
+            self._thread.start()
 
     def _watch(self) -> None:
         while not self._closed.wait(0.5):
@@ -58,12 +54,19 @@ class Console:
                 continue
             share = f" {done:,} of {total:,}" if total else ""
             text = f"{what}{share}, {now - self.task_began:.0f} s"
-            if self.on_terminal and self.bar is None:
-                self._quietly(self._open_bar)
-            if self.bar is not None:
-                self.working(text)
+            if self.on_terminal:
+                self._show(text)
             elif now - self.last_word >= QUIET_SECONDS:
                 self.say(text)
+
+    def _show(self, text: str, step: int = 0) -> None:
+        """Show a text behind the bar, which this begins: messages before the first step need no bar."""
+        if self.bar is None:
+            self._quietly(self._open_bar)
+        if self.bar is not None:
+            self.bar.n = step or self.bar.n
+            self.bar.set_postfix_str(text, refresh=False)
+            self._quietly(self.bar.refresh)
 
     def _open_bar(self) -> None:
         form = "{percentage:3.0f}%|{bar}| {n}/{total}{postfix}"
@@ -80,11 +83,9 @@ class Console:
             self.last_line = now
             rest = "" if self.on_terminal or not time_left else f"  {time_left}"
             self.say(step_line(row, self.steps) + rest)
-        if self.on_terminal and self.bar is None:  # messages before the first step need no bar
-            self._quietly(self._open_bar)
-        if self.bar is not None and (now - self.last_bar >= BAR_SECONDS or step == self.steps):
-            self.last_bar, self.bar.n = now, step
-            self.working(time_left)
+        if self.on_terminal and (now - self.last_bar >= BAR_SECONDS or step == self.steps):
+            self.last_bar = now
+            self._show(time_left, step)
 
     def _time_left(self, step: int, now: float) -> str:
         """Return "1:02:03 left", by the mean pace since this process's first step, with evaluations."""
@@ -93,14 +94,6 @@ class Console:
             return ""
         first_step, start = self.first
         return f"{tqdm.format_interval((now - start) * (self.steps - step) / (step - first_step))} left"
-
-    def working(self, what: str) -> None:
-        """Show what the run does, on a terminal: in the bar or, before there is one, on a line."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(what, refresh=False)
-            self._quietly(self.bar.refresh)
-        elif self.on_terminal:
-            self.say(f"{what} ...")
 
     def say(self, text: str) -> None:
         """Write one line, above the bar."""

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_eval import join_ranks, read_ranks
 from gpt2_model.command import find_device, keep_buffers
+from gpt2_train.faults import StopSignal, write_stderr
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
@@ -81,14 +82,12 @@ class World:
                 dist.send(own[name].contiguous(), dst=0)
 
 
-def start(
-    device: str = "auto", *, deterministic: bool = False, stop: Callable[[], bool] = lambda: False
-) -> World | None:
+def start(device: str = "auto", *, deterministic: bool = False, stop: StopSignal | None = None) -> World | None:
     """Join the run that torchrun started, or be its only process. Raises ValueError if there is no such device.
 
-    It uses NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error, and
-    returns None if `stop` becomes true meanwhile. With `deterministic` CUDA uses only kernels whose sums have one
-    order: a resumed run ends with the same bits.
+    It uses NCCL on CUDA, gloo elsewhere. A rank that waits ten minutes for the others gives up with an error; one
+    that gets a signal meanwhile says so and returns None. With `deterministic` CUDA uses only kernels whose sums
+    have one order: a resumed run ends with the same bits.
     """
     rank, size = read_ranks()
     if deterministic:
@@ -99,7 +98,10 @@ def start(
         torch.cuda.set_device(where)
     elif where.type == "cpu":
         keep_buffers()
-    if size > 1 and not join_ranks("nccl" if where.type == "cuda" else "gloo", PATIENCE, "gpt2-train", stop):
+    stop = stop or StopSignal()
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if size > 1 and not join_ranks(backend, PATIENCE, "gpt2-train", lambda: stop.number > 0):
+        write_stderr(f"stopped by signal {stop.number} while it waited for the other ranks\n")
         return None
     return World(rank, size, where)
 

@@ -19,6 +19,7 @@ from typing import Any
 # (sbatch --signal).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STDERR = 2
+TICK = 0.2  # seconds between two looks of the watchdog
 FIRST_SECONDS = 1800.0  # limit for work that was never timed: the first step compiles
 WINDOW = 128  # the last steps, which define what is usual, as in llm.c and OLMo
 FEWEST = 20  # with fewer steps a deviation means nothing
@@ -36,7 +37,6 @@ class StopSignal:
     def __init__(self) -> None:
         self._number = 0
         self._when = 0.0
-        self.what_ends = "the start"  # "the step" once there are steps
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -44,7 +44,7 @@ class StopSignal:
         """The signal's number, or 0."""
         if not self._number and self._launcher and os.getppid() != self._launcher:
             self._number = signal.SIGTERM
-            _write_stderr(f"rank {this_rank()}: torchrun (process {self._launcher}) has died: stopping\n")
+            write_stderr(f"rank {this_rank()}: torchrun (process {self._launcher}) has died: stopping\n")
         return self._number
 
     @contextmanager
@@ -61,13 +61,12 @@ class StopSignal:
     def _note(self, number: int, _frame: Any) -> None:
         if self._number and number == signal.SIGINT and time.monotonic() - self._when > 1:
             if this_rank() == 0:
-                _write_stderr("ended at once; the same command resumes from the last checkpoint\n")
+                write_stderr("ended at once; the same command resumes from the last checkpoint\n")
             os._exit(128 + number)
         if not self._number:
             self._number, self._when = number, time.monotonic()
             if number == signal.SIGINT and this_rank() == 0:
-                saving = ", then saving" if self.what_ends == "the step" else ""
-                _write_stderr(f"finishing {self.what_ends}{saving}; Ctrl-C again ends at once without saving\n")
+                write_stderr("finishing the step, then saving; Ctrl-C again ends at once without saving\n")
 
 
 def this_rank() -> int:
@@ -75,7 +74,7 @@ def this_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _write_stderr(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write without Python's stream, which a signal may have interrupted; a terminal may be gone, a pipe stuck."""
     with suppress(OSError, ValueError):
         if select.select([], [STDERR], [], 0.0)[1]:
@@ -86,14 +85,17 @@ class Watchdog:
     """Ends this process, with exit code 1, when the work it watches takes much longer than usual.
 
     The limit is `seconds` (0: no limit) or, if longer, ten times the median of the last times. One process that
-    hangs leaves the others waiting in their next exchange, so each notices by itself and prints its own stacks. A
-    Python thread says where training is. If the interpreter's lock is held, faulthandler's own thread, which needs
-    no lock, prints the stacks two seconds later and exits.
+    hangs leaves the others waiting in their next exchange, so each notices by itself and prints its own stacks.
+    The time in which the process was stopped (Ctrl-Z, SIGSTOP) does not count.
+
+    A Python thread keeps the time. Where the interpreter's lock is held, it cannot run, and faulthandler's thread,
+    which needs no lock, prints the stacks and exits after ten times `seconds`. That one counts a stop as well.
     """
 
     def __init__(self, rank: int, seconds: float, onward: Callable[[], str] = lambda: "resumes") -> None:
         self.rank, self.seconds, self.onward = rank, seconds, onward  # onward: says what the same command does
         self._times: dict[str, deque[float]] = {}
+        self._stopped = 0.0  # seconds in which this process did not run
         self._deadline = float("inf")
         self._what = ""
         self._closed = threading.Event()
@@ -104,34 +106,42 @@ class Watchdog:
     @contextmanager
     def watching(self, what: str, step: int, first_seconds: float = FIRST_SECONDS) -> Iterator[None]:
         """Watch the work in the block; while `what` was never timed, the limit is at least `first_seconds`."""
-        if not self.seconds:
-            yield
-            return
         times = self._times.setdefault(what, deque(maxlen=64))
-        limit = max(self.seconds, 10 * median(times)) if times else max(self.seconds, first_seconds)
-        started = time.monotonic()
+        limit = max(self.seconds, 10 * median(times) if times else first_seconds)
+        started = self._now()
         self._what = f"no progress for {limit:.3g} s in step {step} ({what})"
         self._deadline = started + limit
-        if limit < 3e6:  # more does not fit into faulthandler's clock
-            faulthandler.dump_traceback_later(limit + 2, exit=True, file=STDERR)
         try:
             yield
         finally:
-            faulthandler.cancel_dump_traceback_later()
             self._deadline = float("inf")
-        times.append(time.monotonic() - started)
+        times.append(self._now() - started)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._stopped
 
     def _watch(self) -> None:
-        while not self._closed.wait(0.2):
-            if time.monotonic() > self._deadline:
-                text = f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n"
-                _write_stderr(text)
-                faulthandler.dump_traceback(file=STDERR, all_threads=True)
-                with suppress(Exception):  # whatever the disk says: this thread must come to its end
-                    _write_stderr(f"the same command {self.onward()}\n")
-                    sys.stdout.flush()
-                time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
-                os._exit(1)
+        last = armed = -float("inf")
+        while not self._closed.wait(TICK):
+            now = time.monotonic()
+            if 1 < now - last < float("inf"):
+                self._stopped += now - last - TICK
+            if now - armed > 1:
+                faulthandler.dump_traceback_later(min(max(10 * self.seconds, 5), 3e6), exit=True, file=STDERR)
+                armed = now
+            last = now
+            if self._now() > self._deadline:
+                self._end()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self) -> None:
+        write_stderr(f"rank {self.rank}: {self._what}; this process prints its stacks and ends:\n")
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
+        with suppress(Exception):  # whatever the disk says: this thread must come to its end
+            write_stderr(f"the same command {self.onward()}\n")
+            sys.stdout.flush()
+        time.sleep(1)  # our end breaks the others' exchange: let them print their stacks before
+        os._exit(1)
 
 
 @dataclass

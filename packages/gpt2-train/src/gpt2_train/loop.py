@@ -4,8 +4,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from gpt2_model import stream
 from gpt2_model.command import one_line
 from gpt2_train import checkpoint, distributed
 from gpt2_train.config import TrainConfig
-from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.faults import StopSignal
+from gpt2_train.metrics import RunLog
 from gpt2_train.optimizer import lr_at
 from gpt2_train.setup import Run, set_up
 from gpt2_train.start import prompt_ids
@@ -40,24 +41,19 @@ def train(config: TrainConfig) -> int:
         OSError: files that cannot be read or written.
     """
     with StopSignal().listening() as stop, ExitStack() as stack:
-        world = distributed.start(config.device, deterministic=config.deterministic, stop=lambda: stop.number > 0)
-        console = Console(config.steps)
+        world = distributed.start(config.device, deterministic=config.deterministic, stop=stop)
         if world is None:
-            console.say(f"stopped by signal {stop.number} while it waited for the other ranks")
             return 128 + stop.number
-        stack.callback(console.close)
-        if world.is_main:
-            console.watch()
+        log = stack.enter_context(closing(RunLog(config.steps, world)))
         # Rank 0 locks the folder; if it cannot, all ranks raise its error.
         world.on_main(lambda: stack.enter_context(checkpoint.hold_folder(Path(config.out))))
-        status = _train(config, world, stop, console)
+        status = _train(config, world, stop, log)
     distributed.stop(world)  # not after an error: it would wait for an exchange with ranks that hang
     return status
 
 
-def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console) -> int:
-    run = set_up(config, world, stop, loss_of, console)
-    stop.what_ends = "the step"
+def _train(config: TrainConfig, world: World, stop: StopSignal, log: RunLog) -> int:
+    run = set_up(config, world, stop, loss_of, log)
     try:
         profiled = config.profile if world.is_main else 0
         with run.batches, profiling(run.folder, profiled, run.step + 1, config.steps, run.log.say) as step_done:
@@ -71,15 +67,13 @@ def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console
                     break
                 _update(run)
                 step_done()
-        with run.watchdog.watching("checkpoint", run.step):
+        with run.watching("checkpoint", run.step):
             run.saver.wait()
             # Without its last checkpoint a run is not done, whatever on_save_error says.
             _check_saving(run, may_go_on=False)
     finally:
-        run.log.progress(f"step {run.step}: saving")
         run.saver.wait()
         run.watchdog.close()
-        run.log.close()
     if run.step < config.steps:
         onward = "resumes from there" if run.step else "begins anew"
         run.log.say(f"stopped by signal {run.stopped_by} at step {run.step}; the same command {onward}")
@@ -90,7 +84,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal, console: Console
 
 def _update(run: Run) -> None:
     """Do one step: compute the gradients of the whole batch, clip them, and apply them if the guard agrees."""
-    with run.watchdog.watching("update", run.step + 1):
+    with run.watching("update", run.step + 1):
         started = time.perf_counter()
         config, world = run.config, run.world
         lr = lr_at(
@@ -182,55 +176,51 @@ def _evaluate(run: Run) -> None:
         "compile": config.compiles(run.world.device.type),
         "stop": lambda: run.stop.number > 0,
     }
-
-    def shows(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: run.log.progress(f"step {run.step}: {what}", done + 1, total)
-
     row: dict[str, Any] = {"step": run.step, "tokens": run.step * config.batch_tokens}
-    run.log.working(f"step {run.step}: validation")
-    with run.watchdog.watching("evaluation", run.step, first_seconds=float("inf")):
+    with run.watching("evaluation", run.step, first_seconds=float("inf")):
         try:
-            with _may_fail(run, "validation loss"):
-                if run.dataset.tokens("val") > 1:
+            if run.dataset.tokens("val") > 1:
+                with _measuring(run, "validation loss") as progress:
                     row["val_loss"] = evaluate_loss(
                         run.model, run.dataset, tokens=config.eval_tokens, seq_len=config.seq_len,
-                        progress=shows("validation"), **options,
+                        progress=progress, **options,
                     ).loss  # fmt: skip
-            with _may_fail(run, "HellaSwag"):
-                if run.hellaswag is not None:
+            if run.hellaswag is not None:
+                with _measuring(run, "HellaSwag") as progress:
                     scores = evaluate_hellaswag(
-                        run.model, run.hellaswag, protocol="karpathy", progress=shows("HellaSwag"), **options
+                        run.model, run.hellaswag, protocol="karpathy", progress=progress, **options
                     )
                     row["hellaswag_acc_norm"] = scores.metrics["karpathy"]["acc_norm"].value
-            samples = _samples(run)
+            with _measuring(run, "samples"):
+                for sample in _samples(run):
+                    run.log.sample(sample)
         except Interrupted:
             pass
         else:
-            for sample in samples:
-                run.log.sample(sample)
             run.log.evaluation({**row, "seconds": time.perf_counter() - started})
             run.evaluated = run.step
         _agree_to_stop(run)
 
 
 @contextmanager
-def _may_fail(run: Run, what: str) -> Iterator[None]:
-    """Warn, and train on, if a measurement fails, which it does on all ranks: a shard is gone, a loss is NaN."""
+def _measuring(run: Run, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows the progress. If all ranks fail, as where a shard is gone, warn and train on."""
+    show = partial(run.log.progress, f"step {run.step}: {what}")
+    show()
     try:
-        yield
+        yield show
     except (OSError, ValueError) as error:
-        run.log.warn(f"step {run.step}: no {what} ({one_line(error)}); training continues")
+        run.log.warn(f"step {run.step}: no {what} ({one_line(error)}); training continues", what)
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Continue the prompt. Each process writes some of the rows; their texts do not depend on which one does.
 
-    What fails on a process is a warning: a run trains as well without samples.
+    Raises ValueError on all ranks if one failed.
     """
     config, world = run.config, run.world
     first, last = (config.num_samples * rank // world.size for rank in (world.rank, world.rank + 1))
     own, failure = [], ""
-    run.log.progress(f"step {run.step}: samples")
     try:
         for piece in stream(
             run.model, [prompt_ids(config, run.tokenizer)], num_samples=last - first, first_row=first,
@@ -244,12 +234,12 @@ def _samples(run: Run) -> list[dict[str, Any]]:
                 own.append({"step": run.step, "row": row.row, "prompt": config.sample_prompt, "text": text})
     except Exception as error:
         failure = in_one_line(error)
-    gathered = world.gather((run.stop.number > 0, own, failure))
-    if any(stopped for stopped, _, _ in gathered):
+    shares = world.gather((run.stop.number > 0, failure, own))
+    if any(stopped for stopped, _, _ in shares):
         raise Interrupted
-    for failed in {failure for _, _, failure in gathered if failure}:
-        run.log.warn(f"step {run.step}: samples are missing ({failed}); training continues", "samples")
-    return sorted((row for _, rows, _ in gathered for row in rows), key=lambda row: int(row["row"]))
+    if failures := [failure for _, failure, _ in shares if failure]:
+        raise ValueError(failures[0])
+    return sorted((row for _, _, rows in shares for row in rows), key=lambda row: int(row["row"]))
 
 
 def _agree_to_stop(run: Run) -> None:
@@ -271,8 +261,7 @@ def _save(run: Run) -> None:
         "tokens": run.step * run.config.batch_tokens, "loader": run.loader.state(), "guard": asdict(run.guard),
         "dataset": run.dataset.manifest.hash, "config": asdict(run.config),
     }  # fmt: skip
-    run.log.progress(f"step {run.step}: saving")
-    with run.watchdog.watching("checkpoint", run.step):
+    with run.watching("checkpoint", run.step):
         run.saver.wait()
         _check_saving(run, may_go_on=run.config.on_save_error == "continue")
         run.log.flush()
@@ -289,7 +278,7 @@ def _check_saving(run: Run, *, may_go_on: bool) -> None:
         if error and not may_go_on:
             raise error
         if error:
-            run.log.say(f"warning: {error}; training continues because of --on-save-error continue")
+            run.log.warn(f"{error}; training continues because of --on-save-error continue")
 
     run.world.on_main(check)
 

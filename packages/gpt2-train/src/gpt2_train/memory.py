@@ -36,9 +36,7 @@ class Memory:
     activations: int  # what the backward pass of a micro-batch needs, and under autocast the weights in bf16
     head: int  # logits or blocks of them, the loss, and the gradients of output projection and token embedding
     heap: int  # holes between tensors that the allocator cannot use
-    checkpoint_copy: (
-        int  # weights and optimizer state in the memory of rank 0's host, from the first checkpoint on
-    )
+    checkpoint_copy: int  # weights and optimizer state on rank 0's host, from the first checkpoint on
     program: int  # Python, torch and the libraries
     device_bytes: int  # on the accelerator; without one, 0
     host_bytes: int  # on the host of rank 0; other ranks have no `checkpoint_copy`
@@ -114,14 +112,12 @@ def check_memory(
 
     def lacking(config: TrainConfig, micro_batch: int) -> str:
         peak = peak_memory(config, micro_batch, world_size, device_type)
+        needed, room, where = peak.needed_on_host(), free[1], "this machine's"
         # A GPU's kernels may need less than is estimated: where it is close, the run itself finds out.
         if free[0] is not None and peak.device_bytes > 1.2 * free[0]:
-            needed, room = in_gb(peak.device_bytes), in_gb(free[0])
-            return f"a process needs about {needed} of the GPU's memory, and {room} are free"
-        if peak.needed_on_host() > free[1]:
-            needed, room = in_gb(peak.needed_on_host()), in_gb(free[1])
-            return f"the run needs about {needed} of this machine's memory, and {room} are free"
-        return ""
+            needed, room, where = peak.device_bytes, free[0], "the GPU's"
+        text = f"the run needs about {in_gb(needed)} of {where} memory, and {in_gb(room)} are free"
+        return text if needed > room else ""
 
     if problem := lacking(config, micro_batch):
         lean = replace(config, activation_checkpointing=True)

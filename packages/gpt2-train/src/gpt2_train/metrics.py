@@ -46,29 +46,31 @@ _OTHER_THAN_NAMED = re.compile(r"\b(MIG|Laptop|Max-Q|4090 D)\b")
 class RunLog:
     """Everything that a run reports. Each rank has one; only rank 0, which must `open` it, writes anything."""
 
-    def __init__(self, config: TrainConfig, first_step: int, world: World, console: Console | None = None) -> None:
-        # first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
-        self.config, self.first_step, self.world = config, first_step, world
-        self.enabled = world.is_main
-        self.console = console or Console(config.steps)
-        self.lowest, self.diverged = math.inf, False  # the lowest loss; whether it was said that the run diverged
+    def __init__(self, steps: int, world: World) -> None:
+        self.world, self.enabled = world, world.is_main
+        self.console = Console(steps, self.enabled)
+        self.say, self.progress = self.console.say, self.console.doing
+        self.lowest = math.inf  # loss so far
+        self.files: list[_Lines] = []
         self.trackers: list[Tracker] = []
-        self.resting: list[Tracker] = []  # those that failed, until the next flush
+        self.resting = set[str]()  # trackers that failed, until the next flush
         self.warned = set[str]()
 
-    def open(self) -> int | None:
+    def open(self, config: TrainConfig, first_step: int) -> int | None:
         """Repair the files of a run that was killed, open them, and start the trackers.
 
         Returns the step of the newest evaluation in the files. Raises OSError for files that cannot be read or
         written, ValueError for a tracker that is not installed or does not start. Whoever starts a run wants to
         know; a run that resumes, perhaps at night, trains without a tracker that does not start.
+
+        Args:
+            first_step: where training resumes; later rows are dropped. -1: the run is new, and drops all.
         """
-        config, folder = self.config, Path(self.config.out)
+        self.config, folder = config, Path(config.out)
         check_trackers(config)
-        evaluated, broken = _repair(folder, self.first_step)
-        self.metrics, self.samples = (
-            _Lines(folder / f"{name}.jsonl", self.warn) for name in ("metrics", "samples")
-        )
+        evaluated, broken = _repair(folder, first_step)
+        self.files = [_Lines(folder / f"{name}.jsonl", self.warn) for name in ("metrics", "samples")]
+        self.metrics, self.samples = self.files
         sync_folder(folder)
         if broken:
             self.say(f"metrics.jsonl, samples.jsonl: {broken} broken line{'s' * (broken > 1)} dropped")
@@ -76,16 +78,17 @@ class RunLog:
         peak = peak_tflops(config, self.world.device)
         self.peak = peak[1] * 1e12 * self.world.size if peak else None
         self.flops_per_token = flops_per_token(config.model_config, config.seq_len)
+        self.guessing = math.log(config.model_config.vocab_size)
         for wanted, name, begin, advice in (
             (config.tensorboard, "TensorBoard", partial(start_tensorboard, folder), "leave --tensorboard out"),
             (config.wandb, "W&B", partial(start_wandb, config, folder),
              "leave --wandb out, or set WANDB_MODE=offline"),
         ):  # fmt: skip
             try:
-                self.trackers += [begin(self.first_step)] if wanted else []
+                self.trackers += [begin(first_step)] if wanted else []
             except Exception as error:
                 failure = f"{name} does not start ({in_one_line(error)})"
-                if self.first_step < 0:
+                if first_step < 0:
                     raise ValueError(f"{failure}; {advice}") from None
                 self.warn(f"{failure}; the run continues without it")
         return max(evaluated, default=None)
@@ -101,22 +104,22 @@ class RunLog:
         names = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "seconds", "data_seconds", "peak_memory")
         self._log(row["step"], {f"train/{name}": row[name] for name in names})
         self.console.step(row)
-        self._say_if_diverged(row)
+        self._warn_if_diverged(row)
 
-    def _say_if_diverged(self, row: dict[str, Any]) -> None:
+    def _warn_if_diverged(self, row: dict[str, Any]) -> None:
         """Warn once of a loss that has risen far above that of guessing, or of a gradient beyond all measure."""
-        loss, norm, guessing = row["loss"], row["grad_norm"], math.log(self.config.model_config.vocab_size)
-        if self.diverged or "skipped" in row or loss is None or norm is None:
+        loss, norm = row["loss"], row["grad_norm"]
+        if "skipped" in row or loss is None or norm is None:
             return
         self.lowest = min(self.lowest, loss)
-        risen = loss > max(guessing, self.lowest) + 2
-        self.diverged = risen or norm > 1e4
-        if not self.diverged:
+        if loss > max(self.guessing, self.lowest) + 2:
+            fact = f"the loss is {loss:,.2f}, above that of guessing ({self.guessing:.2f})"
+        elif norm > 1e4:
+            fact = f"the gradient's norm is {norm:,.0f}"
+        else:
             return
-        fact = f"the loss is {loss:,.2f}, above that of guessing ({guessing:.2f})"
-        fact = fact if risen else f"the gradient's norm is {norm:,.0f}"
         advice = "the run has probably diverged: lower --lr or lengthen --warmup, with another --out"
-        self.say(f"warning: step {row['step']}: {fact}: {advice}")
+        self.warn(f"step {row['step']}: {fact}: {advice}", "divergence")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Record an evaluation, after its samples: without this row, they are dropped when the run is resumed."""
@@ -143,46 +146,27 @@ class RunLog:
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{row['prompt']}|{row['text']}")
             self.say(f"  {text}"[:160])
 
-    def say(self, text: str) -> None:
-        """Write one line to stderr. Never fails."""
-        if self.enabled:
-            self.console.say(text)
-
     def warn(self, text: str, about: str = "") -> None:
         """Say a warning, once in a run about the same thing. Never fails; any thread may call it."""
         if (about or text) not in self.warned:
             self.warned.add(about or text)
             self.say(f"warning: {text}")
 
-    def working(self, what: str) -> None:
-        """Show on a terminal which slow work is done between two steps."""
-        if self.enabled:
-            self.console.doing(what)
-            self.console.working(what)
-
-    def progress(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Note what is being done: the console shows it where it takes long."""
-        if self.enabled:
-            self.console.doing(what, done, total)
-
     def flush(self) -> None:
         """Force all rows to the disk: a checkpoint must not be newer than they are. Try failed trackers again."""
-        if self.enabled:
-            self.metrics.write(durably=True)
-            self.samples.write(durably=True)
-            self.trackers += self.resting
-            self.resting = []
-            self._track(lambda tracker: tracker.flush())
+        for file in self.files:
+            file.write(durably=True)
+        self.resting.clear()
+        self._track(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Close the files and the trackers; `say` still works."""
-        if self.enabled:
-            self.console.close()
-            self.trackers += self.resting
-            self._track(lambda tracker: tracker.close())
-            self.trackers = []
-            self.metrics.close()
-            self.samples.close()
+        self.console.close()
+        self.resting.clear()
+        self._track(lambda tracker: tracker.close())
+        for file in self.files:
+            file.close()
+        self.trackers, self.files = [], []
 
     def _log(self, step: int, values: dict[str, float | None]) -> None:
         known = {name: value for name, value in values.items() if value is not None}
@@ -190,12 +174,12 @@ class RunLog:
 
     def _track(self, tell: Callable[[Tracker], None]) -> None:
         """Tell the trackers; one that fails, and may have cost a minute, rests until the next flush."""
-        for tracker in list(self.trackers):
+        for tracker in self.trackers:
             try:
-                tell(tracker)
+                if tracker.name not in self.resting:
+                    tell(tracker)
             except Exception as error:
-                self.trackers.remove(tracker)
-                self.resting.append(tracker)
+                self.resting.add(tracker.name)
                 failure = f"{tracker.name} failed ({in_one_line(error)}): the run continues without it"
                 self.warn(f"{failure}; metrics.jsonl has all rows", tracker.name)
 
@@ -250,10 +234,14 @@ class _Lines:
     """
 
     def __init__(self, path: Path, warn: Callable[[str, str], None]) -> None:
-        self.path, self.warn, self.file = path, warn, path.open("ab", buffering=0)
-        self.end = self.file.seek(0, os.SEEK_END)  # of the last whole row
+        self.path, self.warn = path, warn
         self.waiting = deque[bytes](maxlen=100_000)
         self.failed = False
+        self._open()
+        self.end = self.file.tell()  # of the last whole row
+
+    def _open(self) -> None:
+        self.file = self.path.open("ab", buffering=0)
         weakref.finalize(self, self.file.close)  # also if the run fails during set-up
 
     def append(self, row: dict[str, Any]) -> None:
@@ -265,11 +253,8 @@ class _Lines:
         """Write the rows that wait. Half a row is never left in front of a whole one."""
         try:
             if self.failed:
-                with suppress(OSError):  # a network disk that was away wants the file opened again
-                    again = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-                    os.dup2(again, self.file.fileno())
-                    os.close(again)
-                self.end = min(self.end, self.file.seek(0, os.SEEK_END))
+                self._open()  # a network disk that was away wants the file opened again
+                self.end = min(self.end, self.file.tell())
                 self.file.truncate(self.end)
             while self.waiting:
                 line = self.waiting[0]
@@ -314,7 +299,9 @@ def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:
                 evaluated.add(row["step"])
             if row["step"] in evaluated or (path.name == "metrics.jsonl" and row["step"] <= first_step):
                 lines.append(line + b"\n")
-        if (remaining := b"".join(lines)) != content:
+        remaining = b"".join(lines)
+        ours = not path.exists() or os.access(path, os.W_OK, effective_ids=True)
+        if remaining != content or not ours:  # our copy takes the place of another user's file
             with write_whole(path) as file:
                 file.write(remaining)
     return evaluated, broken

@@ -1,7 +1,8 @@
 """Everything a run needs before its first step: its starting point, model, optimizer and batches."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from gpt2_model.command import write_whole
 from gpt2_train import checkpoint, distributed
 from gpt2_train.checkpoint import Saver
 from gpt2_train.config import TrainConfig, changed_fields, sequences, to_toml
-from gpt2_train.console import Console
 from gpt2_train.distributed import World
 from gpt2_train.faults import Guard, StopSignal, Watchdog
 from gpt2_train.memory import choose_micro_batch
@@ -57,20 +57,26 @@ class Run:
     saved: int  # the newest step that has a checkpoint, or whose checkpoint is being written
     evaluated: int | None  # the newest step that has been evaluated
 
+    @contextmanager
+    def watching(self, what: str, step: int, **options: float) -> Iterator[None]:
+        """Show what is done in the block, where it takes long, and end the process if it hangs."""
+        self.log.progress(f"step {step}: {what}")
+        with self.watchdog.watching(what, step, **options):
+            yield
 
-def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf, console: Console) -> Run:
+
+def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf, log: RunLog) -> Run:
     """Build a new run, or one from its newest good checkpoint. Raises the errors of `loop.train`."""
     folder = Path(config.out)
     check_alike(config, open_dataset(config.data), world)
-    console.doing("checking the start")
-    stuck = list[str]()
-    world.on_main(lambda: checkpoint.remove_abandoned(folder, stuck.append))
+    log.progress("checking the start")
+    world.on_main(lambda: checkpoint.remove_abandoned(folder, log.warn))
     start = check_start(config, world.size, world.device, on_main=world.on_main)
     config, dataset, state = start.config, start.dataset, start.state
 
     torch.manual_seed(config.seed)
     source = start.checkpoint or config.init
-    console.doing("loading the model")
+    log.progress("loading the model")
     model = GPT.from_pretrained(source).train() if source else GPT(config.model_config)
     if dataset.tokenizer and not start.checkpoint:
         model.tokenizer = start.tokenizer
@@ -89,7 +95,7 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf,
     if config.micro_batch == "auto" and state.get("processes") == world.size:
         micro_batch = int(state["micro_batch"])  # the same bits need the same order of sums
     else:
-        console.doing("looking for the largest micro-batch")
+        log.progress("looking for the largest micro-batch")
         # On a GPU the largest is found by trying, since it is not known how much memory kernels need besides.
         micro_batch = choose_micro_batch(config, world, partial(one_pass, stepped) if on_gpu else None)
         model.zero_grad(set_to_none=True)
@@ -100,23 +106,22 @@ def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf,
             torch.compiler.reset()
         stepped = distributed.data_parallel(stepped, config.grad_compression)
     loader = make_loader(config, micro_batch, world.rank, world.size)
-    console.doing("loading the data and the optimizer")
+    log.progress("loading the data and the optimizer")
     if start.checkpoint:
         load_state(model, optimizers, state["updates"], partial(checkpoint.optimizer_tensor, start.checkpoint))
         loader.restore(state["loader"])
-    log, step = RunLog(config, state.get("step", -1), world, console), state.get("step", 0)
+    step = state.get("step", 0)
     run = Run(
         config=config, world=world, folder=folder, dataset=dataset, model=model, parallel=stepped,
         optimizers=optimizers, loader=loader, micro_batch=micro_batch, log=log,
-        accumulation=sequences(config, world.size) // micro_batch, evaluated=world.on_main(log.open),
+        accumulation=sequences(config, world.size) // micro_batch,
+        evaluated=world.on_main(lambda: log.open(config, state.get("step", -1))),
         saver=Saver(folder, config.keep, world, log.warn),
         guard=Guard(**state.get("guard", {"sigma": config.spike_sigma})),
         watchdog=Watchdog(world.rank, config.hang_seconds, partial(checkpoint.onward, folder)), stop=stop,
         hellaswag=start.hellaswag, tokenizer=start.tokenizer,
         step=step, updates=state.get("updates", 0), saved=step,
     )  # fmt: skip
-    for warning in stuck:
-        log.warn(warning)
     world.on_main(lambda: _write_config(folder, config))
     _say(run, start)
     _warm_up(run, one_pass)
@@ -146,9 +151,8 @@ def _warm_up(run: Run, one_pass: Callable[[torch.nn.Module, int], None]) -> None
     compiles = run.config.compiles(run.world.device.type)
     if compiles:
         run.log.say("compiling")
-    run.log.progress("compiling" if compiles else "warming up")
     if compiles or run.world.size > 1:
-        with run.watchdog.watching("warm-up", run.step):
+        with run.watching("warm-up", run.step):
             one_pass(run.parallel, run.micro_batch)
             run.model.zero_grad(set_to_none=True)
 
@@ -168,7 +172,7 @@ def _say(run: Run, start: Start) -> None:
         for warning in warnings_of(
             start, run.world.size, expected_hours(config, run.world.size, run.world.device)
         ):
-            say(f"warning: {warning}")
+            run.log.warn(warning)
     if (restarts := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
         say(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')} by torchrun")
     if start.checkpoint is None:
@@ -180,7 +184,7 @@ def _say(run: Run, start: Start) -> None:
         say(f"steps: {before} -> {config.steps}; the learning rate follows the new schedule from here on")
     for name, value in checkpoint.versions().items():
         if (old := state["versions"].get(name)) != value:
-            say(f"warning: the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
+            run.log.warn(f"the checkpoint was made with {name} {old}, this is {value}: rounding may differ")
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[np.int64]) -> np.ndarray:

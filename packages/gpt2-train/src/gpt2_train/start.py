@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,9 @@ class Start:
     free: tuple[int | None, int]  # bytes of the GPU, if there is one, and of the host
 
 
-def _do(work: Callable[..., Any], *arguments: Any) -> Any:
-    return work(*arguments)
-
-
 def check_start(
-    config: TrainConfig, world_size: int, device: torch.device, here: bool = True, check: Check = _do,
-    on_main: Check = _do,
+    config: TrainConfig, world_size: int, device: torch.device, here: bool = True, check: Check = call,
+    on_main: Check = call,
 ) -> Start:  # fmt: skip
     """Return what a run begins with, after all checks that can be made before it. Writes nothing.
 
@@ -174,10 +171,8 @@ def warnings_of(start: Start, world_size: int, hours: float | None) -> list[str]
         tokens = min(tokens, 10 * train_tokens)
     if unwise:
         flags, tokens = _shortened(config, tokens, world_size)
-        about = [f"{tokens / train_tokens:.2g} epochs"]
-        about += [duration(hours * tokens / total)] if hours is not None else []
         # A run that is resumed has its batches, and steps that cannot be taken back.
-        advice = "" if start.state else f": {flags} makes it {' and '.join(about)}"
+        advice = "" if start.state else f": {flags} makes it {tokens / train_tokens:.2g} epochs"
         lines.append(" and ".join(unwise) + advice)
     return lines
 
@@ -216,10 +211,9 @@ def find_tokenizer(config: TrainConfig, dataset: Dataset, source: str | Path | N
 
 
 def _load_hellaswag(config: TrainConfig, tokenizer: Tokenizer) -> HellaSwag:
-    data, size = load_hellaswag(config.hellaswag, encoder=tokenizer), config.model_config.vocab_size
-    rows = (row for item in data.items for row in item.rows["karpathy"])
-    if size < tokenizer.num_tokens and max(max((*row.context, *row.continuation)) for row in rows) >= size:
-        raise ValueError(f"--hellaswag: its texts have token ids beyond the vocabulary of {size:,}: leave it out")
+    data = load_hellaswag(config.hellaswag, encoder=tokenizer)
+    if (size := config.model_config.vocab_size) < tokenizer.num_tokens:
+        raise ValueError(f"--hellaswag: texts may have tokens beyond the vocabulary of {size:,}: leave it out")
     return data
 
 
