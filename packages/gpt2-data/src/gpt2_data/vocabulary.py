@@ -55,13 +55,12 @@ def load(path: Path) -> Vocabulary | None:
     """
     folder, file = (path, path / FILE_NAME) if path.is_dir() else (path.parent, path)
     try:
-        if path.is_dir() and not file.exists():
-            if not (folder / "vocab.json").exists():
-                raise ValueError(f"there is no {FILE_NAME} in it, nor vocab.json and merges.txt")
-            file = folder
+        if file.exists() or not path.is_dir():
+            data = file.read_bytes()
+        elif (folder / "vocab.json").exists():
             data = _from_older_files(folder)
         else:
-            data = file.read_bytes()
+            raise ValueError(f"there is no {FILE_NAME} in it, nor vocab.json and merges.txt")
         content = json.loads(data)
         added, vocab = content.get("added_tokens") or [], content["model"]["vocab"]
         ids = (vocab if isinstance(vocab, dict) else {}) | {token["content"]: token["id"] for token in added}
