@@ -83,15 +83,15 @@ def load(path: Path) -> Vocabulary | None:
     return Vocabulary(data, max(ids.values()) + 1, ids[end])
 
 
-def byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> Vocabulary:
-    """Return the vocabulary with GPT-2's split; `vocab` has the special tokens, too, of which one is its end."""
+def byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> bytes:
+    """Return the tokenizer.json of a vocabulary with GPT-2's split; `vocab` has the special tokens, too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     library = Tokenizer(models.BPE(vocab, list(merges)))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(list(special))
-    return Vocabulary(library.to_str(pretty=True).encode(), max(vocab.values()) + 1, vocab.get(END, 0))
+    return str(library.to_str(pretty=True)).encode()
 
 
 def _from_older_files(folder: Path) -> bytes:
@@ -101,7 +101,7 @@ def _from_older_files(folder: Path) -> bytes:
     vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     more = folder / "added_tokens.json"
     added = json.loads(more.read_bytes()) if more.exists() else {}
-    return byte_level(vocab | added, merges, [*added, *([END] if END in vocab else [])]).data
+    return byte_level(vocab | added, merges, [*added, *([END] if END in vocab else [])])
 
 
 def _problem(content: Any, ids: dict[str, int]) -> str | None:

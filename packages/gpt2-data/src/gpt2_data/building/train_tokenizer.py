@@ -24,7 +24,7 @@ from gpt2_data.building.plan import Plan, downloads, make_plan
 from gpt2_data.sources import catalog
 from gpt2_data.sources.catalog import Unit
 from gpt2_data.sources.download import download_file
-from gpt2_data.vocabulary import END, FILE_NAME, MAX_IDS
+from gpt2_data.vocabulary import END, FILE_NAME, MAX_IDS, Vocabulary
 
 MAX_WORDS = 25_000_000
 """Bytes of different words, as they stand between white space, after which no more text is read.
@@ -88,12 +88,9 @@ def train_tokenizer(
         ValueError, OSError: one line that says what to do.
     """
     started, vocab_size, out = time.monotonic(), vocab_size or _LEAST, config.out
-    if vocab_size < _LEAST:
-        raise ValueError(
-            f"vocab-size is {vocab_size}: bytes and {END} alone are {_LEAST}, for which 0 stands, too"
-        )
-    if vocab_size > MAX_IDS:
-        raise ValueError(f"vocab-size is {vocab_size:,}: {MAX_IDS:,} is the limit, since shards hold uint16")
+    if not _LEAST <= vocab_size <= MAX_IDS:
+        limits = f"bytes and {END} alone are {_LEAST}, and {MAX_IDS:,} is the limit, since shards hold uint16"
+        raise ValueError(f"vocab-size is {vocab_size:,}: {limits}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     others = sorted({path.name for path in out.glob("*")} - {"tokenizer_config.json", "downloads"})
@@ -104,7 +101,8 @@ def train_tokenizer(
     merges: list[tuple[str, str]] = []
     if vocab_size > _LEAST:
         vocab, merges = _learn(config, make_plan(config), vocab_size - 1, reading, progress)
-    learned = vocabulary.byte_level(vocab | {END: len(vocab)}, merges, [END])
+    vocab[END] = len(vocab)
+    learned = Vocabulary(vocabulary.byte_level(vocab, merges, [END]), len(vocab), vocab[END])
     return TrainedTokenizer(
         out, learned.size, len(merges), learned.eot, reading.text_bytes, reading.enough,
         str(learned.identity["sha256"]), _write(out, learned.data), round(time.monotonic() - started, 3),
@@ -159,7 +157,7 @@ def _texts(config: BuildConfig, plan: Plan, reading: _Reading) -> Iterator[str]:
         if (file := remote.get(path)) is not None:
             fetched = functools.partial(reading.show, "fetching", total=file.size)
             download_file(file, Path(path.removesuffix(file.path)), fetched)
-        for data, pieces in itertools.chain.from_iterable(map(_read, some)):
+        for data, pieces in itertools.chain.from_iterable(map(_pieces, some)):
             reading.show("reading", min(reading.text_bytes, total), total)
             yield from pieces
             reading.text_bytes += len(data)
@@ -178,7 +176,7 @@ def _texts(config: BuildConfig, plan: Plan, reading: _Reading) -> Iterator[str]:
     reading.show("merging", 0, 0)
 
 
-def _read(unit: Unit) -> Iterator[tuple[bytes, list[str]]]:
+def _pieces(unit: Unit) -> Iterator[tuple[bytes, list[str]]]:
     """Yield the bytes of each batch of a unit, and its texts in pieces."""
     documents = 0
     for batch in catalog.read(unit):
