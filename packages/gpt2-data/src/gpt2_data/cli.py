@@ -59,8 +59,7 @@ def _encoding(context: click.Context, parameter: click.Parameter, name: str | No
     from gpt2_data.sources.opening import check_encoding
 
     try:
-        if name is not None:
-            check_encoding(name)
+        check_encoding(name or "utf-8")
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return name
@@ -224,7 +223,7 @@ def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options
 
     if not source and vocab_size:
         raise click.UsageError("Missing argument 'SOURCE...'.")
-    config = BuildConfig(sources=source or ("pydocs",), **options)
+    config = BuildConfig(sources=source or ("pydocs",), **options)  # bytes alone read no source
     with stoppable(), bar(seconds=8) as show:
         result = train_tokenizer(config, vocab_size, show)
     if result.vocab_size < vocab_size:
@@ -310,8 +309,7 @@ def show(dataset: Path, number: int, split: str, as_json: bool) -> None:
     data = Dataset(dataset)
     start, stop = data.document_range(split, number)
     tokens = data.read(split, start, stop).tolist()
-    mark = slice(1, None) if tokens[:1] == [data.eot] else slice(-1 if tokens[-1:] == [data.eot] else None)
-    text = data.decode(tokens[mark])
+    text = data.decode([token for token in tokens if token != data.eot])
     if as_json:
         facts = {"split": split, "document": number, "start": start, "stop": stop, "tokens": tokens, "text": text}
         print_json(facts)

@@ -18,7 +18,6 @@ from gpt2_data import tokenizer
 FILE_NAME = "tokenizer.json"
 END = "<|endoftext|>"
 MAX_IDS = 2**16  # ids are stored as uint16
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation")  # they keep all of a text
 _SAMPLE = "Zażółć 日本語\u0301 ﬁ Å\t\r\n\n  it's 1234 <|endoftext|> 🙂\x00\x7f "
 
@@ -56,13 +55,12 @@ def load(path: Path) -> Vocabulary | None:
     """
     folder, file = (path, path / FILE_NAME) if path.is_dir() else (path.parent, path)
     try:
-        if path.is_dir() and not file.exists():
-            if not (folder / "vocab.json").exists():
-                raise ValueError(f"there is no {FILE_NAME} in it, nor vocab.json and merges.txt")
-            file = folder
+        if file.exists() or not path.is_dir():
+            data = file.read_bytes()
+        elif (folder / "vocab.json").exists():
             data = _from_older_files(folder)
         else:
-            data = file.read_bytes()
+            raise ValueError(f"there is no {FILE_NAME} in it, nor vocab.json and merges.txt")
         content = json.loads(data)
         added, vocab = content.get("added_tokens") or [], content["model"]["vocab"]
         ids = (vocab if isinstance(vocab, dict) else {}) | {token["content"]: token["id"] for token in added}
@@ -85,34 +83,25 @@ def load(path: Path) -> Vocabulary | None:
     return Vocabulary(data, max(ids.values()) + 1, ids[end])
 
 
-def to_json(vocab: dict[str, int], merges: Sequence[str], added: Sequence[str]) -> bytes:
-    """Return a tokenizer.json with GPT-2's split; `added` are the special tokens, which `vocab` has, too."""
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": vocab[token], "content": token, **plain, "special": True} for token in added],
-        "normalizer": None,
-        "pre_tokenizer": _BYTE_LEVEL,
-        "post_processor": None,
-        "decoder": _BYTE_LEVEL,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": vocab, "merges": list(merges)},
-    }  # fmt: skip
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+def byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> bytes:
+    """Return the tokenizer.json of a vocabulary with GPT-2's split; `vocab` has the special tokens, too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    library = Tokenizer(models.BPE(vocab, list(merges)))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(list(special))
+    return str(library.to_str(pretty=True)).encode()
 
 
 def _from_older_files(folder: Path) -> bytes:
     """Return the tokenizer.json of a folder with vocab.json, merges.txt and maybe added_tokens.json."""
-    vocab = json.loads((folder / "vocab.json").read_bytes())
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    from tokenizers import models
+
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     more = folder / "added_tokens.json"
     added = json.loads(more.read_bytes()) if more.exists() else {}
-    vocab |= added
-    return to_json(vocab, merges, [*added, *([END] if END in vocab and END not in added else [])])
+    return byte_level(vocab | added, merges, [*added, *([END] if END in vocab else [])])
 
 
 def _problem(content: Any, ids: dict[str, int]) -> str | None:
@@ -137,7 +126,6 @@ def _problem(content: Any, ids: dict[str, int]) -> str | None:
         (f"{[token['content'] for token in stripping][:3]} take the spaces beside them (lstrip, rstrip)",
          [token for token in stripping if not token["special"]]),
         ("an id stands twice", len(set(numbers)) < len(numbers)),
-        ("an id is not a number", not all(type(number) is int and number >= 0 for number in numbers)),
         (f"its ids go up to {max(numbers, default=0):,}, and shards of uint16 hold {MAX_IDS - 1:,} at most",
          max(numbers, default=0) >= MAX_IDS),
     ):  # fmt: skip

@@ -85,7 +85,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
     """
     if (receipt := read_receipt(task, check_files=True)) is not None:
         return receipt, False
-    hashes, encoder = {path: sha256(Path(path)) for path in task.hashed}, task.encoder
+    hashes = {path: sha256(Path(path)) for path in task.hashed}
     pending = np.empty(0, np.int64)  # lengths of the last batch's documents; its last document may continue
     replaced_in: dict[str, None] = {}
     count_marks = task.unit.kind == "txt" and task.unit.split_on is None
@@ -97,7 +97,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
         for batch in _noted(task) if careful else _read(task):
             first = counts["documents"]
             try:
-                tokens, lengths = tokenizer.encode_texts(batch.texts, encoder, first)
+                tokens, lengths = tokenizer.encode_texts(batch.texts, task.encoder, first)
             except tokenizer.BadText as error:
                 where = catalog.document_name(task.unit, first + error.index - batch.continues)
                 raise ValueError(f"{where}: {error}") from None
@@ -130,10 +130,9 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
 
 def _read(task: UnitTask) -> Iterator[Batch]:
     """Yield the unit's documents; whole ones if the encoder does not allow to cut long ones."""
-    batches = catalog.read(task.unit)
-    if isinstance(task.encoder, str) or task.encoder.cuts:
-        return batches
-    return files.join(batches, tokenizer.MAX_WHOLE)
+    batches, encoder = catalog.read(task.unit), task.encoder
+    cuts = isinstance(encoder, str) or encoder.cuts
+    return batches if cuts else files.join(batches, tokenizer.MAX_WHOLE)
 
 
 def _noted(task: UnitTask) -> Iterator[Batch]:

@@ -1,38 +1,37 @@
 """`gpt2-data tokenizer`: learn a byte-level BPE vocabulary from the sources that a build takes.
 
-The `tokenizers` library counts the words (of GPT-2's split) and merges pairs; its result does not depend on the
-number of threads. The text is not kept, but the words are: up to 120 bytes of memory for each byte of them.
+The `tokenizers` library counts the words (of GPT-2's split) and merges pairs. The text is not kept, but the words
+are: up to 120 bytes of memory for each byte of them.
 """
 
+import functools
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gpt2_data import disk, order, tokenizer, vocabulary
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.estimate import DOWNLOADS_AT_ONCE
 from gpt2_data.building.plan import Plan, downloads, make_plan
 from gpt2_data.sources import catalog
 from gpt2_data.sources.catalog import Unit
-from gpt2_data.sources.download import Downloader
-from gpt2_data.vocabulary import END, FILE_NAME, MAX_IDS
+from gpt2_data.sources.download import download_file
+from gpt2_data.vocabulary import END, FILE_NAME, MAX_IDS, Vocabulary
 
 MAX_WORDS = 25_000_000
 """Bytes of different words, as they stand between white space, after which no more text is read.
 
 English has them in some hundred megabytes; Japanese, whose words here are whole phrases, in thirty. Memory then
 reaches 3 GB in the worst case: 14 MB of random Chinese took 1.7."""
-_BYTES = 256
-_NAMES = ("vocab.json", "merges.txt", "tokenizer_config.json", FILE_NAME)  # the last is written last
+_LEAST = 257  # ids: the bytes and END
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,20 +57,24 @@ class TrainedTokenizer:
 
 
 @dataclass
-class _Reader:
-    """What the thread that learns has read, and whether it should stop."""
+class _Reading:
+    """How far the thread that learns has read, and whether it should stop."""
 
+    step: tuple[str, int, int] = ("reading", 0, 0)
     text_bytes: int = 0
     enough: bool = False
     stop: bool = False
-    error: BaseException | None = None
-    learned: Any = None
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if self.stop:
+            raise CancelledError
+        self.step = what, done, total
 
 
 def train_tokenizer(
     config: BuildConfig, vocab_size: int, progress: Progress = lambda what, done, total: None
 ) -> TrainedTokenizer:
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to `config.out`.
+    """Write tokenizer.json and tokenizer_config.json to `config.out`.
 
     The first 256 ids are the bytes, the last is `<|endoftext|>`. The same source gives the same bytes.
 
@@ -84,121 +87,99 @@ def train_tokenizer(
     Raises:
         ValueError, OSError: one line that says what to do.
     """
-    started, least = time.monotonic(), _BYTES + 1
-    vocab_size = vocab_size or least
-    if vocab_size < least:
-        raise ValueError(f"vocab-size is {vocab_size}: bytes and {END} alone are {least}, for which 0 stands, too")
-    if vocab_size > MAX_IDS:
-        raise ValueError(f"vocab-size is {vocab_size:,}: {MAX_IDS:,} is the limit, since shards hold uint16")
-    _check_folder(config.out, vocab_size)
-    reader = _Reader()
+    started, vocab_size, out = time.monotonic(), vocab_size or _LEAST, config.out
+    if not _LEAST <= vocab_size <= MAX_IDS:
+        limits = f"bytes and {END} alone are {_LEAST}, and {MAX_IDS:,} is the limit, since shards hold uint16"
+        raise ValueError(f"vocab-size is {vocab_size:,}: {limits}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    others = sorted({path.name for path in out.glob("*")} - {"tokenizer_config.json", "downloads"})
+    if others and FILE_NAME not in others:
+        raise ValueError(f"{out} holds {others[0]}: choose an empty --out")
+    reading = _Reading()
     vocab = {symbol: i for i, symbol in enumerate(sorted(tokenizer.byte_symbols()))}
-    merges: list[str] = []
-    if vocab_size > least:
-        plan = make_plan(config)
-        _learn(config, plan, vocab_size - 1, reader, progress)
-        if reader.text_bytes == 0:
-            raise ValueError("the source contains no text")
-        model = json.loads(reader.learned.to_str())["model"]
-        vocab, merges = model["vocab"], [" ".join(pair) for pair in model["merges"]]
+    merges: list[tuple[str, str]] = []
+    if vocab_size > _LEAST:
+        vocab, merges = _learn(config, make_plan(config), vocab_size - 1, reading, progress)
     vocab[END] = len(vocab)
-    files = _files(vocab, merges)
-    same = _write(config.out, files)
-    identity = vocabulary.Vocabulary(files[FILE_NAME], len(vocab), vocab[END]).identity
+    learned = Vocabulary(vocabulary.byte_level(vocab, merges, [END]), len(vocab), vocab[END])
     return TrainedTokenizer(
-        config.out, len(vocab), len(merges), vocab[END], reader.text_bytes, reader.enough,
-        str(identity["sha256"]), same, round(time.monotonic() - started, 3),
+        out, learned.size, len(merges), learned.eot, reading.text_bytes, reading.enough,
+        str(learned.identity["sha256"]), _write(out, learned.data), round(time.monotonic() - started, 3),
     )  # fmt: skip
 
 
-def _check_folder(out: Path, vocab_size: int) -> None:
-    """Raise ValueError if the folder holds what may not be overwritten, as far as that is known before."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    others = sorted({path.name for path in out.glob("*")} - {*_NAMES, "downloads"})
-    if others and not (out / FILE_NAME).exists():
-        raise ValueError(f"{out} holds {others[0]}: choose an empty --out")
-    if (out / FILE_NAME).exists():
-        there = vocabulary.load(out)
-        if there is None or there.size > vocab_size:
-            raise ValueError(f"{out} holds another tokenizer: choose another --out")
+def _learn(
+    config: BuildConfig, plan: Plan, size: int, reading: _Reading, progress: Progress
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and the merges. A thread learns, so that this one shows progress and obeys Ctrl-C."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-
-def _learn(config: BuildConfig, plan: Plan, size: int, reader: _Reader, progress: Progress) -> None:
-    """Learn in a thread, so that this one can show the progress and can be interrupted."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    library.decoder = decoders.ByteLevel()
+    library, learned = Tokenizer(models.BPE()), Future[None]()
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    # Otherwise the library's own threads run `_texts` in turn, and once they waited for each other for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def learn() -> None:
         try:
-            library.train_from_iterator(_texts(plan, downloader, reader), trainer)
-            reader.learned = library
+            library.train_from_iterator(_texts(config, plan, reading), trainer)
+            learned.set_result(None)
         except BaseException as error:  # the other thread raises it
-            reader.error = error
+            learned.set_exception(error)
 
-    total = sum(unit.text_bytes for unit in plan.units)
-    remote = {item.path: item.remote for item in plan.inputs if item.remote is not None}
-    fetched = [(file, Path(path.removesuffix(file.path))) for path, file in remote.items()]
-    temporary = config.downloads is None
-    with Downloader(fetched, DOWNLOADS_AT_ONCE if temporary else None, temporary) as downloader:
-        thread = threading.Thread(target=learn, name="learn", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(0.2)
-                if reader.enough or reader.text_bytes >= total:
-                    progress("merging", 0, 0)
-                elif remote and not reader.text_bytes:
-                    progress("fetching", downloader.bytes_done, downloader.bytes_total)
-                else:
-                    progress("reading", min(reader.text_bytes, total), total)
-        finally:
-            reader.stop = True
-    if reader.error is not None:
-        raise reader.error
-    if temporary and fetched:
-        shutil.rmtree(downloads(config), ignore_errors=True)
+    thread = threading.Thread(target=learn, name="learn", daemon=True)
+    thread.start()
+    try:
+        while not wait([learned], 0.2).done:
+            progress(*reading.step)
+    finally:
+        reading.stop = True
+        thread.join(1.0)  # merging takes longer, but it ends with the process
+    learned.result()
+    if reading.text_bytes == 0:
+        raise ValueError("the source contains no text")
+    model = json.loads(library.to_str())["model"]
+    return model["vocab"], [(first, second) for first, second in model["merges"]]
 
 
-def _texts(plan: Plan, downloader: Downloader, reader: _Reader) -> Iterator[str]:
+def _texts(config: BuildConfig, plan: Plan, reading: _Reading) -> Iterator[str]:
     """Yield texts, long ones in pieces, until there are MAX_WORDS. Units come in a fixed random order.
 
     Files of the hub are read in their own order, so that no more of them are fetched than are needed.
     """
-    units, words, size = list(plan.units), set[bytes](), 0
-    waiting = Counter(unit.files[0] for unit in units if Path(unit.files[0]) in downloader.files)
-    if not waiting:
-        units = [units[i] for i in order.permute(np.arange(len(units)), len(units), 0).tolist()]
-    for unit in units:
-        path = unit.files[0]
-        while path in waiting and not downloader.ready(Path(path)) and not reader.stop:
-            time.sleep(0.1)
-        for data, pieces in _read(unit, reader):
+    remote = {item.path: item.remote for item in plan.inputs if item.remote is not None}
+    total, words, size = sum(unit.text_bytes for unit in plan.units), set[bytes](), 0
+    indices = np.arange(len(plan.units))
+    units = [plan.units[i] for i in (indices if remote else order.permute(indices, len(indices), 0)).tolist()]
+    for path, some in itertools.groupby(units, lambda unit: unit.files[0]):
+        if (file := remote.get(path)) is not None:
+            fetched = functools.partial(reading.show, "fetching", total=file.size)
+            download_file(file, Path(path.removesuffix(file.path)), fetched)
+        for data, pieces in itertools.chain.from_iterable(map(_pieces, some)):
+            reading.show("reading", min(reading.text_bytes, total), total)
             yield from pieces
-            reader.text_bytes += len(data)
+            reading.text_bytes += len(data)
             new = set(data.split()) - words
             words |= new
             size += sum(map(len, new))
-            if size > MAX_WORDS:
-                reader.enough = True
-                return
-        if path in waiting:
-            waiting[path] -= 1
-            if waiting[path] == 0:
-                downloader.release(Path(path))
+            reading.enough = size > MAX_WORDS
+            if reading.enough:
+                break
+        if file is not None and config.downloads is None:
+            Path(path).unlink()
+        if reading.enough:
+            break
+    if remote and config.downloads is None:
+        shutil.rmtree(downloads(config), ignore_errors=True)
+    reading.show("merging", 0, 0)
 
 
-def _read(unit: Unit, reader: _Reader) -> Iterator[tuple[bytes, list[str]]]:
+def _pieces(unit: Unit) -> Iterator[tuple[bytes, list[str]]]:
     """Yield the bytes of each batch of a unit, and its texts in pieces."""
     documents = 0
     for batch in catalog.read(unit):
-        if reader.stop:
-            raise InterruptedError
         data, offsets = tokenizer.text_buffers(batch.texts)
         try:
             cuts = tokenizer.cut_texts(data, offsets)[0].tolist()
@@ -209,33 +190,19 @@ def _read(unit: Unit, reader: _Reader) -> Iterator[tuple[bytes, list[str]]]:
         yield data.tobytes(), [str(data.data[start:stop], "utf-8") for start, stop in itertools.pairwise(cuts)]
 
 
-def _files(vocab: dict[str, int], merges: list[str]) -> dict[str, bytes]:
-    """Return the folder's files by name."""
-    config = {
-        "add_prefix_space": False,
-        "bos_token": END,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": END,
-        "tokenizer_class": "GPT2Tokenizer",
-        "unk_token": END,
-    }
-    texts = (
-        json.dumps(vocab, ensure_ascii=False) + "\n",
-        "\n".join(["#version: 0.2", *merges, ""]),
-        json.dumps(config, indent=2) + "\n",
-    )
-    files = dict(zip(_NAMES, (text.encode() for text in texts), strict=False))
-    return files | {FILE_NAME: vocabulary.to_json(vocab, merges, [END])}
-
-
-def _write(out: Path, files: dict[str, bytes]) -> bool:
-    """Write the files; return True if all are there already. Raises ValueError if one has another content."""
-    there = {name: (out / name).read_bytes() for name in files if (out / name).exists()}
-    if different := [name for name, data in there.items() if data != files[name]]:
-        raise ValueError(f"{out} holds another tokenizer ({different[0]} differs): choose another --out")
+def _write(out: Path, data: bytes) -> bool:
+    """Write the folder; return True if it is there already. Raises ValueError if another tokenizer is."""
+    if (out / FILE_NAME).exists():
+        if (out / FILE_NAME).read_bytes() == data:
+            return True
+        raise ValueError(f"{out} holds another tokenizer: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    for name in _NAMES:
-        if name not in there:
-            with disk.write_whole(out / name) as file:
-                file.write(files[name])
-    return there == files
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+    config = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "tokenizer_class": "GPT2Tokenizer"}
+    for name, content in (
+        ("tokenizer_config.json", json.dumps(config | tokens, indent=2).encode()),
+        (FILE_NAME, data),
+    ):
+        with disk.write_whole(out / name) as file:
+            file.write(content)
+    return False
