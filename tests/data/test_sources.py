@@ -131,7 +131,7 @@ def test_text_files_share_units_and_keep_their_order(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ("{nonsense", r"a\.jsonl:1003: not JSON"),
-        ("[1]", r"a\.jsonl:1003: a JSON object is wanted, this is list"),
+        ("[1]", r"a\.jsonl:1003: an object or a string is wanted, this is list"),
         ('{"body": "x", "id": 1}', r"a\.jsonl:1003: no key 'text'; the keys are body, id"),
         ('{"text": 5}', r"a\.jsonl:1003: 'text' holds int"),
         ("[" * 100_000, r"a\.jsonl:1003: "),
@@ -207,6 +207,9 @@ def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 300)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' + b" " * 10**6))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))
-    for name, message in ("a.jsonl.gz", "a line of 1,000 bytes"), ("a.txt.gz", "no white space in 1,000 bytes"):
+    for name, message in (
+        ("a.jsonl.gz", "a line of 1,000 characters"),
+        ("a.txt.gz", "no white space in 1,000 characters"),
+    ):
         with pytest.raises(ValueError, match=f"{name}: cannot be read: {message}"):
             read(tmp_path / name, tmp_path)

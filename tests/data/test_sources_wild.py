@@ -135,7 +135,7 @@ def test_string_views_and_large_strings_are_cast(run):
         ("a.docx", "PK", "a.docx is of a kind that is not taken: taken are .parquet .jsonl"),
         ("a.parquet.gz", "x", "is of a kind that is not taken"),
         ("a.json", '{\n "a": 1\n}', "a.json is one JSON object, not an array"),
-        ("a.json", "[1]", "a.json: element 0, counted from 0: objects or strings are wanted, this is int"),
+        ("a.json", "[1]", "a.json: element 0, counted from 0: an object or a string is wanted, this is int"),
         ("a.json", '["a" "b"]', "not JSON: a comma or the array's end is missing"),
         ("a.json", '[{"text": "a"}, {"body": 1}]', "element 1, counted from 0: no key 'text'; the keys are body"),
         ("a.json", '["a"', "not JSON"),

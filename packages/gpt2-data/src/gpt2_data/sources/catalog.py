@@ -199,8 +199,7 @@ def _parts(unit: Unit) -> Iterator[Part]:
         yield from files.read_csv(path, unit.column, unit.encoding)
     elif unit.kind == "txt":
         for path in unit.files:
-            for part in files.read_text(path, unit.encoding, unit.split_on or ""):
-                yield part._replace(path=path) if part.replaced else part
+            yield from files.read_text(path, unit.encoding, unit.split_on or "")
     elif unit.kind == "pydocs":
         yield from (Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
     elif unit.kind == "tinyshakespeare":  # documents as llm.c has them: between blank lines, with the blank line
