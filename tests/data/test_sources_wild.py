@@ -277,6 +277,11 @@ def test_one_text_file_alone_is_led_to_a_split(run):
     )
     done = run("build", "novel.txt", "--out", "two", "--split-on", r"\n\n", "--val-tokens", 30)
     assert "of 300 documents in 2 shards" in done.stdout
+    write("short.txt", "\n\n".join(f"Paragraph {i} of a short story." for i in range(60)))
+    for seed, shards in (0, "1 shard "), (5, "2 shards"):  # the novel comes first, or second
+        options = "novel.txt", "short.txt", "--seed", seed, "--out", f"seed{seed}"
+        assert f"shards     about {shards[0]} of" in run("build", *options, "--dry-run").stdout
+        assert f"in {shards}" in run("build", *options).stdout
 
 
 def test_the_number_of_shards_is_bounded_before_work(run):
