@@ -173,7 +173,9 @@ def test_sources_that_are_none(tmp_path):
     for source, message in {
         "wikipedia": "unknown source 'wikipedia': choose from fineweb-edu, fineweb, hf:REPO",
         "hf:": "hf:",
-        str(tmp_path / "empty"): "is a folder with no file in it that is taken: .parquet .jsonl .ndjson .json ",
+        str(
+            tmp_path / "empty"
+        ): "is a folder with no file that is taken: taken are .parquet .jsonl .ndjson .json ",
         str(tmp_path / "*.jsonl"): "no file matches",
         str(tmp_path / "b.txt"): "no file matches",
     }.items():
