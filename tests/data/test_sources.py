@@ -104,7 +104,9 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
     column = pa.array([b"caf\xe9", b"fine", None], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_bytes("\ufeffcafé ok".encode("utf-16-le") + b"A")  # cut within a character
     assert read(tmp_path / "a.txt", tmp_path)[1] == [("caf\ufffd ok", True)]
+    assert read(tmp_path / "d.txt", tmp_path)[1] == [("café ok\ufffd", True)]
     assert read(tmp_path / "b.jsonl", tmp_path)[1] == [("caf\ufffd", True), ("fine", False)]
     assert read(tmp_path / "c.parquet", tmp_path)[1] == [("caf\ufffd", True), ("fine", False), ("", False)]
 

@@ -105,6 +105,7 @@ def test_every_kind_is_read_and_compressed_too(run):
         data = b"# notes"
         assert documents(write(f"2/{name}", gzip.compress(data) if name.endswith("gz") else data)) == ["# notes"]
     assert documents(write("empty.json", "[ ]")) == []
+    assert documents(write("strings.jsonl", '"one"\n{"text": "two"}\n')) == ["one", "two"]
 
 
 def test_json_arrays_and_tables_are_read_piece_by_piece(run, monkeypatch):
