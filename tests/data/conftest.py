@@ -69,3 +69,17 @@ def server(monkeypatch):
         use(server, monkeypatch)
         monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
         yield server
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write files given as {name: bytes}; returns their folder."""
+
+    def folder(files):
+        target = tmp_path / "foreign"
+        target.mkdir(exist_ok=True)
+        for name, data in files.items():
+            (target / name).write_bytes(data)
+        return target
+
+    return folder

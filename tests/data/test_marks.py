@@ -18,21 +18,8 @@ E = 50256  # <|endoftext|>
 TEXTS = [[1, 2], [], [3, 4, 5], [6], []]
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Write files given as {name: bytes}; returns their folder."""
-
-    def write(files):
-        (tmp_path / "foreign").mkdir()
-        for name, data in files.items():
-            (tmp_path / "foreign" / name).write_bytes(data)
-        return tmp_path / "foreign"
-
-    return write
-
-
-def documents(folder, split="train"):
-    return [document.tolist() for document in open_dataset(folder).documents(split)]
+def documents(where):
+    return [document.tolist() for document in open_dataset(where).documents("train")]
 
 
 def flat(parts):
@@ -61,12 +48,12 @@ CASES = {
 @pytest.mark.parametrize("chunk", [1, 3, 1_000_000])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("to", ["llmc", "arrow", "npy"])
-def test_documents_stay_wherever_their_mark_stands(write, tmp_path, case, to, chunk, monkeypatch):
+def test_documents_stay_wherever_their_mark_stands(folder, tmp_path, case, to, chunk, monkeypatch):
     """nanoGPT's prepare.py, Megatron's preprocess_data.py --append-eod: every document was shifted by one."""
     for module in "conversion", "formats.foreign":
         monkeypatch.setattr(sys.modules[f"gpt2_data.{module}"], "_CHUNK", chunk)
     monkeypatch.setattr(sys.modules["gpt2_data.conversion"], "SHARD_TOKENS", 4)
-    result = convert(write(CASES[case]), tmp_path / "out", to)
+    result = convert(folder(CASES[case]), tmp_path / "out", to)
     wanted = FRONT[:4] if "cut" in case else [[E], *FRONT] if "first" in case else FRONT
     assert documents(tmp_path / "out") == wanted
     assert result.tokens == len(flat(wanted)) + (2 if "first" in case else 0)
@@ -83,22 +70,22 @@ def test_documents_stay_wherever_their_mark_stands(write, tmp_path, case, to, ch
 @pytest.mark.parametrize(
     "case", ["nanogpt's own", "nanogpt, in front", "megatron --append-eod", "megatron without"]
 )
-def test_show_prints_the_text_alone(write, case):
+def test_show_prints_the_text_alone(folder, case):
     """The first token was dropped, and the mark behind the text printed."""
-    where = str(write(CASES[case]))
+    where = str(folder(CASES[case]))
     shown = [CliRunner().invoke(main, ["show", where, str(n), "--json"]) for n in range(len(TEXTS))]
     assert [json.loads(one.stdout)["text"] for one in shown] == ['"#', "", "$%&", "'", ""]
 
 
-def test_text_without_a_mark_gets_none(write, tmp_path):
+def test_text_without_a_mark_gets_none(folder, tmp_path):
     """Characters' ids, as nanoGPT's shakespeare_char has them: 50256 would be an id that they do not have."""
-    convert(write({"train.bin": u16([5, 6, 7])}), tmp_path / "out", "llmc")
+    convert(folder({"train.bin": u16([5, 6, 7])}), tmp_path / "out", "llmc")
     assert open_dataset(tmp_path / "out").read("train", 0, 3).tolist() == [5, 6, 7]
 
 
-def test_the_largest_id_is_the_one_that_is_there(write):
+def test_the_largest_id_is_the_one_that_is_there(folder):
     """nanoGPT #422: characters with ids up to 62 for a model with 65, refused for the id 50,256."""
-    where = write({"train.bin": u16([0, 62, 7]), "val.bin": u16([64])})
+    where = folder({"train.bin": u16([0, 62, 7]), "val.bin": u16([64])})
     assert [shard.max_token for shard in open_dataset(where).manifest.shards] == [62, 64]
     from gpt2_model import GPTConfig
     from gpt2_train import TrainConfig
@@ -110,9 +97,9 @@ def test_the_largest_id_is_the_one_that_is_there(write):
         check_shape(config, GPTConfig(vocab_size=64), dataset, None, 1)
 
 
-def test_a_loader_that_is_left_open_is_silent_at_the_end(write):
+def test_a_loader_that_is_left_open_is_silent_at_the_end(folder):
     """Exception ignored in TokenFiles.__del__: 'NoneType' object has no attribute 'close'."""
-    where = write({"train_1.npy": npy([E, *range(20)])})
+    where = folder({"train_1.npy": npy([E, *range(20)])})
     code = f"""
 import ctypes, string
 from gpt2_data import TokenLoader

@@ -104,7 +104,9 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "fine"}\n')
     column = pa.array([b"caf\xe9", b"fine", None], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_bytes("\ufeffcafé ok".encode("utf-16-le") + b"A")  # cut within a character
     assert read(tmp_path / "a.txt", tmp_path)[1] == [("caf\ufffd ok", True)]
+    assert read(tmp_path / "d.txt", tmp_path)[1] == [("café ok\ufffd", True)]
     assert read(tmp_path / "b.jsonl", tmp_path)[1] == [("caf\ufffd", True), ("fine", False)]
     assert read(tmp_path / "c.parquet", tmp_path)[1] == [("caf\ufffd", True), ("fine", False), ("", False)]
 
@@ -131,7 +133,7 @@ def test_text_files_share_units_and_keep_their_order(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ("{nonsense", r"a\.jsonl:1003: not JSON"),
-        ("[1]", r"a\.jsonl:1003: a JSON object is wanted, this is list"),
+        ("[1]", r"a\.jsonl:1003: an object or a string is wanted, this is list"),
         ('{"body": "x", "id": 1}', r"a\.jsonl:1003: no key 'text'; the keys are body, id"),
         ('{"text": 5}', r"a\.jsonl:1003: 'text' holds int"),
         ("[" * 100_000, r"a\.jsonl:1003: "),
@@ -173,7 +175,9 @@ def test_sources_that_are_none(tmp_path):
     for source, message in {
         "wikipedia": "unknown source 'wikipedia': choose from fineweb-edu, fineweb, hf:REPO",
         "hf:": "hf:",
-        str(tmp_path / "empty"): "is a folder with no file in it that is taken: .parquet .jsonl .ndjson .json ",
+        str(
+            tmp_path / "empty"
+        ): "is a folder with no file that is taken: taken are .parquet .jsonl .ndjson .json ",
         str(tmp_path / "*.jsonl"): "no file matches",
         str(tmp_path / "b.txt"): "no file matches",
     }.items():
@@ -207,6 +211,9 @@ def test_text_that_swells_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 300)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' + b" " * 10**6))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 10**6))
-    for name, message in ("a.jsonl.gz", "a line of 1,000 bytes"), ("a.txt.gz", "no white space in 1,000 bytes"):
+    for name, message in (
+        ("a.jsonl.gz", "a line of 1,000 characters"),
+        ("a.txt.gz", "no white space in 1,000 characters"),
+    ):
         with pytest.raises(ValueError, match=f"{name}: cannot be read: {message}"):
             read(tmp_path / name, tmp_path)

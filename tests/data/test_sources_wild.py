@@ -105,6 +105,7 @@ def test_every_kind_is_read_and_compressed_too(run):
         data = b"# notes"
         assert documents(write(f"2/{name}", gzip.compress(data) if name.endswith("gz") else data)) == ["# notes"]
     assert documents(write("empty.json", "[ ]")) == []
+    assert documents(write("strings.jsonl", '"one"\n{"text": "two"}\n')) == ["one", "two"]
 
 
 def test_json_arrays_and_tables_are_read_piece_by_piece(run, monkeypatch):
@@ -135,7 +136,7 @@ def test_string_views_and_large_strings_are_cast(run):
         ("a.docx", "PK", "a.docx is of a kind that is not taken: taken are .parquet .jsonl"),
         ("a.parquet.gz", "x", "is of a kind that is not taken"),
         ("a.json", '{\n "a": 1\n}', "a.json is one JSON object, not an array"),
-        ("a.json", "[1]", "a.json: element 0, counted from 0: objects or strings are wanted, this is int"),
+        ("a.json", "[1]", "a.json: element 0, counted from 0: an object or a string is wanted, this is int"),
         ("a.json", '["a" "b"]', "not JSON: a comma or the array's end is missing"),
         ("a.json", '[{"text": "a"}, {"body": 1}]', "element 1, counted from 0: no key 'text'; the keys are body"),
         ("a.json", '["a"', "not JSON"),
@@ -277,6 +278,11 @@ def test_one_text_file_alone_is_led_to_a_split(run):
     )
     done = run("build", "novel.txt", "--out", "two", "--split-on", r"\n\n", "--val-tokens", 30)
     assert "of 300 documents in 2 shards" in done.stdout
+    write("short.txt", "\n\n".join(f"Paragraph {i} of a short story." for i in range(60)))
+    for seed, shards in (0, "1 shard "), (5, "2 shards"):  # the novel comes first, or second
+        options = "novel.txt", "short.txt", "--seed", seed, "--out", f"seed{seed}"
+        assert f"shards     about {shards[0]} of" in run("build", *options, "--dry-run").stdout
+        assert f"in {shards}" in run("build", *options).stdout
 
 
 def test_the_number_of_shards_is_bounded_before_work(run):

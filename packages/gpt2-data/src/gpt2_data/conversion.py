@@ -26,6 +26,7 @@ from gpt2_data.vocabulary import FILE_NAME as TOKENIZER
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
 SHARD_TOKENS = 100_000_000  # in a shard, if the source has no shards (nanoGPT, Megatron)
 _CHUNK = 1_000_000
+_MOVED = ".moved"  # in the work folder: a file's tokens with the EOTs in front of the documents
 _MAX_SEQUENCE = 2**31 - 1  # tokens: Megatron stores a length as an int32
 
 Progress = Callable[[str, int, int], None]  # is called with ("writing", tokens done, tokens in all)
@@ -51,8 +52,8 @@ def convert(
     them, as in nanoGPT's and Megatron's own files, it moves; if Megatron's documents have none, each gets one.
 
     If `source` has our own format, every file is compared with its hash in dataset.json. Memory: a few chunks of
-    1M tokens, and 20 bytes per document of a shard (of a whole split for Megatron, or if another project's
-    documents are needed).
+    1M tokens, a document if its mark moves, and 20 bytes per document of a shard (of a whole split for Megatron,
+    or if another project's documents are needed).
 
     Args:
         out: must not exist, or be empty. It appears whole or not at all: until it is whole, it is OUT.converting.
@@ -71,9 +72,9 @@ def convert(
         raise ValueError(f"{source} holds no tokens")
     target = out.resolve()  # not a link, which cannot be renamed over
     work = target.with_name(target.name + ".converting")
+    job = _Job(dataset, work, to, lambda done: progress("writing", done, total))
     # In Megatron's .idx a document takes 20 bytes: 0.1 a token if it has 200 tokens.
-    with _work_folder(work, int(2.1 * total) + 1_000_000):
-        job = _Job(dataset, work, to, lambda done: progress("writing", done, total))
+    with _work_folder(work, int(2.1 * total) * (1 + job.moves) + 1_000_000):
         if to in ("llmc", "arrow"):
             _to_ours(job, "arrow" if to == "arrow" else "uint16")
         elif to == "npy":
@@ -85,7 +86,8 @@ def convert(
         files = list(work.glob("[!.]*"))
         size = sum(path.stat().st_size for path in files)
         work.rename(target)  # takes the place of an empty folder
-        (target / ".lock").unlink()
+        for name in ".lock", _MOVED:
+            (target / name).unlink(missing_ok=True)
     disk.sync_folder(target.parent)
     return ConvertResult(out, to, job.written, len(files), size)
 
@@ -130,7 +132,7 @@ class _Job:
         self._progress = progress
         self._done = 0
         # nanoGPT's layout has an EOT behind or in front of all documents, Megatron's anything.
-        self._moves = to not in ("megatron", self.kind) and self.kind in ("nanogpt", "megatron")
+        self.moves = to not in ("megatron", self.kind) and self.kind in ("nanogpt", "megatron")
 
     @property
     def kind(self) -> str:
@@ -144,19 +146,18 @@ class _Job:
         has_shards = self.kind not in ("nanogpt", "megatron")
         shards = self.manifest.split(split)
         for number, file in enumerate(self.dataset.split(split).files):
-            shard = shards[number]
-            moves = foreign.moves_to_front(shard) if self._moves and isinstance(shard, ForeignShard) else None
-            total = moves.tokens if moves else file.tokens
+            shard, moved = shards[number], None
+            if self.moves and isinstance(shard, ForeignShard) and shard.lacks_marks:
+                for _ in self._read(file, _CHUNK):  # checks and hashes it
+                    pass
+                file = moved = foreign.mark_in_front(shard, self.work / _MOVED)
+            total = file.tokens
             size = total if has_shards and total <= uint16.MAX_SHARD_TOKENS else SHARD_TOKENS
-            chunks = moves.apply(self._read(file, _CHUNK), size) if moves else self._read(file, size)
+            chunks = iter(()) if moved else self._read(file, size)
             for start in range(0, total, size):
-                stop = min(start + size, total)
-                part_of_file = TokenFile(file.path, stop - start, file.start + 2 * start)
-                eots = partial(foreign.eots, part_of_file, self.dataset.eot)
-                if moves:
-                    eots = partial(_within, moves.eots, start, stop)
-                part = itertools.islice(chunks, -(-(stop - start) // _CHUNK))
-                yield _Piece(number, file.path, stop - start, eots, part)
+                part = TokenFile(file.path, min(size, total - start), file.start + 2 * start)
+                tokens = foreign.scan(part) if moved else itertools.islice(chunks, -(-part.tokens // _CHUNK))
+                yield _Piece(number, file.path, part.tokens, partial(foreign.eots, part, self.dataset.eot), tokens)
             assert next(chunks, None) is None  # all was read, so the hash was compared
             self.written += total
 
@@ -188,11 +189,6 @@ class _Job:
                 path = file.path.with_name(part.file)
                 if part.sha256 != (sha256 if part is shard else disk.sha256(path)):
                     raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {FILE_NAME}")
-
-
-def _within(numbers: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-    """Return the sorted numbers from `start` to below `stop`, counted from `start`."""
-    return numbers[slice(*np.searchsorted(numbers, [start, stop]))] - start
 
 
 def _to_ours(job: _Job, form: str) -> None:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,10 +71,7 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
     if config.compat is not None:
         wanted = val = config.shard_size
     else:
-        least = min(DEFAULT_VAL_TOKENS, total // 10) if wanted is None else wanted
-        val = int(positions[min(int(np.searchsorted(positions, least)), n)])
-        if wanted is None and val > total // 2:  # a first document that is most of the source, or all of it
-            val = 0
+        val = whole_documents(positions, wanted)
     if val >= total:
         proposal = total // 20 if int(np.searchsorted(positions, total // 20)) < n else 0
         split = "" if config.split_on else r"; --split-on '\n\n' makes documents of a text file's paragraphs"
@@ -83,6 +81,15 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
         )
     units = [TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)]
     return Layout(work, tuple(units), positions, starts, n, total, val, seed)
+
+
+def whole_documents(positions: NDArray[Any], val_tokens: int | None) -> int:
+    """Return how many tokens are for validation; documents begin at `positions`, whose last is the end of all."""
+    total = int(positions[-1])
+    least = min(DEFAULT_VAL_TOKENS, total // 10) if val_tokens is None else val_tokens
+    val = int(positions[min(int(np.searchsorted(positions, least)), len(positions) - 1)])
+    # A first document may be most of the source, or all of it.
+    return 0 if val_tokens is None and val > total // 2 else val
 
 
 def _write(path: Path, chunks: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:

@@ -6,9 +6,11 @@ import shutil
 from typing import Any
 
 import click
+import numpy as np
 
+from gpt2_data import order
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import DEFAULT_VAL_TOKENS
+from gpt2_data.building.cut_shards import whole_documents
 from gpt2_data.building.plan import Plan, make_plan
 from gpt2_data.console import format_bytes, format_count, format_seconds, plural, print_json
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
@@ -35,15 +37,7 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
             per_token = 1 + (per_token - 1) * math.log(config.vocabulary.size / 256, 50_257 / 256)
         size += count + unit.text_bytes / per_token  # one EOT per document
     tokens = round(size)
-    val = config.shard_size if config.compat else config.val_tokens
-    if val and config.compat is None and len(plan.units) == 1 and plan.units[0].documents == 1:
-        raise ValueError(
-            "the source is a single document, and validation takes whole ones: leave --val-tokens out, or add "
-            r"--split-on '\n\n', which makes documents of a text file's paragraphs"
-        )
-    if val is None:  # a single document is not split
-        val = min(tokens // 10, DEFAULT_VAL_TOKENS) if documents > 1 else 0
-    val = min(tokens, val)
+    val = _validation(plan, config, documents, tokens)
     shards = -(-val // config.shard_size) + -(-(tokens - val) // config.shard_size)
     if shards > MAX_SHARDS:
         meant = f" (was {config.shard_size}M meant?)" if config.shard_size < 1000 else ""
@@ -64,6 +58,23 @@ def estimate(plan: Plan, config: BuildConfig) -> dict[str, int]:
         # Tokenized units, shards, document offsets, and downloads.
         "bytes_while_building": 2 * dataset + 2 * positions + at_once,
     }
+
+
+def _validation(plan: Plan, config: BuildConfig, documents: int, tokens: int) -> int:
+    """Estimate the tokens for validation. Raises ValueError if they are wanted of a single document."""
+    if config.compat is not None:
+        return min(tokens, config.shard_size)
+    if config.val_tokens and len(plan.units) == 1 and plan.units[0].documents == 1:
+        raise ValueError(
+            "the source is a single document, and validation takes whole ones: leave --val-tokens out, or add "
+            r"--split-on '\n\n', which makes documents of a text file's paragraphs"
+        )
+    sizes = np.ones(min(max(documents, 1), 1000))
+    if all(unit.kind == "txt" and unit.split_on is None for unit in plan.units):
+        sizes = np.array([item.bytes for item in plan.inputs])  # the first may be most of the text
+        if config.order == "shuffled":
+            sizes = sizes[order.permute(np.arange(len(sizes)), len(sizes), config.seed)]
+    return whole_documents(np.append(0, sizes.cumsum() * (tokens / max(sizes.sum(), 1))), config.val_tokens)
 
 
 @functools.lru_cache

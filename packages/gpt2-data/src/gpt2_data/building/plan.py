@@ -249,7 +249,7 @@ def _cut_file(item: Input, whole: Unit) -> Iterator[Unit]:
 def _cut_lines(item: Input, whole: Unit) -> Iterator[Unit]:
     """Yield byte ranges that begin at line starts, or all of a file that can only be read from its start."""
     small = item.bytes <= UNIT_BYTES
-    if small or opening.is_compressed(item.path) or not opening.is_utf8(item.path, whole.encoding):
+    if small or opening.is_compressed(item.path) or opening.judge(item.path, whole.encoding)[0] != "utf-8-sig":
         yield dataclasses.replace(whole, text_bytes=_text_bytes(item))
         return
     start = 0

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -51,7 +51,7 @@ class ForeignShard:
     @functools.cached_property
     def max_token(self) -> int:
         """The largest id in the file, which is read from end to end."""
-        return max(int(tokens.max()) for _, tokens in _scan(self.file))
+        return max(int(tokens.max()) for tokens in scan(self.file))
 
     @functools.cached_property
     def document_starts(self) -> NDArray[np.int64]:
@@ -64,6 +64,11 @@ class ForeignShard:
         if self.behind:
             starts = np.append(0, starts + 1)
         return starts[starts < self.file.tokens]
+
+    @property
+    def lacks_marks(self) -> bool:
+        """True if documents may begin without an EOT. A text that has none gets none: it may be of characters."""
+        return self.index is not None or (self.behind and len(eots(self.file)) > 0)
 
     @property
     def documents(self) -> int:
@@ -282,57 +287,29 @@ def write_idx(file: BinaryIO, starts: NDArray[np.int64]) -> None:
 
 def eots(file: TokenFile, eot: int = EOT) -> NDArray[np.int64]:
     """Read a file once and return where its EOTs are."""
-    pieces = [np.flatnonzero(tokens == eot) + start for start, tokens in _scan(file)]
+    pieces = [np.flatnonzero(tokens == eot) + _CHUNK * i for i, tokens in enumerate(scan(file))]
     return np.concatenate([np.empty(0, np.int64), *pieces])
 
 
-def _scan(file: TokenFile) -> Iterator[tuple[int, NDArray[np.uint16]]]:
+def scan(file: TokenFile) -> Iterator[NDArray[np.uint16]]:
+    """Yield the tokens of a file in chunks."""
     reader = TokenFiles([file])
     for start in range(0, file.tokens, _CHUNK):
         tokens = np.empty(min(_CHUNK, file.tokens - start), np.uint16)
         reader.read_into(tokens, 0, start)
-        yield start, tokens
+        yield tokens
 
 
-@dataclass(frozen=True)
-class Moves:
-    """What moves a file's EOTs in front of its documents: where one is inserted, and those that are left out."""
-
-    insert: NDArray[np.int64]
-    drop: NDArray[np.int64]
-    eots: NDArray[np.int64]  # where they are afterwards
-    tokens: int  # in the file afterwards
-
-    def apply(self, chunks: Iterable[NDArray[np.uint16]], size: int) -> Iterator[NDArray[np.uint16]]:
-        """Yield the tokens of `chunks` after the moves, in chunks of which none crosses a multiple of `size`."""
-        read = written = 0
-        held = np.empty(0, np.uint16)
-        for chunk in itertools.chain(chunks, [held]):  # the last, empty, for documents that are empty at the end
-            span = [read, read + max(len(chunk), 1)]
-            drop = self.drop[slice(*np.searchsorted(self.drop, span))] - read
-            insert = self.insert[slice(*np.searchsorted(self.insert, span))] - read
-            moved = np.insert(np.delete(chunk, drop), insert - np.searchsorted(drop, insert), EOT)
-            held, read = np.concatenate([held, moved]), read + len(chunk)
-            while 0 < (wanted := min(_CHUNK, size - written % size, self.tokens - written)) <= len(held):
-                yield held[:wanted]
-                held, written = held[wanted:], written + wanted
-
-
-def moves_to_front(shard: ForeignShard) -> Moves | None:
-    """Return how each document of a file comes to begin with an EOT; None if each does, or none is marked.
-
-    A document that begins with an EOT stays as it is. The others get one in front, and lose one at their end.
-    """
-    marks, starts, total = eots(shard.file), shard.document_starts, shard.file.tokens
-    if shard.index is None and not (shard.behind and len(marks)):
-        return None  # a text without an end, such as one whose tokens are characters, gets no token that it lacks
-    stops = np.append(starts[1:], total)
-    bare = ~np.isin(starts, marks) | (starts == stops)
-    insert, last = starts[bare], stops[bare] - 1
-    drop = last[np.isin(last, marks) & (last >= insert)]
-    if not len(insert):
-        return None
-    kept = np.setdiff1d(marks, drop)
-    added = insert + np.arange(len(insert)) - np.searchsorted(drop, insert)
-    kept += np.searchsorted(insert, kept, side="right") - np.searchsorted(drop, kept)
-    return Moves(insert, drop, np.sort(np.append(added, kept)), total + len(insert) - len(drop))
+def mark_in_front(shard: ForeignShard, path: Path) -> TokenFile:
+    """Write the shard's tokens to `path` with each document begun by an EOT, which it may have had at its end."""
+    starts, total = shard.document_starts, shard.file.tokens
+    reader = TokenFiles([shard.file])
+    with path.open("wb") as file:
+        for number, (start, stop) in enumerate(itertools.pairwise([0, *starts.tolist(), total])):
+            document = np.empty(stop - start, np.uint16)
+            reader.read_into(document, 0, start)
+            if number and (start == stop or document[0] != EOT):  # what precedes the first document stays
+                end = len(document) - (start < stop and document[-1] == EOT)
+                document = np.insert(document[:end], 0, EOT)
+            file.write(document.data)
+        return TokenFile(path, file.tell() // 2, 0)

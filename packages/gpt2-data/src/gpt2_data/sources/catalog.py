@@ -86,21 +86,19 @@ def passed_over(source: str) -> list[str] | None:
 def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
     if source in ("pydocs", "tinyshakespeare"):
         return [(source, source)], []
-    if os.path.isdir(source):
-        found, others = _walk(source)
-        if not found:
-            raise ValueError(f"{source} is a folder with no file in it that is taken: {TAKEN}")
-        return found, others
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
         if _ending(source) in KINDS:
             raise ValueError(f"no file matches {source!r}")
         raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
-    found = []
+    found, others = [], list[str]()
+    # A glob may match a folder and also the files in it.
     seen = {os.path.realpath(path) for path in paths if not os.path.isdir(path)}
     for path in paths:
-        if os.path.isdir(path) and _ending(path) not in KINDS:
-            found += _walk(path, seen)[0]  # a folder that a glob matches, perhaps beside the files in it
+        if os.path.isdir(path) and (path == source or _ending(path) not in KINDS):
+            some, more = _walk(path, seen)
+            found += some
+            others += more
             continue
         # Reading a pipe would wait; a device such as /dev/zero never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -110,11 +108,12 @@ def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
             raise ValueError(f"{path} {what or 'is of a kind that is not taken'}: taken are {TAKEN}")
         found.append((kind, path))
     if not found:
-        raise ValueError(f"no file that is taken matches {source!r}: taken are {TAKEN}")
-    return found, []
+        what = "is a folder with" if os.path.isdir(source) else "matches"
+        raise ValueError(f"{source} {what} no file that is taken: taken are {TAKEN}")
+    return found, others
 
 
-def _walk(folder: str, seen: set[str] | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+def _walk(folder: str, seen: set[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Return (kind, path) of a folder's files, and the paths of those that are of no known kind, both sorted.
 
     Links are followed, and no file is taken twice: `seen` are the true paths of those that were. Hidden files and
@@ -125,7 +124,6 @@ def _walk(folder: str, seen: set[str] | None = None) -> tuple[list[tuple[str, st
         raise error
 
     paths, others = [], []
-    seen = set() if seen is None else seen
     for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         is_dataset = {"dataset.json", "build.jsonl"} <= set(names)
         if is_dataset:
@@ -199,8 +197,7 @@ def _parts(unit: Unit) -> Iterator[Part]:
         yield from files.read_csv(path, unit.column, unit.encoding)
     elif unit.kind == "txt":
         for path in unit.files:
-            for part in files.read_text(path, unit.encoding, unit.split_on or ""):
-                yield part._replace(path=path) if part.replaced else part
+            yield from files.read_text(path, unit.encoding, unit.split_on or "")
     elif unit.kind == "pydocs":
         yield from (Part(text) for _, text in pydocs.documents()[unit.start : unit.stop])
     elif unit.kind == "tinyshakespeare":  # documents as llm.c has them: between blank lines, with the blank line

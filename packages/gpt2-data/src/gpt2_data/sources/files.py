@@ -4,7 +4,6 @@ A batch is about 4 MB of text, or one document where that is longer; a text file
 Python strings: the tokenizers take UTF-8, and making a str of each document costs as much as reading Parquet does.
 """
 
-import codecs
 import csv
 import io
 import itertools
@@ -19,25 +18,24 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gpt2_data import tokenizer
-from gpt2_data.sources.opening import first_line, open_bytes, open_text
+from gpt2_data.sources.opening import MARK_UNREADABLE, first_line, open_text
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
-MAX_LINE = 1 << 27  # bytes; a small compressed file may expand to more than fits in memory
-_LONG_LINE = 1 << 24  # bytes; in a longer line, no more than this many may be outside of strings
-_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+MAX_LINE = 1 << 27  # characters; a small compressed file may expand to more than fits in memory
+_LONG_LINE = 1 << 24  # characters; in a longer line, no more than this many may be outside of strings
+_STRINGS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _READ = 1 << 20  # bytes of a compressed column read at once
+_CUT = re.compile(r"(?<=\S)[ \t-\r]")
 _SHOWN = 300  # characters of a list in a message; a file may have any number of columns
-_SPACE = re.compile(r"[ \t\r\n]*+")
 
 
 class Part(NamedTuple):
     """A document, or a part of one that is too long to hold in memory. The fields are those of a Batch."""
 
-    text: str | None
-    replaced: bool = False
+    text: str | None  # with a lone surrogate for bytes that cannot be read
     continues: bool = False
-    path: str | None = None  # of its file, if it is replaced and its unit has several files
+    path: str | None = None  # of its file, if its unit may have several
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +113,15 @@ def join(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
 def _batch(parts: list[Part]) -> Batch:
     import pyarrow as pa
 
-    texts = [part.text or "" for part in parts]
-    replaced = {i for i, part in enumerate(parts) if part.replaced}
+    texts, replaced = [part.text or "" for part in parts], []
     try:
         array = pa.array(texts, pa.large_string())
-    except UnicodeEncodeError:  # surrogates, which JSON can write as "\ud800"
+    except UnicodeEncodeError:  # surrogates, which JSON can also write, as "\ud800"
         fixed = [tokenizer.repair_surrogates(text) for text in texts]
-        replaced |= {i for i, text in enumerate(fixed) if "\ufffd" in text and text != texts[i]}
+        replaced = [i for i, text in enumerate(fixed) if "\ufffd" in text and text != texts[i]]
         array = pa.array(fixed, pa.large_string())
-    paths = dict.fromkeys(part.path for part in parts if part.path is not None)
-    return Batch(array, tuple(sorted(replaced)), parts[0].continues, tuple(paths))
+    paths = dict.fromkeys(path for i in replaced if (path := parts[i].path) is not None)
+    return Batch(array, tuple(replaced), parts[0].continues, tuple(paths))
 
 
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
@@ -142,7 +139,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
-        columns = textwrap.shorten(", ".join(schema.names), _SHOWN, placeholder=" ...")
+        columns = _some(schema.names)
         raise ValueError(f"{name}: no column {column!r}; the columns are {columns}: choose one with --column")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -194,34 +191,35 @@ def _from_column(column: Any) -> Batch:
     try:
         column.validate(full=True)  # Arrow does not check what it reads
     except pa.ArrowInvalid:
-        return _batch([Part(*_decode(data)) for data in column.cast(pa.large_binary()).to_pylist()])
+        data = column.cast(pa.large_binary()).to_pylist()
+        return _batch([Part(text.decode("utf-8", MARK_UNREADABLE)) for text in data])
     return Batch(column, ())
 
 
 def read_jsonl(path: str, key: str, start: int, stop: int, encoding: str | None = None) -> Iterator[Part]:
     """Yield the documents of bytes [start, stop), both at the starts of lines; stop 0 means the end."""
-    for number, line in enumerate(_lines(path, start, stop, encoding), 1):
-        if line.isspace():
-            continue
-        try:
-            part = _json_part(line, key)
-        except ValueError as error:
-            before = sum(1 for _ in _lines(path, 0, start)) if start else 0
-            raise ValueError(f"{path}:{before + number}: {error}") from None
-        yield part
+    with open_text(path, encoding, start=start, stop=stop) as file:
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                if not line.isspace():
+                    yield Part(_field(_parse(line), key))
+            except ValueError as error:
+                raise ValueError(f"{path}:{_lines_before(path, start) + number}: {error}") from None
 
 
-def _lines(path: str, start: int, stop: int, encoding: str | None = None) -> Iterator[bytes]:
-    """Yield the lines of bytes [start, stop) of a file, without a byte order mark."""
-    with open_bytes(path) if start else open_text(path, encoding) as file:
-        position = start
-        if position:
-            file.seek(position)
-        while (not stop or position < stop) and (line := file.readline(MAX_LINE)):
-            if len(line) == MAX_LINE:
-                raise OSError(f"a line of {MAX_LINE:,} bytes or more")
-            yield line if position else line.removeprefix(codecs.BOM_UTF8)
-            position += len(line)
+def _lines(file: io.TextIOWrapper) -> Iterator[str]:
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise OSError(f"a line of {MAX_LINE:,} characters or more")
+        yield line
+
+
+def _lines_before(path: str, position: int) -> int:
+    count = 0
+    with open(path, "rb") as file:
+        while file.tell() < position and file.readline():
+            count += 1
+    return count
 
 
 def next_line(file: BinaryIO) -> int:
@@ -232,64 +230,64 @@ def next_line(file: BinaryIO) -> int:
     return file.tell()
 
 
-def _json_part(line: bytes, key: str) -> Part:
+def _parse(line: str) -> Any:
     _check_nesting(line)
-    text, replaced = _decode(line)
     try:
-        row = json.loads(text)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise _not_json(error) from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is wanted, this is {type(row).__name__}")
-    return Part(_field(row, key), replaced)
 
 
-def _check_nesting(data: bytes) -> None:
+def _check_nesting(text: str) -> None:
     # A number or bracket becomes 20 times its size in memory, a string of a text no more than 10 times.
-    if len(data) > _LONG_LINE and len(_STRINGS.sub(b"", data)) > _LONG_LINE:
-        raise ValueError(f"more than {_LONG_LINE:,} bytes of JSON that are not in strings")
+    if len(text) > _LONG_LINE and len(_STRINGS.sub("", text)) > _LONG_LINE:
+        raise ValueError(f"more than {_LONG_LINE:,} characters of JSON that are not in strings")
 
 
 def _not_json(error: Exception) -> ValueError:
-    return ValueError(
-        f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else first_line(error)}"
-    )
+    what = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+    return ValueError(f"not JSON: {what}")
 
 
-def _field(row: dict[str, Any], key: str) -> str | None:
-    if key not in row:
-        keys = textwrap.shorten(", ".join(row), _SHOWN, placeholder=" ...")
-        raise ValueError(f"no key {key!r}; the keys are {keys}: name the key of the text with --column")
-    text = row[key]
+def _field(row: Any, key: str) -> str | None:
+    """Return the text of a JSON object, or a string as it is."""
+    if not isinstance(row, dict | str | None):
+        raise ValueError(f"an object or a string is wanted, this is {type(row).__name__}")
+    if isinstance(row, dict) and key not in row:
+        raise ValueError(f"no key {key!r}; the keys are {_some(row)}: name the key of the text with --column")
+    text = row[key] if isinstance(row, dict) else row
     if not isinstance(text, str | None):
         raise ValueError(f"{key!r} holds {type(text).__name__}, not a string")
     return text
 
 
+def _some(names: Iterable[str]) -> str:
+    return textwrap.shorten(", ".join(names), _SHOWN, placeholder=" ...") or "none"
+
+
 def read_json(path: str, key: str, encoding: str | None = None) -> Iterator[Part]:
     """Yield the documents of a JSON array of objects or of strings, in bounded memory."""
-    decode = json.JSONDecoder().raw_decode
+    decode, skip = json.JSONDecoder().raw_decode, json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     number = 0
     with open_text(path, encoding) as file:
-        file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")  # type: ignore[assignment]
-        text: str = file.read(_READ)  # type: ignore[assignment]
+        text = file.read(_READ)
         at = text.index("[")
         while True:
-            at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]  # after the bracket or a comma
+            at = skip(text, at + 1).end()  # after the bracket or a comma
             try:
                 if text.startswith("]", at) and not number:
                     return
                 row, end = decode(text, at)
-                end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+                end = skip(text, end).end()
                 if text[end : end + 1] not in (",", "]"):
                     raise json.JSONDecodeError("a comma or the array's end is missing", text, end)
-                yield _recovered(_field(row, key) if isinstance(row, dict) else _string(row))
-            except (json.JSONDecodeError, RecursionError) as error:
-                more: str = file.read(max(len(text) - at, _READ))  # type: ignore[assignment]
+                yield Part(_field(row, key))
+            except (json.JSONDecodeError, RecursionError) as error:  # or the element is not read to its end
+                more = file.read(max(len(text) - at, _READ))
                 if not more or len(text) - at > MAX_LINE:
                     raise ValueError(f"{path}: element {number:,}, counted from 0: {_not_json(error)}") from None
                 text, at = text[at:] + more, -1
-                _check_nesting(text.encode("utf-8", "surrogatepass"))
+                _check_nesting(text)
                 continue
             except ValueError as error:
                 raise ValueError(f"{path}: element {number:,}, counted from 0: {error}") from None
@@ -298,55 +296,30 @@ def read_json(path: str, key: str, encoding: str | None = None) -> Iterator[Part
                 return
 
 
-def _string(value: object) -> str | None:
-    if not isinstance(value, str | None):
-        raise ValueError(f"objects or strings are wanted, this is {type(value).__name__}")
-    return value
-
-
-def _recovered(text: str | None) -> Part:
-    """Return a text in which bytes that are not UTF-8 were read as surrogates."""
-    if text is None or text.isascii():
-        return Part(text)
-    try:
-        return Part(*_decode(text.encode("utf-8", "surrogateescape")))
-    except UnicodeEncodeError:  # surrogates that JSON wrote as such
-        return Part(text)
-
-
 def read_csv(path: str, column: str, encoding: str | None = None) -> Iterator[Part]:
     """Yield a column of a table whose first line names the columns: separated by commas, semicolons or tabs."""
     csv.field_size_limit(MAX_LINE)
-    with open_text(path, encoding) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        first = text.readline(MAX_LINE)
+    with open_text(path, encoding, newline="") as file:
+        lines = _lines(file)
+        first = next(lines, "")
         separators = "\t,;" if ".tsv" in os.path.basename(path).lower() else ",;\t"
         names = {sep: next(csv.reader([first], delimiter=sep), []) for sep in separators}
         separator = next((sep for sep in separators if column in names[sep]), separators[0])
-        rows = csv.reader(itertools.chain([first], _limited(text)), delimiter=separator, strict=True)
+        rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
         try:
             header = next(rows, [])
             if column not in header:
-                columns = textwrap.shorten(", ".join(header), _SHOWN, placeholder=" ...") or "none"
                 raise ValueError(
-                    f"no column {column!r}; the columns, which the first line names, are {columns}: "
+                    f"no column {column!r}; the columns, which the first line names, are {_some(header)}: "
                     "choose one with --column"
                 )
             number = header.index(column)
-            for row in rows:
-                if row and len(row) != len(header):
+            for row in filter(None, rows):
+                if len(row) != len(header):
                     raise ValueError(f"{len(row):,} fields, but the first line names {len(header):,} columns")
-                if row:
-                    yield _recovered(row[number])
+                yield Part(row[number])
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{path}:{max(rows.line_num, 1)}: {first_line(error)}") from None
-
-
-def _limited(file: io.TextIOWrapper) -> Iterator[str]:
-    while line := file.readline(MAX_LINE):
-        if len(line) == MAX_LINE:
-            raise ValueError(f"a line of {MAX_LINE:,} characters or more")
-        yield line
 
 
 def read_text(path: str, encoding: str | None = None, separator: str = "", keep: bool = False) -> Iterator[Part]:
@@ -357,34 +330,24 @@ def read_text(path: str, encoding: str | None = None, separator: str = "", keep:
     Args:
         keep: keep the separators, each at the end of its document, and blank documents.
     """
-    mark = separator.encode()
-    with open_text(path, encoding, lines=True) as file:
+    with open_text(path, encoding, newline=None) as file:
         continues = False
-        rest = b""
-        block = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
-        while block:
+        rest = ""
+        while block := file.read(BLOCK):
             if len(rest) >= tokenizer.MAX_UNCUT:
-                raise OSError(f"no white space in {tokenizer.MAX_UNCUT:,} bytes")
+                raise OSError(f"no white space in {tokenizer.MAX_UNCUT:,} characters")
             searched = len(rest)
             rest += block
-            if mark and len(documents := rest.split(mark)) > 1:
+            if separator and len(documents := rest.split(separator)) > 1:
                 searched, rest = 0, documents.pop()
-                for data in documents:
-                    if continues or keep or data.strip():
-                        yield Part(*_decode(data + mark if keep else data), continues=continues)
+                for text in documents:
+                    if continues or keep or text.strip():
+                        yield Part(text + separator if keep else text, continues, path)
                     continues = False
-            # A cut before the last bytes, so that none is in a separator which the next block completes.
-            cut = tokenizer.find_cut(memoryview(rest), searched, len(rest) - max(len(mark) - 1, 0))
-            if searched and cut > 0:
-                yield Part(*_decode(rest[:cut]), continues=continues)
-                continues, rest = True, rest[cut:]
-            block = file.read(BLOCK)
-        if continues or keep or not mark or rest.strip():
-            yield Part(*_decode(rest), continues=continues)
-
-
-def _decode(data: bytes) -> tuple[str, bool]:
-    try:
-        return data.decode("utf-8"), False
-    except UnicodeDecodeError:
-        return data.decode("utf-8", errors="replace"), True
+            # A cut before the last characters, so that none is in a separator which the next block completes.
+            cut = _CUT.search(rest, searched, len(rest) - max(len(separator) - 1, 0))
+            if searched and cut:
+                yield Part(rest[: cut.start()], continues, path)
+                continues, rest = True, rest[cut.start() :]
+        if continues or keep or not separator or rest.strip():
+            yield Part(rest, continues, path)

@@ -1,20 +1,26 @@
-"""Files opened as bytes, decompressed, or as UTF-8, whatever their encoding."""
+"""Files opened as bytes, decompressed, or as text, whatever their encoding."""
 
 import codecs
 import contextlib
 import io
-import itertools
 import lzma
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 _BUFFER = 4_000_000
 _SAMPLE = 1 << 16  # bytes at the start of a text file by which its encoding and line ends are judged
 _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16's, which begin alike
-_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+# Without a mark the order of bytes is this machine's: a build is the same on all of them.
+_CODECS = {"utf-8": "utf-8-sig", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 COMPRESSED = tuple(_COMPRESSION)
+
+# Bytes that cannot be read become a lone surrogate, which later becomes U+FFFD and is counted.
+_UNREADABLE = "\udcff"
+MARK_UNREADABLE = "gpt2-data"
+codecs.register_error(MARK_UNREADABLE, lambda error: (_UNREADABLE, error.end))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -45,16 +51,6 @@ def is_compressed(path: str) -> bool:
     return _ending(path) in _COMPRESSION
 
 
-def codec(start: bytes, encoding: str | None) -> str | None:
-    """Return the codec of a text file by its first bytes, or else as named; None for UTF-8."""
-    by_mark = next((name for mark, name in _BOMS.items() if start.startswith(mark)), None)
-    if by_mark or start.startswith(codecs.BOM_UTF8) or encoding is None:
-        return by_mark
-    name = codecs.lookup(encoding).name
-    # Without a mark the order of bytes is this machine's: a build is the same on all of them.
-    return {"utf-8": None, "utf-8-sig": None, "utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(name, name)
-
-
 def check_encoding(name: str) -> None:
     """Raise ValueError if Python has no text encoding of this name."""
     try:
@@ -63,82 +59,46 @@ def check_encoding(name: str) -> None:
         raise ValueError(f"{name!r} is no encoding: write utf-16, latin-1, cp1252, shift_jis, ...") from None
 
 
-def is_utf8(path: str, encoding: str | None) -> bool:
-    """True if the file's own bytes are taken for UTF-8."""
-    with open_bytes(path) as file:
-        return codec(file.read(4), encoding) is None
+def judge(path: str, encoding: str | None) -> tuple[str, bool]:
+    """Return a text file's codec, and whether all its lines end with CRLF, by its first bytes.
 
-
-def _mark_unreadable(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace what cannot be read by a byte that UTF-8 never has: later it becomes U+FFFD and is counted."""
-    if isinstance(error, UnicodeDecodeError):
-        return "\udcff", error.end
-    assert isinstance(error, UnicodeEncodeError)
-    return b"\xff" * (error.end - error.start), error.end
-
-
-codecs.register_error("gpt2-data", _mark_unreadable)
-
-
-class _Recoded(io.RawIOBase):
-    """A text file as UTF-8, with line feeds for CRLF if `crlf`."""
-
-    def __init__(self, file: BinaryIO, sample: bytes, codec: str | None, crlf: bool) -> None:
-        self._left = b""
-        self._blocks = self._recode(itertools.chain([sample], iter(lambda: file.read(_BUFFER), b"")), codec, crlf)
-
-    @staticmethod
-    def _recode(blocks: Iterator[bytes], codec: str | None, crlf: bool) -> Iterator[bytes]:
-        decoder = codecs.getincrementaldecoder(codec)("gpt2-data") if codec else None
-        held = b""
-        for block in itertools.chain(blocks, [b""]):
-            data = decoder.decode(block, not block).encode("utf-8", "gpt2-data") if decoder else block
-            if crlf:
-                data = held + data
-                held = b"\r" if block and data.endswith(b"\r") else b""
-                data = data[: len(data) - len(held)].replace(b"\r\n", b"\n")
-            if data:
-                yield data
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._left = self._left or next(self._blocks, b"")
-        size = min(len(buffer), len(self._left))
-        buffer[:size] = self._left[:size]
-        self._left = self._left[size:]
-        return size
-
-
-@contextlib.contextmanager
-def open_text(path: str, encoding: str | None = None, lines: bool = False) -> Iterator[io.BufferedReader]:
-    """Open a text file as UTF-8: its byte order mark tells its encoding, else `encoding`, which is UTF-8 if None.
-
-    A mark of UTF-8 stays. With `lines`, a file whose line ends are all CRLF has LF; any other stays as it is.
-    Raises ValueError, naming the file, also if most of it is unreadable.
+    A byte order mark tells the codec, else `encoding`; None means UTF-8, whose codec is utf-8-sig. Raises
+    ValueError, naming the file, if most of it is unreadable.
     """
     with open_bytes(path) as file:
         sample = file.read(_SAMPLE)
-        name = codec(sample, encoding)
-        text = codecs.getincrementaldecoder(name or "utf-8")("replace").decode(sample)
-        bad = text.count("\ufffd") - sample.count("\ufffd".encode()) * (name is None)
-        nul = text.count("\0")
-        # Some letters of a short text may be wrong, or half of three words; a NUL is each second byte of UTF-16.
-        if nul > 0.3 * len(text) or bad > max(0.1 * len(text), min(16, len(text) * 2 / 3)):
-            order = "utf-16-be" if sample[::2].count(0) > nul / 2 else "utf-16"
-            try_ = order if nul > bad else "latin-1, cp1252 or utf-16"
-            raise ValueError(
-                f"{path}: most of it cannot be read as {name or 'UTF-8'}: name its encoding, as in --encoding "
-                f"{try_}, or leave it out if it is no text"
-            )
-        cut = len(sample) == _SAMPLE and text.endswith("\r")  # its line feed comes next
-        crlf = lines and 0 < text.count("\r\n") == text.count("\n") == text.count("\r") - cut
-        if name is None and not crlf and not is_compressed(path):
-            file.seek(0)  # as it is: this reads JSON lines three times as fast
-            yield file
-        else:
-            yield io.BufferedReader(_Recoded(file, sample, name, crlf), _BUFFER)
+    named = codecs.lookup(encoding or "utf-8").name
+    codec = next((codec for mark, codec in _BOMS.items() if sample.startswith(mark)), _CODECS.get(named, named))
+    text = codecs.getincrementaldecoder(codec)(MARK_UNREADABLE).decode(sample)
+    bad, nul = text.count(_UNREADABLE), text.count("\0")
+    # Some letters of a short text may be wrong, or half of three words; a NUL is each second byte of UTF-16.
+    if nul > 0.3 * len(text) or bad > max(0.1 * len(text), min(16, len(text) * 2 / 3)):
+        order = "utf-16-be" if sample[::2].count(0) > nul / 2 else "utf-16"
+        try_ = order if nul > bad else "latin-1, cp1252 or utf-16"
+        raise ValueError(
+            f"{path}: most of it cannot be read as {encoding or 'UTF-8'}: name its encoding, as in --encoding "
+            f"{try_}, or leave it out if it is no text"
+        )
+    cut = len(sample) == _SAMPLE and text.endswith("\r")  # its line feed comes next
+    return codec, 0 < text.count("\r\n") == text.count("\n") == text.count("\r") - cut
+
+
+@contextlib.contextmanager
+def open_text(
+    path: str, encoding: str | None = None, newline: str | None = "\n", start: int = 0, stop: int = 0
+) -> Iterator[io.TextIOWrapper]:
+    """Open a text file without its byte order mark. Raises ValueError as `judge` does.
+
+    Args:
+        newline: as for `open`; but None changes CRLF to LF only if all of the file's lines end so.
+        start: the byte to begin at; with `stop`, only the bytes before it are read, at once.
+    """
+    codec, crlf = judge(path, encoding)
+    with open_bytes(path) as file:
+        if stop:
+            file.seek(start)
+        part = io.BytesIO(file.read(stop - start)) if stop else file
+        yield io.TextIOWrapper(part, codec, MARK_UNREADABLE, "\n" if newline is None and not crlf else newline)
 
 
 def first_line(error: BaseException) -> str:
