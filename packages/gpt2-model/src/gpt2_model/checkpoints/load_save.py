@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from gpt2_model.checkpoints import files
-from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
+from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
-from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES, SpecialIds
+from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES, SpecialIds, gpt2_files
 from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
-from gpt2_model.model_tokenizer import Tokenizer
+from gpt2_model.tokenizer import Tokenizer
 
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
@@ -35,7 +35,6 @@ _WRAPPER = re.compile(
 )
 # The attribute that holds the model can have any name.
 _PREFIX = re.compile(r"^.*?(?<![^.])(?=(wte|wpe|ln_f|lm_head|h\.\d+|multiple_choice_head)\.)")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -140,7 +139,7 @@ def _open_file(path: Path) -> _Checkpoint:
         if "model_args" in content or isinstance(content.get("config"), SimpleNamespace):
             return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
         tensors = files.state_dict(content, path)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (path.parent / name).is_file():
             files.first_bytes(path.parent / name, 0)  # raises if it is a git-lfs pointer
     return _Checkpoint(read_config(path.parent / "config.json"), tensors, path, in_out=True)
@@ -200,7 +199,7 @@ def save(
     if tokenizer is not None:
         ids, ends = tokenizer.ids, list(tokenizer.stop_ids)
         if "tokenizer.json" not in tokenizer.files and tokenizer.is_gpt2:
-            contents |= tokenizer_files(config)
+            contents |= gpt2_files(config.block_size)
         contents |= tokenizer.files
         special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         special |= ids.config
