@@ -13,13 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from checkpoint_files import SMALL
 from click.testing import CliRunner
 
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import GPT
 from gpt2_model.checkpoints.huggingface import read_config
 from gpt2_model.cli import main
 
-SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 317}
 SUMMARY = {
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
@@ -288,16 +288,6 @@ def llmc_bytes(model: GPT, version: int = 3, padded: int = 128, **header) -> byt
     dtype = torch.bfloat16 if version == 5 else torch.float32
     data = b"".join(tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)
     return struct.pack("<256i", *fields) + data
-
-
-@pytest.fixture
-def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize(("version", "dtype"), [(3, torch.float32), (5, torch.bfloat16)])
