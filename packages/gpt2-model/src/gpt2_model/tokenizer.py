@@ -235,8 +235,8 @@ def load_tokenizer(folder: str | Path, eot: int | None = None) -> Tokenizer | No
 def model_tokenizer(vocab_size: int, folder: Path | None) -> tuple[Tokenizer | None, SpecialIds]:
     """Return a model's tokenizer and special ids: its folder's, or GPT-2's if the vocabulary is as large."""
     ids = read_special_ids(folder) if folder else SpecialIds()
-    tokenizer = load_tokenizer(folder) if folder else None
-    return tokenizer or (Tokenizer({}, ids) if EOT < vocab_size <= PADDED else None), ids
+    own = Tokenizer({}, ids) if EOT < vocab_size <= PADDED else None
+    return (folder and load_tokenizer(folder)) or own, ids
 
 
 def describe_tokenizer(vocab_size: int, folder: Path | None) -> str:

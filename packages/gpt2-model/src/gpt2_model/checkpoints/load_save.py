@@ -27,13 +27,9 @@ from gpt2_model.tokenizer import Tokenizer
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
-# What wraps a module, or holds it, adds to its names: DDP and DeepSpeed, torch.compile, Opacus, FSDP, activation
-# checkpointing, Lightning and PEFT. Some wrap each block, so the names are anywhere.
-_WRAPPER = re.compile(
-    r"(?<![^.])(_?module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module"
-    r"|(base_)?model|transformer)\."
-)
-# The attribute that holds the model can have any name.
+# What wraps a module adds to its names: DDP "module", torch.compile "_orig_mod", FSDP "_fsdp_wrapped_module". Some
+# wrap each block, so these are anywhere. The attributes that hold the model can have any name.
+_WRAPPER = re.compile(r"(?<![^.])(_\w+|module)\.")
 _PREFIX = re.compile(r"^.*?(?<![^.])(?=(wte|wpe|ln_f|lm_head|h\.\d+|multiple_choice_head)\.)")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
