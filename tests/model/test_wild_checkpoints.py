@@ -15,54 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from checkpoint_files import HEAD, WTE, as_file, refused, tensors_of
 from click.testing import CliRunner
 
 from gpt2_model import GPT, GPTConfig
 from gpt2_model.checkpoints.huggingface import _NEUTRAL, read_config
 from gpt2_model.cli import main
 
-SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-
-
-@pytest.fixture
-def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture
-def folder(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "m")
-    return tmp_path / "m"
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def as_file(folder: Path, content: dict, name: str = "pytorch_model.bin", **options) -> Path:
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    torch.save(content, folder / name, **options)
-    return folder / name
-
 
 def assert_loads(path: Path, model: GPT) -> None:
     loaded = GPT.from_pretrained(path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def refused(path: Path | str, message: str) -> None:
-    for read in (GPT.from_pretrained, GPT.inspect):
-        with pytest.raises((ValueError, OSError), match=message) as caught:
-            read(path)
-        text = str(caught.value)
-        assert text.isprintable()
-        assert len(text) < 500
 
 
 def test_only_the_heads_name_of_a_tied_pair(folder, model) -> None:

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2_model.cache import KVCache
-    from gpt2_model.config import PRESETS, GPTConfig, flops_per_token
+    from gpt2_model.config import EOT, PRESETS, GPTConfig, flops_per_token
     from gpt2_model.generation import Completion, Piece, generate, stream
     from gpt2_model.model import GPT
-    from gpt2_model.model_tokenizer import Tokenizer, load_tokenizer
-    from gpt2_model.tokenizer import EOT, get_tokenizer
+    from gpt2_model.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
     __version__: str
 
 __all__ = ["EOT", "GPT", "PRESETS", "Completion", "GPTConfig", "KVCache", "Piece", "Tokenizer", "flops_per_token",
            "generate", "get_tokenizer", "load_tokenizer", "stream"]  # fmt: skip
-_MODULE_OF = {"EOT": "tokenizer", "GPT": "model", "PRESETS": "config", "Completion": "generation",
-              "GPTConfig": "config", "KVCache": "cache", "Piece": "generation", "Tokenizer": "model_tokenizer",
+_MODULE_OF = {"EOT": "config", "GPT": "model", "PRESETS": "config", "Completion": "generation",
+              "GPTConfig": "config", "KVCache": "cache", "Piece": "generation", "Tokenizer": "tokenizer",
               "flops_per_token": "config", "generate": "generation", "get_tokenizer": "tokenizer",
-              "load_tokenizer": "model_tokenizer", "stream": "generation"}  # fmt: skip
+              "load_tokenizer": "tokenizer", "stream": "generation"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -259,7 +259,7 @@ def info(model: str, as_json: bool) -> None:
 
         model = _checkpoint_of(model)
         (config, folder), progress = inspect(model), read_progress(model)
-    from gpt2_model.model_tokenizer import describe_tokenizer
+    from gpt2_model.tokenizer import describe_tokenizer
 
     facts = progress | vars(config)
     facts["tokenizer"] = describe_tokenizer(config.vocab_size, folder)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+EOT = 50256  # <|endoftext|>: comes before every document; GPT-2's only special token, and its last
+PADDED = 50304  # the vocabulary size, 50,257, rounded up to a multiple of 64 and of 128, as many models have it
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from gpt2_model.cpu.engine import EngineDecoder
 from gpt2_model.decoding import TorchDecoder, make_decoder
 from gpt2_model.model import GPT
-from gpt2_model.model_tokenizer import Tokenizer, whole_characters
 from gpt2_model.sampling import Sampling, penalize, sample, uniforms
+from gpt2_model.tokenizer import Tokenizer, whole_characters
 
 P = ParamSpec("P")
 
@@ -271,7 +271,7 @@ def end_ids(model: GPT) -> list[int]:
 def first_id(model: GPT) -> int:
     """Return the id from which a text without a prompt begins."""
     ids, tokenizer = model.special_ids, model.tokenizer
-    first = tokenizer.eot if tokenizer else next(iter([*filter(None, [ids.bos]), *ids.eos]), ids.bos)
+    first = tokenizer.eot if tokenizer else next(iter((*ids.bos, *ids.eos)), None)
     if first is None or first >= model.config.vocab_size:
         raise ValueError("the model's files name no token that a text begins with: give a prompt")
     return first

@@ -28,7 +28,7 @@ from gpt2_model.checkpoints.tokenizer_files import SpecialIds
 from gpt2_model.config import GPTConfig
 from gpt2_model.cpu.int8 import Int8Matrix, quantize
 from gpt2_model.cpu.training import causal_attention, head_loss, look_up
-from gpt2_model.model_tokenizer import Tokenizer, model_tokenizer
+from gpt2_model.tokenizer import Tokenizer, model_tokenizer
 
 
 def plain_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None) -> Tensor:

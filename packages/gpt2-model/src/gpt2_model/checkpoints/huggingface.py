@@ -1,4 +1,4 @@
-"""Hugging Face: config.json to GPTConfig and back, the tokenizer's files, and models on the hub."""
+"""Hugging Face: config.json to GPTConfig and back, and models on the hub."""
 
 import os
 import sys
@@ -12,7 +12,6 @@ from typing import Any
 from gpt2_model.checkpoints.files import checked_config, read_json, shard_names, short
 from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES
 from gpt2_model.config import GPTConfig
-from gpt2_model.tokenizer import EOT, byte_level_json, vocabulary_file
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS_FILES = tuple(name + suffix for name in _WEIGHTS for suffix in ("", ".index.json"))
@@ -109,28 +108,6 @@ def hf_config(config: GPTConfig, special_ids: Mapping[str, Any]) -> dict[str, An
         **{"bos_token_id": None, "eos_token_id": None, **special_ids},
         "use_cache": True,
         "dtype": "float32",
-    }
-
-
-def tokenizer_files(config: GPTConfig) -> dict[str, Any]:
-    """Return GPT-2's tokenizer as transformers, vLLM and llama.cpp read it: file name -> its bytes or its JSON.
-
-    They are OpenAI's two files and a tokenizer.json. llama.cpp takes `<|endoftext|>` for text if not "special".
-    """
-    merges, vocab = vocabulary_file("vocab.bpe"), vocabulary_file("encoder.json")
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    end = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    return {
-        "vocab.json": vocab,
-        "merges.txt": merges,
-        "tokenizer.json": byte_level_json(vocab, merges) | {"added_tokens": [{"id": EOT, **end, "special": True}]},
-        "tokenizer_config.json": {
-            "tokenizer_class": "GPT2Tokenizer",
-            "add_prefix_space": False,
-            "model_max_length": config.block_size,
-            **special,
-        },
-        "special_tokens_map.json": special,
     }
 
 

@@ -17,25 +17,20 @@ import torch
 from torch import Tensor
 
 from gpt2_model.checkpoints import files
-from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config, tokenizer_files
+from gpt2_model.checkpoints.huggingface import WEIGHTS_FILES, download, hf_config, read_config
 from gpt2_model.checkpoints.others import LLMC_MAGIC, read_llmc, read_nanogpt
-from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES, SpecialIds
+from gpt2_model.checkpoints.tokenizer_files import TOKENIZER_FILES, SpecialIds, gpt2_files
 from gpt2_model.command import write_whole
 from gpt2_model.config import OPENAI_NAMES, PAPER_NAMES, PRESETS, GPTConfig
-from gpt2_model.model_tokenizer import Tokenizer
+from gpt2_model.tokenizer import Tokenizer
 
 # "attn" must be a whole part: "c_attn.bias" is a weight, "attn.bias" the mask, "attn.masked_bias" its -1e4. The
 # second head of a GPT2DoubleHeadsModel is not part of the language model.
 _NO_WEIGHT = re.compile(r"(^|\.)attn\.(bias|masked_bias)$|^multiple_choice_head\.")
-# What wraps a module, or holds it, adds to its names: DDP and DeepSpeed, torch.compile, Opacus, FSDP, activation
-# checkpointing, Lightning and PEFT. Some wrap each block, so the names are anywhere.
-_WRAPPER = re.compile(
-    r"(?<![^.])(_?module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module"
-    r"|(base_)?model|transformer)\."
-)
-# The attribute that holds the model can have any name.
+# What wraps a module adds to its names: DDP "module", torch.compile "_orig_mod", FSDP "_fsdp_wrapped_module". Some
+# wrap each block, so these are anywhere. The attributes that hold the model can have any name.
+_WRAPPER = re.compile(r"(?<![^.])(_\w+|module)\.")
 _PREFIX = re.compile(r"^.*?(?<![^.])(?=(wte|wpe|ln_f|lm_head|h\.\d+|multiple_choice_head)\.)")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -140,7 +135,7 @@ def _open_file(path: Path) -> _Checkpoint:
         if "model_args" in content or isinstance(content.get("config"), SimpleNamespace):
             return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
         tensors = files.state_dict(content, path)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (path.parent / name).is_file():
             files.first_bytes(path.parent / name, 0)  # raises if it is a git-lfs pointer
     return _Checkpoint(read_config(path.parent / "config.json"), tensors, path, in_out=True)
@@ -200,7 +195,7 @@ def save(
     if tokenizer is not None:
         ids, ends = tokenizer.ids, list(tokenizer.stop_ids)
         if "tokenizer.json" not in tokenizer.files and tokenizer.is_gpt2:
-            contents |= tokenizer_files(config)
+            contents |= gpt2_files(config.block_size)
         contents |= tokenizer.files
         special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         special |= ids.config

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2_model.checkpoints.files import checked_config, short, state_dict, tensor_shapes, utf8_name
-from gpt2_model.config import GPTConfig
-from gpt2_model.tokenizer import EOT, PADDED
+from gpt2_model.config import EOT, PADDED, GPTConfig
 
 LLMC_MAGIC = struct.pack("<i", 20240326)
 _LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version; both pad the vocabulary
