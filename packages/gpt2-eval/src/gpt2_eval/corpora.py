@@ -20,7 +20,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from gpt2_eval.models import Encoder, LanguageModel, encoder_of
+from gpt2_eval.models import LanguageModel, encoder_of
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_bytes, read_items
 from gpt2_eval.report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
@@ -104,7 +104,6 @@ def evaluate_corpus(
     *,
     stride: int | None = None,
     protocol: str = "raw",
-    encoder: Encoder | None = None,
     **options: Unpack[ScoringOptions],
 ) -> CorpusResult:
     """Return a corpus's perplexities: raw and, if it has pages, by lm-eval's protocol; or by hf-page alone.
@@ -113,7 +112,6 @@ def evaluate_corpus(
         stride: tokens by which the raw windows move on; the model's context if None. With less, each token has at
             least context - stride tokens before it, and scoring takes context / stride times as long.
         protocol: "raw" or, of WikiText, "hf-page".
-        encoder: the model's own if None.
         options: those of `score_items`, and so are the errors.
     """
     start = time.perf_counter()
@@ -121,7 +119,7 @@ def evaluate_corpus(
     stride = block_size if stride is None else stride
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride must be 1 to {block_size}, the model's context, not {stride}")
-    encoder = encoder or encoder_of(model)
+    encoder = encoder_of(model)
     begin, prefix = encoder.begin, encoder.prefix
     text = corpus.text if protocol == "raw" else "\n\n".join(rows_of(corpus))
     windows = windows_of(begin(text), block_size, stride, prefix)
