@@ -190,7 +190,7 @@ def test_rows_that_are_truncated_are_counted(rows):
 
 def test_progress_in_a_log(model, cases, capsys, monkeypatch, tmp_path):
     """Where there is no terminal: lines with the time left, and how many rows were scored before."""
-    monkeypatch.setattr("gpt2_eval.scoring.LOG_SECONDS", 0)
+    monkeypatch.setattr("gpt2_eval.progress.SECONDS", 0.001)
     options = {"batch_size": 3, "progress": True, "resume": tmp_path / "out"}
     score_items(model, cases, **options)
     assert re.search(r"scoring rows: 1 of \d batches, \d\d:\d\d left\n", capsys.readouterr().err)

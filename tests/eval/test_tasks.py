@@ -113,7 +113,7 @@ def test_broken_records_name_file_and_line(tmp_path, name, record, message):
 
 def test_files_that_hold_no_text(tmp_path):
     for name, content, message in (
-        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no text"),
+        ("c.txt", b" \n", "holds no text"), ("d.txt", b"\xff", "not UTF-8"), ("e.jsonl", b"{}", "no 'sentence'"),
         ("f.parquet", b"PAR1", "not a readable Parquet"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)

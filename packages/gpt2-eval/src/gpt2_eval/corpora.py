@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
-from gpt2_eval.models import Encoder, LanguageModel, encoder_of
+from gpt2_eval.models import LanguageModel, encoder_of
 from gpt2_eval.packing import Row
 from gpt2_eval.published import Published, find_file, read_bytes, read_items
 from gpt2_eval.report import CorpusResult, Perplexity, perplexity_of, ratio_standard_error
@@ -80,7 +81,8 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
     if file.suffix in (".parquet", ".jsonl"):
         # The hub's rows of WikiText are lines with their line feed, but "" where the file has " \n", and those of
         # the Penn Treebank have lost the blanks at both ends: " no it was n't black monday \n".
-        rows = read_items(file, _text_of, fields={"sentence" if name == "ptb" else "text": None})[0]
+        field = "sentence" if name == "ptb" else "text"
+        rows: list[str] = read_items(file, itemgetter(field), fields={field: str})[0]
         lines = [f" {row.strip()} " if name == "ptb" else row.removesuffix("\n") or " " for row in rows]
         text = "".join(f"{line}\n" for line in lines)
     else:
@@ -96,21 +98,12 @@ def load_corpus(name: str, path: str | Path | None = None) -> CorpusText:
     return CorpusText(name, text, sha256, doubt)
 
 
-def _text_of(record: dict[str, Any]) -> str:
-    text = record.get("text", record.get("sentence"))
-    if not isinstance(text, str):
-        raise ValueError("no text")
-    text.encode()  # JSON can write half a surrogate pair: UnicodeEncodeError is a ValueError
-    return text
-
-
 def evaluate_corpus(
     model: LanguageModel,
     corpus: CorpusText,
     *,
     stride: int | None = None,
     protocol: str = "raw",
-    encoder: Encoder | None = None,
     **options: Unpack[ScoringOptions],
 ) -> CorpusResult:
     """Return a corpus's perplexities: raw and, if it has pages, by lm-eval's protocol; or by hf-page alone.
@@ -119,7 +112,6 @@ def evaluate_corpus(
         stride: tokens by which the raw windows move on; the model's context if None. With less, each token has at
             least context - stride tokens before it, and scoring takes context / stride times as long.
         protocol: "raw" or, of WikiText, "hf-page".
-        encoder: the model's own if None.
         options: those of `score_items`, and so are the errors.
     """
     start = time.perf_counter()
@@ -127,7 +119,7 @@ def evaluate_corpus(
     stride = block_size if stride is None else stride
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride must be 1 to {block_size}, the model's context, not {stride}")
-    encoder = encoder or encoder_of(model)
+    encoder = encoder_of(model)
     begin, prefix = encoder.begin, encoder.prefix
     text = corpus.text if protocol == "raw" else "\n\n".join(rows_of(corpus))
     windows = windows_of(begin(text), block_size, stride, prefix)

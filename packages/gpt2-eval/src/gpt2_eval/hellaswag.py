@@ -30,9 +30,7 @@ PUBLISHED = Published(
     10_042,
 )
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
-FIELDS: Fields = {"ind": None, "label": None, "endings": None} | dict.fromkeys(
-    TEXTS, str
-)  # `_item` checks the first three
+FIELDS: Fields = {"ind": None, "label": None, "endings": None, **dict.fromkeys(TEXTS, str)}  # None: see `_item`
 
 
 @dataclass(frozen=True)

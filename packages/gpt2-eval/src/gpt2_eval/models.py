@@ -35,6 +35,7 @@ class Encoder:
         return self.same_ids(GPT2)
 
 
+NO_PREFIX = "the model's tokenizer has no bos or eos token to stand for an empty context"
 GPT2 = Tokenizer()  # its files are read when the first text comes
 
 
@@ -75,7 +76,7 @@ def tokenizer_encoder(tokenizer: Tokenizer) -> Encoder:
     if tokenizer.problem:
         raise ValueError(tokenizer.problem)
     if tokenizer.prefix is None:
-        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
+        raise ValueError(NO_PREFIX)
     if tokenizer.is_gpt2 and tokenizer.prefix == EOT:
         return gpt2_encoder()
     before = len(tokenizer.encode(""))  # what some tokenizers put before a text
@@ -189,7 +190,7 @@ def load_model(model: str | None, hf: str | None, device: str) -> tuple[Language
 def _encoder(tokenizer: Any) -> Encoder:
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
-        raise ValueError("the model's tokenizer has no bos or eos token to stand for an empty context")
+        raise ValueError(NO_PREFIX)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = load_tokenizer(folder)

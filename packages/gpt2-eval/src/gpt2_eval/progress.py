@@ -11,12 +11,12 @@ SECONDS = 10.0  # between two lines
 
 
 @contextmanager
-def speaking(what: str | Callable[[], str], seconds: float | None = None) -> Iterator[None]:
+def speaking(what: str | Callable[[], str]) -> Iterator[None]:
     """Write to stderr what goes on, every ten seconds while the block runs; under torchrun, on rank 0."""
     over, start = threading.Event(), time.monotonic()
 
     def speak() -> None:
-        while not over.wait(max(SECONDS if seconds is None else seconds, 0.001)):
+        while not over.wait(SECONDS):
             text = what() if callable(what) else f"{what}: {time.monotonic() - start:.0f} s"
             print(text, file=sys.stderr, flush=True)
 

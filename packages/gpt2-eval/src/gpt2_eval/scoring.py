@@ -33,7 +33,6 @@ CPU_BATCH_TOKENS = 2048
 BATCH_TOKENS = 65_536
 # Tokens of a sequence where all must have one length: HellaSwag's items have 167 on average, and at most 450.
 FIXED_LENGTH = 512
-LOG_SECONDS = 10.0  # between two lines of progress if there is no terminal
 
 
 class PassOptions(TypedDict, total=False):
@@ -171,9 +170,9 @@ def _progress(batches: Sequence[int], what: str) -> Iterator[Iterable[int]]:
     start, done = time.monotonic(), 0
 
     def line() -> str:
-        remaining = (time.monotonic() - start) / done * (len(batches) - done) if done else None
-        left = f", {tqdm.format_interval(remaining)} left" if remaining is not None else ""
-        return f"{what}: {done:,} of {len(batches):,} batches{left}"
+        text = f"{what}: {done:,} of {len(batches):,} batches"
+        remaining = (time.monotonic() - start) / max(done, 1) * (len(batches) - done)
+        return f"{text}, {tqdm.format_interval(remaining)} left" if done else text
 
     def counted() -> Iterator[int]:
         nonlocal done
@@ -181,7 +180,7 @@ def _progress(batches: Sequence[int], what: str) -> Iterator[Iterable[int]]:
             yield batch
             done += 1
 
-    with speaking(line, LOG_SECONDS):
+    with speaking(line):
         yield counted()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
-from gpt2_eval.models import Encoder, LanguageModel, encoder_of, joint
+from gpt2_eval.models import LanguageModel, encoder_of, joint
 from gpt2_eval.progress import speaking
 from gpt2_eval.published import Fields, Published, find_file, read_items, short_hash
 from gpt2_eval.report import Estimate, TaskResult, columns_of, perplexity_of
@@ -154,17 +154,15 @@ def load_task(name: str, path: str | Path | None = None, *, limit: int | None = 
     return Questions(name, questions, total, sha256, task.file.doubt(sha256, total, path is not None))
 
 
-def evaluate_task(
-    model: LanguageModel, data: Questions, *, encoder: Encoder | None = None, **options: Unpack[ScoringOptions]
-) -> TaskResult:
-    """Score a task's questions; the encoder is the model's if None, options and errors are those of `score_items`.
+def evaluate_task(model: LanguageModel, data: Questions, **options: Unpack[ScoringOptions]) -> TaskResult:
+    """Score a task's questions; options and errors are those of `score_items`.
 
     A choice is measured by acc (highest sum of log-probabilities) and, where the choices' lengths may differ,
     acc_norm (highest sum per character) and acc_bytes; a single continuation by acc (all its tokens are the
     likeliest), acc_last_token (its last one is), and perplexity per continuation.
     """
     start = time.perf_counter()
-    encoder = encoder or encoder_of(model)
+    encoder = encoder_of(model)
     with speaking(f"tokenizing {data.task}") if options.get("progress") else nullcontext():
         items = [[joint(encoder, *row) for row in question.rows] for question in data.questions]
     scored = score_items(model, items, **options)
