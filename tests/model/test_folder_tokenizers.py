@@ -386,6 +386,26 @@ def test_a_model_and_its_tokenizer_are_copied_and_the_weights_are_only_weights(c
     assert not any("tokenizer" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("regex", [True, False])
+def test_a_datasets_tokenizer_is_the_same_to_transformers(tmp_path, regex) -> None:
+    """aitextgen #123: with tokenizer.json alone transformers split as GPT-2 does, and ended at another id."""
+    library = trained("bpe")
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=regex)
+    if regex:
+        library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), library.pre_tokenizer])
+    library.add_special_tokens(["</s>"])
+    end = library.token_to_id("</s>")
+    library.save(str(tmp_path / "tokenizer.json"))
+    model = GPT(GPTConfig(block_size=8, vocab_size=library.get_vocab_size(), n_layer=1, n_head=1, n_embd=4))
+    model.tokenizer = load_tokenizer(tmp_path, end)
+    model.save_pretrained(tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.eos_token_id == theirs.bos_token_id == end
+    for text in TEXTS[:5]:
+        ids = model.tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids == GPT.from_pretrained(tmp_path / "model").tokenizer.encode(text)
+
+
 def test_nothing_of_the_model_that_was_there_stays(chat, tmp_path) -> None:
     """keras-hub #1330: a tokenizer.json left behind would be taken for the new model's."""
     GPT.from_pretrained(chat).save_pretrained(tmp_path)

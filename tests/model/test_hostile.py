@@ -290,7 +290,7 @@ INDEXES = {
     "backslash": (moved("..\\other.safetensors"), "which is not a .safetensors file beside it"),
     "other_format": (moved("other.bin"), "names 'other.bin', which is not a .safetensors file"),
     "number": (moved(1), "names 1, which"),
-    "absent": (moved("absent.safetensors"), "No such file or directory: .*absent.safetensors"),
+    "absent": (moved("absent.safetensors"), "absent.safetensors, which .* names, is not there: copy it"),
     "wrong_shard": (moved("model-00001-of-00002.safetensors"), "is in only one of them"),
     "unlisted": (
         lambda index: {"weight_map": {n: f for n, f in index["weight_map"].items() if n != WTE}},

@@ -148,6 +148,14 @@ class Tokenizer:
         ids = [None if text is None else self._library.token_to_id(text) for text in texts]
         return tuple(token for token in ids if token is not None)
 
+    def saved_files(self) -> dict[str, Any]:
+        """Return what saving a model writes. A dataset has tokenizer.json alone: transformers is told its end, and
+        not to take it for GPT-2's, whose split of text it would apply."""
+        if self._eot is None or "tokenizer_config.json" in self.files or self._eot not in self._tokens:
+            return dict(self.files)
+        ends = dict.fromkeys(("bos_token", "eos_token"), self._tokens[self._eot])
+        return {**self.files, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **ends}}
+
     def encode(self, text: str) -> list[int]:
         """Return a text's ids. Special tokens written in it become theirs, but for GPT-2's own tokenizer."""
         if self._library is None:
@@ -192,10 +200,8 @@ class Tokenizer:
         ids = list(prompt)
         shown = len(self.decode(ids).rstrip("\ufffd"))
 
-        def add(
-            token: int | None,
-        ) -> str:  # a token's text depends on its neighbours
-            nonlocal shown
+        def add(token: int | None) -> str:
+            nonlocal shown  # a token's text depends on its neighbours
             ids.extend([] if token is None else [token])
             text = self.decode(ids)
             text = text if token is None else text.rstrip("\ufffd")

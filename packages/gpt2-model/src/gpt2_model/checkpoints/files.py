@@ -198,6 +198,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     shard_of = shard_names(index)
     tensors: dict[str, Tensor] = {}
     for path in (index.parent / shard for shard in sorted(set(shard_of.values()))):
+        if not path.exists():
+            raise ValueError(f"{path}, which {index.name} names, is not there: copy it")
         part = read_safetensors(path) if path.suffix == ".safetensors" else state_dict(read_torch(path), path)
         if odd := sorted(part.keys() ^ {name for name, shard in shard_of.items() if shard == path.name}):
             raise ValueError(f"{path} and {index.name} disagree: {short(odd[0])} is in only one of them")

@@ -135,7 +135,7 @@ def _open_file(path: Path) -> _Checkpoint:
         if "model_args" in content or isinstance(content.get("config"), SimpleNamespace):
             return _Checkpoint(*read_nanogpt(content, path), path, in_out=False)
         tensors = files.state_dict(content, path)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (path.parent / name).is_file():
             files.first_bytes(path.parent / name, 0)  # raises if it is a git-lfs pointer
     return _Checkpoint(read_config(path.parent / "config.json"), tensors, path, in_out=True)
@@ -196,7 +196,7 @@ def save(
         ids, ends = tokenizer.ids, list(tokenizer.stop_ids)
         if "tokenizer.json" not in tokenizer.files and tokenizer.is_gpt2:
             contents |= gpt2_files(config.block_size)
-        contents |= tokenizer.files
+        contents |= tokenizer.saved_files()
         special = {"bos_token_id": tokenizer.eot, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
         special |= ids.config
     named = {name: value for name, value in special.items() if value is not None}
