@@ -205,9 +205,7 @@ def test_a_log_that_goes_in_mid_run_is_begun_anew(tmp_path, capsys, how) -> None
     log.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3] * (how == "edited") + [4, 5, 5, 6, 7]
     said = capsys.readouterr().err
-    assert (
-        said.count("metrics.jsonl was removed or replaced: rows from here on are in the file that is there") == 1
-    )
+    assert said.count("metrics.jsonl was removed or replaced: rows from here on are in the file there now") == 1
     assert said.count("warning") == 1 + (how == "a folder")
 
 

@@ -35,9 +35,6 @@ from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
 FORMAT_VERSION = 2  # version 1, of gpt2-train 0.1.0, had a loader state that we no longer read
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_FULL = re.compile(
-    rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b"
-)  # as Python and safetensors (Rust) say it
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 Warn = Callable[[str], None]  # says a warning once
 
@@ -51,11 +48,9 @@ def write_checkpoint(
     Raises OSError if the disk is full or does not return what was written; older checkpoints stay untouched.
     """
     folder = checkpoint_folder(run, step)
-    if not run.is_dir():  # it was made when the run started: a new one would hold only half of the run
-        raise OSError(f"{run} was removed: the run folder must stay while the run trains")
     temporary = _temporary(folder)
     try:
-        folder.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)  # and not the run's folder: a new one would hold only half of the run
         remove_abandoned(run, warn)
         temporary.mkdir()
         model.save_pretrained(temporary)
@@ -81,7 +76,8 @@ def write_checkpoint(
         if removed := [path for path in (run, folder.parent) if not path.is_dir()]:
             raise OSError(f"{removed[0]} was removed: the run folder must stay while the run trains") from error
         text = f"cannot write {folder}: {error}"
-        if _FULL.search(str(error)):
+        # As Python and safetensors, which is written in Rust, say that the disk or the user's share of it is full.
+        if re.search(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
             needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(run).free
             text += f" (about {needed:.3g} GB needed, {free:.3g} GB free)"
         text += "; the checkpoints before it are untouched" if checkpoints(run) else ""

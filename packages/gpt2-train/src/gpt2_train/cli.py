@@ -131,7 +131,10 @@ def main(
 
             message = f"another process of this run is gone ({message[:200]})"
             message += f"; the same command {onward(Path(run.out))}"
-        if _speaks() or full or isinstance(error, RuntimeError):
+        # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
+        local, size = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        alone = size == "1" or not (rank + local + size).isdecimal()
+        if alone or "0" in (rank, local) or full or isinstance(error, RuntimeError):
             with suppress(OSError, ValueError):  # the terminal may be gone
                 who = "" if rank == "0" or f"rank {rank}" in message.lower() else f"rank {rank}: "
                 click.echo(f"Error: {who}{message}", err=True)
@@ -160,13 +163,6 @@ def _resolve(
         raise click.UsageError(str(error)) from None
 
 
-def _speaks() -> bool:
-    """True if this process says what all ranks meet: one on each machine does, and whatever has no other ranks."""
-    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    size = os.environ.get("WORLD_SIZE", "1")
-    return "0" in (rank, local) or size == "1" or not (rank + local + size).isdecimal()
-
-
 def _lost_contact(error: Exception) -> bool:
     """True if an exchange failed since another process is gone: gloo has no type of error of its own."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -193,7 +189,7 @@ def _check_environment(command: click.Command) -> None:
 def _print_plan(config: TrainConfig, as_json: bool) -> int:
     """Print the plan for WORLD_SIZE processes, as torchrun sets it; return the exit status of such a run."""
     if (rank := os.environ.get("RANK", "0")) != "0":
-        if _speaks():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # as on another machine, or where no torchrun set it
             click.echo(f"rank {rank}: rank 0 prints the plan", err=True)
         return 0
     from gpt2_train.plan import make_plan, to_lines

@@ -126,9 +126,9 @@ def _update(run: Run) -> None:
     if failures:
         _check_saving(run, may_go_on=config.on_save_error == "continue")
     if run.guard.skips >= config.max_skips:
-        facts = f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason})"
-        facts += "; the last checkpoint is good" if run.saved else ""
-        raise ValueError(f"{facts}: try a lower --lr or a longer --warmup with another --out")
+        advice = "try a lower --lr or a longer --warmup with another --out"
+        advice += "; the last checkpoint is good" * (run.saved > 0)
+        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason}): {advice}")
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:

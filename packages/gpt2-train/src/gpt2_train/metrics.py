@@ -257,15 +257,13 @@ class _Lines:
         if same and not self.failed:
             return
         self._open()  # a network disk that was away wants it, too
-        if same:
-            self.end = min(self.end, self.file.tell())
-            self.file.truncate(self.end)
-            return
-        self.end = self.file.tell()
+        self.end = min(self.end, self.file.tell()) if same else self.file.tell()
+        self.file.truncate(self.end)
         if self.end and os.pread(self.file.fileno(), 1, self.end - 1) != b"\n":
             self.end += os.write(self.file.fileno(), b"\n")
-        sync_folder(self.path.parent)
-        self.warn(f"{self.path} was removed or replaced: rows from here on are in the file that is there now", "")
+        if not same:
+            self.warn(f"{self.path} was removed or replaced: rows from here on are in the file there now", "")
+            sync_folder(self.path.parent)
 
     def append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
