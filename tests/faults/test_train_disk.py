@@ -1,13 +1,18 @@
 """T4, T11, T17, T18: a disk that fills up, a folder that cannot be written, or is gone; a log nobody reads."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import sys
 
 import pytest
 from test_disk import own_mounts
-from train_faults import PLANTED, checkpoint, good_steps, planted, rows
+from train_faults import PLANTED, SHAPE, checkpoint, good_steps, planted, rows
+
+from gpt2_model import GPT, GPTConfig
+from gpt2_train.checkpoint import write_checkpoint
 
 # In a mount namespace of its own: a small disk that somebody fills in mid-run and, in the second run, clears.
 SCRIPT = """
@@ -73,9 +78,27 @@ def test_a_disk_that_fills_up(tmp_path, runs) -> None:
 def test_a_save_that_fails_ends_the_run_at_the_next_step(tmp_path, runs, fault, options, says, ranks) -> None:
     """The one before it is not deleted: that is done when the next one has been read back."""
     out, says = tmp_path / "run", [says.replace("STEP9", str(checkpoint(tmp_path / "run", 9)))]
-    runs.fail(out, (fault, {"number": 3, **options}), says=says, good=[6], ranks=ranks, keep=1)
+    said = runs.fail(out, (fault, {"number": 3, **options}), says=says, good=[6], ranks=ranks, keep=1)
+    assert ("GB needed" in said) == (options.get("do") == "disk full"), said
     assert rows(out)[-1]["step"] <= 12
     runs.must_finish_as_whole(out, ranks=ranks)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_save_that_fails_says_what_is_true(tmp_path, monkeypatch, is_gone) -> None:
+    """A first save met EIO, or checkpoints was removed: "... GB free; the checkpoints before it are untouched"."""
+
+    def fail(_model, folder) -> None:
+        if is_gone:
+            shutil.rmtree(folder.parent)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(GPT, "save_pretrained", fail)
+    says = f"cannot write {checkpoint(tmp_path, 3)}: [Errno 5] Input/output error"
+    if is_gone:
+        says = f"{tmp_path}/checkpoints was removed: the run folder must stay while the run trains"
+    with pytest.raises(OSError, match=f"^{re.escape(says)}$"):
+        write_checkpoint(tmp_path, 3, GPT(GPTConfig(**SHAPE)), {}, {})
 
 
 def test_weights_that_are_not_finite_push_out_no_checkpoint(tmp_path, runs) -> None:
@@ -154,8 +177,7 @@ def test_a_folder_that_is_gone_ends_the_run(tmp_path, runs, ranks) -> None:
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     fault = ("move_folder", {"step": 8, "to": str(elsewhere), "rank": 0})
     last = runs.fail(out, fault, ranks=ranks).splitlines()[-1]
-    assert last.startswith("Error: ")
-    assert str(out) in last
+    assert last == f"Error: {out} was removed: the run folder must stay while the run trains"
     assert not (out / "checkpoints").exists()
     shutil.rmtree(out, ignore_errors=True)
     elsewhere.rename(out)

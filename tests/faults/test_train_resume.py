@@ -110,7 +110,7 @@ def test_an_older_checkpoint_of_the_same_run_is_refused_beside_newer_ones(tmp_pa
     older = checkpoint(out, 54)
     says = ["already has step-00000060: choose another --out, or move"]
     runs.fail(out, code=2, says=says, resume=older)
-    runs.fail(branch, code=2, says=["is not a checkpoint: name a folder like"], resume=out)
+    runs.fail(branch, code=2, says=[f"name a folder like {checkpoint(out, 60)}"], resume=out)
     # Another folder begins from it, and goes on with its own by the same command.
     assert runs.run(branch, resume=older, steps=56) == 0
     assert runs.run(branch, resume=older, steps=58) == 0

@@ -15,7 +15,7 @@ import pytest
 from fork_server import Child, environment, rank_variables
 from train_faults import PLANTED, command_line, good_steps, rows, wait_for_step, wait_until
 
-NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129}
+NUMBERS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129, "SIGXCPU": 152}
 SLOW = ["slow_steps", {"seconds": 0.1}]
 
 
@@ -64,6 +64,12 @@ def test_an_abandoned_evaluation_is_done_after_the_resume(tmp_path, runs) -> Non
     # And killed in the middle of what it logs: no sample is there twice.
     assert runs.run(out, ("in_log", {"text": "val_loss", "do": "SIGKILL"})) == -9
     runs.must_finish_as_whole(out)
+
+
+def test_an_interrupt_before_the_first_step_promises_no_save(tmp_path, runs) -> None:
+    said = runs.fail(tmp_path / "run", ("before_joining", {"do": "SIGINT"}), code=130)
+    assert "stopping before the first step; Ctrl-C again ends at once\n" in said
+    assert "then saving" not in said
 
 
 def test_many_signals_at_random_instants(tmp_path, runs) -> None:
@@ -185,6 +191,8 @@ def test_a_rank_whose_rank_0_goes_while_they_wait_says_so(tmp_path, runs) -> Non
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is not a whole number"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "RANK=1 and no WORLD_SIZE in the environment"),
         ({"RANK": "1"}, "RANK=1 and no WORLD_SIZE in the environment"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is not a whole number"),

@@ -86,6 +86,7 @@ def test_help_has_groups_and_the_defaults_a_person_types() -> None:
     ("fields", "message"),
     [
         ({"steps": 0}, "steps must be a finite number of at least 1, not 0"),
+        ({"seed": 2**53}, "seed must be a finite number of at least 0 and below 9007199254740992, not 90"),
         ({"lr": -1.0}, "lr must be a finite number of at least 0"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0, not nan"),
         ({"lr": 1e-5, "min_lr": 6e-5}, "min_lr 6e-05 is above lr 1e-05: add --min-lr 1e-06"),
@@ -109,8 +110,12 @@ def test_nonsense_is_refused(fields, message) -> None:
     [
         ("lr = ", "is not valid TOML"),
         ("learning_rate = 1.0", "unknown key 'learning_rate': choose from data, out, steps"),
-        ("steps = 'many'", "steps must be a int, not 'many'"),
-        ("model = 3", "model must be a dict, not 3"),
+        ("steps = 'many'", "steps must be a whole number, not 'many'"),
+        ("lr = true", "lr must be a number, not True"),
+        (f"lr = 1{'0' * 400}", "lr must be below 9007199254740992, not 1000"),
+        ("out = 3", "out must be text in quotes, not 3"),
+        ("compile = true", "compile must be text in quotes, not True"),
+        ("model = 3", "model must be a table, not 3"),
         ("[model]\nn_layers = 2", "unknown model field 'n_layers'"),
     ],
 )

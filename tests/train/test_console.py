@@ -8,6 +8,7 @@ import sys
 import termios
 import time
 from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import pytest
 from run_rows import open_log, rows_of, train_row, write_run
@@ -106,6 +107,28 @@ def test_long_work_is_shown_while_it_lasts(monkeypatch, capsys, on_terminal) -> 
     assert ("%|" in said) == on_terminal
     if terminal:
         terminal.close()
+
+
+def test_short_steps_are_no_long_work(monkeypatch, capsys) -> None:
+    """A user's log: between lines of steps of 1.5 s stood "step 10: micro-batch 1 of 1, 1 s"."""
+    clock, shown = Clock(monkeypatch), console.Console(100)
+
+    def tick(_seconds: float) -> bool:
+        clock.now += 0.5
+        if clock.now <= 1030:
+            shown.doing(f"step {clock.now // 1.5:.0f}: micro-batch", 1, 1)
+        return clock.now > 1042
+
+    monkeypatch.setattr(shown, "_thread", SimpleNamespace(ident=1))
+    monkeypatch.setattr(shown, "_closed", SimpleNamespace(wait=tick))
+    shown._watch()
+    assert capsys.readouterr().err == "step 686: micro-batch 1 of 1, 9 s\n"
+
+
+def test_hours_are_said_in_their_unit() -> None:
+    assert [console.duration(hours) for hours in (0.01, 0.5, 1, 72)] == [
+        "1 minute", "30 minutes", "1.0 hours", "3.0 days",
+    ]  # fmt: skip
 
 
 def test_a_text_cannot_drive_the_terminal(tmp_path, capsys) -> None:

@@ -186,6 +186,29 @@ def test_a_file_that_does_not_take_rows_loses_none_and_is_opened_again(
     assert capsys.readouterr().err.count("warning") == 1
 
 
+@pytest.mark.parametrize("how", ["removed", "edited", "a folder"])
+def test_a_log_that_goes_in_mid_run_is_begun_anew(tmp_path, capsys, how) -> None:
+    """A user tidied up: the open descriptor took rows that nobody could read, in silence."""
+    log, path = open_log(tmp_path), tmp_path / "metrics.jsonl"
+    write_run(log, 1, 3)
+    path.rename(tmp_path / "old")
+    if how == "edited":  # as editors do, which may leave the last line without its end
+        path.write_bytes((tmp_path / "old").read_bytes().rstrip(b"\n"))
+    if how == "a folder":
+        path.mkdir()
+        write_run(log, 4, 4)
+        path.rmdir()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    write_run(log, 4 + (how == "a folder"), 7)
+    log.flush()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    log.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3] * (how == "edited") + [4, 5, 5, 6, 7]
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl was removed or replaced: rows from here on are in the file there now") == 1
+    assert said.count("warning") == 1 + (how == "a folder")
+
+
 def test_rows_that_could_never_be_written_are_counted_at_the_end(tmp_path, monkeypatch, capsys) -> None:
     log = open_log(tmp_path)
 

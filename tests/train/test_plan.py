@@ -52,6 +52,7 @@ def test_figures(dataset, tmp_path, monkeypatch) -> None:
     assert plan["memory"]["host_bytes"] == peak_memory(config, 4, 2, "cpu").host_bytes
     assert plan["checkpoints_at_once"] == 3  # steps 4, 8, 12; four could be there
     assert plan["problems"] == []
+    assert "a run with WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT: use torchrun" in plan["warnings"]
     assert not (tmp_path / "run").exists()
 
 

@@ -100,6 +100,14 @@ def bad_hellaswag(_stack, _monkeypatch):
     return {"hellaswag": "h.jsonl"}, "h.jsonl"
 
 
+def folder_for_a_file(name):
+    def fault(_stack, _monkeypatch):
+        Path("run", name).mkdir(parents=True)
+        return {}, f"--out run: run/{name} is a folder, where the run keeps a file: move it away"
+
+    return fault
+
+
 def settings(message, **changes):
     return lambda _stack, _monkeypatch: (changes, message)
 
@@ -116,7 +124,9 @@ def settings(message, **changes):
                  batch_tokens=72),
         settings("do not divide into micro-batches of 3", micro_batch="3"),
         settings("nowhere", data="nowhere"),
-        settings("missing.jsonl", hellaswag="missing.jsonl"),
+        *map(folder_for_a_file, ("metrics.jsonl", "samples.jsonl", "config.toml")),
+        settings("--hellaswag missing.jsonl is not a file: name one", hellaswag="missing.jsonl"),
+        settings("--hellaswag / is not a file: name one in HellaSwag's format (JSONL)", hellaswag="/"),
         settings(f"{__file__} is not a folder", out=f"{__file__}/run"),
         settings("a sample of seq_len 8192 needs 8,193", seq_len=8192, batch_tokens=8192, micro_batch="1",
                  model={"block_size": 8192}),
@@ -261,9 +271,10 @@ def test_a_config_of_a_windows_editor_is_read(dataset) -> None:
         (b"steps = 3\nlr =", "(at end of document)"),
         (b"steps = 3\nlr = \n", "(at line 2, column 6)"),
         (b"lr = " + b"[" * 5000, "c.toml is not valid TOML"),
+        (None, "--config c.toml cannot be read (Is a directory): name a TOML file, such as a run's config.toml"),
     ],
 )
 def test_a_config_that_cannot_be_read_names_the_line(content, message) -> None:
-    Path("c.toml").write_bytes(content)
+    Path("c.toml").mkdir() if content is None else Path("c.toml").write_bytes(content)
     result = CliRunner().invoke(main, ["--config", "c.toml", "--data", "d", "--out", "o"])
     assert (result.exit_code, message in result.stderr) == (2, True), result.output

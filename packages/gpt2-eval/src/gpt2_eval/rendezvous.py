@@ -87,7 +87,8 @@ def _wait(here: Callable[[], bool], words: Callable[[], str], patience: float, s
             return False
         if now - began > patience:
             raise OSError(f"{words()}: in vain for {patience:.0f} s")
-        if now > next_word and os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine
+        ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+        if now > next_word and "0" in ranks:  # one of each machine
             next_word = now + NEXT_WORD
             with suppress(OSError, ValueError):  # nobody may be listening
                 print(words(), file=sys.stderr, flush=True)

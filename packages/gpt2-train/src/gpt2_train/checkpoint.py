@@ -9,6 +9,7 @@ A checkpoint appears whole or not at all, its hashes are checked before any tens
 There is no generator state: data and samples depend on (seed, step) alone, and there is no dropout.
 """
 
+import errno
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ import torch
 
 from gpt2_model import GPT
 from gpt2_model.command import locked, sha256, sync
-from gpt2_train.config import CannotResume, check_out, existing
+from gpt2_train.config import CannotResume, check_out
 from gpt2_train.distributed import World
 from gpt2_train.optimizer import Optimizers, own_state, state_shapes
 
@@ -47,12 +48,10 @@ def write_checkpoint(
     Raises OSError if the disk is full or does not return what was written; older checkpoints stay untouched.
     """
     folder = checkpoint_folder(run, step)
-    if not run.is_dir():  # it was made when the run started: a new one would hold only half of the run
-        raise OSError(f"{run} was removed: the run folder must stay while the run trains")
-    folder.parent.mkdir(exist_ok=True)
-    remove_abandoned(run, warn)
     temporary = _temporary(folder)
     try:
+        folder.parent.mkdir(exist_ok=True)  # and not the run's folder: a new one would hold only half of the run
+        remove_abandoned(run, warn)
         temporary.mkdir()
         model.save_pretrained(temporary)
         safetensors.torch.save_file(dict(optimizer), temporary / "optimizer.safetensors", {"format": "pt"})
@@ -74,9 +73,14 @@ def write_checkpoint(
         _fsync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be gone with all of the run
-        needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(existing(folder)).free
-        sizes = f"about {needed:.3g} GB needed, {free:.3g} GB free"
-        text = f"cannot write {folder}: {error} ({sizes}); the checkpoints before it are untouched"
+        if removed := [path for path in (run, folder.parent) if not path.is_dir()]:
+            raise OSError(f"{removed[0]} was removed: the run folder must stay while the run trains") from error
+        text = f"cannot write {folder}: {error}"
+        # As Python and safetensors, which is written in Rust, say that the disk or the user's share of it is full.
+        if re.search(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
+            needed, free = 12e-9 * model.config.num_parameters, 1e-9 * shutil.disk_usage(run).free
+            text += f" (about {needed:.3g} GB needed, {free:.3g} GB free)"
+        text += "; the checkpoints before it are untouched" if checkpoints(run) else ""
         raise OSError(text) from error
     return folder
 
@@ -205,7 +209,7 @@ def choose_checkpoint(run: Path, resume: str) -> Path | None:
         return newest
     _refuse_newer(asked)
     if not (asked / "manifest.json").exists():
-        example = checkpoint_folder(run, 5000)
+        example = next(reversed(checkpoints(asked)), checkpoint_folder(run, 5000))
         raise CannotResume(f"--resume {resume} is not a checkpoint: name a folder like {example}")
     newest = find_checkpoint(run)[0] if inside else None
     if newest is not None and newest.name > asked.name:
@@ -309,7 +313,8 @@ class Saver:
         try:
             for name, tensor in (*model.named_parameters(), *self._optimizer.items()):
                 if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{name} is not finite at step {step}: the checkpoints before it are good")
+                    before = ": the checkpoints before it are good" if checkpoints(self.run) else ""
+                    raise ValueError(f"{name} is not finite at step {step}{before}")
             written = write_checkpoint(self.run, step, model, self._optimizer, trainer, self.warn)
             self._verified.add(written.name)
             prune(self.run, self.keep, self._verified, self.warn)

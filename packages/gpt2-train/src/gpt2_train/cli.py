@@ -132,7 +132,9 @@ def main(
             message = f"another process of this run is gone ({message[:200]})"
             message += f"; the same command {onward(Path(run.out))}"
         # What all ranks meet is said once a machine; rank 0 may be the one that is gone.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or full or isinstance(error, RuntimeError):
+        local, size = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        alone = size == "1" or not (rank + local + size).isdecimal()
+        if alone or "0" in (rank, local) or full or isinstance(error, RuntimeError):
             with suppress(OSError, ValueError):  # the terminal may be gone
                 who = "" if rank == "0" or f"rank {rank}" in message.lower() else f"rank {rank}: "
                 click.echo(f"Error: {who}{message}", err=True)
@@ -192,7 +194,10 @@ def _print_plan(config: TrainConfig, as_json: bool) -> int:
         return 0
     from gpt2_train.plan import make_plan, to_lines
 
-    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    plan = make_plan(config, size)
+    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        plan["warnings"].append(f"a run with WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT: use torchrun")
     click.echo(json.dumps(plan, indent=2) if as_json else "\n".join(to_lines(plan)))
     for warning in plan["warnings"]:
         click.echo(f"warning: {warning}", err=True)

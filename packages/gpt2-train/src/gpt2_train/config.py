@@ -24,6 +24,8 @@ FREE_TO_CHANGE = {
 
 # Completed as paths; whether they are good is checked later, in one place for flags and config files.
 PATHS = {"data", "out", "init", "hellaswag", "resume"}
+LARGEST = 2**53  # whole numbers below it are exact in JSON and in every float
+KINDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false", dict: "a table"}
 AT_LEAST_1 = {"steps", "batch_tokens", "seq_len", "keep", "eval_tokens", "max_skips"}
 CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
@@ -124,8 +126,10 @@ class TrainConfig:
             if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
                 # Such a name's bytes are no UTF-8, and neither TOML nor JSON could hold it.
                 raise ValueError(f"{item.name} {value!r} is not UTF-8: rename it")
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                raise ValueError(f"{item.name} must be a finite number of at least {least}, not {value}")
+            most = LARGEST if type(value) is int else math.inf
+            if isinstance(value, int | float) and not least <= value < most:
+                limit = f" and below {most}" * (value >= most)
+                raise ValueError(f"{item.name} must be a finite number of at least {least}{limit}, not {value}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -171,6 +175,9 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
             raise ValueError(f"{source}, line {line}, is not UTF-8 text: save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not valid TOML: {error}") from None
+        except OSError as error:
+            advice = "name a TOML file, such as a run's config.toml"
+            raise OSError(f"--config {source} cannot be read ({error.strerror}): {advice}") from None
         if isinstance(own.get("model"), dict):
             own["model"] = merged.get("model", {}) | own["model"]
         merged |= own
@@ -179,10 +186,12 @@ def load_config(path: str | Path | None = None, recipe: str | None = None) -> di
         if name not in defaults:
             raise ValueError(f"{path or recipe}: unknown key {name!r}: choose from {', '.join(defaults)}")
         kind = type(defaults[name])
+        if type(value) is int and value >= LARGEST:
+            raise ValueError(f"{path or recipe}: {name} must be below {LARGEST}, not {value}")
         if type(value) is int and (kind is float or name == "micro_batch"):
             merged[name] = kind(value)
         elif type(value) is not kind:
-            raise ValueError(f"{path or recipe}: {name} must be a {kind.__name__}, not {value!r}")
+            raise ValueError(f"{path or recipe}: {name} must be {KINDS[kind]}, not {value!r}")
     return merged
 
 
@@ -263,6 +272,9 @@ def check_out(out: str) -> None:
             raise OSError(f"--out {out}: {path} is not a folder: choose another --out")
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise OSError(f"--out {out}: {path} cannot be written to: choose another --out")
+    for path in (Path(out, name) for name in ("metrics.jsonl", "samples.jsonl", "config.toml", ".lock")):
+        if path.is_dir():
+            raise OSError(f"--out {out}: {path} is a folder, where the run keeps a file: move it away")
 
 
 def existing(path: Path) -> Path:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 FIRST_STEPS = 3  # the first steps of a process have a line each, so that one sees at once that it trains
 LINE_SECONDS = {True: 1.0, False: 10.0}  # between lines of steps, on a terminal and elsewhere
 BAR_SECONDS = 0.1
-QUIET_SECONDS = 9.0  # without a line, before a line says what is being done
+QUIET_SECONDS = 9.0  # that work lasts without a line, before one says what is being done
 
 
 class Console:
@@ -56,7 +56,7 @@ class Console:
             text = f"{what}{share}, {now - self.task_began:.0f} s"
             if self.on_terminal:
                 self._show(text)
-            elif now - self.last_word >= QUIET_SECONDS:
+            elif now - max(self.last_word, self.task_began) >= QUIET_SECONDS:
                 self.say(text)
 
     def _show(self, text: str, step: int = 0) -> None:
@@ -166,4 +166,5 @@ def duration(hours: float) -> str:
     """Return hours as "3.2 days", "1.5 hours" or "12 minutes"."""
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{ceil(60 * hours)} minutes"
+    minutes = ceil(60 * hours)
+    return f"{hours:.1f} hours" if hours >= 1 else f"{minutes} minute{'s' * (minutes != 1)}"

@@ -16,8 +16,8 @@ from statistics import fmean, median, pstdev
 from typing import Any
 
 # A terminal or ssh that closes sends SIGHUP. Slurm can send SIGUSR1 some minutes before the end of a job's time
-# (sbatch --signal).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# (sbatch --signal); other batch systems and `ulimit -t` send SIGXCPU then.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1)
 STDERR = 2
 TICK = 0.2  # seconds between two looks of the watchdog
 FIRST_SECONDS = 1800.0  # limit for work that was never timed: the first step compiles
@@ -37,6 +37,7 @@ class StopSignal:
     def __init__(self) -> None:
         self._number = 0
         self._when = 0.0
+        self.training = False  # set at the first step: before it there is nothing to finish or to save
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -61,12 +62,13 @@ class StopSignal:
     def _note(self, number: int, _frame: Any) -> None:
         if self._number and number == signal.SIGINT and time.monotonic() - self._when > 1:
             if this_rank() == 0:
-                write_stderr("ended at once; the same command resumes from the last checkpoint\n")
+                write_stderr("ended at once; the same command resumes from the last checkpoint, if there is one\n")
             os._exit(128 + number)
         if not self._number:
             self._number, self._when = number, time.monotonic()
             if number == signal.SIGINT and this_rank() == 0:
-                write_stderr("finishing the step, then saving; Ctrl-C again ends at once without saving\n")
+                way = "finishing the step, then saving" if self.training else "stopping before the first step"
+                write_stderr(f"{way}; Ctrl-C again ends at once{' without saving' * self.training}\n")
 
 
 def this_rank() -> int:

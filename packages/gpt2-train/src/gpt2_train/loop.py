@@ -33,7 +33,7 @@ def train(config: TrainConfig) -> int:
     killed and resumed ends with the same weights, bit for bit, as one that was not.
 
     Returns:
-        0 when all steps are done; 128 + the signal's number when SIGTERM, SIGINT or SIGUSR1 ended the run, after a
+        0 when all steps are done; 128 + the signal's number when one of `faults.SIGNALS` ended the run, after a
         checkpoint of the step just finished.
 
     Raises:
@@ -84,6 +84,7 @@ def _train(config: TrainConfig, world: World, stop: StopSignal, log: RunLog) -> 
 
 def _update(run: Run) -> None:
     """Do one step: compute the gradients of the whole batch, clip them, and apply them if the guard agrees."""
+    run.stop.training = True
     with run.watching("update", run.step + 1):
         started = time.perf_counter()
         config, world = run.config, run.world
@@ -125,8 +126,9 @@ def _update(run: Run) -> None:
     if failures:
         _check_saving(run, may_go_on=config.on_save_error == "continue")
     if run.guard.skips >= config.max_skips:
-        advice = "The last checkpoint is good: try a lower --lr or a longer --warmup with another --out"
-        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason}). {advice}")
+        advice = "try a lower --lr or a longer --warmup with another --out"
+        advice += "; the last checkpoint is good" * (run.saved > 0)
+        raise ValueError(f"step {run.step}: {run.guard.skips} updates in a row were skipped ({reason}): {advice}")
 
 
 def _backward(run: Run) -> tuple[torch.Tensor, float]:

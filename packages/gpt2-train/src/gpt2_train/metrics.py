@@ -231,18 +231,39 @@ class _Lines:
     """A file that rows are appended to. It stays open, so a process that runs out of descriptors loses no rows.
 
     Rows that cannot be written wait in memory, the last 100,000 of them (25 MB), and come before the next one.
+    A file that was removed or replaced is opened anew, or the open one would take rows that nobody can read.
     """
 
     def __init__(self, path: Path, warn: Callable[[str, str], None]) -> None:
         self.path, self.warn = path, warn
         self.waiting = deque[bytes](maxlen=100_000)
         self.failed = False
+        self._close: Callable[[], object] = lambda: None
         self._open()
         self.end = self.file.tell()  # of the last whole row
 
     def _open(self) -> None:
-        self.file = self.path.open("ab", buffering=0)
-        weakref.finalize(self, self.file.close)  # also if the run fails during set-up
+        file = self.path.open("a+b", buffering=0)
+        with suppress(OSError):
+            self._close()
+        self._close = weakref.finalize(self, file.close)  # also if the run fails during set-up
+        self.file, self.identity = file, os.fstat(file.fileno())
+
+    def _follow(self) -> None:
+        """Open the file again after a failure, or if its path leads to another file or to none."""
+        same = False
+        with suppress(FileNotFoundError):
+            same = os.path.samestat(self.path.stat(), self.identity)
+        if same and not self.failed:
+            return
+        self._open()  # a network disk that was away wants it, too
+        self.end = min(self.end, self.file.tell()) if same else self.file.tell()
+        self.file.truncate(self.end)
+        if self.end and os.pread(self.file.fileno(), 1, self.end - 1) != b"\n":
+            self.end += os.write(self.file.fileno(), b"\n")
+        if not same:
+            self.warn(f"{self.path} was removed or replaced: rows from here on are in the file there now", "")
+            sync_folder(self.path.parent)
 
     def append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
@@ -252,10 +273,7 @@ class _Lines:
     def write(self, durably: bool = False) -> None:
         """Write the rows that wait. Half a row is never left in front of a whole one."""
         try:
-            if self.failed:
-                self._open()  # a network disk that was away wants the file opened again
-                self.end = min(self.end, self.file.tell())
-                self.file.truncate(self.end)
+            self._follow()
             while self.waiting:
                 line = self.waiting[0]
                 while line:  # a disk that fills up first takes a part, then fails
@@ -267,7 +285,7 @@ class _Lines:
         except OSError as error:
             self.failed = True
             with suppress(OSError):
-                self.file.truncate(self.end)
+                self.file.truncate(min(self.end, os.fstat(self.file.fileno()).st_size))
             trouble = f"{self.path} cannot be written ({error.strerror})"
             self.warn(f"{trouble}: the run continues, and each step tries again with all its rows", str(self.path))
 
@@ -277,7 +295,7 @@ class _Lines:
         if self.waiting:
             self.warn(f"{self.path} lacks {len(self.waiting):,} rows, which could not be written", "")
         with suppress(OSError):
-            self.file.close()
+            self._close()
 
 
 def _repair(folder: Path, first_step: int) -> tuple[set[int], int]:

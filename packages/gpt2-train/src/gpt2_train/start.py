@@ -211,6 +211,8 @@ def find_tokenizer(config: TrainConfig, dataset: Dataset, source: str | Path | N
 
 
 def _load_hellaswag(config: TrainConfig, tokenizer: Tokenizer) -> HellaSwag:
+    if not Path(config.hellaswag).is_file():
+        raise OSError(f"--hellaswag {config.hellaswag} is not a file: name one in HellaSwag's format (JSONL)")
     data = load_hellaswag(config.hellaswag, encoder=tokenizer)
     if (size := config.model_config.vocab_size) < tokenizer.num_tokens:
         raise ValueError(f"--hellaswag: texts may have tokens beyond the vocabulary of {size:,}: leave it out")
