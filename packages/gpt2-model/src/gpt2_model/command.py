@@ -116,7 +116,7 @@ class Program(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         for stream, errors in (sys.stdout, "replace"), (sys.stderr, "backslashreplace"):  # stderr names files
-            with suppress(AttributeError):  # None if there is no such stream
+            with suppress(AttributeError, OSError):  # no such stream, or another kind of file behind it
                 stream.reconfigure(errors=errors)  # type: ignore[union-attr]
         return super().main(*args, **extra)
 

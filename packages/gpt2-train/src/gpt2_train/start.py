@@ -122,11 +122,10 @@ def check_shape(
 ) -> None:
     """Raise ValueError if the model that a run begins with does not match its settings or its data."""
     source = f"{start}" if start else f"--init {config.init}"
-    if config.model and shape != config.model_config:
-        asked, own = asdict(config.model_config), asdict(shape)
-        differences = ", ".join(
-            f"{name} {own[name]}, not {asked[name]}" for name in own if own[name] != asked[name]
-        )
+    asked, own = asdict(config.model_config), asdict(shape)
+    given = asked if start else config.model  # what --init's model has is its own, unless it was named
+    if config.model and (wrong := [name for name in given if own[name] != asked[name]]):
+        differences = ", ".join(f"{name} {own[name]}, not {asked[name]}" for name in wrong)
         raise ValueError(f"{source} has another shape than --model, --recipe or --config asks for: {differences}")
     if config.seq_len > (longest := shape.block_size):
         advice = f"use --seq-len {longest}"
