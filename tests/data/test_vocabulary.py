@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -316,17 +317,33 @@ def test_verify_names_a_missing_or_altered_tokenizer(dataset):
             open_dataset(dataset)
 
 
-def test_convert_keeps_the_tokenizer_or_says_that_it_cannot(dataset, tmp_path, source):
-    for to in "arrow", "llmc":
-        convert(dataset, tmp_path / to, to)
-        data = Dataset(tmp_path / to)
-        assert verify(tmp_path / to, "full").ok
-        assert (data.eot, data.num_documents("train")) == (319, len(source[1]))
-        assert data.decode(data.document("train", 9)[1:].tolist()) == source[1][9]
-    for to in "npy", "nanogpt", "megatron":
-        result = run("convert", dataset, tmp_path / to, "--to", to)
-        assert f"warning: {to} carries no tokenizer" in result.output
-    assert Dataset(tmp_path / "megatron").num_documents("train") == len(source[1])
+def test_convert_keeps_the_tokenizer_there_and_back(dataset, tmp_path, source):
+    """A tester: documents, tokenizer and end were lost in npy, nanogpt and megatron, with a warning at best."""
+    wanted = list(map(list, Dataset(dataset).documents("train")))
+    for to in "npy", "nanogpt", "megatron", "arrow", "llmc":
+        assert "warning" not in run("convert", dataset, tmp_path / to, "--to", to).output
+        convert(tmp_path / to, tmp_path / f"{to}-back", "llmc")
+        assert verify(tmp_path / f"{to}-back", "full").ok
+        for folder in tmp_path / to, tmp_path / f"{to}-back":
+            data = Dataset(folder)
+            assert (data.eot, data.vocab_size) == (319, 320)
+            assert list(map(list, data.documents("train"))) == wanted
+            assert data.decode(data.document("train", 9)[1:].tolist()) == source[1][9]
+            assert data.tokenizer.read_bytes() == (dataset / "tokenizer.json").read_bytes()
+            assert json.loads((folder / "tokenizer_config.json").read_bytes())["eos_token"] == "<|endoftext|>"
+    assert Dataset(tmp_path / "megatron" / "train_text_document").tokenizer == tmp_path / "megatron/tokenizer.json"
+
+
+def test_others_documents_end_with_the_mark_of_their_tokenizer(bpe, tmp_path):
+    """nanoGPT's layout: the mark, here not GPT-2's, moves in front; ids beyond the vocabulary are refused."""
+    nano = tmp_path / "nano"
+    shutil.copytree(bpe, nano)
+    (nano / "train.bin").write_bytes(np.array([65, 319, 66, 67, 319], np.uint16).tobytes())
+    convert(nano, tmp_path / "ours", "llmc")
+    assert list(map(list, Dataset(tmp_path / "ours").documents("train"))) == [[319, 65], [319, 66, 67]]
+    (nano / "train.bin").write_bytes(np.array([65, 320], np.uint16).tobytes())
+    with pytest.raises(ValueError, match="token 1 is 320, not below 320"):
+        convert(nano, tmp_path / "beyond", "npy")
 
 
 def test_a_split_that_is_not_gpt2_s_sees_documents_whole(bpe, tmp_path, monkeypatch):

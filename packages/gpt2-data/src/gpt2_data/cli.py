@@ -334,15 +334,13 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
 
     DIR is a dataset of gpt2-data, build-nanogpt, llm.c, nanoGPT or Megatron: a folder, or the common
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
-    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
+    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy. A tokenizer.json
+    goes with the tokens, and is read with them.
     """
-    from gpt2_data import Dataset
     from gpt2_data import convert as run
 
     with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
-    if to in ("npy", "nanogpt", "megatron") and (own := Dataset(dataset).tokenizer) is not None:
-        click.echo(f"warning: {to} carries no tokenizer: keep {own} with it", err=True)
     if as_json:
         print_json({**vars(result), "out": str(out)})
         return

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import tokenizer
+from gpt2_data import disk, tokenizer
 
 FILE_NAME = "tokenizer.json"
 END = "<|endoftext|>"
@@ -81,6 +81,16 @@ def load(path: Path) -> Vocabulary | None:
     if end == END and not others and _cuts(content) and _is_gpt2(content["model"]["merges"], ids):
         return None
     return Vocabulary(data, max(ids.values()) + 1, ids[end])
+
+
+def write(folder: Path, data: bytes, eot: int) -> None:
+    """Write a tokenizer.json, and the tokenizer_config.json that names its end-of-text token."""
+    from tokenizers import Tokenizer
+
+    end = json.dumps({"eos_token": Tokenizer.from_str(data.decode()).id_to_token(eot)}, indent=2)
+    for name, content in ("tokenizer_config.json", end.encode()), (FILE_NAME, data):
+        with disk.write_whole(folder / name) as file:
+            file.write(content)
 
 
 def byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> bytes:
