@@ -173,6 +173,9 @@ def test_sizes_that_cannot_be_and_texts_that_are_too_small(source, tmp_path):
     (tmp_path / "small.txt").write_text("ab ab abc")
     result = run("tokenizer", tmp_path / "small.txt", "--vocab-size", "1k", "--out", tmp_path / "out")
     assert "warning: the text has only 3 merges: 260 ids, not 1,000" in result.output
+    (tmp_path / "wide.txt").write_text("ab ab, abc", encoding="utf-16-le")
+    options = "--vocab-size", "260", "--encoding", "utf-16", "--split-on", ",", "--out", tmp_path / "wide"
+    assert run("tokenizer", tmp_path / "wide.txt", *options).exit_code == 0
     (tmp_path / "empty.txt").touch()
     result = run("tokenizer", tmp_path / "empty.txt", "--vocab-size", "1k", "--out", tmp_path / "none")
     assert (result.exit_code, "contains no text" in result.output) == (1, True)
@@ -374,4 +377,5 @@ def test_ctrl_c_ends_the_learning(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
+    assert "stopped by SIGINT\n" in errors
     assert not (tmp_path / "out").exists()

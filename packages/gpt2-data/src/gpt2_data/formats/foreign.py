@@ -120,7 +120,7 @@ class ForeignManifest:
 
     @functools.cached_property
     def hash(self) -> str:
-        """The SHA-256, in hex, of the format and each file's split, name, size and a sample, and of its own tokenizer.
+        """The SHA-256, in hex, of the format and each file's split, name, size and a sample, and the tokenizer.
 
         The sample is 16 pieces of 16 KiB, spread evenly from the first byte to the last: all of a small file, a
         thousandth of a shard of 100M tokens. A file that was replaced, cut or swapped is noticed; a few flipped
