@@ -1,5 +1,6 @@
 """Vocabularies of one's own: learned, built with, read, converted, and refused if no build could follow them."""
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -162,6 +163,17 @@ def test_bytes_alone(source, tmp_path):
     assert data.eot == 256
     assert [len(tokens) - 1 for tokens in data.documents("train")] == [len(text.encode()) for text in source[1]]
     assert data.decode(data.document("train", 7)[1:].tolist()) == source[1][7]
+
+
+def test_a_full_quota_is_named_as_a_full_disk(tmp_path, monkeypatch):
+    """A tester: "Disk quota exceeded" came without advice; fsync raises it here."""
+
+    def fail(descriptor):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    error = run("tokenizer", "--vocab-size", "0", "--out", tmp_path / "bytes").stderr
+    assert "Disk quota exceeded: make room and run the same command again" in error
 
 
 def test_sizes_that_cannot_be_and_texts_that_are_too_small(source, tmp_path):

@@ -82,7 +82,8 @@ def convert(
         else:
             _to_one_file(job, to)
         if dataset.tokenizer is not None:
-            vocabulary.write(work, dataset.tokenizer.read_bytes(), dataset.eot)
+            end = {"eos_token": dataset.decode([dataset.eot])}
+            vocabulary.write(work, dataset.tokenizer.read_bytes(), end)
         if load(dataset.path).hash != before:
             raise ValueError(f"{dataset.path} was changed while it was read: run the same command again")
         files = list(work.glob("[!.]*"))

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,9 @@ def load(path: Path) -> Vocabulary | None:
     return Vocabulary(data, max(ids.values()) + 1, ids[end])
 
 
-def write(folder: Path, data: bytes, eot: int) -> None:
-    """Write a tokenizer.json, and the tokenizer_config.json that names its end-of-text token."""
-    from tokenizers import Tokenizer
-
-    end = json.dumps({"eos_token": Tokenizer.from_str(data.decode()).id_to_token(eot)}, indent=2)
-    for name, content in ("tokenizer_config.json", end.encode()), (FILE_NAME, data):
+def write(folder: Path, data: bytes, config: Mapping[str, object]) -> None:
+    """Write a tokenizer.json and its tokenizer_config.json, which names the end-of-text token."""
+    for name, content in ("tokenizer_config.json", json.dumps(config, indent=2).encode()), (FILE_NAME, data):
         with disk.write_whole(folder / name) as file:
             file.write(content)
 

@@ -22,17 +22,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_data import vocabulary
 from gpt2_data.formats import uint16
-from gpt2_data.formats.manifest import SPLITS, check_split
+from gpt2_data.formats.manifest import SPLITS, Tokenized, check_split
 from gpt2_data.formats.uint16 import Numbers, TokenFile, TokenFiles, check_size
-from gpt2_data.tokenizer import EOT, VOCAB_SIZE
-from gpt2_data.vocabulary import Vocabulary
+from gpt2_data.tokenizer import EOT
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
 _IDX_MAGIC, _IDX_UINT16 = b"MMIDIDX\0\0", 8
@@ -82,32 +81,12 @@ class ForeignShard:
 
 
 @dataclass(frozen=True)
-class ForeignManifest:
+class ForeignManifest(Tokenized):
     """The description of a foreign dataset, in place of a dataset.json; its shards are in order."""
 
     format: str
     shards: tuple[ForeignShard, ...]
-    vocabulary: Vocabulary | None = None  # that of the tokenizer.json beside the files; None: GPT-2's
-
-    @property
-    def vocab_size(self) -> int:
-        """The size of the vocabulary: token ids are below it."""
-        return VOCAB_SIZE if self.vocabulary is None else self.vocabulary.size
-
-    @property
-    def eot(self) -> int:
-        """The id that stands before or behind each document."""
-        return EOT if self.vocabulary is None else self.vocabulary.eot
-
-    @property
-    def own_tokenizer(self) -> bool:
-        """True if the vocabulary is not GPT-2's, but that of the tokenizer.json beside the files."""
-        return self.vocabulary is not None
-
-    @property
-    def tokenizer(self) -> dict[str, object]:
-        """What dataset.json would record about it."""
-        return vocabulary.identity(self.vocabulary)
+    tokenizer: dict[str, Any]  # that of the tokenizer.json beside the files, or GPT-2's
 
     def split(self, split: str) -> list[ForeignShard]:
         """Return the files of a split in order. Raises ValueError for an unknown split."""
@@ -195,15 +174,15 @@ def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignMan
                     "or there is more than one dataset: keep one in a folder"
                 )
         shards += [ForeignShard(split, open_file(folder / match.string)) for match in here]
-    own = _vocabulary(folder)
-    eot = EOT if own is None else own.eot
+    tokenizer = _tokenizer(folder)
+    eot = tokenizer["eot"]
     behind = kind == "nanogpt" and _mark_is_behind([shard.file for shard in shards], eot)
-    return ForeignManifest(kind, tuple(replace(shard, eot=eot, behind=behind) for shard in shards), own)
+    return ForeignManifest(kind, tuple(replace(shard, eot=eot, behind=behind) for shard in shards), tokenizer)
 
 
-def _vocabulary(folder: Path) -> Vocabulary | None:
+def _tokenizer(folder: Path) -> dict[str, Any]:
     file = folder / vocabulary.FILE_NAME
-    return vocabulary.load(file) if file.is_file() else None
+    return vocabulary.identity(vocabulary.load(file) if file.is_file() else None)
 
 
 def _mark_is_behind(files: list[TokenFile], eot: int) -> bool:
@@ -256,16 +235,15 @@ def _check_npy(path: Path) -> TokenFile:
 def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
     """Take files with `val` or `valid` in their names for validation, all others but `test` for training."""
     shards: list[ForeignShard] = []
-    own = _vocabulary(pairs[0][0].parent)
-    eot = EOT if own is None else own.eot
+    tokenizer = _tokenizer(pairs[0][0].parent)
     for tokens, index in pairs:
         words = set(re.split(r"[^a-z]+", tokens.stem.lower()))
         split = "val" if words & {"val", "valid", "validation"} else "train"
         if split == "val" or "test" not in words:
-            shards.append(ForeignShard(split, _check_megatron(tokens, index), index, eot))
+            shards.append(ForeignShard(split, _check_megatron(tokens, index), index, tokenizer["eot"]))
     if not shards:
         raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
-    return ForeignManifest("megatron", tuple(sorted(shards, key=lambda shard: shard.split)), own)
+    return ForeignManifest("megatron", tuple(sorted(shards, key=lambda shard: shard.split)), tokenizer)
 
 
 def _check_megatron(tokens: Path, index: Path) -> TokenFile:

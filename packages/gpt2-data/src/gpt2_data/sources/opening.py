@@ -71,8 +71,10 @@ def judge(path: str, encoding: str | None) -> tuple[str, bool]:
         sample = file.read(_SAMPLE)
     named = codecs.lookup(encoding or "utf-8").name
     codec = next((codec for mark, codec in _BOMS.items() if sample.startswith(mark)), _CODECS.get(named, named))
-    if codec.startswith(("utf-16-", "utf-32-")) and b"\0" not in sample and _is_utf8(sample):
-        codec = "utf-8-sig"
+    if codec.startswith(("utf-16-", "utf-32-")) and b"\0" not in sample:
+        with contextlib.suppress(UnicodeDecodeError):  # short UTF-16 may be UTF-8, too
+            codecs.getincrementaldecoder("utf-8")().decode(sample)
+            codec = "utf-8-sig" if len(sample) > 64 or sample.lstrip()[:1] in (b"[", b"{", b'"') else codec
     text = codecs.getincrementaldecoder(codec)(MARK_UNREADABLE).decode(sample)
     bad, odd = text.count(UNREADABLE), sum(map(text.count, _CONTROLS))
     # Some letters of a short text may be wrong, or half of three words. In UTF-16 each second byte is a NUL, or
@@ -88,14 +90,6 @@ def judge(path: str, encoding: str | None) -> tuple[str, bool]:
         )
     cut = len(sample) == _SAMPLE and text.endswith("\r")  # its line feed comes next
     return codec, 0 < text.count("\r\n") == text.count("\n") == text.count("\r") - cut
-
-
-def _is_utf8(sample: bytes) -> bool:
-    """True if it is JSON or a longer text in UTF-8. A short one may be UTF-16 all the same, as `-N` is."""
-    with contextlib.suppress(UnicodeDecodeError):
-        codecs.getincrementaldecoder("utf-8")().decode(sample)
-        return len(sample) > 64 or sample.lstrip()[:1] in (b"[", b"{", b'"')
-    return False
 
 
 @contextlib.contextmanager
