@@ -340,6 +340,9 @@ def test_a_folder_of_nothing_that_is_taken_says_why(run):
         "f is a folder with no file that is taken: passed over: f/a.json (one JSON object, not an array" in error
     )
     assert "f/b.txt (a link to nothing)" in error
+    assert "taken are" not in error
+    write("f/c.docx")
+    assert "f/c.docx (of no known kind); taken are .parquet" in refused(run, "f")
     assert "no file matches '*.nothing'" in refused(run, "*.nothing")
 
 

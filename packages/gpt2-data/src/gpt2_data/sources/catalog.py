@@ -28,6 +28,7 @@ KNOWN = (
     f"and folders, files or globs of {TAKEN}"
 )
 _ONE_OBJECT = "one JSON object, not an array of them or one a line"
+_UNKNOWN = "of no known kind"
 _POINTERS = {
     b"version https://git-lfs.github.com/spec/v1": "a git-lfs pointer, not the file: run git lfs pull",
     b"version https://hawser.github.com/spec/v1": "a git-lfs pointer, not the file: run git lfs pull",
@@ -115,8 +116,10 @@ def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
         found.append((kind, path))
     if not found:
         what = "is a folder with" if os.path.isdir(source) else "matches"
-        passed = f"passed over: {files.some(others)}; " if others else ""
-        raise ValueError(f"{source} {what} no file that is taken: {passed}taken are {TAKEN}")
+        why = [f"passed over: {files.some(others)}"] if others else []
+        if not others or any(_UNKNOWN in other for other in others):
+            why.append(f"taken are {TAKEN}")
+        raise ValueError(f"{source} {what} no file that is taken: {'; '.join(why)}")
     return found, others
 
 
@@ -147,7 +150,7 @@ def _walk(folder: str, seen: set[str]) -> tuple[list[tuple[str, str]], list[str]
         if kind is None:
             reason = "no regular file" if os.path.exists(path) else "a link to nothing"
             if os.path.isfile(path):
-                reason = _ONE_OBJECT if _ending(path) == "json" else "of no known kind"
+                reason = _ONE_OBJECT if _ending(path) == "json" else _UNKNOWN
             others.append(f"{path} ({reason})")
         elif (real := os.path.realpath(path)) not in seen:
             seen.add(real)
