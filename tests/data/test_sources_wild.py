@@ -72,8 +72,8 @@ def test_a_folder_is_taken_whole_in_the_order_of_its_names(run):
     done = run("build", "mine/", "--order", "source", "--val-tokens", 0)
     assert done.exit_code == 0, done.output
     assert (
-        "mine/: 5 files taken, 4 passed over: mine/data/out/, mine/nowhere.txt, mine/pipe.txt and 1 more"
-        in done.stderr
+        "mine/: 5 files taken, 4 passed over: mine/data/out/ (a dataset), mine/nowhere.txt (a link to nothing), "
+        "mine/pipe.txt (no regular file) and 1 more" in done.stderr
     )
     assert documents("mine") == ["A.MD", "b.txt", "linked", "sub/b.txt", "é.py"]
     names = [item["name"] for item in open_dataset("data/mine").manifest.source["inputs"]]
@@ -105,6 +105,10 @@ def test_every_kind_is_read_and_compressed_too(run):
         data = b"# notes"
         assert documents(write(f"2/{name}", gzip.compress(data) if name.endswith("gz") else data)) == ["# notes"]
     assert documents(write("empty.json", "[ ]")) == []
+    joined = '["a"]\n[] \ufeff[{"text": "b]"},\n"c"][ ]\n'
+    assert documents(write("joined.json", joined)) == ["a", "b]", "c"]
+    open_quotes = 'text\tid\n"Hi" she said\t1\n"6 inch\t2\n'
+    assert documents(write("open.tsv", open_quotes)) == ['"Hi" she said', '"6 inch']
     assert documents(write("strings.jsonl", '"one"\n{"text": "two"}\n')) == ["one", "two"]
 
 
@@ -113,6 +117,7 @@ def test_json_arrays_and_tables_are_read_piece_by_piece(run, monkeypatch):
     monkeypatch.setattr(files, "_READ", 7)
     texts = ["é" * i + '"' + "x" * (i % 5) for i in range(60)]
     assert documents(write("a.json", json.dumps(texts))) == texts
+    assert documents(write("joined.json", 9 * f"{json.dumps(texts)} []\n")) == 9 * texts
     assert documents(write("b.json", json.dumps([{"t": text} for text in texts], indent=2)), column="t") == texts
     assert documents(write("c.json", b'["caf\xe9 \xf0\x9f\x98\x80 \xe2\x82", null]')) == [
         "caf\ufffd 😀 \ufffd",
@@ -140,6 +145,9 @@ def test_string_views_and_large_strings_are_cast(run):
         ("a.json", '["a" "b"]', "not JSON: a comma or the array's end is missing"),
         ("a.json", '[{"text": "a"}, {"body": 1}]', "element 1, counted from 0: no key 'text'; the keys are body"),
         ("a.json", '["a"', "not JSON"),
+        ("a.json", '["a"]\n{"text": "b"}\n', "a.json: '{\"text\": \"b\"}\\n' after 1 elements is no JSON array"),
+        ("a.jsonl", '[\n"a"]', "a.jsonl:1: not JSON: Expecting value: if this is a JSON array, rename it"),
+        ("a.jsonl", '["a"]', "this is list: if this is a JSON array, rename it to .json"),
         ("a.csv", "1,hello\n2,x\n", "no column 'text'; the columns, which the first line names, are 1, hello"),
         ("a.csv", "id,text\n1,a,b\n", "a.csv:2: 3 fields, but the first line names 2 columns"),
         ("a.csv", 'id,text\n1,"a\n', "a.csv:2: unexpected end of data"),
@@ -148,6 +156,8 @@ def test_string_views_and_large_strings_are_cast(run):
         ("a.txt.xz", lzma.compress(b"x" * 99)[:-20], "a.txt.xz: cannot be read: Compressed file ended"),
         *[(f"a.{kind}", POINTER, f"a.{kind} is a git-lfs pointer, not the file: run git lfs pull")
           for kind in ("parquet", "jsonl", "json", "csv", "txt", "txt.gz", "jsonl.zst", "py")],
+        ("a.txt", POINTER.replace("git-lfs", "hawser"), "a.txt is a git-lfs pointer, not the file"),
+        ("a.parquet", "/annex/objects/SHA256E-s9--4d7a.parquet\n", "is a git-annex pointer, not the file: run"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_and_leaves_nothing(run, name, data, message):
@@ -204,9 +214,21 @@ def test_text_that_is_repaired_is_named_and_what_is_mostly_unreadable_refused(ru
         ("u.jsonl", '{"text": "hi"}\n'.encode("utf-16-be"), "--encoding utf-16-be,"),
         ("c.csv", ("text\n" + "Привет\n" * 9).encode("cp1251"), "--encoding latin-1, cp1252"),
         ("d.txt", "Привет, мир".encode("cp1251"), "--encoding latin-1, cp1252"),
+        ("e.txt", "Привет".encode("utf-16-le"), "--encoding utf-16,"),
+        ("f.txt", "Привет мир\n".encode("utf-16-be"), "--encoding utf-16-be,"),
+        ("g.txt", "中文中文中文\n".encode("utf-16-le"), "--encoding utf-16,"),
+        ("h.txt", "नमस्ते दुनिया\n".encode("utf-16-le"), "--encoding utf-16,"),
     ]:
         error = refused(run, write(name, data))
         assert f"{name}: most of it cannot be read as UTF-8: name its encoding, as in {advice}" in error
+        assert refused(run, name, "--dry-run") == error
+    write("half.jsonl", '{"text": "a \\ud800 b"}\n{"text": "c"}\n')
+    error = run("build", "half.jsonl", "--out", "half", "--val-tokens", 0).stderr
+    assert error == "warning: 1 document with half of a surrogate pair, which became U+FFFD\n"
+    write("mixed/a.json", '["é"]')
+    write("mixed/b.txt", "zwei".encode("utf-16-le"))
+    write("mixed/c.txt", "three " * 20)
+    assert documents("mixed", encoding="utf16") == ["é", "zwei", "three " * 20]
     assert "'rot13' is no encoding" in refused(run, "f", "--encoding", "rot13", code=2)
     assert "'nonsense' is no encoding" in refused(run, "f", "--encoding", "nonsense", code=2)
 
@@ -257,6 +279,10 @@ def test_the_mark_in_a_text_file_is_told_and_split_at(run):
     assert verify(Path("all"), "full").ok
     assert "split_on is for text files" in refused(run, write("a.jsonl"), "--split-on", "x")
     assert "split_on is empty" in refused(run, "stories.txt", "--split-on", "")
+    assert "split_on is '\\udcff', which is not UTF-8" in refused(run, "stories.txt", "--split-on", "\udcff")
+    error = run("build", "stories.txt", "--out", "none", "--split-on", r"\r\n").stderr
+    assert r"warning: --split-on '\r\n' stands in none of the text files" in error
+    assert r"where all lines end with \r\n, they are read with \n" in error
     assert "Invalid value for '--split-on'" in refused(run, "stories.txt", "--split-on", "\\", code=2)
 
 
@@ -283,6 +309,41 @@ def test_one_text_file_alone_is_led_to_a_split(run):
         options = "novel.txt", "short.txt", "--seed", seed, "--out", f"seed{seed}"
         assert f"shards     about {shards[0]} of" in run("build", *options, "--dry-run").stdout
         assert f"in {shards}" in run("build", *options).stdout
+
+
+def test_more_documents_are_advised_where_no_text_can_be_split(run):
+    """A tester: --split-on was advised for JSON lines, and then refused."""
+    write("a.jsonl", '{"text": "one document"}\n')
+    error = run("build", "a.jsonl", "--out", "one").stderr
+    assert "(1 in all): more documents are needed, or --val-tokens 0" in error
+    error = run("build", "a.jsonl", "--out", "two", "--val-tokens", 30).stderr
+    assert "nothing is left for training" in error
+    assert "--split-on" not in error
+
+
+def test_a_dry_run_refuses_what_the_run_refuses_at_once(run):
+    """A tester: the plan of a build that could not begin looked fine."""
+    write("a.csv", "title\nx\n")
+    write("b.jsonl", '{"body": "x"}\n')
+    write("c.txt", "")
+    for name in "a.csv", "b.jsonl", "c.txt":
+        assert refused(run, name, "--dry-run") == refused(run, name)
+    assert run("build", "b.jsonl", "--column", "body", "--out", "x", "--dry-run").exit_code == 0
+
+
+def test_a_folder_of_nothing_that_is_taken_says_why(run):
+    """A tester: the refusal of a folder with one .json said that .json is taken."""
+    write("f/a.json", '{\n "a": 1}')
+    Path("f/b.txt").symlink_to("nothing")
+    error = refused(run, "f")
+    assert (
+        "f is a folder with no file that is taken: passed over: f/a.json (one JSON object, not an array" in error
+    )
+    assert "f/b.txt (a link to nothing)" in error
+    assert "taken are" not in error
+    write("f/c.docx")
+    assert "f/c.docx (of no known kind); taken are .parquet" in refused(run, "f")
+    assert "no file matches '*.nothing'" in refused(run, "*.nothing")
 
 
 def test_the_number_of_shards_is_bounded_before_work(run):

@@ -1,5 +1,6 @@
 """Vocabularies of one's own: learned, built with, read, converted, and refused if no build could follow them."""
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -163,6 +165,17 @@ def test_bytes_alone(source, tmp_path):
     assert data.decode(data.document("train", 7)[1:].tolist()) == source[1][7]
 
 
+def test_a_full_quota_is_named_as_a_full_disk(tmp_path, monkeypatch):
+    """A tester: "Disk quota exceeded" came without advice; fsync raises it here."""
+
+    def fail(descriptor):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    error = run("tokenizer", "--vocab-size", "0", "--out", tmp_path / "bytes").stderr
+    assert "Disk quota exceeded: make room and run the same command again" in error
+
+
 def test_sizes_that_cannot_be_and_texts_that_are_too_small(source, tmp_path):
     for size, message in ("70k", "65,536 is the limit, since shards hold uint16"), ("100", "alone are 257"):
         result = run("tokenizer", source[0], "--vocab-size", size, "--out", tmp_path / "out")
@@ -172,6 +185,9 @@ def test_sizes_that_cannot_be_and_texts_that_are_too_small(source, tmp_path):
     (tmp_path / "small.txt").write_text("ab ab abc")
     result = run("tokenizer", tmp_path / "small.txt", "--vocab-size", "1k", "--out", tmp_path / "out")
     assert "warning: the text has only 3 merges: 260 ids, not 1,000" in result.output
+    (tmp_path / "wide.txt").write_text("ab ab, abc", encoding="utf-16-le")
+    options = "--vocab-size", "260", "--encoding", "utf-16", "--split-on", ",", "--out", tmp_path / "wide"
+    assert run("tokenizer", tmp_path / "wide.txt", *options).exit_code == 0
     (tmp_path / "empty.txt").touch()
     result = run("tokenizer", tmp_path / "empty.txt", "--vocab-size", "1k", "--out", tmp_path / "none")
     assert (result.exit_code, "contains no text" in result.output) == (1, True)
@@ -316,17 +332,33 @@ def test_verify_names_a_missing_or_altered_tokenizer(dataset):
             open_dataset(dataset)
 
 
-def test_convert_keeps_the_tokenizer_or_says_that_it_cannot(dataset, tmp_path, source):
-    for to in "arrow", "llmc":
-        convert(dataset, tmp_path / to, to)
-        data = Dataset(tmp_path / to)
-        assert verify(tmp_path / to, "full").ok
-        assert (data.eot, data.num_documents("train")) == (319, len(source[1]))
-        assert data.decode(data.document("train", 9)[1:].tolist()) == source[1][9]
-    for to in "npy", "nanogpt", "megatron":
-        result = run("convert", dataset, tmp_path / to, "--to", to)
-        assert f"warning: {to} carries no tokenizer" in result.output
-    assert Dataset(tmp_path / "megatron").num_documents("train") == len(source[1])
+def test_convert_keeps_the_tokenizer_there_and_back(dataset, tmp_path, source):
+    """A tester: documents, tokenizer and end were lost in npy, nanogpt and megatron, with a warning at best."""
+    wanted = list(map(list, Dataset(dataset).documents("train")))
+    for to in "npy", "nanogpt", "megatron", "arrow", "llmc":
+        assert "warning" not in run("convert", dataset, tmp_path / to, "--to", to).output
+        convert(tmp_path / to, tmp_path / f"{to}-back", "llmc")
+        assert verify(tmp_path / f"{to}-back", "full").ok
+        for folder in tmp_path / to, tmp_path / f"{to}-back":
+            data = Dataset(folder)
+            assert (data.eot, data.vocab_size) == (319, 320)
+            assert list(map(list, data.documents("train"))) == wanted
+            assert data.decode(data.document("train", 9)[1:].tolist()) == source[1][9]
+            assert data.tokenizer.read_bytes() == (dataset / "tokenizer.json").read_bytes()
+            assert json.loads((folder / "tokenizer_config.json").read_bytes())["eos_token"] == "<|endoftext|>"
+    assert Dataset(tmp_path / "megatron" / "train_text_document").tokenizer == tmp_path / "megatron/tokenizer.json"
+
+
+def test_others_documents_end_with_the_mark_of_their_tokenizer(bpe, tmp_path):
+    """nanoGPT's layout: the mark, here not GPT-2's, moves in front; ids beyond the vocabulary are refused."""
+    nano = tmp_path / "nano"
+    shutil.copytree(bpe, nano)
+    (nano / "train.bin").write_bytes(np.array([65, 319, 66, 67, 319], np.uint16).tobytes())
+    convert(nano, tmp_path / "ours", "llmc")
+    assert list(map(list, Dataset(tmp_path / "ours").documents("train"))) == [[319, 65], [319, 66, 67]]
+    (nano / "train.bin").write_bytes(np.array([65, 320], np.uint16).tobytes())
+    with pytest.raises(ValueError, match="token 1 is 320, not below 320"):
+        convert(nano, tmp_path / "beyond", "npy")
 
 
 def test_a_split_that_is_not_gpt2_s_sees_documents_whole(bpe, tmp_path, monkeypatch):
@@ -357,4 +389,5 @@ def test_ctrl_c_ends_the_learning(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
+    assert "stopped by SIGINT\n" in errors
     assert not (tmp_path / "out").exists()

@@ -158,6 +158,10 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
     if as_json:
         print_json({**vars(result), "out": str(result.out)})
         return
+    from gpt2_data.sources import catalog, hub
+
+    local = (name for name in config.sources if hub.parse(name) is None)
+    texts = [path for name in local for kind, path in catalog.expand(name) if kind == "txt"]
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
     how = f"{result.seconds:.1f} s"
@@ -176,7 +180,10 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
             click.echo(
                 f"{plural(result.documents_empty, 'document')} empty: kept as <|endoftext|> alone", err=True
             )
-        if result.documents_replaced:
+        if result.documents_replaced and not result.replaced_in:
+            what = "with half of a surrogate pair, which became U+FFFD"
+            click.echo(f"warning: {plural(result.documents_replaced, 'document')} {what}", err=True)
+        elif result.documents_replaced:
             what = f"{plural(result.documents_replaced, 'document')} not UTF-8: the invalid bytes became U+FFFD"
             how = "; --encoding NAME, with another --out, reads text files in another encoding"
             click.echo(printable(f"warning: {what}{_some(result.replaced_in)}{how}"), err=True)
@@ -185,9 +192,15 @@ def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -
             what = f"{mark} stands {plural(result.end_marks, 'time')} in the text files, and was taken for text"
             how = f"--split-on '{mark}', with another --out, splits them into documents"
             click.echo(f"warning: {what}: {how}", err=True)
+        elif config.split_on is not None and not catalog.stands_in(config.split_on, texts, config.encoding):
+            what = f"--split-on {config.split_on!r} stands in none of the text files, so each is one document"
+            how = r": where all lines end with \r\n, they are read with \n" if "\r" in config.split_on else ""
+            click.echo(f"warning: {what}{how}", err=True)
         elif not result.val_tokens and config.val_tokens is None and config.compat is None:
             what = f"nothing is left for validation, which takes whole documents ({result.documents:,} in all)"
-            how = r"--split-on '\n\n', with another --out, splits text files at blank lines"
+            how = "more documents are needed, or --val-tokens 0"
+            if texts and config.split_on is None:
+                how = r"--split-on '\n\n', with another --out, splits text files at blank lines"
             click.echo(f"warning: {what}: {how}", err=True)
 
 
@@ -202,6 +215,11 @@ def _some(paths: Sequence[str]) -> str:
 @click.option("--vocab-size", **SIZE, required=True, help="Number of all ids; 0 for bytes alone.")
 @click.option("--out", **FOLDER, required=True, help="Tokenizer folder to create.")
 @click.option("--column", default="text", show_default=True, help="Column or JSON key that holds the text.")
+@click.option("--encoding", metavar="NAME", callback=_encoding,
+              help="Encoding of text files without a byte order mark.  [default: utf-8]")  # fmt: skip
+@click.option(
+    "--split-on", metavar="TEXT", callback=_separator, help="Split text files into documents at this text."
+)
 @click.option("--limit-docs", **COUNT, help="Read only the first N documents.")
 @click.option("--downloads", **FOLDER, help="Folder that keeps downloaded files.  [default: delete them]")
 @AS_JSON
@@ -224,7 +242,7 @@ def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options
     if not source and vocab_size:
         raise click.UsageError("Missing argument 'SOURCE...'.")
     config = BuildConfig(sources=source or ("pydocs",), **options)  # bytes alone read no source
-    with stoppable(), bar(seconds=8) as show:
+    with stoppable(again=""), bar(seconds=8) as show:
         result = train_tokenizer(config, vocab_size, show)
     if result.vocab_size < vocab_size:
         few = f"the text has only {plural(result.merges, 'merge')}: {result.vocab_size:,} ids, not {vocab_size:,}"
@@ -334,15 +352,13 @@ def convert(dataset: Path, out: Path, to: str, as_json: bool) -> None:
 
     DIR is a dataset of gpt2-data, build-nanogpt, llm.c, nanoGPT or Megatron: a folder, or the common
     beginning of a Megatron pair's two names. OUT must be empty or not exist yet. llmc and arrow are
-    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy.
+    gpt2-data's own formats; llm.c and modded-nanogpt also read llmc, build-nanogpt reads npy. A tokenizer.json
+    goes with the tokens, and is read with them.
     """
-    from gpt2_data import Dataset
     from gpt2_data import convert as run
 
     with bar() as progress:
         result = run(dataset, out, "llmc" if to == "uint16" else to, progress)
-    if to in ("npy", "nanogpt", "megatron") and (own := Dataset(dataset).tokenizer) is not None:
-        click.echo(f"warning: {to} carries no tokenizer: keep {own} with it", err=True)
     if as_json:
         print_json({**vars(result), "out": str(out)})
         return

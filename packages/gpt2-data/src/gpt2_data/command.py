@@ -66,7 +66,7 @@ class Group(click.Group):
             text = " ".join(str(error).split())
             if isinstance(error, OSError) and error.strerror:
                 text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-                if error.errno == errno.ENOSPC:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     text += ": make room and run the same command again"
             raise click.ClickException(printable(text)) from error
         finally:
@@ -87,11 +87,11 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Say that a build which Ctrl-C or SIGTERM ends can be resumed."""
+def stoppable(again: str = ": run the same command again to resume") -> Iterator[None]:
+    """Say which signal has ended a command, and that it can be run `again`."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         name = _signal_of(interrupt).name
-        click.echo(f"\nstopped by {name}: run the same command again to resume", err=True)
+        click.echo(f"\nstopped by {name}{again}", err=True)
         raise

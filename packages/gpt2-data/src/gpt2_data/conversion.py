@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import disk
+from gpt2_data import disk, vocabulary
 from gpt2_data.building.cut_shards import document_ids
 from gpt2_data.dataset import Dataset, load
 from gpt2_data.formats import foreign, uint16
 from gpt2_data.formats.foreign import ForeignShard
 from gpt2_data.formats.manifest import FILE_NAME, SPLITS, Manifest, Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import TokenFile
-from gpt2_data.vocabulary import FILE_NAME as TOKENIZER
 
 FORMATS = ("npy", "llmc", "nanogpt", "megatron", "arrow")
 SHARD_TOKENS = 100_000_000  # in a shard, if the source has no shards (nanoGPT, Megatron)
@@ -49,7 +48,8 @@ def convert(
     """Write the dataset `source` to the folder `out` in another format.
 
     The documents stay the same. In npy, llmc and arrow an EOT stands in front of each. If in `source` it follows
-    them, as in nanoGPT's and Megatron's own files, it moves; if Megatron's documents have none, each gets one.
+    them, as in nanoGPT's and Megatron's own files, it moves; if Megatron's documents have none, each gets one. A
+    tokenizer of its own goes with it.
 
     If `source` has our own format, every file is compared with its hash in dataset.json. Memory: a few chunks of
     1M tokens, a document if its mark moves, and 20 bytes per document of a shard (of a whole split for Megatron,
@@ -81,6 +81,9 @@ def convert(
             _to_npy(job)
         else:
             _to_one_file(job, to)
+        if dataset.tokenizer is not None:
+            end = {"eos_token": dataset.decode([dataset.eot])}
+            vocabulary.write(work, dataset.tokenizer.read_bytes(), end)
         if load(dataset.path).hash != before:
             raise ValueError(f"{dataset.path} was changed while it was read: run the same command again")
         files = list(work.glob("[!.]*"))
@@ -216,9 +219,6 @@ def _to_ours(job: _Job, form: str) -> None:
     inputs = {"inputs": job.inputs, "documents": sum(shard.documents for shard in written)}
     origin = {"format": job.inputs[0]["kind"], "dataset": job.manifest.hash}
     source = (ours.source if ours else inputs) | {"converted_from": origin}
-    if job.dataset.tokenizer is not None:
-        with disk.write_whole(job.work / TOKENIZER) as file:
-            file.write(job.dataset.tokenizer.read_bytes())
     with disk.write_whole(job.work / FILE_NAME) as file:
         file.write(Manifest(job.manifest.tokenizer, source, options | {"format": form}, tuple(written)).to_bytes())
 

@@ -51,7 +51,8 @@ class Dataset:
     @property
     def tokenizer(self) -> Path | None:
         """The dataset's tokenizer.json; None if the vocabulary is GPT-2's."""
-        return self.path / vocabulary.FILE_NAME if self.manifest.own_tokenizer else None
+        folder = self.path if self.path.is_dir() else self.path.parent  # the path may be of a Megatron pair
+        return folder / vocabulary.FILE_NAME if self.manifest.own_tokenizer else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids; bytes that are not UTF-8 become U+FFFD."""

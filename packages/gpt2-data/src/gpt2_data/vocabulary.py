@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2_data import tokenizer
+from gpt2_data import disk, tokenizer
 
 FILE_NAME = "tokenizer.json"
 END = "<|endoftext|>"
@@ -81,6 +81,13 @@ def load(path: Path) -> Vocabulary | None:
     if end == END and not others and _cuts(content) and _is_gpt2(content["model"]["merges"], ids):
         return None
     return Vocabulary(data, max(ids.values()) + 1, ids[end])
+
+
+def write(folder: Path, data: bytes, config: Mapping[str, object]) -> None:
+    """Write a tokenizer.json and its tokenizer_config.json, which names the end-of-text token."""
+    for name, content in ("tokenizer_config.json", json.dumps(config, indent=2).encode()), (FILE_NAME, data):
+        with disk.write_whole(folder / name) as file:
+            file.write(content)
 
 
 def byte_level(vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> bytes:

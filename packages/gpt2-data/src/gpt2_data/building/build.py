@@ -34,7 +34,8 @@ class BuildResult:
     Attributes:
         finished: False for such a part.
         text_mb_per_second: 10^6 bytes of text tokenized by this process, over its seconds.
-        replaced_in: the files in which bytes that could not be read became U+FFFD.
+        replaced_in: the files in which bytes that could not be read became U+FFFD; none if only halves of
+            surrogate pairs did.
         end_marks: how often <|endoftext|> stands in text files that were not split. Like `replaced_in`, it is not
             known of a dataset that was there before.
     """

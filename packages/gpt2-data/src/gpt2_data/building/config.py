@@ -103,6 +103,8 @@ class BuildConfig:
         check_encoding(self.encoding or "utf-8")
         if self.split_on == "":
             raise ValueError("split_on is empty: name what stands between the documents of a text file")
+        if any("\ud800" <= c <= "\udfff" for c in self.split_on or ""):
+            raise ValueError(f"split_on is {self.split_on!a}, which is not UTF-8: no text file has it")
 
     @functools.cached_property
     def vocabulary(self) -> vocabulary.Vocabulary | None:

@@ -21,6 +21,7 @@ from gpt2_data.console import plural
 from gpt2_data.formats import arrow
 from gpt2_data.formats.manifest import Shard, shard_name, write_documents
 from gpt2_data.formats.uint16 import OFFSET, TokenFile, TokenFiles
+from gpt2_data.sources.catalog import Unit
 
 DEFAULT_VAL_TOKENS = 100_000_000
 _CHUNK_DOCUMENTS = 1_000_000
@@ -74,13 +75,19 @@ def lay_out(config: BuildConfig, tasks: Sequence[UnitTask], receipts: Sequence[R
         val = whole_documents(positions, wanted)
     if val >= total:
         proposal = total // 20 if int(np.searchsorted(positions, total // 20)) < n else 0
-        split = "" if config.split_on else r"; --split-on '\n\n' makes documents of a text file's paragraphs"
         raise ValueError(
             f"nothing is left for training: the source has {total:,} tokens in {plural(n, 'document')} and "
-            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents{split}"
+            f"{wanted or 0:,} are wanted for validation: try --val-tokens {proposal} or more documents"
+            + advise_split([task.unit for task in tasks])
         )
     units = [TokenFile(task.file("u16"), receipt.tokens, 0) for task, receipt in zip(tasks, receipts, strict=True)]
     return Layout(work, tuple(units), positions, starts, n, total, val, seed)
+
+
+def advise_split(units: Sequence[Unit]) -> str:
+    """Return the end of a message which says that more documents are needed: text files can be split."""
+    whole = any(unit.kind == "txt" and unit.split_on is None for unit in units)
+    return r", or add --split-on '\n\n', which makes documents of a text file's paragraphs" if whole else ""
 
 
 def whole_documents(positions: NDArray[Any], val_tokens: int | None) -> int:

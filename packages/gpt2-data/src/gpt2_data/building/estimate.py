@@ -10,11 +10,11 @@ import numpy as np
 
 from gpt2_data import order
 from gpt2_data.building.config import BuildConfig
-from gpt2_data.building.cut_shards import whole_documents
+from gpt2_data.building.cut_shards import advise_split, whole_documents
 from gpt2_data.building.plan import Plan, make_plan
 from gpt2_data.console import format_bytes, format_count, format_seconds, plural, print_json
 from gpt2_data.formats.uint16 import OFFSET, TOKEN
-from gpt2_data.sources import opening
+from gpt2_data.sources import catalog, opening
 
 _BYTES_PER_TOKEN = 4.3  # of English web text
 _BYTES_PER_TOKEN_OF_CODE = 2.7  # GPT-2 spends a token on each space of an indent
@@ -66,8 +66,8 @@ def _validation(plan: Plan, config: BuildConfig, documents: int, tokens: int) ->
         return min(tokens, config.shard_size)
     if config.val_tokens and len(plan.units) == 1 and plan.units[0].documents == 1:
         raise ValueError(
-            "the source is a single document, and validation takes whole ones: leave --val-tokens out, or add "
-            r"--split-on '\n\n', which makes documents of a text file's paragraphs"
+            "the source is a single document, and validation takes whole ones: leave --val-tokens out"
+            + advise_split(plan.units)
         )
     sizes = np.ones(min(max(documents, 1), 1000))
     if all(unit.kind == "txt" and unit.split_on is None for unit in plan.units):
@@ -93,6 +93,12 @@ def print_plan(config: BuildConfig, as_json: bool) -> None:
     backend = config.backend
     plan = make_plan(config)
     text_bytes = sum(unit.text_bytes for unit in plan.units)
+    if not text_bytes:
+        raise ValueError("the source contains no text")
+    # What the build would refuse at once is refused here, too: an unknown column, another encoding.
+    here = {item.path for item in plan.inputs if item.remote is None and item.kind != "stream"}
+    for unit in {unit.kind: unit for unit in reversed(plan.units) if unit.files[0] in here}.values():
+        next(catalog.read(unit), None)
     workers = config.num_workers(text_bytes)
     folder = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
     facts: dict[str, Any] = {

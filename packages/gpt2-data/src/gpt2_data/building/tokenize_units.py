@@ -108,7 +108,7 @@ def tokenize_unit(task: UnitTask, careful: bool = False) -> tuple[Receipt, bool]
                 lengths_file.write(pending.astype(OFFSET, copy=False).data)
                 pending = lengths
             tokens_file.write(tokens.astype(TOKEN, copy=False).data)
-            if batch.replaced and task.unit.kind != "stream":
+            if batch.replaced and not batch.lone and task.unit.kind != "stream":
                 replaced_in |= dict.fromkeys(batch.replaced_in or task.unit.files[:1])
             if count_marks:
                 text = tokenizer.text_buffers(batch.texts)[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_data import disk, order, tokenizer, vocabulary
+from gpt2_data import order, tokenizer, vocabulary
 from gpt2_data.building.config import BuildConfig
 from gpt2_data.building.plan import Plan, downloads, make_plan
 from gpt2_data.sources import catalog
@@ -199,10 +199,5 @@ def _write(out: Path, data: bytes) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     config = {"add_prefix_space": False, "clean_up_tokenization_spaces": False, "tokenizer_class": "GPT2Tokenizer"}
-    for name, content in (
-        ("tokenizer_config.json", json.dumps(config | tokens, indent=2).encode()),
-        (FILE_NAME, data),
-    ):
-        with disk.write_whole(out / name) as file:
-            file.write(content)
+    vocabulary.write(out, data, config | tokens)
     return False

@@ -7,6 +7,8 @@
   of number (8: uint16), u64 sequences S, u64 D; i32 lengths[S], i64 positions[S] in bytes, i64 documents[D]: the
   first sequence of each document, and S at the end.
 
+A tokenizer.json beside them is that of their ids, which are GPT-2's without one.
+
 Nothing here is trusted: sizes are compared with the files before anything is allocated; no pickle is ever loaded.
 """
 
@@ -20,15 +22,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2_data import vocabulary
 from gpt2_data.formats import uint16
-from gpt2_data.formats.manifest import SPLITS, check_split
+from gpt2_data.formats.manifest import SPLITS, Tokenized, check_split
 from gpt2_data.formats.uint16 import Numbers, TokenFile, TokenFiles, check_size
-from gpt2_data.tokenizer import EOT, VOCAB_SIZE, identity
+from gpt2_data.tokenizer import EOT
 
 NAMES = {"npy": "build-nanogpt", "llmc": "llm.c", "nanogpt": "nanoGPT", "megatron": "Megatron"}
 _IDX_MAGIC, _IDX_UINT16 = b"MMIDIDX\0\0", 8
@@ -46,6 +49,7 @@ class ForeignShard:
     split: str
     file: TokenFile
     index: Path | None = None
+    eot: int = EOT
     behind: bool = False  # an EOT follows each document, as in nanoGPT's own files; it does not begin one
 
     @functools.cached_property
@@ -60,7 +64,7 @@ class ForeignShard:
             _, positions, documents = _read_idx(self.index)
             first = documents[:-1]
             return positions[first[first < len(positions)]] // 2  # those after the last sequence are empty
-        starts = eots(self.file)
+        starts = eots(self.file, self.eot)
         if self.behind:
             starts = np.append(0, starts + 1)
         return starts[starts < self.file.tokens]
@@ -68,7 +72,7 @@ class ForeignShard:
     @property
     def lacks_marks(self) -> bool:
         """True if documents may begin without an EOT. A text that has none gets none: it may be of characters."""
-        return self.index is not None or (self.behind and len(eots(self.file)) > 0)
+        return self.index is not None or (self.behind and len(eots(self.file, self.eot)) > 0)
 
     @property
     def documents(self) -> int:
@@ -77,17 +81,12 @@ class ForeignShard:
 
 
 @dataclass(frozen=True)
-class ForeignManifest:
+class ForeignManifest(Tokenized):
     """The description of a foreign dataset, in place of a dataset.json; its shards are in order."""
 
     format: str
     shards: tuple[ForeignShard, ...]
-    vocab_size, eot, own_tokenizer = VOCAB_SIZE, EOT, False  # these formats carry no tokenizer: GPT-2's is meant
-
-    @property
-    def tokenizer(self) -> dict[str, object]:
-        """GPT-2's, as in dataset.json."""
-        return identity()
+    tokenizer: dict[str, Any]  # that of the tokenizer.json beside the files, or GPT-2's
 
     def split(self, split: str) -> list[ForeignShard]:
         """Return the files of a split in order. Raises ValueError for an unknown split."""
@@ -100,7 +99,7 @@ class ForeignManifest:
 
     @functools.cached_property
     def hash(self) -> str:
-        """The SHA-256, in hex, of the format and each file's split, name, size and a sample; names the dataset.
+        """The SHA-256, in hex, of the format and each file's split, name, size and a sample, and the tokenizer.
 
         The sample is 16 pieces of 16 KiB, spread evenly from the first byte to the last: all of a small file, a
         thousandth of a shard of 100M tokens. A file that was replaced, cut or swapped is noticed; a few flipped
@@ -109,7 +108,8 @@ class ForeignManifest:
         paths = [(shard.split, shard.file.path) for shard in self.shards]
         paths += [("index", shard.index) for shard in self.shards if shard.index is not None]
         files = [[split, path.name, *_sampled(path)] for split, path in paths]
-        return hashlib.sha256(json.dumps([self.format, files]).encode()).hexdigest()
+        own = [self.tokenizer] if self.own_tokenizer else []
+        return hashlib.sha256(json.dumps([self.format, files, *own]).encode()).hexdigest()
 
 
 def _sampled(path: Path) -> tuple[int, str]:
@@ -174,18 +174,24 @@ def _shards(folder: Path, kind: str, matches: list[re.Match[str]]) -> ForeignMan
                     "or there is more than one dataset: keep one in a folder"
                 )
         shards += [ForeignShard(split, open_file(folder / match.string)) for match in here]
-    if kind == "nanogpt" and _mark_is_behind([shard.file for shard in shards]):
-        shards = [replace(shard, behind=True) for shard in shards]
-    return ForeignManifest(kind, tuple(shards))
+    tokenizer = _tokenizer(folder)
+    eot = tokenizer["eot"]
+    behind = kind == "nanogpt" and _mark_is_behind([shard.file for shard in shards], eot)
+    return ForeignManifest(kind, tuple(replace(shard, eot=eot, behind=behind) for shard in shards), tokenizer)
 
 
-def _mark_is_behind(files: list[TokenFile]) -> bool:
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    file = folder / vocabulary.FILE_NAME
+    return vocabulary.identity(vocabulary.load(file) if file.is_file() else None)
+
+
+def _mark_is_behind(files: list[TokenFile], eot: int) -> bool:
     """Return whether EOTs follow the documents of nanoGPT's files: so they do in its own, not in converted ones.
 
     Only a file with the mark in front begins with an EOT and ends with another token: its last document. One whose
     first or last document is empty may begin and end with an EOT; then the other file decides.
     """
-    ends = [[_token(file, at) == EOT for at in (0, file.tokens - 1)] for file in files]
+    ends = [[_token(file, at) == eot for at in (0, file.tokens - 1)] for file in files]
     return [True, False] not in ends and any(not begins for begins, _ in ends)
 
 
@@ -229,14 +235,15 @@ def _check_npy(path: Path) -> TokenFile:
 def _megatron(pairs: list[tuple[Path, Path]]) -> ForeignManifest:
     """Take files with `val` or `valid` in their names for validation, all others but `test` for training."""
     shards: list[ForeignShard] = []
+    tokenizer = _tokenizer(pairs[0][0].parent)
     for tokens, index in pairs:
         words = set(re.split(r"[^a-z]+", tokens.stem.lower()))
         split = "val" if words & {"val", "valid", "validation"} else "train"
         if split == "val" or "test" not in words:
-            shards.append(ForeignShard(split, _check_megatron(tokens, index), index))
+            shards.append(ForeignShard(split, _check_megatron(tokens, index), index, tokenizer["eot"]))
     if not shards:
         raise ValueError(f"{pairs[0][0].parent} holds test data only: {', '.join(pair[0].name for pair in pairs)}")
-    return ForeignManifest("megatron", tuple(sorted(shards, key=lambda shard: shard.split)))
+    return ForeignManifest("megatron", tuple(sorted(shards, key=lambda shard: shard.split)), tokenizer)
 
 
 def _check_megatron(tokens: Path, index: Path) -> TokenFile:
@@ -308,8 +315,8 @@ def mark_in_front(shard: ForeignShard, path: Path) -> TokenFile:
         for number, (start, stop) in enumerate(itertools.pairwise([0, *starts.tolist(), total])):
             document = np.empty(stop - start, np.uint16)
             reader.read_into(document, 0, start)
-            if number and (start == stop or document[0] != EOT):  # what precedes the first document stays
-                end = len(document) - (start < stop and document[-1] == EOT)
-                document = np.insert(document[:end], 0, EOT)
+            if number and (start == stop or document[0] != shard.eot):  # what precedes the first document stays
+                end = len(document) - (start < stop and document[-1] == shard.eot)
+                document = np.insert(document[:end], 0, shard.eot)
             file.write(document.data)
         return TokenFile(path, file.tell() // 2, 0)

@@ -61,8 +61,29 @@ class Shard:
         return [self.file] + ([self.docs.file] if self.docs else [])
 
 
+class Tokenized:
+    """A dataset's description, whose `tokenizer` is as in dataset.json."""
+
+    tokenizer: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the vocabulary: token ids are below it."""
+        return int(self.tokenizer["vocab_size"])
+
+    @property
+    def eot(self) -> int:
+        """The id that stands before each document."""
+        return int(self.tokenizer["eot"])
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """True if the vocabulary is not GPT-2's, but that of the folder's tokenizer.json."""
+        return self.tokenizer.get("name") == vocabulary.FILE_NAME
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Tokenized):
     """dataset.json, which is the same byte for byte in two builds of the same source, order and seed."""
 
     tokenizer: dict[str, Any]
@@ -82,21 +103,6 @@ class Manifest:
         """Return the shards of a split in order. Raises ValueError for an unknown split."""
         check_split(split)
         return [shard for shard in self.shards if shard.split == split]
-
-    @property
-    def vocab_size(self) -> int:
-        """The size of the vocabulary: token ids are below it."""
-        return int(self.tokenizer["vocab_size"])
-
-    @property
-    def eot(self) -> int:
-        """The id that stands before each document."""
-        return int(self.tokenizer["eot"])
-
-    @property
-    def own_tokenizer(self) -> bool:
-        """True if the vocabulary is not GPT-2's, but that of the folder's tokenizer.json."""
-        return self.tokenizer.get("name") == vocabulary.FILE_NAME
 
     @functools.cached_property
     def hash(self) -> str:

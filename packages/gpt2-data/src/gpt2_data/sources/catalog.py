@@ -27,7 +27,13 @@ KNOWN = (
     "fineweb-edu, fineweb, hf:REPO[@REVISION][:CONFIG[:SPLIT]], tinyshakespeare, pydocs, "
     f"and folders, files or globs of {TAKEN}"
 )
-_LFS = b"version https://git-lfs.github.com/spec/v1"
+_ONE_OBJECT = "one JSON object, not an array of them or one a line"
+_UNKNOWN = "of no known kind"
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/v1": "a git-lfs pointer, not the file: run git lfs pull",
+    b"version https://hawser.github.com/spec/v1": "a git-lfs pointer, not the file: run git lfs pull",
+    b"/annex/objects/": "a git-annex pointer, not the file: run git annex get",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def expand(source: str) -> list[tuple[str, str]]:
 
 
 def passed_over(source: str) -> list[str] | None:
-    """Return the files of a folder that `expand` leaves out, but for hidden ones; None if SOURCE is no folder."""
+    """Return what `expand` leaves out of a folder and why, but for hidden files; None if SOURCE is no folder."""
     return _expand(source)[1] if os.path.isdir(source) else None
 
 
@@ -88,7 +94,7 @@ def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
         return [(source, source)], []
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     if not paths:
-        if _ending(source) in KINDS:
+        if _ending(source) in KINDS or glob.has_magic(source):
             raise ValueError(f"no file matches {source!r}")
         raise ValueError(f"unknown source {source!r}: choose from {KNOWN}")
     found, others = [], list[str]()
@@ -104,17 +110,21 @@ def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is not a regular file")
         if (kind := _kind(path)) is None:
-            what = "is one JSON object, not an array of them or one a line" if _ending(path) == "json" else ""
-            raise ValueError(f"{path} {what or 'is of a kind that is not taken'}: taken are {TAKEN}")
+            if _ending(path) == "json":
+                raise ValueError(f"{path} is {_ONE_OBJECT}")
+            raise ValueError(f"{path} is of a kind that is not taken: taken are {TAKEN}")
         found.append((kind, path))
     if not found:
         what = "is a folder with" if os.path.isdir(source) else "matches"
-        raise ValueError(f"{source} {what} no file that is taken: taken are {TAKEN}")
+        why = [f"passed over: {files.some(others)}"] if others else []
+        if not others or any(_UNKNOWN in other for other in others):
+            why.append(f"taken are {TAKEN}")
+        raise ValueError(f"{source} {what} no file that is taken: {'; '.join(why)}")
     return found, others
 
 
 def _walk(folder: str, seen: set[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return (kind, path) of a folder's files, and the paths of those that are of no known kind, both sorted.
+    """Return (kind, path) of a folder's files, sorted, and the paths of others with the reason.
 
     Links are followed, and no file is taken twice: `seen` are the true paths of those that were. Hidden files and
     folders, and datasets, are passed over.
@@ -127,7 +137,7 @@ def _walk(folder: str, seen: set[str]) -> tuple[list[tuple[str, str]], list[str]
     for root, folders, names in os.walk(folder, followlinks=True, onerror=stop):
         is_dataset = {"dataset.json", "build.jsonl"} <= set(names)
         if is_dataset:
-            others.append(os.path.join(root, ""))
+            others.append(f"{os.path.join(root, '')} (a dataset)")
         if is_dataset or os.path.realpath(root) in seen:
             folders.clear()
             continue
@@ -138,7 +148,10 @@ def _walk(folder: str, seen: set[str]) -> tuple[list[tuple[str, str]], list[str]
     for path in sorted(paths, key=os.fsencode):
         kind = _kind(path) if os.path.isfile(path) else None
         if kind is None:
-            others.append(path)
+            reason = "no regular file" if os.path.exists(path) else "a link to nothing"
+            if os.path.isfile(path):
+                reason = _ONE_OBJECT if _ending(path) == "json" else _UNKNOWN
+            others.append(f"{path} ({reason})")
         elif (real := os.path.realpath(path)) not in seen:
             seen.add(real)
             found.append((kind, path))
@@ -153,12 +166,14 @@ def _ending(path: str) -> str:
 
 
 def _kind(path: str) -> str | None:
-    """Return a file's kind; None if it is of no known kind. Raises ValueError if it is a pointer of git-lfs."""
+    """Return a file's kind; None if it is of no known kind. Raises ValueError if it is a pointer of git."""
     kind = KINDS.get(_ending(path))
     if kind is not None and os.path.getsize(path) < 1024:
         with open(path, "rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise ValueError(f"{path} is a git-lfs pointer, not the file: run git lfs pull")
+            start = file.read(64)
+        for pointer, what in _POINTERS.items():
+            if start.startswith(pointer):
+                raise ValueError(f"{path} is {what}")
     if kind == "json":
         with opening.open_bytes(path) as file:
             start = file.read(4096).lstrip(b"\xef\xbb\xbf\xfe\xff\0 \t\r\n")
@@ -185,6 +200,12 @@ def read(unit: Unit) -> Iterator[Batch]:
                 yield batch
                 return
         yield batch
+
+
+def stands_in(separator: str, paths: list[str], encoding: str | None) -> bool:
+    """True if the separator stands in one of these text files; they are read until then."""
+    parts = (part for path in paths for part in files.read_text(path, encoding, separator, keep=True))
+    return any((part.text or "").endswith(separator) for part in parts)
 
 
 def _parts(unit: Unit) -> Iterator[Part]:

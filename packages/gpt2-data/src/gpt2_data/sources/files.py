@@ -4,6 +4,7 @@ A batch is about 4 MB of text, or one document where that is longer; a text file
 Python strings: the tokenizers take UTF-8, and making a str of each document costs as much as reading Parquet does.
 """
 
+import collections
 import csv
 import io
 import itertools
@@ -18,13 +19,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gpt2_data import tokenizer
-from gpt2_data.sources.opening import MARK_UNREADABLE, first_line, open_text
+from gpt2_data.sources.opening import MARK_UNREADABLE, UNREADABLE, first_line, open_text
 
 BLOCK = 4_000_000  # bytes read at once, and about the text of a batch
 _BATCH_PARTS = 4096
 MAX_LINE = 1 << 27  # characters; a small compressed file may expand to more than fits in memory
 _LONG_LINE = 1 << 24  # characters; in a longer line, no more than this many may be outside of strings
 _STRINGS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_BETWEEN = re.compile(r"[ \t\r\n\ufeff]*")  # what may stand between JSON arrays
 _READ = 1 << 20  # bytes of a compressed column read at once
 _CUT = re.compile(r"(?<=\S)[ \t-\r]")
 _SHOWN = 300  # characters of a list in a message; a file may have any number of columns
@@ -47,12 +49,14 @@ class Batch:
         replaced: texts in which bytes that are not UTF-8, or surrogates without a partner, became U+FFFD.
         continues: True if the only text belongs to the last document of the batch before.
         replaced_in: the files of such texts, if the unit has several.
+        lone: True if all that was replaced are surrogates without a partner.
     """
 
     texts: Any
     replaced: tuple[int, ...]
     continues: bool = False
     replaced_in: tuple[str, ...] = ()
+    lone: bool = False
 
     @property
     def documents(self) -> int:
@@ -73,7 +77,7 @@ class Batch:
     def rows(self, start: int, stop: int) -> "Batch":
         """Return a batch of its documents [start, stop)."""
         replaced = tuple(i - start for i in self.replaced if start <= i < stop)
-        return Batch(self.texts.slice(start, stop - start), replaced, self.continues, self.replaced_in)
+        return Batch(self.texts.slice(start, stop - start), replaced, self.continues, self.replaced_in, self.lone)
 
 
 def gather(parts: Iterable[Part]) -> Iterator[Batch]:
@@ -121,7 +125,8 @@ def _batch(parts: list[Part]) -> Batch:
         replaced = [i for i, text in enumerate(fixed) if "\ufffd" in text and text != texts[i]]
         array = pa.array(fixed, pa.large_string())
     paths = dict.fromkeys(path for i in replaced if (path := parts[i].path) is not None)
-    return Batch(array, tuple(replaced), parts[0].continues, tuple(paths))
+    lone = not any(UNREADABLE in texts[i] for i in replaced)
+    return Batch(array, tuple(replaced), parts[0].continues, tuple(paths), lone)
 
 
 def open_parquet(source: Any, column: str, name: str = "") -> Any:
@@ -139,7 +144,7 @@ def open_parquet(source: Any, column: str, name: str = "") -> Any:
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{name}: not a readable Parquet file: {first_line(error)}") from error
     if column not in schema.names:
-        columns = _some(schema.names)
+        columns = some(schema.names)
         raise ValueError(f"{name}: no column {column!r}; the columns are {columns}: choose one with --column")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -204,7 +209,9 @@ def read_jsonl(path: str, key: str, start: int, stop: int, encoding: str | None 
                 if not line.isspace():
                     yield Part(_field(_parse(line), key))
             except ValueError as error:
-                raise ValueError(f"{path}:{_lines_before(path, start) + number}: {error}") from None
+                number += _lines_before(path, start)
+                advice = ": if this is a JSON array, rename it to .json" if (number, line[0]) == (1, "[") else ""
+                raise ValueError(f"{path}:{number}: {error}{advice}") from None
 
 
 def _lines(file: io.TextIOWrapper) -> Iterator[str]:
@@ -246,7 +253,7 @@ def _check_nesting(text: str) -> None:
 
 def _not_json(error: Exception) -> ValueError:
     what = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-    return ValueError(f"not JSON: {what}")
+    return ValueError(f"not JSON: {getattr(error, 'msg', what)}")  # `msg` is without the line in its piece
 
 
 def _field(row: Any, key: str) -> str | None:
@@ -254,63 +261,81 @@ def _field(row: Any, key: str) -> str | None:
     if not isinstance(row, dict | str | None):
         raise ValueError(f"an object or a string is wanted, this is {type(row).__name__}")
     if isinstance(row, dict) and key not in row:
-        raise ValueError(f"no key {key!r}; the keys are {_some(row)}: name the key of the text with --column")
+        raise ValueError(f"no key {key!r}; the keys are {some(row)}: name the key of the text with --column")
     text = row[key] if isinstance(row, dict) else row
     if not isinstance(text, str | None):
         raise ValueError(f"{key!r} holds {type(text).__name__}, not a string")
     return text
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return a list for a message, cut if it is long."""
     return textwrap.shorten(", ".join(names), _SHOWN, placeholder=" ...") or "none"
 
 
 def read_json(path: str, key: str, encoding: str | None = None) -> Iterator[Part]:
-    """Yield the documents of a JSON array of objects or of strings, in bounded memory."""
+    """Yield the documents of JSON arrays of objects or of strings, joined by cat, in bounded memory."""
     decode, skip = json.JSONDecoder().raw_decode, json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    number = 0
+    number, text, at = 0, "", 0
     with open_text(path, encoding) as file:
-        text = file.read(_READ)
-        at = text.index("[")
         while True:
-            at = skip(text, at + 1).end()  # after the bracket or a comma
-            try:
-                if text.startswith("]", at) and not number:
+            while (at := _BETWEEN.match(text, at).end()) == len(text):  # type: ignore[union-attr]
+                if not (text := file.read(_READ)):
                     return
-                row, end = decode(text, at)
-                end = skip(text, end).end()
-                if text[end : end + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("a comma or the array's end is missing", text, end)
-                yield Part(_field(row, key))
-            except (json.JSONDecodeError, RecursionError) as error:  # or the element is not read to its end
-                more = file.read(max(len(text) - at, _READ))
-                if not more or len(text) - at > MAX_LINE:
-                    raise ValueError(f"{path}: element {number:,}, counted from 0: {_not_json(error)}") from None
-                text, at = text[at:] + more, -1
-                _check_nesting(text)
-                continue
-            except ValueError as error:
-                raise ValueError(f"{path}: element {number:,}, counted from 0: {error}") from None
-            number, at = number + 1, end
-            if text[end] == "]":
-                return
+                at = 0
+            if text[at] != "[":
+                raise ValueError(f"{path}: {text[at : at + 20]!r} after {number:,} elements is no JSON array")
+            empty = True
+            while text[at] != "]":
+                at = skip(text, at + 1).end()  # after the bracket or a comma
+                try:
+                    if empty and text.startswith("]", at):
+                        break
+                    row, end = decode(text, at)
+                    end = skip(text, end).end()
+                    if text[end : end + 1] not in (",", "]"):
+                        raise json.JSONDecodeError("a comma or the array's end is missing", text, end)
+                    yield Part(_field(row, key))
+                except (json.JSONDecodeError, RecursionError) as error:  # or the element is not read to its end
+                    more = file.read(max(len(text) - at, _READ))
+                    if not more or len(text) - at > MAX_LINE:
+                        raise ValueError(
+                            f"{path}: element {number:,}, counted from 0: {_not_json(error)}"
+                        ) from None
+                    text, at = f"[{text[at:]}{more}", 0
+                    _check_nesting(text)
+                    continue
+                except ValueError as error:
+                    raise ValueError(f"{path}: element {number:,}, counted from 0: {error}") from None
+                number, at, empty = number + 1, end, False
+            at += 1
 
 
-def read_csv(path: str, column: str, encoding: str | None = None) -> Iterator[Part]:
-    """Yield a column of a table whose first line names the columns: separated by commas, semicolons or tabs."""
+def read_csv(path: str, column: str, encoding: str | None = None, quoted: bool | None = None) -> Iterator[Part]:
+    """Yield a column of a table whose first line names the columns: separated by commas, semicolons or tabs.
+
+    In a .tsv that would be faulty if quotes enclosed fields they are characters as others: most are not quoted.
+    """
     csv.field_size_limit(MAX_LINE)
+    tabs = ".tsv" in os.path.basename(path).lower()
+    if quoted is None and tabs:
+        try:
+            collections.deque(read_csv(path, column, encoding, True), 0)
+        except ValueError:
+            quoted = False
+    quotes: Any = {"quoting": csv.QUOTE_NONE if quoted is False else csv.QUOTE_MINIMAL}
     with open_text(path, encoding, newline="") as file:
         lines = _lines(file)
         first = next(lines, "")
-        separators = "\t,;" if ".tsv" in os.path.basename(path).lower() else ",;\t"
-        names = {sep: next(csv.reader([first], delimiter=sep), []) for sep in separators}
+        separators = "\t,;" if tabs else ",;\t"
+        names = {sep: next(csv.reader([first], delimiter=sep, **quotes), []) for sep in separators}
         separator = next((sep for sep in separators if column in names[sep]), separators[0])
-        rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+        rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True, **quotes)
         try:
             header = next(rows, [])
             if column not in header:
                 raise ValueError(
-                    f"no column {column!r}; the columns, which the first line names, are {_some(header)}: "
+                    f"no column {column!r}; the columns, which the first line names, are {some(header)}: "
                     "choose one with --column"
                 )
             number = header.index(column)

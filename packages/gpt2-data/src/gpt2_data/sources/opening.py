@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _BUFFER = 4_000_000
+_CONTROLS = "".join(map(chr, {*range(32)} - {*b"\t\n\r\f\x1b"}))
 _SAMPLE = 1 << 16  # bytes at the start of a text file by which its encoding and line ends are judged
 _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16's, which begin alike
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
@@ -18,9 +19,9 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 COMPRESSED = tuple(_COMPRESSION)
 
 # Bytes that cannot be read become a lone surrogate, which later becomes U+FFFD and is counted.
-_UNREADABLE = "\udcff"
+UNREADABLE = "\udcff"
 MARK_UNREADABLE = "gpt2-data"
-codecs.register_error(MARK_UNREADABLE, lambda error: (_UNREADABLE, error.end))  # type: ignore[attr-defined]
+codecs.register_error(MARK_UNREADABLE, lambda error: (UNREADABLE, error.end))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -62,19 +63,27 @@ def check_encoding(name: str) -> None:
 def judge(path: str, encoding: str | None) -> tuple[str, bool]:
     """Return a text file's codec, and whether all its lines end with CRLF, by its first bytes.
 
-    A byte order mark tells the codec, else `encoding`; None means UTF-8, whose codec is utf-8-sig. Raises
-    ValueError, naming the file, if most of it is unreadable.
+    A byte order mark tells the codec, else `encoding`; None means UTF-8, whose codec is utf-8-sig. JSON, and
+    any longer text, is read as UTF-8 if it is that, although UTF-16 is named. Raises ValueError, naming the file,
+    if most of it is unreadable.
     """
     with open_bytes(path) as file:
         sample = file.read(_SAMPLE)
     named = codecs.lookup(encoding or "utf-8").name
     codec = next((codec for mark, codec in _BOMS.items() if sample.startswith(mark)), _CODECS.get(named, named))
+    if codec.startswith(("utf-16-", "utf-32-")) and b"\0" not in sample:
+        with contextlib.suppress(UnicodeDecodeError):  # short UTF-16 may be UTF-8, too
+            codecs.getincrementaldecoder("utf-8")().decode(sample)
+            codec = "utf-8-sig" if len(sample) > 64 or sample.lstrip()[:1] in (b"[", b"{", b'"') else codec
     text = codecs.getincrementaldecoder(codec)(MARK_UNREADABLE).decode(sample)
-    bad, nul = text.count(_UNREADABLE), text.count("\0")
-    # Some letters of a short text may be wrong, or half of three words; a NUL is each second byte of UTF-16.
-    if nul > 0.3 * len(text) or bad > max(0.1 * len(text), min(16, len(text) * 2 / 3)):
-        order = "utf-16-be" if sample[::2].count(0) > nul / 2 else "utf-16"
-        try_ = order if nul > bad else "latin-1, cp1252 or utf-16"
+    bad, odd = text.count(UNREADABLE), sum(map(text.count, _CONTROLS))
+    # Some letters of a short text may be wrong, or half of three words. In UTF-16 each second byte is a NUL, or
+    # another control character such as 4 in Russian; in Chinese only line ends and spaces have a NUL.
+    one_side = bad or not (sample[::2].count(0) and sample[1::2].count(0))
+    utf16 = odd > 0.3 * len(text) or ("\0" in text and one_side and bad + odd + text.count("\t") > 0.1 * len(text))
+    if utf16 or bad > max(0.1 * len(text), min(16, len(text) * 2 / 3)):
+        order = "utf-16-be" if sum(map(sample[::2].count, _CONTROLS.encode())) > odd / 2 else "utf-16"
+        try_ = order if utf16 else "latin-1, cp1252 or utf-16"
         raise ValueError(
             f"{path}: most of it cannot be read as {encoding or 'UTF-8'}: name its encoding, as in --encoding "
             f"{try_}, or leave it out if it is no text"
