@@ -109,9 +109,9 @@ def test_source_stays_short() -> None:
     assert len(packages) > 25
     assert {file: lines for file, lines in (packages | tools).items() if lines > 400} == {}
     # A change that raises a bound says in its commit what it took away first.
-    assert sum(packages.values()) <= 13_500
+    assert sum(packages.values()) <= 16_500
     assert sum(tools.values()) <= 2_300
-    assert sum(tests.values()) <= 15_000
+    assert sum(tests.values()) <= 17_800
     assert len(list(ROOT.glob("packages/gpt2-data/src/gpt2_data/*.*"))) <= 14
 
 

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from click_option_group import optgroup
 
-from gpt2_data.command import SETTINGS, Group, UserPath, printable, size, stoppable
-from gpt2_data.console import bar, format_bytes, plural, print_json
+from gpt2_data.console import (
+    SETTINGS,
+    Group,
+    UserPath,
+    bar,
+    format_bytes,
+    plural,
+    print_json,
+    printable,
+    size,
+    stoppable,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from gpt2_data import BuildConfig, BuildResult
@@ -242,7 +252,7 @@ def tokenizer(source: tuple[str, ...], vocab_size: int, as_json: bool, **options
     if not source and vocab_size:
         raise click.UsageError("Missing argument 'SOURCE...'.")
     config = BuildConfig(sources=source or ("pydocs",), **options)  # bytes alone read no source
-    with stoppable(again=""), bar(seconds=8) as show:
+    with stoppable(again=""), bar() as show:
         result = train_tokenizer(config, vocab_size, show)
     if result.vocab_size < vocab_size:
         few = f"the text has only {plural(result.merges, 'merge')}: {result.vocab_size:,} ids, not {vocab_size:,}"

@@ -1,26 +1,114 @@
-"""A progress bar, and numbers formatted for people."""
+"""What every command of gpt2-data says and obeys: sizes, paths, errors in one line, signals, a progress bar."""
 
+import errno
 import io
 import math
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import click
 
-SECONDS_BETWEEN_LINES = 30.0  # if stderr is not a terminal; a short build prints none
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "auto_envvar_prefix": "GPT2_DATA",
+    "max_content_width": 100,
+}
+SECONDS_BETWEEN_LINES = 9.0  # if stderr is not a terminal: nothing is silent for ten seconds
 # tqdm's own format leaves one column of 80 for the bar.
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 _LINE = "{desc}: {percentage:.0f}%, {remaining} left{postfix}"
 
 
+def size(text: str) -> int:
+    """Read a count such as 100M, 1.5B or 64k."""
+    digits = text.strip().lower()
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:], 1)
+    try:
+        number = float(digits[:-1] if factor > 1 else digits) * factor
+        if number < 0 or number != int(number):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{text!r} is not a count: write 100M, 1.5B, 64k or a whole number") from None
+    return int(number)
+
+
+class UserPath(click.Path):
+    """A path in which ~ is the home folder: no shell expands the one in --out=~/data, or in a quoted glob."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):  # "$OUT" of a script that did not set it; Path("") would be this folder
+            self.fail("the path is empty", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class Group(click.Group):
+    """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest.
+
+    Ctrl-C and SIGTERM end a command with 128 + their number. No terminal's encoding ends its output.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        for stream, errors in (sys.stdout, "replace"), (sys.stderr, "backslashreplace"):  # stderr names files
+            with suppress(AttributeError, OSError):  # no such stream, or another kind of file behind it
+                stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+        return super().main(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit(128 + _signal_of(interrupt)) from None
+        except BrokenPipeError:
+            raise  # `| head` has seen enough: click knows
+        except (ValueError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            text = " ".join(str(error).split())
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    text += ": make room and run the same command again"
+            raise click.ClickException(printable(text)) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    return signal.Signals(*interrupt.args or (signal.SIGINT,))
+
+
+def printable(text: str) -> str:
+    """Escape what a file's name or content might do to a terminal, or to the one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
-def bar(seconds: float | None = None) -> Iterator[Callable[..., None]]:
+def stoppable(again: str = ": run the same command again to resume") -> Iterator[None]:
+    """Say which signal has ended a command, and that it can be run `again`."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        name = _signal_of(interrupt).name
+        click.echo(f"\nstopped by {name}{again}", err=True)
+        raise
+
+
+@contextmanager
+def bar() -> Iterator[Callable[..., None]]:
     """Yield a function that shows (what, done, total[, tokens so far]) on stderr, as a bar or as lines.
 
-    A total of 0 stands for work whose end is unknown. Lines come every `seconds` (SECONDS_BETWEEN_LINES).
+    A total of 0 stands for work whose end is unknown.
     """
     from tqdm import tqdm
 
@@ -42,9 +130,7 @@ def bar(seconds: float | None = None) -> Iterator[Callable[..., None]]:
         drawn.update(done - drawn.n)
         if terminal and not total:
             drawn.refresh()
-        if not terminal and time.monotonic() - last_line >= (
-            SECONDS_BETWEEN_LINES if seconds is None else seconds
-        ):
+        if not terminal and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
             click.echo(str(drawn), err=True)
 
