@@ -65,6 +65,7 @@ class Child:
 
 def _become(arguments: list[str] | None, log: str, faults, env: dict[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):
         os.dup2(descriptor, number)

@@ -118,7 +118,8 @@ def test_a_unit_that_kills_twice_is_named_with_its_document(corpus, tmp_path):
     """A worker that meets a certain document dies, as a bug in a library or a lack of memory would make it."""
     (tmp_path / "sitecustomize.py").write_text(  # each Python, of the command and its workers, begins with this
         "import os, signal\n"
-        "from gpt2_data import tokenizer\n"
+        "from gpt2_data import console, tokenizer\n"
+        "console.SECONDS_BETWEEN_LINES = float('inf')\n"  # a slow machine would show its progress
         "real = tokenizer.encode_texts\n"
         "def encode_texts(texts, backend, first=0):\n"
         "    if any('Two of the most useful' in text for text in texts.to_pylist()):\n"

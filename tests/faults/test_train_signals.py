@@ -116,7 +116,7 @@ def test_a_terminal_that_closes(tmp_path, runs) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PLANTED, json.dumps([SLOW]), *command_line(runs.data, out)], env=environment(),
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )  # fmt: skip
     os.close(slave)
     wait_for_step(out, 5)
