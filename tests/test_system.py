@@ -1,4 +1,4 @@
-"""What all four commands do alike on odd machines: paths, terminals, clusters, homes, locks, signals, Windows."""
+"""All four commands act alike on odd machines: paths, terminals, clusters, homes, locks, signals, Windows."""
 
 import errno
 import fcntl
@@ -39,7 +39,7 @@ def run(code, *arguments, **environment):
 
 
 def one_line(done, code, text):
-    """Whether a command ended with one line of error."""
+    """Assert that a command ended with one line of error."""
     error = done.stderr if isinstance(done.stderr, str) else done.stderr.decode()
     exit_code = done.exit_code if hasattr(done, "exit_code") else done.returncode
     assert (exit_code, error.count("\n")) == (code, 1), error

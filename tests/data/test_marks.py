@@ -1,4 +1,4 @@
-"""Where the mark <|endoftext|> stands in other projects' data, and what becomes of it."""
+"""The mark <|endoftext|> stands in front of other projects' documents or behind them: conversion follows it."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What happens around an evaluation: another one, no compiler, odd names, silence."""
+"""Faults around an evaluation: another one beside it, no compiler, odd names, silence."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What every command of gpt2-data says and obeys: sizes, paths, errors in one line, signals, a progress bar."""
+"""The commands of gpt2-data share this: sizes, paths, errors in one line, signals and a progress bar."""
 
 import errno
 import io
@@ -48,7 +48,7 @@ class UserPath(click.Path):
 
 
 class Group(click.Group):
-    """Turns what a user can mend (ValueError, OSError) into one line and exit code 1; --debug shows the rest.
+    """A group turns a ValueError or OSError into one line and exit code 1; --debug shows the traceback.
 
     Ctrl-C and SIGTERM end a command with 128 + their number. No terminal's encoding ends its output.
     """

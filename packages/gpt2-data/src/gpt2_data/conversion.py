@@ -116,7 +116,7 @@ def _work_folder(work: Path, needed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a new shard gets: part of a file, where its EOTs are, and its tokens, to be read once."""
+    """A piece of a file becomes a new shard. Its tokens can be read once; `eots` returns where its EOTs are."""
 
     number: int
     path: Path

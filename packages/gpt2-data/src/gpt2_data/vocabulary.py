@@ -38,7 +38,7 @@ class Vocabulary:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What dataset.json records about it."""
+        """The vocabulary's entry in dataset.json."""
         digest = hashlib.sha256(self.data).hexdigest()
         return {"name": FILE_NAME, "vocab_size": self.size, "eot": self.eot, "sha256": digest}
 

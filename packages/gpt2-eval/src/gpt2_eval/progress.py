@@ -1,4 +1,4 @@
-"""What a person or a log sees while nothing is finished."""
+"""Lines for a person or a log while nothing is finished."""
 
 import os
 import sys

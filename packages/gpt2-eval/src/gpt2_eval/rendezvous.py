@@ -1,4 +1,4 @@
-"""How the processes of a run meet: the variables of torchrun or a cluster, and torch's process group."""
+"""The processes of a run meet here, by the variables of torchrun or a cluster, in torch's process group."""
 
 import os
 import sys

@@ -104,7 +104,7 @@ def remove_abandoned(run: Path, warn: Warn) -> None:
 def _delete(folder: Path, warn: Warn) -> None:
     """Rename a folder, then delete it: what a kill in between leaves, or a disk keeps, is no checkpoint any more.
 
-    What cannot be deleted is warned of: while another process reads a file, NFS keeps it as .nfsXXXX.
+    A folder that cannot be deleted gets a warning: NFS keeps, renamed, a file that another process reads.
     """
     try:
         if not folder.name.startswith(".tmp-"):

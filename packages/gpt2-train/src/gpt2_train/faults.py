@@ -26,7 +26,7 @@ FEWEST = 20  # with fewer steps a deviation means nothing
 
 
 class StopSignal:
-    """Notes the first signal that asks the run to save and end; the loop asks for its `number` once a step.
+    """This notes the first signal that asks the run to save and end; the loop asks for its `number` once a step.
 
     The death of torchrun counts as the SIGTERM that it could not send. A SIGHUP that was ignored at the start, as
     under nohup, stays so. A second SIGINT ends the process at once, which is safe since files appear whole or not

@@ -65,7 +65,7 @@ class UnitTask:
 
     @property
     def encoder(self) -> str | tokenizer.Encoder:
-        """What encodes the texts; see tokenizer.encode_texts."""
+        """The encoder is as encode_texts takes it: a library's name, or that of another vocabulary."""
         return self.backend if self.eot is None else vocabulary.encoder(self.work / vocabulary.FILE_NAME, self.eot)
 
     def file(self, ending: str) -> Path:

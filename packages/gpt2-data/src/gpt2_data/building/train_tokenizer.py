@@ -58,7 +58,7 @@ class TrainedTokenizer:
 
 @dataclass
 class _Reading:
-    """How far the thread that learns has read, and whether it should stop."""
+    """The thread that learns notes here how far it is, and reads here whether it should stop."""
 
     step: tuple[str, int, int] = ("reading", 0, 0)
     text_bytes: int = 0

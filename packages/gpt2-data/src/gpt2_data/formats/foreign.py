@@ -59,7 +59,7 @@ class ForeignShard:
 
     @functools.cached_property
     def document_starts(self) -> NDArray[np.int64]:
-        """Where documents begin in the file, in tokens: from Megatron's .idx, else at each EOT, or after each."""
+        """The positions, in tokens, at which documents begin: those in Megatron's .idx, else at or after EOTs."""
         if self.index is not None:
             _, positions, documents = _read_idx(self.index)
             first = documents[:-1]

@@ -62,7 +62,7 @@ class Shard:
 
 
 class Tokenized:
-    """A dataset's description, whose `tokenizer` is as in dataset.json."""
+    """A dataset's description says which tokenizer made its ids; `tokenizer` is as in dataset.json."""
 
     tokenizer: dict[str, Any]
 
