@@ -15,6 +15,7 @@ class Tokens:
     """A split of the ids that a test wants."""
 
     manifest = SimpleNamespace(hash="0123")
+    tokenizer = None  # the ids are GPT-2's
 
     def __init__(self, ids):
         self.ids = np.array(ids, dtype=np.uint16)

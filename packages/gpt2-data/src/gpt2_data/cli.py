@@ -52,8 +52,10 @@ def _part(context: click.Context, parameter: click.Parameter, text: str | None) 
 
 
 def _tokenizer(context: click.Context, parameter: click.Parameter, text: str) -> str:
-    if text not in ("auto", "tiktoken", "gigatoken") and not Path(text).exists():
-        known = "auto, tiktoken, gigatoken or a folder with a tokenizer.json"
+    from gpt2_data.building.config import LIBRARIES
+
+    if text not in LIBRARIES and not Path(text).exists():
+        known = f"{', '.join(LIBRARIES)} or a folder with a tokenizer.json"
         raise click.BadParameter(f"{text!r} is none: name {known}; gpt2-data tokenizer makes one")
     return text
 
@@ -142,8 +144,7 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
     from gpt2_data import BuildConfig
     from gpt2_data import build as run
     from gpt2_data.building.estimate import print_plan
-    from gpt2_data.sources import hub
-    from gpt2_data.sources.catalog import expand, passed_over
+    from gpt2_data.sources import catalog, hub
 
     source = source or ("fineweb-edu",)
     if out is None:
@@ -152,26 +153,28 @@ def build(source: tuple[str, ...], out: Path | None, dry_run: bool, as_json: boo
             raise click.UsageError("Missing option '--out'.")
         out = Path("data") / re.sub(r"[:/@]+", "-", name.removeprefix("hf:"))
     config = BuildConfig(sources=source, out=out, **options)
+    texts: list[str] = []
     for name in source:
-        if hub.parse(name) is None and (others := passed_over(name)) is not None:
-            taken = f"{name}: {plural(len(expand(name)), 'file')} taken"
-            click.echo(printable(f"{taken}, {len(others):,} passed over{_some(others)}"), err=True)
+        if hub.parse(name) is None:
+            taken, others = catalog.find_files(name)
+            texts += [path for kind, path in taken if kind == "txt"]
+            if os.path.isdir(name):
+                counts = f"{name}: {plural(len(taken), 'file')} taken, {len(others):,} passed over"
+                click.echo(printable(f"{counts}{_some(others)}"), err=True)
     if dry_run:
         print_plan(config, as_json)
         return
     with stoppable(), bar() as show:
         result = run(config, show)
-    _print_result(result, config, as_json)
+    _print_result(result, config, as_json, texts)
 
 
-def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool) -> None:
+def _print_result(result: "BuildResult", config: "BuildConfig", as_json: bool, texts: list[str]) -> None:
     if as_json:
         print_json({**vars(result), "out": str(result.out)})
         return
-    from gpt2_data.sources import catalog, hub
+    from gpt2_data.sources import catalog
 
-    local = (name for name in config.sources if hub.parse(name) is None)
-    texts = [path for name in local for kind, path in catalog.expand(name) if kind == "txt"]
     what = f"{plural(result.tokens, 'token')} of {plural(result.documents, 'document')}"
     shards = plural(result.shards, "shard")
     how = f"{result.seconds:.1f} s"

@@ -131,7 +131,7 @@ def _score_windows(
 
 def tokenizer_of(dataset: "Dataset") -> Tokenizer:
     """Return the tokenizer by which a dataset was made: GPT-2's, or its own."""
-    file = getattr(dataset, "tokenizer", None)
+    file = dataset.tokenizer
     return GPT2 if file is None else load_tokenizer(file.parent, dataset.eot) or GPT2
 
 
@@ -140,7 +140,7 @@ def bytes_per_token(dataset: "Dataset | None" = None, model: LanguageModel | Non
 
     All are 0 if the model has no tokenizer and the dataset none of its own: its ids may be characters'.
     """
-    if dataset is not None and getattr(dataset, "tokenizer", None) is not None:
+    if dataset is not None and dataset.tokenizer is not None:
         return _bytes_per_token(tokenizer_of(dataset), dataset.vocab_size, dataset.eot)
     known = getattr(model, "tokenizer", GPT2) is not None
     return _bytes_per_token(GPT2, EOT + 1, EOT) if known else np.zeros(EOT + 1, np.int64)

@@ -56,17 +56,7 @@ def encoder_of(model: Any) -> Encoder:
         return model.encoder or gpt2_encoder()
     if not hasattr(model, "tokenizer"):
         return gpt2_encoder()
-    size, tokenizer = model.config.vocab_size, model.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            f"the model has no tokenizer for its vocabulary of {size:,}: text cannot be scored; put its "
-            "tokenizer.json into its folder"
-        )
-    encoder = tokenizer_encoder(tokenizer)
-    if tokenizer.num_base > size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.num_base:,} tokens, but the model's vocabulary only {size:,}"
-        )
+    encoder: Encoder = tokenizer_encoder(model.text_tokenizer())
     return encoder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2_data import fetch
-from gpt2_model.command import cache_folder, sha256
+from gpt2_model.command import LFS_POINTERS, cache_folder, sha256
 
 T = TypeVar("T")
 Fields = Mapping[str, type | None]  # of a record: see `check_fields`
@@ -118,7 +118,7 @@ def check_fields(record: Any, fields: Fields) -> None:
 def read_bytes(path: Path) -> bytes:
     """Return a file's content, without an editor's byte order mark; a ValueError says that it lies elsewhere."""
     content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs.github.com/"):
+    if content.startswith(LFS_POINTERS):
         raise ValueError(f"{path} is a git-lfs pointer in the file's place: run `git lfs pull` where it is from")
     return content.removeprefix(BOM)
 

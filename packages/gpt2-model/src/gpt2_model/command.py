@@ -39,6 +39,8 @@ class UserFile(click.File):
 
 # A path that may also be a hub name: a shell completes it, and the command checks it later.
 PATH = UserPath(readable=False)
+# A git-lfs pointer, which stands in a file's place, begins like this; the second spelling is an older one.
+LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 

@@ -155,7 +155,7 @@ def stream(
         raise ValueError(f"stop_ids {list(stop_ids)} must all be below the vocabulary size, {size}")
     rows: list[_Row] = []
     text_needed = bool(stop) or any(isinstance(prompt, str) for prompt in prompts)
-    tokenizer = _needed(model) if text_needed else _usable(model)
+    tokenizer = model.text_tokenizer() if text_needed else _usable(model)
     for prompt in prompts:
         whole, text = _encode(prompt, tokenizer, model, slide)
         ids = whole if len(whole) < context else whole[-max(1, context // 2) :]
@@ -280,19 +280,6 @@ def first_id(model: GPT) -> int:
 def _usable(model: GPT) -> Tokenizer | None:
     """Return the model's tokenizer, or None if it has none that can be followed."""
     return None if model.tokenizer is None or model.tokenizer.problem else model.tokenizer
-
-
-def _needed(model: GPT) -> Tokenizer:
-    """Return the model's tokenizer, for which text asks; a ValueError says why there is none."""
-    size, tokenizer = model.config.vocab_size, model.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"the model has no tokenizer for its vocabulary of {size:,}: give token ids (in Python)")
-    if tokenizer.problem:
-        raise ValueError(tokenizer.problem)
-    if tokenizer.num_base > size:
-        more = f"the folder's tokenizer has {tokenizer.num_base:,} tokens, the model's vocabulary only {size:,}"
-        raise ValueError(f"{more}: they do not belong together; give token ids (in Python)")
-    return tokenizer
 
 
 def _encode(

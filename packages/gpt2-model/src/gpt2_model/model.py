@@ -282,10 +282,25 @@ class GPT(nn.Module):
         return load_save.inspect(name_or_path)[0]
 
     @staticmethod
-    def inspect_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
-        """Return the tokenizer of what `from_pretrained` would load."""
+    def inspect_with_tokenizer(name_or_path: str | Path) -> tuple[GPTConfig, Tokenizer | None]:
+        """Return the config, as `inspect` does, and the tokenizer of what `from_pretrained` would load."""
         config, folder = load_save.inspect(name_or_path)
-        return model_tokenizer(config.vocab_size, folder)[0]
+        return config, model_tokenizer(config.vocab_size, folder)[0]
+
+    def text_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer for text; a ValueError says that there is none, or why it cannot be followed."""
+        size, tokenizer = self.config.vocab_size, self.tokenizer
+        if tokenizer is None:
+            why = "put its tokenizer.json into its folder, or give token ids (in Python)"
+            raise ValueError(f"the model has no tokenizer for its vocabulary of {size:,}: {why}")
+        if tokenizer.problem:
+            raise ValueError(tokenizer.problem)
+        if tokenizer.num_base > size:
+            more = (
+                f"the folder's tokenizer has {tokenizer.num_base:,} tokens, the model's vocabulary only {size:,}"
+            )
+            raise ValueError(f"{more}: they do not belong together; give token ids (in Python)")
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an fp32 Hugging Face model folder, which transformers, vLLM and llama.cpp's converter can load."""

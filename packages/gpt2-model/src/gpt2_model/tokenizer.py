@@ -65,7 +65,7 @@ def get_tokenizer() -> "tiktoken.Encoding":
 
 
 class Tokenizer:
-    """How a model's text becomes ids, and ids text. Without files it is GPT-2's own; files are parsed once needed.
+    """A tokenizer turns a model's text into ids and back. Without files it is GPT-2's own; they are parsed late.
 
     If they cannot be followed exactly, all that needs them raises a ValueError, which is also the `problem`.
 
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def problem(self) -> str | None:
-        """Why this tokenizer cannot be followed exactly, in a line; None if it can."""
+        """The reason why this tokenizer cannot be followed exactly, in a line; None if it can."""
         try:
             self._library  # noqa: B018
         except ValueError as error:

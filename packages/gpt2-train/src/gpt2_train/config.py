@@ -242,8 +242,13 @@ def sequences(config: TrainConfig, world_size: int) -> int:
 
 def whole_batch(config: TrainConfig, world_size: int) -> int:
     """Return the batch nearest to `batch_tokens` that divides into sequences and micro-batches."""
-    unit = config.seq_len * world_size * (1 if config.micro_batch == "auto" else int(config.micro_batch))
+    unit = batch_unit(config, world_size)
     return max(1, round(config.batch_tokens / unit)) * unit
+
+
+def batch_unit(config: TrainConfig, world_size: int) -> int:
+    """Return the tokens of which a batch must be a multiple: a micro-batch, or a sequence, on each process."""
+    return config.seq_len * world_size * (1 if config.micro_batch == "auto" else int(config.micro_batch))
 
 
 def divisors(number: int, most: int) -> list[int]:

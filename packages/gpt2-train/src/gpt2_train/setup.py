@@ -68,7 +68,8 @@ class Run:
 def set_up(config: TrainConfig, world: World, stop: StopSignal, loss_of: LossOf, log: RunLog) -> Run:
     """Build a new run, or one from its newest good checkpoint. Raises the errors of `loop.train`."""
     folder = Path(config.out)
-    check_alike(config, open_dataset(config.data), world)
+    if world.size > 1:
+        check_alike(config, open_dataset(config.data), world)
     log.progress("checking the start")
     world.on_main(lambda: checkpoint.remove_abandoned(folder, log.warn))
     start = check_start(config, world.size, world.device, on_main=world.on_main)

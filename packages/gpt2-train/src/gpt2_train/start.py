@@ -1,4 +1,4 @@
-"""What a run begins with, and whatever would stop it: the checks that a run and --dry-run share."""
+"""A run and --dry-run share these checks: they find what a run begins with, and whatever would stop it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +13,15 @@ from gpt2_eval import HellaSwag, load_hellaswag
 from gpt2_model import GPT, GPTConfig, Tokenizer, flops_per_token, load_tokenizer
 from gpt2_model.command import check_compiler
 from gpt2_train import checkpoint, memory
-from gpt2_train.config import CannotResume, TrainConfig, changed_fields, default_warmup, micro_batches, whole_batch
+from gpt2_train.config import (
+    CannotResume,
+    TrainConfig,
+    batch_unit,
+    changed_fields,
+    default_warmup,
+    micro_batches,
+    whole_batch,
+)  # fmt: skip
 from gpt2_train.console import duration
 from gpt2_train.distributed import choose_precision
 from gpt2_train.memory import Memory
@@ -31,7 +39,7 @@ Check = Callable[..., Any]  # check(work, *arguments) does the work
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a run begins with, as its checks found it; after one that failed (and was noted), perhaps None."""
+    """The checks found this for a run to begin with; after one that failed and was noted, a field may be None."""
 
     config: TrainConfig  # resolved: precision, warmup and the model's shape are known
     dataset: Dataset
@@ -63,9 +71,9 @@ def check_start(
     state = {} if start is None else checkpoint.read_trainer_state(start)
     config = _with_own_warmup(config, state)
     source = start or config.init
-    found = check(GPT.inspect, source) if source else None
-    shape = found or config.model_config
-    tokenizer = check(find_tokenizer, config, dataset, found and source) if dataset else None
+    found = check(GPT.inspect_with_tokenizer, source) if source else None
+    shape, of_model = found or (config.model_config, None)
+    tokenizer = check(find_tokenizer, config, dataset, source, of_model) if dataset else None
     tokenizer = tokenizer or Tokenizer()
     if dataset:
         check(check_shape, config, shape, dataset, start, world_size)
@@ -178,8 +186,7 @@ def warnings_of(start: Start, world_size: int, hours: float | None) -> list[str]
 
 def _shortened(config: TrainConfig, tokens: int, world_size: int) -> tuple[str, int]:
     """Return the flags that cut a run to about so many tokens, and how many they make."""
-    unit = config.seq_len * world_size * (1 if config.micro_batch == "auto" else int(config.micro_batch))
-    batch = config.batch_tokens
+    unit, batch = batch_unit(config, world_size), config.batch_tokens
     while batch % (2 * unit) == 0 and batch * FEWEST_STEPS > tokens:
         batch //= 2
     steps = max(1, tokens // batch)
@@ -194,12 +201,13 @@ def validation_tokens(config: TrainConfig, dataset: Dataset) -> int:
     return min(config.eval_tokens, max(0, dataset.tokens("val") - 1))
 
 
-def find_tokenizer(config: TrainConfig, dataset: Dataset, source: str | Path | None) -> Tokenizer:
+def find_tokenizer(
+    config: TrainConfig, dataset: Dataset, source: str | Path | None, of_model: Tokenizer | None
+) -> Tokenizer:
     """Return the model's tokenizer, if it has one, else the dataset's; a ValueError says that they differ."""
     own = Tokenizer()
     if dataset.tokenizer:
         own = load_tokenizer(dataset.tokenizer.parent, dataset.eot) or own
-    of_model = GPT.inspect_tokenizer(source) if source else None
     if of_model is None:
         return own
     if not of_model.same_ids(own):

@@ -201,14 +201,12 @@ class TokenFiles:
     def _cut_short(self, number: int, offset: int) -> ValueError:
         return ValueError(f"{self._files[number].path}: cut short while it was read, at token {offset:,}")
 
-    def close(self) -> None:
+    def close(self, close: Callable[[int], None] = os.close) -> None:
         """Close the open files; the next read opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         while self._open:  # `os` may be gone already when Python ends
             close(self._open.popitem()[1])
+
+    __del__ = close
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": {}}  # descriptors stay with their process

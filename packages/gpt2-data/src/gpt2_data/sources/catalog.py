@@ -81,15 +81,11 @@ def expand(source: str) -> list[tuple[str, str]]:
 
     Raises ValueError naming what is wrong.
     """
-    return _expand(source)[0]
+    return find_files(source)[0]
 
 
-def passed_over(source: str) -> list[str] | None:
-    """Return what `expand` leaves out of a folder and why, but for hidden files; None if SOURCE is no folder."""
-    return _expand(source)[1] if os.path.isdir(source) else None
-
-
-def _expand(source: str) -> tuple[list[tuple[str, str]], list[str]]:
+def find_files(source: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return what `expand` does, and what it leaves out of a folder and why, but for hidden files."""
     if source in ("pydocs", "tinyshakespeare"):
         return [(source, source)], []
     paths = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))

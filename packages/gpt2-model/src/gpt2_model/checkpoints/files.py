@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2_model.command import LFS_POINTERS
 from gpt2_model.config import GPTConfig
 
 # Once read, JSON and pickles take up to 60 times their size. The largest GPT-2 has a header of 70 kB, or a pickle
@@ -31,7 +32,6 @@ _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
 # Where checkpoints of Lightning, DeepSpeed and many scripts have their weights.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
-_POINTER = b"version https://git-lfs"
 
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -73,8 +73,8 @@ def checked_config(path: Path, **fields: Any) -> GPTConfig:
 def first_bytes(path: Path, count: int) -> bytes:
     """Return the first bytes of a file; a ValueError names a git-lfs pointer in the file's place."""
     with path.open("rb") as file:
-        start = file.read(max(count, len(_POINTER)))
-    if start.startswith(_POINTER):
+        start = file.read(max(count, *map(len, LFS_POINTERS)))
+    if start.startswith(LFS_POINTERS):
         raise ValueError(f"{path} is a git-lfs pointer, not the file: run git lfs pull in its folder")
     return start[:count]
 
